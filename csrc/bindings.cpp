@@ -1,0 +1,103 @@
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/variant.h>
+#include <nanobind/stl/vector.h>
+
+#include "check.h"
+#include "codebook.h"
+#include "cpu/isa.h"
+#include "cpu/parallel.h"
+#include "format.h"
+#include "rotate.h"
+#include "turboquant_attention.h"
+#include "turboquant_encode.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+namespace mx = mlx::core;
+
+namespace {
+
+void bind_format(nb::module_& m) {
+  nb::module_ format = m.def_submodule("format", "Packed format, version 1 (csrc/format.h): layout numbers, codebooks, random signs.");
+  format.attr("VERSION") = int(tqext::kFormatVersion);
+  format.attr("UNIT") = int(tqext::kUnit);
+  format.attr("GROUP") = int(tqext::kGroup);
+  format.attr("MIN_DIM") = int(tqext::kMinDim);
+  format.attr("MAX_DIM") = int(tqext::kMaxDim);
+  format.attr("DIM_STEP") = int(tqext::kDimStep);
+  format.attr("CODEBOOK_TOP") = int(tqext::kCodebookTop);
+  format.attr("ROTATION_SEED") = TQ_ROTATION_SEED;
+  format.attr("RESIDUAL_SEED") = TQ_RESIDUAL_SEED;
+  format.def("padded_dim", &tqext::padded_dim, "head_dim"_a, "Head dimension rounded up to a multiple of UNIT.");
+  format.def("code_words", &tqext::code_words, "dim"_a, "bits"_a, "uint32 words of one token's codes; dim is padded.");
+  format.def("sign_words", &tqext::sign_words, "dim"_a, "uint32 words of one token's residual signs; dim is padded.");
+  format.def("value_params", &tqext::value_params, "dim"_a, "float16 parameters of one token's value; dim is padded.");
+  format.def("value_shrink", &tqext::value_shrink, "bits"_a,
+             "Share of a group's min-max range that the first quantisation of values spans.");
+  format.def("hadamard_factor", &tqext::hadamard_factor, "dim"_a,
+             "1, 12, 20 or 28: order of the matrix that multiplies Sylvester's; 0 where none exists and the rotation is dense.");
+  format.def("sign_word", &tqext::sign_word, "seed"_a, "i"_a, "Random signs of dimensions 32i to 32i + 31; bit 1 negates.");
+  format.def(
+      "codebook",
+      [](int bits, int head_dim) {
+        tqext::check_bits(bits, true, "codebook");
+        tqext::check_head_dim(head_dim, "codebook", "head_dim");
+        const tqext::Codebook book = tqext::codebook(bits, tqext::padded_dim(head_dim));
+        nb::list levels;
+        for (int i = 0; i < book.n_levels; i++) levels.append(int(book.levels[i]));
+        return nb::make_tuple(levels, book.scale);
+      },
+      "bits"_a, "head_dim"_a,
+      "Lloyd-Max codebook of a coordinate of a random unit vector: (levels, scale).\n\n"
+      "centroid[code] = levels[code] / 127 * scale. levels are ascending int8 numbers, the outermost +-127.");
+}
+
+}  // namespace
+
+NB_MODULE(_ext, m) {
+  m.doc() = "tqext: operators on packed keys and values as MLX primitives.";
+  bind_format(m);
+
+  m.def("rotate", &tqext::rotate, "x"_a, "inverse"_a = false, nb::kw_only(), "rotation"_a = "hadamard", "stream"_a = nb::none());
+  m.def("quantize_keys", &tqext::quantize_keys, "k"_a, "bits"_a, "mean"_a.none(), "qjl"_a, "rotation"_a, "stream"_a.none());
+  m.def("quantize_values", &tqext::quantize_values, "v"_a, "bits"_a, "rotation"_a, "stream"_a.none());
+  m.def("dequantize_keys", &tqext::dequantize_keys, "codes"_a, "norms"_a, "mean"_a.none(), "bits"_a, "head_dim"_a, "rotation"_a,
+        "rotated"_a, "dtype"_a, "stream"_a.none());
+  m.def("dequantize_values", &tqext::dequantize_values, "codes"_a, "params"_a, "bits"_a, "head_dim"_a, "rotation"_a, "rotated"_a,
+        "dtype"_a, "stream"_a.none());
+  using OptionalArray = std::optional<mx::array>;
+  m.def(
+      "turboquant_attention",
+      [](const mx::array& q, const mx::array& key_codes, const mx::array& key_norms, const OptionalArray& mean,
+         const OptionalArray& signs, const OptionalArray& residual_norms, int key_bits, int head_dim,
+         const std::string& key_rotation, const mx::array& value_codes, const mx::array& value_params, int value_bits,
+         int value_dim, const std::string& value_rotation, std::optional<float> scale,
+         const std::variant<std::monostate, std::string, mx::array>& mask, const std::optional<tqext::ExactTokens>& first,
+         const std::optional<tqext::ExactTokens>& tail, const OptionalArray& sinks, const OptionalArray& left_padding,
+         const OptionalArray& lengths, mx::StreamOrDevice stream) {
+        tqext::AttentionOptions options{scale, "", std::nullopt, sinks, left_padding, lengths, first, tail};
+        if (auto* mode = std::get_if<std::string>(&mask)) options.mask_mode = *mode;
+        if (auto* array = std::get_if<mx::array>(&mask)) options.mask = *array;
+        return tqext::turboquant_attention(q, {key_codes, key_norms, mean, signs, residual_norms, key_bits, head_dim, key_rotation},
+                                           {value_codes, value_params, value_bits, value_dim, value_rotation}, options, stream);
+      },
+      "q"_a, "key_codes"_a, "key_norms"_a, "mean"_a.none(), "signs"_a.none(), "residual_norms"_a.none(), "key_bits"_a,
+      "head_dim"_a, "key_rotation"_a, "value_codes"_a, "value_params"_a, "value_bits"_a, "value_dim"_a, "value_rotation"_a,
+      "scale"_a.none(), "mask"_a.none(), "first"_a.none(), "tail"_a.none(), "sinks"_a.none(), "left_padding"_a.none(),
+      "lengths"_a.none(), "stream"_a.none());
+
+  m.def("isa", [] { return tqext::cpu::isa_name(tqext::cpu::active_isa()); },
+        "Instruction set of the CPU kernels in use; TQEXT_ISA overrides the choice.");
+  m.def(
+      "available_isas",
+      [] {
+        std::vector<std::string> names;
+        for (auto isa : tqext::cpu::available_isas()) names.push_back(tqext::cpu::isa_name(isa));
+        return names;
+      },
+      "Instruction sets that this machine can run, slowest first.");
+  m.def("num_threads", &tqext::cpu::num_threads, "Threads of the CPU kernels; TQEXT_NUM_THREADS overrides the number.");
+}

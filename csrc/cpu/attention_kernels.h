@@ -1,0 +1,68 @@
+// Attention of a few query rows over one KV head's tokens: what every instruction set implements. Scores are in base 2.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "format.h"
+
+namespace tqext::cpu {
+
+// One KV head's packed bytes: token t is at pointer + t * stride, strides in elements; a token's words are contiguous.
+struct CodedHead {
+  const uint32_t* key_codes;
+  const uint16_t* key_norms;
+  const uint32_t* key_signs;  // null: no residual signs
+  const uint16_t* residual_norms;
+  const uint32_t* value_codes;
+  const uint16_t* value_params;
+  ptrdiff_t key_stride, norm_stride, sign_stride, residual_stride, value_stride, param_stride;
+};
+
+struct CodecShape {
+  int key_dim, value_dim;  // padded
+  int key_bits, value_bits;
+  int8_t codebook[kMaxKeyLevels];
+  bool half_query;  // the query came as fp16 or bf16: 16 bits of it are enough
+};
+
+enum class ExactType { kFloat32, kFloat16, kBFloat16 };
+
+// One KV head's exact tokens, unrotated.
+struct ExactHead {
+  const void *keys, *values;
+  ExactType type;
+  int key_dim, value_dim;
+  ptrdiff_t key_stride, value_stride;  // elements between tokens
+};
+
+struct QueryRows {
+  int n_rows;
+  const float* q;           // [n_rows][key_dim], times scale * log2(e); for coded tokens rotated (1 / 127 not included)
+  const float* residual_q;  // [n_rows][key_dim] or null: rotate'(rotated q), times sqrt(pi / 2) / sqrt(key_dim)
+  const float* offset;      // [n_rows] or null: added to every score
+  const int* end;           // [n_rows]: row r attends to tokens below end[r]
+  const float* const* bias; // null, or per row: bias[r][t] is added to the score of token t; -inf: not attended
+};
+
+// Softmax state of one row over a range of tokens; nothing attended: max = -inf, sum = 0, out = 0.
+struct Partial {
+  float max, sum;
+  float* out;  // [value_dim], for coded tokens in the rotated space; not divided by sum
+};
+
+// Tokens [begin, end). partials: [n_rows]; what they held is overwritten.
+using AttendCoded = void (*)(const CodedHead&, const CodecShape&, const QueryRows&, int begin, int end, Partial* partials);
+using AttendExact = void (*)(const ExactHead&, const QueryRows&, int begin, int end, Partial* partials);
+
+struct AttentionKernels {
+  AttendCoded attend_coded;
+  AttendExact attend_exact;
+};
+
+const AttentionKernels& attention_kernels();  // of active_isa()
+
+void attend_coded_portable(const CodedHead&, const CodecShape&, const QueryRows&, int begin, int end, Partial* partials);
+void attend_exact_portable(const ExactHead&, const QueryRows&, int begin, int end, Partial* partials);
+
+}  // namespace tqext::cpu

@@ -1,0 +1,60 @@
+#include "isa.h"
+
+#include <cstdlib>
+
+#include "check.h"
+
+#if defined(__linux__) && defined(__aarch64__)
+#include <sys/auxv.h>
+#endif
+
+namespace tqext::cpu {
+
+const char* isa_name(Isa isa) {
+  switch (isa) {
+    case Isa::kAvx2:
+      return "avx2";
+    case Isa::kAvx512:
+      return "avx512";
+    case Isa::kNeon:
+      return "neon";
+    default:
+      return "portable";
+  }
+}
+
+std::vector<Isa> available_isas() {
+  std::vector<Isa> isas{Isa::kPortable};
+#if defined(__x86_64__)
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  if (avx2) isas.push_back(Isa::kAvx2);
+  if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni")) {
+    isas.push_back(Isa::kAvx512);
+  }
+#elif defined(__aarch64__) && defined(__APPLE__)
+  isas.push_back(Isa::kNeon);  // every Apple Silicon chip has the dot-product instructions
+#elif defined(__aarch64__) && defined(__linux__)
+  constexpr unsigned long kDotProduct = 1ul << 20;  // HWCAP_ASIMDDP
+  if (getauxval(AT_HWCAP) & kDotProduct) isas.push_back(Isa::kNeon);
+#endif
+  return isas;
+}
+
+Isa active_isa() {
+  static const Isa isa = [] {
+    const std::vector<Isa> isas = available_isas();
+    const char* wanted = std::getenv("TQEXT_ISA");
+    if (!wanted || !*wanted) return isas.back();
+    std::string names;
+    for (Isa candidate : isas) {
+      if (std::string(wanted) == isa_name(candidate)) return candidate;
+      names += names.empty() ? isa_name(candidate) : std::string(", ") + isa_name(candidate);
+    }
+    check(false, "[tqext] TQEXT_ISA: expected one of ", names, " on this machine, got ", wanted);
+    return Isa::kPortable;
+  }();
+  return isa;
+}
+
+}  // namespace tqext::cpu

@@ -1,0 +1,15 @@
+// Work shared by a pool of threads.
+#pragma once
+
+#include <functional>
+
+namespace tqext::cpu {
+
+// Threads that take part, the caller included: TQEXT_NUM_THREADS, or the number of processors this process may run on.
+int num_threads();
+
+// Calls task(i) once for every i in [0, n), on the caller and the pool; returns when all are done. task must not throw.
+// May be called from several threads at once.
+void parallel_for(int n, const std::function<void(int)>& task);
+
+}  // namespace tqext::cpu

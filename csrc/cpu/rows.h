@@ -1,0 +1,66 @@
+// Reading and writing rows of arrays of any activation dtype.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "half.h"
+#include "mlx/array.h"
+
+namespace tqext::cpu {
+
+namespace mx = mlx::core;
+
+// Element i of an array's data, in fp32.
+inline float load_element(const void* data, mx::Dtype type, ptrdiff_t i) {
+  if (type == mx::float32) return static_cast<const float*>(data)[i];
+  const uint16_t bits = static_cast<const uint16_t*>(data)[i];
+  return type == mx::float16 ? half_to_float(bits) : bfloat_to_float(bits);
+}
+
+inline void load_row(const void* data, mx::Dtype type, ptrdiff_t start, ptrdiff_t stride, int n, float* row) {
+  for (int d = 0; d < n; d++) row[d] = load_element(data, type, start + d * stride);
+}
+
+// To contiguous elements.
+inline void store_row(const float* row, int n, void* data, mx::Dtype type, ptrdiff_t start) {
+  if (type == mx::float32) {
+    for (int d = 0; d < n; d++) static_cast<float*>(data)[start + d] = row[d];
+  } else {
+    uint16_t* out = static_cast<uint16_t*>(data) + start;
+    for (int d = 0; d < n; d++) out[d] = type == mx::float16 ? float_to_half(row[d]) : float_to_bfloat(row[d]);
+  }
+}
+
+// Start of row i of an array, rows counted over all axes but the last.
+inline ptrdiff_t row_start(const mx::Shape& shape, const mx::Strides& strides, size_t row) {
+  ptrdiff_t start = 0;
+  for (int axis = int(shape.size()) - 2; axis >= 0; axis--) {
+    start += ptrdiff_t(row % shape[axis]) * strides[axis];
+    row /= shape[axis];
+  }
+  return start;
+}
+
+// What a task needs of an array: it outlives the array object, not its buffer.
+struct View {
+  const void* data;
+  mx::Dtype type;
+  mx::Shape shape;
+  mx::Strides strides;
+
+  explicit View(const mx::array& x) : data(x.data<void>()), type(x.dtype()), shape(x.shape()), strides(x.strides()) {}
+
+  size_t n_rows() const {
+    size_t n = 1;
+    for (size_t axis = 0; axis + 1 < shape.size(); axis++) n *= shape[axis];
+    return n;
+  }
+  void load(size_t row, int n, float* out) const { load_row(data, type, row_start(shape, strides, row), strides.back(), n, out); }
+};
+
+// Rows per task of a parallel loop over rows.
+inline int row_blocks(size_t n_rows, size_t rows_per_block) { return int((n_rows + rows_per_block - 1) / rows_per_block); }
+
+}  // namespace tqext::cpu

@@ -1,0 +1,25 @@
+// eval_gpu of every operation in a build without a GPU backend.
+#include <stdexcept>
+#include <string>
+
+#include "rotate.h"
+#include "turboquant_attention.h"
+#include "turboquant_encode.h"
+
+namespace tqext {
+
+namespace {
+[[noreturn]] void no_gpu(const std::string& name) {
+  throw std::runtime_error("[" + name + "] stream: expected a CPU stream, got a GPU stream; this build of tqext has no GPU backend");
+}
+}  // namespace
+
+void Rotate::eval_gpu(const std::vector<mx::array>&, mx::array&) { no_gpu("rotate"); }
+void QuantizeKeys::eval_gpu(const std::vector<mx::array>&, std::vector<mx::array>&) { no_gpu("quantize_keys"); }
+void QuantizeValues::eval_gpu(const std::vector<mx::array>&, std::vector<mx::array>&) { no_gpu("quantize_values"); }
+void Dequantize::eval_gpu(const std::vector<mx::array>&, mx::array&) { no_gpu("dequantize"); }
+void TurboQuantAttention::eval_gpu(const std::vector<mx::array>&, mx::array&) { no_gpu("turboquant_attention"); }
+
+bool gpu_has_kernel(const TurboQuantAttention::State&, const mx::array&, const mx::array&) { return true; }
+
+}  // namespace tqext

@@ -1,0 +1,244 @@
+#include "turboquant_attention.h"
+
+#include <cmath>
+
+#include "check.h"
+#include "mlx/fast.h"
+#include "mlx/ops.h"
+#include "turboquant_encode.h"
+
+namespace tqext {
+
+namespace {
+
+constexpr const char* kOp = "turboquant_attention";
+
+struct Shapes {
+  int batch, n_q_heads, n_kv_heads, n_queries, head_dim, value_dim, n_first, n_coded, n_tail;
+  int n_keys() const { return n_first + n_coded + n_tail; }
+};
+
+void check_exact(const ExactTokens& tokens, const Shapes& n, const char* name) {
+  const auto& [k, v] = tokens;
+  const std::string keys = std::string(name) + "[0]", values = std::string(name) + "[1]";
+  check_activation(k, kOp, keys.c_str());
+  check_activation(v, kOp, values.c_str());
+  check(k.ndim() == 4, "[", kOp, "] ", keys, ": expected 4 axes [batch, n_kv_heads, n_tokens, head_dim], got shape ", k.shape());
+  check_shape(k, {n.batch, n.n_kv_heads, k.shape(2), n.head_dim}, kOp, keys.c_str());
+  check_shape(v, {n.batch, n.n_kv_heads, k.shape(2), n.value_dim}, kOp, values.c_str());
+}
+
+Shapes check_inputs(const mx::array& q, const PackedKeys& k, const PackedValues& v, const AttentionOptions& options) {
+  check_activation(q, kOp, "q");
+  check(q.ndim() == 4, "[", kOp, "] q: expected 4 axes [batch, n_q_heads, n_queries, head_dim], got shape ", q.shape());
+  check_packed_keys(k.codes, k.norms, k.bits, k.head_dim, kOp);
+  check_packed_values(v.codes, v.params, v.bits, v.head_dim, kOp);
+  Shapes n{q.shape(0), q.shape(1), k.codes.shape(1), q.shape(2), k.head_dim, v.head_dim, 0, k.codes.shape(2), 0};
+  check(q.shape(3) == n.head_dim, "[", kOp, "] q: expected head dimension ", n.head_dim, ", got shape ", q.shape());
+  check(k.codes.shape(0) == n.batch, "[", kOp, "] packed_k.codes: expected batch ", n.batch, ", got shape ", k.codes.shape());
+  check(n.n_kv_heads > 0 && n.n_q_heads % n.n_kv_heads == 0, "[", kOp, "] q: expected a multiple of ", n.n_kv_heads,
+        " heads, got ", n.n_q_heads);
+  check_shape(v.codes, {n.batch, n.n_kv_heads, n.n_coded, v.codes.shape(-1)}, kOp, "packed_v.codes");
+  check(k.rotation == v.rotation, "[", kOp, "] packed_v.rotation: expected \"", k.rotation, "\" as in packed_k, got \"",
+        v.rotation, "\"");
+  check(k.signs.has_value() == k.residual_norms.has_value(), "[", kOp,
+        "] packed_k.residual_norms: expected signs and residual_norms together, got only one");
+  if (k.signs) {
+    const int dim = padded_dim(n.head_dim);
+    check_dtype(*k.signs, mx::uint32, kOp, "packed_k.signs");
+    check_shape(*k.signs, {n.batch, n.n_kv_heads, n.n_coded, sign_words(dim)}, kOp, "packed_k.signs");
+    check_dtype(*k.residual_norms, mx::float16, kOp, "packed_k.residual_norms");
+    check_shape(*k.residual_norms, {n.batch, n.n_kv_heads, n.n_coded, 1}, kOp, "packed_k.residual_norms");
+    check(hadamard_factor(dim), "[", kOp, "] packed_k.signs: expected a head dimension with a Hadamard matrix, got ", n.head_dim);
+  }
+  if (options.first) {
+    check_exact(*options.first, n, "first");
+    n.n_first = options.first->first.shape(2);
+  }
+  if (options.tail) {
+    check_exact(*options.tail, n, "tail");
+    n.n_tail = options.tail->first.shape(2);
+  }
+  check(options.mask_mode.empty() || options.mask_mode == "causal", "[", kOp,
+        "] mask: expected None, \"causal\" or an array, got \"", options.mask_mode, "\"");
+  if (options.scale) check(std::isfinite(*options.scale), "[", kOp, "] scale: expected a finite number, got ", *options.scale);
+  if (options.sinks) {
+    check_activation(*options.sinks, kOp, "sinks");
+    check_shape(*options.sinks, {n.n_q_heads}, kOp, "sinks");
+  }
+  if (options.left_padding) {
+    check_dtype(*options.left_padding, mx::int32, kOp, "left_padding");
+    check_shape(*options.left_padding, {n.batch}, kOp, "left_padding");
+  }
+  if (options.lengths) {
+    check_dtype(*options.lengths, mx::int32, kOp, "lengths");
+    check_shape(*options.lengths, {n.batch, 3}, kOp, "lengths");
+    check(options.mask_mode.empty() || n.n_queries <= n.n_tail, "[", kOp,
+          "] lengths: expected the queries' own keys in the tail when the mask is \"causal\" (", n.n_queries,
+          " tokens), got a tail of ", n.n_tail);
+  }
+  return n;
+}
+
+mx::array broadcast_mask(const mx::array& mask, const Shapes& n, mx::Stream stream) {
+  check(mask.dtype() == mx::bool_ || is_activation(mask.dtype()), "[", kOp,
+        "] mask: expected bool, float32, float16 or bfloat16, got ", mask.dtype());
+  const mx::Shape full{n.batch, n.n_q_heads, n.n_queries, n.n_keys()};
+  bool fits = mask.ndim() <= 4;
+  for (int i = 1; fits && i <= int(mask.ndim()); i++) fits = mask.shape(-i) == 1 || mask.shape(-i) == full[4 - i];
+  check(fits, "[", kOp, "] mask: expected a shape that broadcasts to ", full, " [batch, n_q_heads, n_queries, n_keys], got shape ",
+        mask.shape());
+  return mx::broadcast_to(mask.dtype() == mx::bool_ ? mask : mx::astype(mask, mx::float32, stream), full, stream);
+}
+
+// Which columns each row may attend to, as bool [B, 1, L, n_keys]; nothing when every one.
+std::optional<mx::array> column_mask(const AttentionOptions& options, const Shapes& n, mx::Stream s) {
+  const bool causal = options.mask_mode == "causal";
+  std::optional<mx::array> valid;
+  auto restrict = [&](const mx::array& condition) { valid = valid ? mx::logical_and(*valid, condition, s) : condition; };
+  const mx::array columns = mx::reshape(mx::arange(n.n_keys(), mx::int32, s), {1, 1, 1, n.n_keys()}, s);
+  const mx::array rows = mx::reshape(mx::arange(n.n_queries, mx::int32, s), {1, 1, n.n_queries, 1}, s);
+  if (causal) restrict(mx::less_equal(columns, mx::add(rows, mx::array(n.n_keys() - n.n_queries), s), s));
+  if (options.left_padding) {
+    restrict(mx::greater_equal(columns, mx::reshape(*options.left_padding, {n.batch, 1, 1, 1}, s), s));
+  }
+  if (options.lengths) {
+    const int begins[3] = {0, n.n_first, n.n_first + n.n_coded};
+    const int ends[3] = {n.n_first, n.n_first + n.n_coded, n.n_keys() - (causal ? n.n_queries : 0)};
+    for (int part = 0; part < 3; part++) {
+      const mx::array length =
+          mx::reshape(mx::slice(*options.lengths, {0, part}, {n.batch, part + 1}, s), {n.batch, 1, 1, 1}, s);
+      const mx::array stored = mx::less(columns, mx::add(length, mx::array(begins[part]), s), s);
+      const mx::array elsewhere =
+          mx::logical_or(mx::less(columns, mx::array(begins[part]), s), mx::greater_equal(columns, mx::array(ends[part]), s), s);
+      restrict(mx::logical_or(stored, elsewhere, s));
+    }
+  }
+  return valid;
+}
+
+// The same result from MLX's own operations: this call's tokens are dequantised, in the rotated space.
+mx::array composed_attention(const mx::array& q, const PackedKeys& k, const PackedValues& v, const AttentionOptions& options,
+                             const Shapes& n, float scale, mx::Stream s) {
+  check(!k.signs, "[", kOp, "] packed_k.signs: expected no residual signs for these shapes on this device, got signs");
+  std::vector<mx::array> keys, values;
+  auto add = [&](const std::optional<ExactTokens>& tokens) {
+    if (!tokens) return;
+    keys.push_back(mx::astype(tokens->first, q.dtype(), s));
+    values.push_back(mx::astype(tokens->second, q.dtype(), s));
+  };
+  add(options.first);
+  keys.push_back(dequantize_keys(k.codes, k.norms, k.mean, k.bits, n.head_dim, k.rotation, false, q.dtype(), s));
+  values.push_back(dequantize_values(v.codes, v.params, v.bits, n.value_dim, v.rotation, false, q.dtype(), s));
+  add(options.tail);
+
+  std::optional<mx::array> mask = column_mask(options, n, s);
+  if (options.mask) {
+    const mx::array given = broadcast_mask(*options.mask, n, s);
+    if (given.dtype() == mx::bool_) {
+      mask = mask ? mx::logical_and(*mask, given, s) : given;
+    } else {
+      mask = mask ? mx::where(*mask, given, mx::array(-INFINITY), s) : given;
+      mask = mx::astype(*mask, q.dtype(), s);
+    }
+  }
+  const mx::array joined_keys = mx::concatenate(keys, 2, s), joined_values = mx::concatenate(values, 2, s);
+  std::optional<mx::array> sinks;
+  if (options.sinks) sinks = mx::astype(*options.sinks, q.dtype(), s);
+  mx::array out = mx::fast::scaled_dot_product_attention(q, joined_keys, joined_values, scale, "", mask, sinks, false, s);
+  if (!mask) return out;
+  // MLX's softmax over nothing is NaN.
+  const mx::array attends = mask->dtype() == mx::bool_ ? mx::any(*mask, -1, true, s)
+                                                       : mx::any(mx::greater(*mask, mx::array(-INFINITY), s), -1, true, s);
+  return mx::where(attends, out, mx::zeros_like(out, s), s);
+}
+
+}  // namespace
+
+mx::array turboquant_attention(const mx::array& q, const PackedKeys& k, const PackedValues& v, const AttentionOptions& options,
+                               mx::StreamOrDevice s) {
+  const Shapes n = check_inputs(q, k, v, options);
+  const mx::Stream stream = mx::to_stream(s);
+  const int dim = padded_dim(n.head_dim), value_dim = padded_dim(n.value_dim);
+  const float scale = options.scale.value_or(1.0f / std::sqrt(float(n.head_dim)));
+  const Rotation key_rotation = resolve_rotation(k.rotation, dim, kOp);
+  const Rotation value_rotation = resolve_rotation(v.rotation, value_dim, kOp);
+
+  // The kernels know only "Walsh-Hadamard inside" or "all in the rotated space"; the latter serves dense rotations.
+  if (key_rotation == Rotation::kOrthogonal || value_rotation != key_rotation) {
+    auto turn = [&](const mx::array& x, int padded, Rotation how) {
+      const mx::array full = pad_last(x, padded, stream);
+      if (how == Rotation::kNone) return full;
+      if (how == Rotation::kHadamard) return rotate(mx::astype(full, mx::float32, stream), false, "hadamard", stream);
+      return apply_orthogonal(full, padded, false, stream);
+    };
+    auto turn_tokens = [&](const std::optional<ExactTokens>& tokens) -> std::optional<ExactTokens> {
+      if (!tokens) return std::nullopt;
+      return ExactTokens{turn(tokens->first, dim, key_rotation), turn(tokens->second, value_dim, value_rotation)};
+    };
+    PackedKeys inner_k = k;
+    PackedValues inner_v = v;
+    AttentionOptions inner = options;
+    inner_k.rotation = inner_v.rotation = "none";
+    inner_k.head_dim = dim;
+    inner_v.head_dim = value_dim;
+    if (k.mean) {
+      inner_k.mean = turn(check_mean(*k.mean, n.batch, n.n_kv_heads, n.head_dim, kOp, stream), dim, key_rotation);
+    }
+    inner.first = turn_tokens(options.first);
+    inner.tail = turn_tokens(options.tail);
+    inner.scale = scale;
+    mx::array out = turboquant_attention(turn(q, dim, key_rotation), inner_k, inner_v, inner, stream);
+    out = value_rotation == Rotation::kHadamard    ? rotate(out, true, "hadamard", stream)
+          : value_rotation == Rotation::kOrthogonal ? apply_orthogonal(out, value_dim, true, stream)
+                                                    : out;
+    if (value_dim != n.value_dim) {
+      out = mx::slice(out, {0, 0, 0, 0}, {n.batch, n.n_q_heads, n.n_queries, n.value_dim}, stream);
+    }
+    return mx::astype(out, q.dtype(), stream);
+  }
+
+  TurboQuantAttention::State state{scale,  options.mask_mode == "causal", key_rotation == Rotation::kHadamard,
+                                   k.bits, v.bits,                        n.head_dim,
+                                   n.value_dim, 0};
+  if (stream.device == mx::Device::gpu && !gpu_has_kernel(state, q, k.codes)) {
+    return composed_attention(q, k, v, options, n, scale, stream);
+  }
+
+  std::vector<mx::array> inputs{q, k.codes, k.norms, v.codes, v.params};
+  auto add = [&](OptionalInput which, const mx::array& x) {
+    state.present |= 1u << which;
+    inputs.push_back(x);
+  };
+  if (k.mean) add(kMean, check_mean(*k.mean, n.batch, n.n_kv_heads, n.head_dim, kOp, stream));
+  if (k.signs) {
+    add(kSigns, *k.signs);
+    add(kResidualNorms, *k.residual_norms);
+  }
+  auto add_tokens = [&](const std::optional<ExactTokens>& tokens, OptionalInput keys, OptionalInput values) {
+    if (!tokens || tokens->first.shape(2) == 0) return;
+    add(keys, mx::astype(tokens->first, q.dtype(), stream));
+    add(values, mx::astype(tokens->second, q.dtype(), stream));
+  };
+  add_tokens(options.first, kFirstKeys, kFirstValues);
+  add_tokens(options.tail, kTailKeys, kTailValues);
+  if (options.mask) add(kMask, broadcast_mask(*options.mask, n, stream));
+  if (options.sinks) add(kSinks, mx::astype(*options.sinks, mx::float32, stream));
+  if (options.left_padding) add(kLeftPadding, *options.left_padding);
+  if (options.lengths) add(kLengths, *options.lengths);
+  auto primitive = std::make_shared<TurboQuantAttention>(stream, state);
+  return mx::array({n.batch, n.n_q_heads, n.n_queries, n.value_dim}, q.dtype(), primitive, inputs);
+}
+
+const mx::array* TurboQuantAttention::optional(const std::vector<mx::array>& inputs, OptionalInput which) const {
+  if (!(state_.present >> which & 1)) return nullptr;
+  return &inputs[kNumRequiredInputs + __builtin_popcount(state_.present & ((1u << which) - 1))];
+}
+
+std::vector<mx::Shape> TurboQuantAttention::output_shapes(const std::vector<mx::array>& inputs) {
+  mx::Shape shape = inputs[0].shape();
+  shape.back() = state_.value_dim;
+  return {shape};
+}
+
+}  // namespace tqext

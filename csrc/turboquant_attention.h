@@ -1,0 +1,103 @@
+// turboquant_attention: softmax(scale * q k^T + mask) v over exact first tokens, coded tokens and an exact tail, in one pass
+// over the packed bytes.
+//
+// Columns are ordered first ++ coded ++ tail; n_keys is their sum. Per query row and column:
+//   coded score  = scale * (<rotate(q), k̂> + <q, mean>) [+ the residual estimate of format.h]
+//   exact score  = scale * <q, k>
+//   output       = rotate^-1(sum over coded p v̂) + sum over exact p v, divided by sum p + exp(sinks)
+// A row that attends to nothing is zero.
+//
+// Validity of column c for row i of sequence b:
+//   c >= left_padding[b]; inside each part, index < lengths[b][part]; mask
+//   "causal": c <= n_keys - L + i; with lengths, the last L tail columns are the rows' own tokens, always stored, and
+//   lengths[b][2] counts the tail tokens before them.
+#pragma once
+
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "mlx/array.h"
+#include "mlx/primitives.h"
+#include "mlx/utils.h"
+#include "rotate.h"
+
+namespace tqext {
+
+struct PackedKeys {
+  mx::array codes, norms;
+  std::optional<mx::array> mean, signs, residual_norms;
+  int bits, head_dim;
+  std::string rotation;
+};
+
+struct PackedValues {
+  mx::array codes, params;
+  int bits, head_dim;
+  std::string rotation;
+};
+
+using ExactTokens = std::pair<mx::array, mx::array>;  // keys, values
+
+struct AttentionOptions {
+  std::optional<float> scale;
+  std::string mask_mode;  // "" or "causal"
+  std::optional<mx::array> mask, sinks, left_padding, lengths;
+  std::optional<ExactTokens> first, tail;
+};
+
+mx::array turboquant_attention(const mx::array& q, const PackedKeys& k, const PackedValues& v, const AttentionOptions& options,
+                               mx::StreamOrDevice s);
+
+// Positions of the optional inputs behind q, key codes, key norms, value codes, value params; absent ones are left out.
+enum OptionalInput : int {
+  kMean,           // [B, n_kv_heads, D] fp32
+  kSigns,          // [B, n_kv_heads, n_coded, dim / 32] uint32
+  kResidualNorms,  // [B, n_kv_heads, n_coded, 1] fp16
+  kFirstKeys,      // [B, n_kv_heads, n_first, D], q's dtype
+  kFirstValues,
+  kTailKeys,  // [B, n_kv_heads, n_tail, D], q's dtype
+  kTailValues,
+  kMask,         // [B, n_q_heads, L, n_keys], bool or fp32
+  kSinks,        // [n_q_heads] fp32
+  kLeftPadding,  // [B] int32
+  kLengths,      // [B, 3] int32
+  kNumOptionalInputs,
+};
+enum : int { kNumRequiredInputs = 5 };
+
+// Rows per KV head and the L up to which a step counts as decoding: fused on every backend.
+enum : int { kMaxDecodeRows = 8 };
+
+class TurboQuantAttention : public mx::UnaryPrimitive {
+ public:
+  struct State {
+    float scale;
+    bool causal, hadamard;  // hadamard: rotate query and output inside; else everything is in the rotated space
+    int key_bits, value_bits, head_dim, value_dim;
+    uint32_t present;  // bit i: optional input i is there
+    bool operator==(const State&) const = default;
+  };
+  TurboQuantAttention(mx::Stream stream, const State& state) : UnaryPrimitive(stream), state_(state) {}
+  void eval_cpu(const std::vector<mx::array>& inputs, mx::array& out) override;
+  void eval_gpu(const std::vector<mx::array>& inputs, mx::array& out) override;
+  DEFINE_NAME(TurboQuantAttention)
+  std::vector<mx::Shape> output_shapes(const std::vector<mx::array>& inputs) override;
+  bool is_equivalent(const Primitive& other) const override {
+    return state_ == static_cast<const TurboQuantAttention&>(other).state_;
+  }
+  const State& state() const { return state_; }
+
+  // The optional input, or null.
+  const mx::array* optional(const std::vector<mx::array>& inputs, OptionalInput which) const;
+
+ private:
+  State state_;
+};
+
+// Whether the GPU backend of this build has a kernel for the shapes; otherwise the op is composed of MLX's own operations
+// on the dequantised tokens of this call.
+bool gpu_has_kernel(const TurboQuantAttention::State& state, const mx::array& q, const mx::array& key_codes);
+
+}  // namespace tqext

@@ -1,0 +1,271 @@
+"""The operators on packed keys and values (format version 1, csrc/format.h)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, TypeVar
+
+import mlx.core as mx
+
+from tqext import _ext
+
+Stream = mx.Stream | mx.Device | None
+
+
+class PackedKeys(NamedTuple):
+    """Packed keys of ``n_tokens`` tokens.
+
+    A tuple of arrays and numbers: it passes through ``mx.compile`` and ``tree_map``, and every array has the token axis at
+    -2 (``mean`` has none), so slicing tokens is slicing arrays.
+
+    Attributes:
+        codes: uint32 ``[batch, n_kv_heads, n_tokens, padded_dim * bits / 32]``.
+        norms: float16 ``[batch, n_kv_heads, n_tokens, 1]``.
+        mean: ``[batch, n_kv_heads, head_dim]``, subtracted before coding, or None.
+        signs: uint32 ``[batch, n_kv_heads, n_tokens, padded_dim / 32]``, residual signs (QJL), or None.
+        residual_norms: float16 ``[batch, n_kv_heads, n_tokens, 1]``, or None.
+        bits: 2, 3 or 4 per dimension.
+        head_dim: of the unpacked keys; None: as many as the codes hold.
+        rotation: ``"hadamard"``, ``"orthogonal"``, or ``"none"`` for keys that were rotated by the caller.
+    """
+
+    codes: mx.array
+    norms: mx.array
+    mean: mx.array | None = None
+    signs: mx.array | None = None
+    residual_norms: mx.array | None = None
+    bits: int = 3
+    head_dim: int | None = None
+    rotation: str = "hadamard"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        return sum(x.nbytes for x in self if isinstance(x, mx.array))
+
+
+class PackedValues(NamedTuple):
+    """Packed values of ``n_tokens`` tokens.
+
+    Attributes:
+        codes: uint32 ``[batch, n_kv_heads, n_tokens, padded_dim * bits / 32]``.
+        params: float16 ``[batch, n_kv_heads, n_tokens, 2 * padded_dim / 32]``: scale and bias of each group of 32.
+        bits: 2 or 4 per dimension.
+        head_dim: of the unpacked values; None: as many as the codes hold.
+        rotation: as in :class:`PackedKeys`.
+    """
+
+    codes: mx.array
+    params: mx.array
+    bits: int = 2
+    head_dim: int | None = None
+    rotation: str = "hadamard"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        return self.codes.nbytes + self.params.nbytes
+
+
+def _head_dim(packed: PackedKeys | PackedValues) -> int:
+    if packed.head_dim is not None:
+        return packed.head_dim
+    return packed.codes.shape[-1] * 32 // packed.bits if packed.codes.ndim and packed.bits else 0
+
+
+def quantize_keys(
+    k: mx.array,
+    *,
+    bits: int = 3,
+    mean: mx.array | None = None,
+    qjl: bool = False,
+    rotation: str = "hadamard",
+    stream: Stream = None,
+) -> PackedKeys:
+    """Packed keys: ``k - mean``, rotated, coded by a Lloyd-Max codebook of ``2**bits`` levels, with one norm per token.
+
+    The norm is ``|x|**2 / <x, levels>``, so scores have no bias. Softmax does not see a constant vector that is taken from
+    every key, so ``mean`` costs nothing and spares the codebook what all keys share.
+
+    Args:
+        k: float32, float16 or bfloat16 ``[batch, n_kv_heads, n_tokens, head_dim]``; head_dim a multiple of 8 up to 512,
+            zero-padded inside to a multiple of 32.
+        bits: 2, 3 or 4.
+        mean: ``[batch or 1, n_kv_heads, head_dim]`` or None.
+        qjl: add one sign bit per dimension of the residual (Zandieh et al., QJL, arXiv:2406.03482; TurboQuant,
+            arXiv:2504.19874), with an orthogonal sketch.
+        rotation: ``"hadamard"`` (random signs, then Walsh-Hadamard; a dense matrix where head_dim has none),
+            ``"orthogonal"`` (dense), or ``"none"``.
+        stream: stream or device.
+
+    Returns:
+        Packed keys; ``mean`` is kept in them.
+
+    Raises:
+        ValueError: a wrong shape, dtype or number.
+    """
+    parts = _ext.quantize_keys(k, bits, mean, qjl, rotation, stream)
+    signs, residual_norms = (parts[2], parts[3]) if qjl else (None, None)
+    return PackedKeys(parts[0], parts[1], mean, signs, residual_norms, bits, k.shape[-1], rotation)
+
+
+def quantize_values(v: mx.array, *, bits: int = 2, rotation: str = "hadamard", stream: Stream = None) -> PackedValues:
+    """Packed values: rotated, then ``scale * code + bias`` per group of 32, fitted by least squares.
+
+    Args:
+        v: float32, float16 or bfloat16 ``[batch, n_kv_heads, n_tokens, head_dim]``, as for :func:`quantize_keys`.
+        bits: 2 or 4.
+        rotation: as for :func:`quantize_keys`.
+        stream: stream or device.
+
+    Raises:
+        ValueError: a wrong shape, dtype or number.
+    """
+    codes, params = _ext.quantize_values(v, bits, rotation, stream)
+    return PackedValues(codes, params, bits, v.shape[-1], rotation)
+
+
+def dequantize(
+    packed: PackedKeys | PackedValues,
+    *,
+    rotated: bool = False,
+    dtype: mx.Dtype = mx.float32,
+    stream: Stream = None,
+) -> mx.array:
+    """The vectors that packed bytes stand for (without the residual signs, which only estimate scores).
+
+    Args:
+        packed: from :func:`quantize_keys` or :func:`quantize_values`.
+        rotated: leave them in the rotated space, at the padded head dimension and without the mean.
+        dtype: float32, float16 or bfloat16.
+        stream: stream or device.
+
+    Returns:
+        ``[batch, n_kv_heads, n_tokens, head_dim]``.
+
+    Raises:
+        ValueError: arrays that do not fit together.
+    """
+    if isinstance(packed, PackedKeys):
+        return _ext.dequantize_keys(
+            packed.codes,
+            packed.norms,
+            packed.mean,
+            packed.bits,
+            _head_dim(packed),
+            packed.rotation,
+            rotated,
+            dtype,
+            stream,
+        )
+    if isinstance(packed, PackedValues):
+        return _ext.dequantize_values(
+            packed.codes, packed.params, packed.bits, _head_dim(packed), packed.rotation, rotated, dtype, stream
+        )
+    raise ValueError(f"[dequantize] packed: expected PackedKeys or PackedValues, got {type(packed).__name__}")
+
+
+def rotate(x: mx.array, inverse: bool = False, *, rotation: str = "hadamard", stream: Stream = None) -> mx.array:
+    """``x`` in the space where keys and values are coded: ``H (signs * x) / sqrt(head_dim)`` over the last axis.
+
+    Args:
+        x: float32, float16 or bfloat16 ``[..., head_dim]``, head_dim a multiple of 32 up to 512.
+        inverse: map back.
+        rotation: ``"hadamard"``, ``"orthogonal"`` or ``"none"``.
+        stream: stream or device.
+
+    Returns:
+        The same shape and dtype.
+
+    Raises:
+        ValueError: a wrong shape, dtype or name.
+    """
+    return _ext.rotate(x, inverse, rotation=rotation, stream=stream)
+
+
+def turboquant_attention(
+    q: mx.array,
+    packed_k: PackedKeys,
+    packed_v: PackedValues,
+    *,
+    scale: float | None = None,
+    mask: mx.array | str | None = None,
+    tail: tuple[mx.array, mx.array] | None = None,
+    sinks: mx.array | None = None,
+    first: tuple[mx.array, mx.array] | None = None,
+    left_padding: mx.array | None = None,
+    lengths: mx.array | None = None,
+    stream: Stream = None,
+) -> mx.array:
+    """Attention of ``q`` over packed keys and values, in one pass over the packed bytes.
+
+    ``softmax(scale * q @ K.T + mask) @ V`` with K, V the exact ``first`` tokens, the packed tokens and the exact ``tail``, in
+    this order; there is one softmax, no score matrix and no decompressed copy. Query heads share KV heads by shape
+    (grouped-query attention). A row that attends to nothing is zero.
+
+    Args:
+        q: float32, float16 or bfloat16 ``[batch, n_q_heads, n_queries, head_dim]``, not rotated.
+        packed_k: packed keys of ``n_coded >= 0`` tokens; strided views of longer buffers are read in place.
+        packed_v: packed values of as many tokens; their head dimension may differ.
+        scale: of the scores; None: ``head_dim ** -0.5``.
+        mask: None, ``"causal"`` (row i of L sees keys up to ``n_keys - L + i``), or an array that broadcasts to
+            ``[batch, n_q_heads, n_queries, n_keys]``: bool (True attends) or added to the scores.
+        tail: exact keys and values behind the packed ones, ``[batch, n_kv_heads, n_tail, head_dim]``.
+        sinks: attention-sink logits ``[n_q_heads]``: they join the softmax's denominator only.
+        first: exact keys and values before the packed ones.
+        left_padding: int32 ``[batch]``: keys before this index are not attended.
+        lengths: int32 ``[batch, 3]``: how many first, packed and tail tokens each sequence holds, counted from each part's
+            start; the rest is not attended. With ``mask="causal"`` the last ``n_queries`` tail tokens are the queries' own, are
+            always held, and are not counted.
+        stream: stream or device.
+
+    Returns:
+        ``[batch, n_q_heads, n_queries, value_dim]`` in q's dtype.
+
+    Raises:
+        ValueError: shapes, dtypes or numbers that do not fit; ``[turboquant_attention] argument: expected X, got Y``.
+
+    Example:
+        >>> k = mx.random.normal((1, 2, 100, 64))
+        >>> v = mx.random.normal((1, 2, 100, 64))
+        >>> q = mx.random.normal((1, 8, 1, 64))
+        >>> tqext.turboquant_attention(q, tqext.quantize_keys(k), tqext.quantize_values(v)).shape
+        (1, 8, 1, 64)
+    """
+    # mx.compile hands packed tuples on as plain tuples.
+    if not isinstance(packed_k, PackedKeys):
+        packed_k = _rebuild(PackedKeys, packed_k, "packed_k")
+    if not isinstance(packed_v, PackedValues):
+        packed_v = _rebuild(PackedValues, packed_v, "packed_v")
+    return _ext.turboquant_attention(
+        q,
+        packed_k.codes,
+        packed_k.norms,
+        packed_k.mean,
+        packed_k.signs,
+        packed_k.residual_norms,
+        packed_k.bits,
+        _head_dim(packed_k),
+        packed_k.rotation,
+        packed_v.codes,
+        packed_v.params,
+        packed_v.bits,
+        _head_dim(packed_v),
+        packed_v.rotation,
+        scale,
+        mask,
+        first,
+        tail,
+        sinks,
+        left_padding,
+        lengths,
+        stream,
+    )
+
+
+Packed = TypeVar("Packed", PackedKeys, PackedValues)
+
+
+def _rebuild(kind: type[Packed], packed: object, name: str) -> Packed:
+    if isinstance(packed, tuple) and len(packed) == len(kind._fields):
+        return kind(*packed)
+    raise ValueError(f"[turboquant_attention] {name}: expected {kind.__name__}, got {type(packed).__name__}")
