@@ -67,8 +67,8 @@ enum OptionalInput : int {
 };
 enum : int { kNumRequiredInputs = 5 };
 
-// Rows per KV head and the L up to which a step counts as decoding: fused on every backend.
-enum : int { kMaxDecodeRows = 8 };
+// Queries up to which a step counts as decoding (one token, or the verification of a draft): fused on every backend.
+enum : int { kMaxDecodeQueries = 8 };
 
 class TurboQuantAttention : public mx::UnaryPrimitive {
  public:

@@ -1,5 +1,5 @@
-// eval_cpu: rotates the query rows once, shares (sequence, KV head, token range) items over the threads, joins the softmax
-// states, rotates the result back. Each KV head's bytes are read once for all of its query heads.
+// eval_cpu: rotates the query rows once, shares runs of tokens (decoding) or blocks of queries (prefill) over the threads,
+// joins the softmax states, rotates the result back. A KV head's bytes are read once for all of its query heads.
 #include "turboquant_attention.h"
 
 #include <algorithm>
@@ -52,6 +52,14 @@ struct Packed {
   ptrdiff_t token_stride() const { return view.strides[2]; }
 };
 
+// [begin, end)
+struct Range {
+  int begin, end;
+  int size() const { return std::max(0, end - begin); }
+};
+
+enum Part : int { kFirst, kCoded, kTail, kNumParts };
+
 struct Task {
   TurboQuantAttention::State state;
   Packed q, key_codes, key_norms, value_codes, value_params;
@@ -63,248 +71,278 @@ struct Task {
   void run();
 
  private:
-  // [begin, end) of the valid tokens of one part of a sequence.
-  struct Range {
-    int begin, end;
+  // The query rows of one KV head for a range of queries: row r is query head r / queries.size(), query r % queries.size().
+  struct Block {
+    int b, h;  // sequence, KV head
+    Range queries;
   };
-  struct Sequence {
-    Range first, coded, tail, own;  // own: the queries' own keys in the tail, when lengths set them apart
+  // A run of valid tokens of one part. own: the queries' own keys, which lengths set apart from the rest of the tail.
+  struct Run {
+    Part part;
+    Range tokens;
+    bool own = false;
   };
-  // A run of tokens of one part, for one KV head.
-  struct Item {
-    int head;  // over (sequence, KV head)
-    int part;  // 0 first, 1 coded, 2 tail
-    int begin, end;
-    int slot;  // index of its partial results within the head
+  // A block's rows in the forms that the kernels take.
+  struct Rows {
+    std::vector<float> exact, coded, residual, offset;  // exact: unrotated; coded: rotated
+    std::vector<std::vector<float>> mask_store;
+    std::vector<const float*> bias[kNumParts];  // from the part's first column on
+    std::vector<int> end[kNumParts], own_end;
+  };
+  // Softmax states of a block's rows after each of its runs.
+  struct States {
+    std::vector<float> outs;
+    std::vector<cpu::Partial> partials;  // [runs][rows]
   };
 
   int batch() const { return q.view.shape[0]; }
   int n_q_heads() const { return q.view.shape[1]; }
   int n_queries() const { return q.view.shape[2]; }
   int n_kv_heads() const { return key_codes.view.shape[1]; }
-  int n_first() const { return first_keys ? first_keys->view.shape[2] : 0; }
-  int n_coded() const { return key_codes.view.shape[2]; }
-  int n_tail() const { return tail_keys ? tail_keys->view.shape[2] : 0; }
-  int n_keys() const { return n_first() + n_coded() + n_tail(); }
-  int n_rows() const { return n_q_heads() / n_kv_heads() * n_queries(); }  // of a KV head
+  int n_repeats() const { return n_q_heads() / n_kv_heads(); }
+  int size(Part part) const {
+    if (part == kCoded) return key_codes.view.shape[2];
+    const auto& keys = part == kFirst ? first_keys : tail_keys;
+    return keys ? keys->view.shape[2] : 0;
+  }
+  int start(Part part) const { return part == kFirst ? 0 : part == kCoded ? size(kFirst) : size(kFirst) + size(kCoded); }
+  int n_keys() const { return start(kTail) + size(kTail); }
+  int n_rows(const Block& block) const { return n_repeats() * block.queries.size(); }
+  int q_head(const Block& block, int r) const { return block.h * n_repeats() + r / block.queries.size(); }
+  int query(const Block& block, int r) const { return block.queries.begin + r % block.queries.size(); }
+  size_t q_row(const Block& block, int r) const {
+    return (size_t(block.b) * n_q_heads() + q_head(block, r)) * n_queries() + query(block, r);
+  }
   bool own_tokens() const { return lengths && state.causal; }
+  int key_dim() const { return state.hadamard ? padded_dim(state.head_dim) : state.head_dim; }
+  int value_dim() const { return state.hadamard ? padded_dim(state.value_dim) : state.value_dim; }
 
-  Sequence sequence(int b) const;
-  std::vector<const float*> mask_rows(int b, int h, std::vector<std::vector<float>>& store) const;
+  std::vector<Run> runs(int b) const;
+  Rows prepare(const Block& block) const;
+  void add_masks(const Block& block, Rows& rows) const;
+  States make_states(int n_runs, int n_rows) const;
+  void attend(const Block& block, const Rows& rows, const Run& run, cpu::Partial* partials) const;
+  void join(const Block& block, const std::vector<Run>& runs, const States& states) const;
+  void decode() const;
+  void prefill() const;
 };
 
-Task::Sequence Task::sequence(int b) const {
+std::vector<Task::Run> Task::runs(int b) const {
   const int padding = left_padding ? left_padding->head<int32_t>(0, 0)[b * left_padding->view.strides[0]] : 0;
-  const int sizes[3] = {n_first(), n_coded(), n_tail()};
   const int n_own = own_tokens() ? n_queries() : 0;
-  Range ranges[3];
-  for (int part = 0, start = 0; part < 3; start += sizes[part++]) {
-    const int stored = sizes[part] - (part == 2 ? n_own : 0);
+  std::vector<Run> runs;
+  for (Part part : {kCoded, kFirst, kTail}) {  // the longest first, so that no thread is left with it at the end
+    const int stored = size(part) - (part == kTail ? n_own : 0);
     int end = stored;
     if (lengths) {
-      const auto& v = lengths->view;
+      const View& v = lengths->view;
       end = std::clamp(int(static_cast<const int32_t*>(v.data)[b * v.strides[0] + part * v.strides[1]]), 0, stored);
     }
-    ranges[part] = {std::clamp(padding - start, 0, end), end};
+    const Range range{std::clamp(padding - start(part), 0, end), end};
+    if (range.size()) runs.push_back({part, range});
   }
-  const int own_begin = std::max(n_tail() - n_own, std::min(padding - n_first() - n_coded(), n_tail()));
-  return {ranges[0], ranges[1], ranges[2], {own_begin, n_own ? n_tail() : own_begin}};
+  const Range own{std::max(size(kTail) - n_own, padding - start(kTail)), size(kTail)};
+  if (own.size()) runs.push_back({kTail, own, true});
+  return runs;
 }
 
-// Additive masks in base 2 of the rows of KV head h of sequence b, over all columns; empty without a mask.
-std::vector<const float*> Task::mask_rows(int b, int h, std::vector<std::vector<float>>& store) const {
-  if (!mask) return {};
+// Additive masks in base 2 over all columns.
+void Task::add_masks(const Block& block, Rows& rows) const {
   const View& m = mask->view;
-  const int n_repeats = n_q_heads() / n_kv_heads();
-  std::vector<const float*> rows;
-  store.reserve(n_rows());
-  ptrdiff_t previous_start = -1;
-  for (int r = 0; r < n_rows(); r++) {
-    const ptrdiff_t start = b * m.strides[0] + (h * n_repeats + r / n_queries()) * m.strides[1] + r % n_queries() * m.strides[2];
-    if (start != previous_start) {
-      std::vector<float> row(n_keys());
+  rows.mask_store.reserve(n_rows(block));
+  std::vector<std::pair<ptrdiff_t, const float*>> known;  // heads often share a mask
+  for (int r = 0; r < n_rows(block); r++) {
+    const ptrdiff_t start_of_row = block.b * m.strides[0] + q_head(block, r) * m.strides[1] + query(block, r) * m.strides[2];
+    const size_t same = r % block.queries.size();
+    const float* row = nullptr;
+    if (known.size() > same && known[same].first == start_of_row) {
+      row = known[same].second;
+    } else {
+      std::vector<float> values(n_keys());
       for (int c = 0; c < n_keys(); c++) {
-        const ptrdiff_t i = start + c * m.strides[3];
-        row[c] = m.type == mx::bool_ ? (static_cast<const bool*>(m.data)[i] ? 0.0f : kNegInf)
-                                     : static_cast<const float*>(m.data)[i] * kLog2e;
+        const ptrdiff_t i = start_of_row + c * m.strides[3];
+        values[c] = m.type == mx::bool_ ? (static_cast<const bool*>(m.data)[i] ? 0.0f : kNegInf)
+                                        : static_cast<const float*>(m.data)[i] * kLog2e;
       }
-      store.push_back(std::move(row));
-      previous_start = start;
+      rows.mask_store.push_back(std::move(values));
+      row = rows.mask_store.back().data();
+      if (known.size() == same) known.emplace_back(start_of_row, row);
     }
-    rows.push_back(store.back().data());
+    for (Part part : {kFirst, kCoded, kTail}) rows.bias[part].push_back(row + start(part));
   }
-  return rows;
 }
 
-// Rows of one KV head in the forms that the kernels take.
-struct HeadRows {
-  std::vector<float> exact, coded, residual, offset;  // exact: unrotated; coded: rotated
-  std::vector<std::vector<float>> mask_store;
-  std::vector<const float*> bias[3];  // per part, at the part's first column
-  std::vector<int> end[3];
-  std::vector<int> own_end;
-};
+Task::Rows Task::prepare(const Block& block) const {
+  const int n = n_rows(block), dim = key_dim();
+  Rows x;
+  x.exact.assign(size_t(n) * state.head_dim, 0.0f);
+  x.coded.assign(size_t(n) * dim, 0.0f);
+  if (mean) x.offset.assign(n, 0.0f);
+  if (signs) x.residual.assign(size_t(n) * dim, 0.0f);
+  for (int r = 0; r < n; r++) {
+    float* exact = &x.exact[size_t(r) * state.head_dim];
+    float* coded = &x.coded[size_t(r) * dim];
+    q.view.load(q_row(block, r), state.head_dim, exact);
+    for (int d = 0; d < state.head_dim; d++) exact[d] *= state.scale * kLog2e;
+    std::copy_n(exact, state.head_dim, coded);
+    if (state.hadamard) cpu::rotate_row(coded, dim, TQ_ROTATION_SEED, false);
+    if (mean) {
+      const float* m = mean->head<float>(block.b, block.h);
+      for (int d = 0; d < state.head_dim; d++) x.offset[r] += exact[d] * m[d * mean->view.strides[2]];
+    }
+    if (signs) {
+      float* residual = &x.residual[size_t(r) * dim];
+      std::copy_n(coded, dim, residual);
+      cpu::rotate_row(residual, dim, TQ_RESIDUAL_SEED, false);
+      for (int d = 0; d < dim; d++) residual[d] *= std::sqrt(float(M_PI / 2) / dim);
+    }
+    const int last = n_keys() - n_queries() + query(block, r);  // the last column of a causal row
+    for (Part part : {kFirst, kCoded, kTail}) {
+      const bool causal = state.causal && !own_tokens();
+      x.end[part].push_back(causal ? std::clamp(last + 1 - start(part), 0, size(part)) : size(part));
+    }
+    x.own_end.push_back(last + 1 - start(kTail));
+  }
+  if (mask) add_masks(block, x);
+  return x;
+}
+
+Task::States Task::make_states(int n_runs, int n_rows) const {
+  States states;
+  const int dim = std::max(value_dim(), state.value_dim);
+  states.outs.resize(size_t(n_runs) * n_rows * dim);
+  states.partials.resize(size_t(n_runs) * n_rows);
+  for (size_t i = 0; i < states.partials.size(); i++) states.partials[i].out = &states.outs[i * dim];
+  return states;
+}
+
+void Task::attend(const Block& block, const Rows& rows, const Run& run, cpu::Partial* partials) const {
+  const cpu::AttentionKernels& kernels = cpu::attention_kernels();
+  const auto [b, h, queries] = block;
+  const std::vector<int>& ends = run.own ? rows.own_end : rows.end[run.part];
+  cpu::QueryRows query{n_rows(block), nullptr, nullptr, nullptr, ends.data(), mask ? rows.bias[run.part].data() : nullptr};
+  const int end = std::min(run.tokens.end, *std::max_element(ends.begin(), ends.end()));
+  if (run.part == kCoded) {
+    query.q = rows.coded.data();
+    query.residual_q = signs ? rows.residual.data() : nullptr;
+    query.offset = mean ? rows.offset.data() : nullptr;
+    cpu::CodecShape shape{key_dim(), value_dim(), state.key_bits, state.value_bits, {}, type != mx::float32};
+    const Codebook book = codebook(state.key_bits, key_dim());
+    std::copy_n(book.levels, kMaxKeyLevels, shape.codebook);
+    const cpu::CodedHead coded{key_codes.head<uint32_t>(b, h),
+                               key_norms.head<uint16_t>(b, h),
+                               signs ? signs->head<uint32_t>(b, h) : nullptr,
+                               residual_norms ? residual_norms->head<uint16_t>(b, h) : nullptr,
+                               value_codes.head<uint32_t>(b, h),
+                               value_params.head<uint16_t>(b, h),
+                               key_codes.token_stride(),
+                               key_norms.token_stride(),
+                               signs ? signs->token_stride() : 0,
+                               residual_norms ? residual_norms->token_stride() : 0,
+                               value_codes.token_stride(),
+                               value_params.token_stride()};
+    kernels.attend_coded(coded, shape, query, run.tokens.begin, end, partials);
+    return;
+  }
+  const Packed& keys = run.part == kFirst ? *first_keys : *tail_keys;
+  const Packed& values = run.part == kFirst ? *first_values : *tail_values;
+  query.q = rows.exact.data();
+  // The type decides the size of an element; head() counts in elements.
+  const bool wide = type == mx::float32;
+  const void* k = wide ? static_cast<const void*>(keys.head<float>(b, h)) : keys.head<uint16_t>(b, h);
+  const void* v = wide ? static_cast<const void*>(values.head<float>(b, h)) : values.head<uint16_t>(b, h);
+  const auto exact_type = wide                  ? cpu::ExactType::kFloat32
+                          : type == mx::float16 ? cpu::ExactType::kFloat16
+                                                : cpu::ExactType::kBFloat16;
+  const cpu::ExactHead exact{k, v, exact_type, state.head_dim, state.value_dim, keys.token_stride(), values.token_stride()};
+  kernels.attend_exact(exact, query, run.tokens.begin, end, partials);
+}
+
+// Joins the states of each row's runs, rotates the coded part back and writes the output.
+void Task::join(const Block& block, const std::vector<Run>& runs, const States& states) const {
+  float coded[kMaxDim], exact[kMaxDim];
+  const int n = n_rows(block);
+  for (int r = 0; r < n; r++) {
+    float sink = kNegInf;
+    if (sinks) sink = static_cast<const float*>(sinks->view.data)[q_head(block, r) * sinks->view.strides[0]] * kLog2e;
+    float max = sink;
+    for (size_t i = 0; i < runs.size(); i++) max = std::max(max, states.partials[i * n + r].max);
+    float sum = sink == kNegInf ? 0.0f : std::exp2(sink - max);
+    std::fill_n(coded, value_dim(), 0.0f);
+    std::fill_n(exact, state.value_dim, 0.0f);
+    for (size_t i = 0; i < runs.size(); i++) {
+      const cpu::Partial& p = states.partials[i * n + r];
+      const float weight = rescale(p.max, max);
+      const bool is_coded = runs[i].part == kCoded;
+      float* to = is_coded ? coded : exact;
+      sum += weight * p.sum;
+      for (int d = 0; d < (is_coded ? value_dim() : state.value_dim); d++) to[d] += weight * p.out[d];
+    }
+    if (state.hadamard) cpu::rotate_row(coded, value_dim(), TQ_ROTATION_SEED, true);
+    const float inverse = sum == 0 ? 0.0f : 1.0f / sum;
+    for (int d = 0; d < state.value_dim; d++) exact[d] = (exact[d] + coded[d]) * inverse;
+    cpu::store_row(exact, state.value_dim, out, type, q_row(block, r) * state.value_dim);
+  }
+}
+
+// Few queries: the tokens are split over the threads.
+void Task::decode() const {
+  // Long enough that an item's overhead does not show, enough items for every thread to share the work evenly.
+  constexpr int kMinTokens = 1024, kItemsPerThread = 4;
+  const int n_blocks = batch() * n_kv_heads();
+  const int n_ranges = std::max(1, kItemsPerThread * cpu::num_threads() / n_blocks);
+  std::vector<Block> blocks;
+  std::vector<std::vector<Run>> block_runs(n_blocks);
+  std::vector<std::pair<int, int>> items;  // block, run
+  for (int i = 0; i < n_blocks; i++) {
+    blocks.push_back({i / n_kv_heads(), i % n_kv_heads(), {0, n_queries()}});
+    for (const Run& run : runs(blocks[i].b)) {
+      const int share = (run.tokens.size() + n_ranges - 1) / n_ranges;
+      const int step = (std::max(kMinTokens, share) + 127) / 128 * 128;
+      for (int t = run.tokens.begin; t < run.tokens.end; t += step) {
+        items.emplace_back(i, int(block_runs[i].size()));
+        block_runs[i].push_back({run.part, {t, std::min(t + step, run.tokens.end)}, run.own});
+      }
+    }
+  }
+  std::vector<Rows> rows(n_blocks);
+  std::vector<States> states(n_blocks);
+  cpu::parallel_for(n_blocks, [&](int i) {
+    rows[i] = prepare(blocks[i]);
+    states[i] = make_states(int(block_runs[i].size()), n_rows(blocks[i]));
+  });
+  cpu::parallel_for(int(items.size()), [&](int i) {
+    const auto [block, run] = items[i];
+    attend(blocks[block], rows[block], block_runs[block][run], &states[block].partials[size_t(run) * n_rows(blocks[block])]);
+  });
+  cpu::parallel_for(n_blocks, [&](int i) { join(blocks[i], block_runs[i], states[i]); });
+}
+
+// Many queries: the queries are split over the threads, and each block keeps only its own scratch.
+void Task::prefill() const {
+  constexpr int kQueries = 64;  // per block: a decoded tile of tokens serves 64 times n_repeats rows
+  const int n_query_blocks = (n_queries() + kQueries - 1) / kQueries;
+  cpu::parallel_for(batch() * n_kv_heads() * n_query_blocks, [&](int i) {
+    // The last queries have the most keys under a causal mask: they go first.
+    const int query = (n_query_blocks - 1 - i % n_query_blocks) * kQueries, head = i / n_query_blocks;
+    const Block block{head / n_kv_heads(), head % n_kv_heads(), {query, std::min(query + kQueries, n_queries())}};
+    const std::vector<Run> block_runs = runs(block.b);
+    const Rows rows = prepare(block);
+    States states = make_states(int(block_runs.size()), n_rows(block));
+    for (size_t run = 0; run < block_runs.size(); run++) {
+      attend(block, rows, block_runs[run], &states.partials[run * n_rows(block)]);
+    }
+    join(block, block_runs, states);
+  });
+}
 
 void Task::run() {
   for (Packed* x : {&key_codes, &key_norms, &value_codes, &value_params}) x->make_rows_contiguous();
   for (auto* x : {&signs, &residual_norms, &first_keys, &first_values, &tail_keys, &tail_values}) {
     if (*x) (*x)->make_rows_contiguous();
   }
-  const int n_heads = batch() * n_kv_heads(), rows = n_rows();
-  const int dim = state.hadamard ? padded_dim(state.head_dim) : state.head_dim;
-  const int value_dim = state.hadamard ? padded_dim(state.value_dim) : state.value_dim;
-  const int repeats = n_q_heads() / n_kv_heads();
-  if (n_heads == 0 || rows == 0) return;
-
-  cpu::CodecShape shape{dim, value_dim, state.key_bits, state.value_bits, {}, type != mx::float32};
-  const Codebook book = codebook(state.key_bits, dim);
-  std::copy_n(book.levels, kMaxKeyLevels, shape.codebook);
-  const cpu::AttentionKernels& kernels = cpu::attention_kernels();
-
-  // Enough items for every thread to share the work evenly, long enough that their overhead does not show.
-  constexpr int kMinTokens = 1024;
-  const int items_wanted = 4 * cpu::num_threads();
-  const int ranges_wanted = std::max(1, items_wanted / n_heads);
-  std::vector<Item> items;
-  std::vector<int> n_slots(n_heads, 0);
-  std::vector<Sequence> sequences;
-  for (int b = 0; b < batch(); b++) sequences.push_back(sequence(b));
-  for (int head = 0; head < n_heads; head++) {
-    const Sequence& s = sequences[head / n_kv_heads()];
-    auto add = [&](int part, Range range) {
-      if (range.begin < range.end) items.push_back({head, part, range.begin, range.end, n_slots[head]++});
-    };
-    const int length = s.coded.end - s.coded.begin;
-    const int step = (std::max(kMinTokens, (length + ranges_wanted - 1) / ranges_wanted) + 127) / 128 * 128;
-    for (int t = s.coded.begin; t < s.coded.end; t += step) add(1, {t, std::min(t + step, s.coded.end)});
-    add(0, s.first);
-    add(2, s.tail);
-    add(2, s.own);
-  }
-  // The longest first, so that no thread is left with one at the end.
-  std::stable_sort(items.begin(), items.end(), [](const Item& a, const Item& b) { return (a.part == 1) > (b.part == 1); });
-
-  std::vector<HeadRows> heads(n_heads);
-  cpu::parallel_for(n_heads, [&](int head) {
-    const int b = head / n_kv_heads(), h = head % n_kv_heads();
-    HeadRows& x = heads[head];
-    x.exact.assign(size_t(rows) * state.head_dim, 0.0f);
-    x.coded.assign(size_t(rows) * dim, 0.0f);
-    if (mean) x.offset.assign(rows, 0.0f);
-    if (signs) x.residual.assign(size_t(rows) * dim, 0.0f);
-    for (int r = 0; r < rows; r++) {
-      const size_t row = (size_t(b) * n_q_heads() + h * repeats + r / n_queries()) * n_queries() + r % n_queries();
-      float* exact = &x.exact[size_t(r) * state.head_dim];
-      float* coded = &x.coded[size_t(r) * dim];
-      q.view.load(row, state.head_dim, exact);
-      for (int d = 0; d < state.head_dim; d++) exact[d] *= state.scale * kLog2e;
-      std::copy_n(exact, state.head_dim, coded);
-      if (state.hadamard) cpu::rotate_row(coded, dim, TQ_ROTATION_SEED, false);
-      if (mean) {
-        const float* m = mean->head<float>(b, h);
-        for (int d = 0; d < state.head_dim; d++) x.offset[r] += exact[d] * m[d * mean->view.strides[2]];
-      }
-      if (signs) {
-        float* residual = &x.residual[size_t(r) * dim];
-        std::copy_n(coded, dim, residual);
-        cpu::rotate_row(residual, dim, TQ_RESIDUAL_SEED, false);
-        for (int d = 0; d < dim; d++) residual[d] *= std::sqrt(float(M_PI / 2) / dim);
-      }
-    }
-    const std::vector<const float*> mask = mask_rows(b, h, x.mask_store);
-    const int starts[3] = {0, n_first(), n_first() + n_coded()};
-    const int sizes[3] = {n_first(), n_coded(), n_tail()};
-    for (int part = 0; part < 3; part++) {
-      for (const float* row : mask) x.bias[part].push_back(row + starts[part]);
-      for (int r = 0; r < rows; r++) {
-        const bool causal = state.causal && !own_tokens();
-        const int last = n_keys() - n_queries() + r % n_queries();
-        x.end[part].push_back(causal ? std::clamp(last + 1 - starts[part], 0, sizes[part]) : sizes[part]);
-      }
-    }
-    for (int r = 0; r < rows; r++) x.own_end.push_back(n_tail() - n_queries() + r % n_queries() + 1);
-  });
-
-  std::vector<std::vector<float>> outs(n_heads);
-  std::vector<std::vector<cpu::Partial>> partials(n_heads);
-  for (int head = 0; head < n_heads; head++) {
-    outs[head].resize(size_t(n_slots[head]) * rows * value_dim);
-    partials[head].resize(size_t(n_slots[head]) * rows);
-    for (size_t i = 0; i < partials[head].size(); i++) partials[head][i].out = &outs[head][i * value_dim];
-  }
-
-  cpu::parallel_for(int(items.size()), [&](int i) {
-    const Item& item = items[i];
-    const int b = item.head / n_kv_heads(), h = item.head % n_kv_heads();
-    const HeadRows& x = heads[item.head];
-    cpu::Partial* partial = &partials[item.head][size_t(item.slot) * rows];
-    cpu::QueryRows query{rows, nullptr, nullptr, nullptr, x.end[item.part].data(), mask ? x.bias[item.part].data() : nullptr};
-    if (item.part == 1) {
-      query.q = x.coded.data();
-      query.residual_q = signs ? x.residual.data() : nullptr;
-      query.offset = mean ? x.offset.data() : nullptr;
-      const cpu::CodedHead coded{key_codes.head<uint32_t>(b, h),
-                                 key_norms.head<uint16_t>(b, h),
-                                 signs ? signs->head<uint32_t>(b, h) : nullptr,
-                                 residual_norms ? residual_norms->head<uint16_t>(b, h) : nullptr,
-                                 value_codes.head<uint32_t>(b, h),
-                                 value_params.head<uint16_t>(b, h),
-                                 key_codes.token_stride(),
-                                 key_norms.token_stride(),
-                                 signs ? signs->token_stride() : 0,
-                                 residual_norms ? residual_norms->token_stride() : 0,
-                                 value_codes.token_stride(),
-                                 value_params.token_stride()};
-      kernels.attend_coded(coded, shape, query, item.begin, item.end, partial);
-    } else {
-      const Packed& keys = item.part == 0 ? *first_keys : *tail_keys;
-      const Packed& values = item.part == 0 ? *first_values : *tail_values;
-      query.q = x.exact.data();
-      if (own_tokens() && item.part == 2 && item.begin >= n_tail() - n_queries()) query.end = x.own_end.data();
-      const auto exact_type = type == mx::float32   ? cpu::ExactType::kFloat32
-                              : type == mx::float16 ? cpu::ExactType::kFloat16
-                                                    : cpu::ExactType::kBFloat16;
-      // The type decides the size of an element; head() counts in elements.
-      const bool wide = type == mx::float32;
-      const void* k = wide ? static_cast<const void*>(keys.head<float>(b, h)) : keys.head<uint16_t>(b, h);
-      const void* v = wide ? static_cast<const void*>(values.head<float>(b, h)) : values.head<uint16_t>(b, h);
-      const cpu::ExactHead exact{k, v, exact_type, state.head_dim, state.value_dim, keys.token_stride(), values.token_stride()};
-      kernels.attend_exact(exact, query, item.begin, item.end, partial);
-    }
-  });
-
-  // Join the states of each row.
-  std::vector<std::vector<const Item*>> head_items(n_heads);
-  for (const Item& item : items) head_items[item.head].push_back(&item);
-  cpu::parallel_for(n_heads, [&](int head) {
-    const int b = head / n_kv_heads(), h = head % n_kv_heads();
-    float coded[kMaxDim], exact[kMaxDim];
-    for (int r = 0; r < rows; r++) {
-      const int q_head = h * repeats + r / n_queries();
-      float max = kNegInf, sink = kNegInf;
-      if (sinks) {
-        const View& v = sinks->view;
-        sink = static_cast<const float*>(v.data)[q_head * v.strides[0]] * kLog2e;
-        max = sink;
-      }
-      for (const Item* item : head_items[head]) max = std::max(max, partials[head][size_t(item->slot) * rows + r].max);
-      float sum = sink == kNegInf ? 0.0f : std::exp2(sink - max);
-      std::fill_n(coded, value_dim, 0.0f);
-      std::fill_n(exact, state.value_dim, 0.0f);
-      for (const Item* item : head_items[head]) {
-        const cpu::Partial& p = partials[head][size_t(item->slot) * rows + r];
-        const float weight = rescale(p.max, max);
-        float* to = item->part == 1 ? coded : exact;
-        sum += weight * p.sum;
-        for (int d = 0; d < (item->part == 1 ? value_dim : state.value_dim); d++) to[d] += weight * p.out[d];
-      }
-      if (state.hadamard) cpu::rotate_row(coded, value_dim, TQ_ROTATION_SEED, true);
-      const float inverse = sum == 0 ? 0.0f : 1.0f / sum;
-      for (int d = 0; d < state.value_dim; d++) exact[d] = (exact[d] + coded[d]) * inverse;
-      const size_t row = (size_t(b) * n_q_heads() + q_head) * n_queries() + r % n_queries();
-      cpu::store_row(exact, state.value_dim, out, type, row * state.value_dim);
-    }
-  });
+  if (batch() == 0 || n_q_heads() == 0 || n_queries() == 0) return;
+  n_queries() <= kMaxDecodeQueries ? decode() : prefill();
 }
 
 }  // namespace
