@@ -46,7 +46,7 @@ void hadamard(float* x, int dim);
 // rotate(x) or its inverse, in place, with the signs of the seed.
 void rotate_row(float* x, int dim, uint32_t seed, bool inverse);
 
-// x: one key in the rotated space. Writes code_words() words and the norm; levels (may be null) gets the chosen levels.
+// x: one key in the rotated space. Writes code_words() words, the norm and the chosen levels.
 void encode_key(const float* x, int dim, const Codebook& book, uint32_t* words, uint16_t* norm, float* levels);
 // residual: x minus the decoded key; overwritten. Writes the sign words and the residual's norm.
 void encode_residual(float* residual, int dim, uint32_t* signs, uint16_t* norm);
