@@ -1,6 +1,7 @@
 // Reading and writing rows of arrays of any activation dtype.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <vector>
@@ -12,24 +13,39 @@ namespace tqext::cpu {
 
 namespace mx = mlx::core;
 
-// Element i of an array's data, in fp32.
-inline float load_element(const void* data, mx::Dtype type, ptrdiff_t i) {
-  if (type == mx::float32) return static_cast<const float*>(data)[i];
-  const uint16_t bits = static_cast<const uint16_t*>(data)[i];
-  return type == mx::float16 ? half_to_float(bits) : bfloat_to_float(bits);
+// Calls use(load) with the load function of the dtype: the dtype is looked up once per row, not per element.
+template <class Use>
+void with_load(mx::Dtype type, const Use& use) {
+  if (type == mx::float32) {
+    use([](const void* data, ptrdiff_t i) { return static_cast<const float*>(data)[i]; });
+  } else if (type == mx::float16) {
+    use([](const void* data, ptrdiff_t i) { return half_to_float(static_cast<const uint16_t*>(data)[i]); });
+  } else {
+    use([](const void* data, ptrdiff_t i) { return bfloat_to_float(static_cast<const uint16_t*>(data)[i]); });
+  }
 }
 
 inline void load_row(const void* data, mx::Dtype type, ptrdiff_t start, ptrdiff_t stride, int n, float* row) {
-  for (int d = 0; d < n; d++) row[d] = load_element(data, type, start + d * stride);
+  with_load(type, [&](auto load) {
+    if (stride == 1) {
+      for (int d = 0; d < n; d++) row[d] = load(data, start + d);
+    } else {
+      for (int d = 0; d < n; d++) row[d] = load(data, start + d * stride);
+    }
+  });
 }
 
 // To contiguous elements.
 inline void store_row(const float* row, int n, void* data, mx::Dtype type, ptrdiff_t start) {
   if (type == mx::float32) {
-    for (int d = 0; d < n; d++) static_cast<float*>(data)[start + d] = row[d];
+    std::copy_n(row, n, static_cast<float*>(data) + start);
   } else {
     uint16_t* out = static_cast<uint16_t*>(data) + start;
-    for (int d = 0; d < n; d++) out[d] = type == mx::float16 ? float_to_half(row[d]) : float_to_bfloat(row[d]);
+    if (type == mx::float16) {
+      for (int d = 0; d < n; d++) out[d] = float_to_half(row[d]);
+    } else {
+      for (int d = 0; d < n; d++) out[d] = float_to_bfloat(row[d]);
+    }
   }
 }
 
