@@ -80,7 +80,8 @@ Shapes check_inputs(const mx::array& q, const PackedKeys& k, const PackedValues&
   return n;
 }
 
-mx::array broadcast_mask(const mx::array& mask, const Shapes& n, mx::Stream stream) {
+// bool or fp32, four axes, each of size 1 or the full one.
+mx::array check_mask(const mx::array& mask, const Shapes& n, mx::Stream stream) {
   check(mask.dtype() == mx::bool_ || is_activation(mask.dtype()), "[", kOp,
         "] mask: expected bool, float32, float16 or bfloat16, got ", mask.dtype());
   const mx::Shape full{n.batch, n.n_q_heads, n.n_queries, n.n_keys()};
@@ -88,7 +89,10 @@ mx::array broadcast_mask(const mx::array& mask, const Shapes& n, mx::Stream stre
   for (int i = 1; fits && i <= int(mask.ndim()); i++) fits = mask.shape(-i) == 1 || mask.shape(-i) == full[4 - i];
   check(fits, "[", kOp, "] mask: expected a shape that broadcasts to ", full, " [batch, n_q_heads, n_queries, n_keys], got shape ",
         mask.shape());
-  return mx::broadcast_to(mask.dtype() == mx::bool_ ? mask : mx::astype(mask, mx::float32, stream), full, stream);
+  mx::array x = mask.dtype() == mx::bool_ ? mask : mx::astype(mask, mx::float32, stream);
+  while (x.ndim() < 4) x = mx::expand_dims(x, 0, stream);
+  // Shapeless compilation keeps the shape of broadcast_to, which depends on the tokens: the CPU broadcasts when it reads.
+  return stream.device == mx::Device::gpu ? mx::broadcast_to(x, full, stream) : x;
 }
 
 // Which columns each row may attend to, as bool [B, 1, L, n_keys]; nothing when every one.
@@ -134,7 +138,7 @@ mx::array composed_attention(const mx::array& q, const PackedKeys& k, const Pack
 
   std::optional<mx::array> mask = column_mask(options, n, s);
   if (options.mask) {
-    const mx::array given = broadcast_mask(*options.mask, n, s);
+    const mx::array given = check_mask(*options.mask, n, s);
     if (given.dtype() == mx::bool_) {
       mask = mask ? mx::logical_and(*mask, given, s) : given;
     } else {
@@ -222,7 +226,7 @@ mx::array turboquant_attention(const mx::array& q, const PackedKeys& k, const Pa
   };
   add_tokens(options.first, kFirstKeys, kFirstValues);
   add_tokens(options.tail, kTailKeys, kTailValues);
-  if (options.mask) add(kMask, broadcast_mask(*options.mask, n, stream));
+  if (options.mask) add(kMask, check_mask(*options.mask, n, stream));
   if (options.sinks) add(kSinks, mx::astype(*options.sinks, mx::float32, stream));
   if (options.left_padding) add(kLeftPadding, *options.left_padding);
   if (options.lengths) add(kLengths, *options.lengths);

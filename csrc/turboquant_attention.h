@@ -59,7 +59,7 @@ enum OptionalInput : int {
   kFirstValues,
   kTailKeys,  // [B, n_kv_heads, n_tail, D], q's dtype
   kTailValues,
-  kMask,         // [B, n_q_heads, L, n_keys], bool or fp32
+  kMask,         // [B, n_q_heads, L, n_keys], bool or fp32; on the CPU an axis may be 1 instead
   kSinks,        // [n_q_heads] fp32
   kLeftPadding,  // [B] int32
   kLengths,      // [B, 3] int32

@@ -114,8 +114,8 @@ struct Task {
     return (size_t(block.b) * n_q_heads() + q_head(block, r)) * n_queries() + query(block, r);
   }
   bool own_tokens() const { return lengths && state.causal; }
-  int key_dim() const { return state.hadamard ? padded_dim(state.head_dim) : state.head_dim; }
-  int value_dim() const { return state.hadamard ? padded_dim(state.value_dim) : state.value_dim; }
+  int key_dim() const { return padded_dim(state.head_dim); }
+  int value_dim() const { return padded_dim(state.value_dim); }
 
   std::vector<Run> runs(int b) const;
   Rows prepare(const Block& block) const;
@@ -356,6 +356,12 @@ void TurboQuantAttention::eval_cpu(const std::vector<mx::array>& inputs, mx::arr
     const mx::array* x = optional(inputs, which);
     return x ? std::optional<Packed>(*x) : std::nullopt;
   };
+  std::optional<Packed> mask = get(kMask);
+  if (mask) {
+    for (int axis = 0; axis < 4; axis++) {
+      if (mask->view.shape[axis] == 1) mask->view.strides[axis] = 0;
+    }
+  }
   auto task = std::make_shared<Task>(Task{state_,
                                           inputs[0],
                                           inputs[1],
@@ -369,7 +375,7 @@ void TurboQuantAttention::eval_cpu(const std::vector<mx::array>& inputs, mx::arr
                                           get(kFirstValues),
                                           get(kTailKeys),
                                           get(kTailValues),
-                                          get(kMask),
+                                          mask,
                                           get(kSinks),
                                           get(kLeftPadding),
                                           get(kLengths),
