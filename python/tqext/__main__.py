@@ -1,3 +1,0 @@
-from tqext.cli import main
-
-main()

@@ -1,0 +1,207 @@
+"""What several test files share: tolerances, conversions, random attention problems and their float64 answer."""
+
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+import numpy as np
+
+import reference
+import tqext
+
+DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+
+# Kernel error against float64 over the same bytes, relative to the largest output.
+KERNEL_TOLERANCE = {mx.float32: 1e-5, mx.float16: 2e-3, mx.bfloat16: 1.2e-2}
+# One rounding to the result's type, relative to the largest output: rotate and dequantise.
+ROUNDING_TOLERANCE = {mx.float32: 2e-6, mx.float16: 6e-4, mx.bfloat16: 5e-3}
+
+
+def to_numpy(x):
+    """Any mx.array as NumPy; bf16 as fp32, which holds it exactly."""
+    return np.array(x.astype(mx.float32) if x.dtype == mx.bfloat16 else x)
+
+
+def assert_close(got, want, tolerance):
+    """|got - want| <= tolerance * max|want|; NaN where `want` is NaN."""
+    got = to_numpy(got) if isinstance(got, mx.array) else got
+    assert got.shape == want.shape
+    np.testing.assert_array_equal(np.isnan(got), np.isnan(want))
+    if want.size == 0:
+        return
+    finite = np.isfinite(want)
+    largest = np.abs(want[finite]).max(initial=0.0)
+    error = np.abs(got.astype(np.float64) - want)[finite].max(initial=0.0)
+    assert error <= tolerance * largest, f"error {error:.3g} is {error / max(largest, 1e-300):.3g} of {largest:.3g}"
+
+
+def error_line(op, argument):
+    """Pattern of `[op] argument: expected X, got Y`."""
+    return rf"^\[{op}\] {argument}: expected .+, got .+"
+
+
+_matrices = {}
+
+
+def matrix(dim, rotation="hadamard"):
+    """R of `rotate` for a padded dimension. The dense matrix is the package's own choice: taken from it and checked."""
+    if rotation == "none":
+        return np.eye(dim)
+    if rotation == "hadamard" and reference.factor(dim):
+        return reference.rotation_matrix(dim)
+    if (dim, rotation) not in _matrices:
+        columns = to_numpy(tqext.rotate(mx.eye(dim), rotation=rotation)).astype(np.float64)
+        assert np.abs(columns @ columns.T - np.eye(dim)).max() < 1e-5
+        _matrices[dim, rotation] = columns.T
+    return _matrices[dim, rotation]
+
+
+def optional_numpy(x):
+    return None if x is None else to_numpy(x)
+
+
+def reference_keys(packed):
+    """PackedKeys of the package as reference.Keys: the same bytes."""
+    mean = optional_numpy(packed.mean)
+    return reference.Keys(
+        to_numpy(packed.codes),
+        to_numpy(packed.norms),
+        packed.bits,
+        packed.head_dim,
+        mean,
+        optional_numpy(packed.signs),
+        optional_numpy(packed.residual_norms),
+    )
+
+
+def reference_values(packed):
+    return reference.Values(to_numpy(packed.codes), to_numpy(packed.params), packed.bits, packed.head_dim)
+
+
+def decoded_keys(packed, residual=True):
+    dim = reference.padded_dim(packed.head_dim)
+    return reference.decode_keys(reference_keys(packed), matrix=matrix(dim, packed.rotation), residual=residual)
+
+
+def decoded_values(packed):
+    dim = reference.padded_dim(packed.head_dim)
+    return reference.decode_values(reference_values(packed), matrix=matrix(dim, packed.rotation))
+
+
+def poisoned(x, fill, before=3, after=70):
+    """A view equal to x into a buffer that is longer on the token axis, and one head and one sequence larger.
+
+    Everything outside the view holds `fill`, so a kernel that strays reads it.
+    """
+    batch, heads, n_tokens, width = x.shape
+    buffer = mx.full((batch + 1, heads + 1, before + n_tokens + after, width), fill, dtype=x.dtype)
+    buffer[:batch, :heads, before : before + n_tokens] = x
+    mx.eval(buffer)
+    return buffer[:batch, :heads, before : before + n_tokens]
+
+
+def poisoned_tokens(packed, **where):
+    """PackedKeys or PackedValues whose token arrays are such views."""
+    fills = {"codes": 0xFFFFFFFF, "signs": 0xFFFFFFFF, "norms": np.nan, "residual_norms": np.nan, "params": np.nan}
+    return packed._replace(
+        **{
+            name: poisoned(getattr(packed, name), fill, **where)
+            for name, fill in fills.items()
+            if getattr(packed, name, None) is not None
+        }
+    )
+
+
+@dataclass
+class Problem:
+    """One call of turboquant_attention on random data. Shapes as in the docstring of the op."""
+
+    batch: int = 1
+    n_kv_heads: int = 2
+    n_repeats: int = 4
+    n_rows: int = 1
+    n_coded: int = 129
+    head_dim: int = 128
+    value_dim: int | None = None
+    key_bits: int = 3
+    value_bits: int = 2
+    dtype: mx.Dtype = mx.float32
+    mean: bool = False
+    qjl: bool = False
+    rotation: str = "hadamard"
+    n_first: int = 0
+    n_tail: int = 0
+    scale: float | None = None
+    sinks: bool = False
+    seed: int = 0
+    magnitude: float = 1.0
+    options: dict = field(default_factory=dict)  # mask, left_padding, lengths: passed on
+
+    def __post_init__(self):
+        if self.value_dim is None:
+            self.value_dim = self.head_dim
+        self.rng = np.random.default_rng(self.seed)
+        draw = self._draw
+        self.q = draw(self.n_kv_heads * self.n_repeats, self.n_rows, self.head_dim, dtype=self.dtype)
+        center = None
+        k = draw(self.n_kv_heads, self.n_coded, self.head_dim)
+        if self.mean:
+            center = draw(self.n_kv_heads, 1, self.head_dim) * 2
+            k = k + center
+            center = center[:, :, 0]
+        k, v = k * self.magnitude, draw(self.n_kv_heads, self.n_coded, self.value_dim) * self.magnitude
+        center = None if center is None else center * self.magnitude
+        self.packed_k = tqext.quantize_keys(k, bits=self.key_bits, mean=center, qjl=self.qjl, rotation=self.rotation)
+        self.packed_v = tqext.quantize_values(v, bits=self.value_bits, rotation=self.rotation)
+        self.first, self.tail = (
+            (
+                draw(self.n_kv_heads, n, self.head_dim, dtype=self.dtype),
+                draw(self.n_kv_heads, n, self.value_dim, dtype=self.dtype),
+            )
+            if n
+            else None
+            for n in (self.n_first, self.n_tail)
+        )
+        # Logits near the scores', so that they take a share of the denominator and not all of it.
+        self.sink_logits = (
+            mx.array(self.rng.normal(1, 1, self.n_kv_heads * self.n_repeats).astype(np.float32)) if self.sinks else None
+        )
+
+    @property
+    def n_keys(self):
+        return self.n_first + self.n_coded + self.n_tail
+
+    @property
+    def n_q_heads(self):
+        return self.n_kv_heads * self.n_repeats
+
+    def _draw(self, *shape, dtype=mx.float32):
+        # Cubes of normal numbers are mixed in: a few large coordinates, as keys have.
+        x = self.rng.normal(size=(self.batch, *shape))
+        x = np.where(self.rng.random(x.shape) < 0.05, x**3, x)
+        return mx.array(x.astype(np.float32)).astype(dtype)
+
+    def arguments(self):
+        return dict(scale=self.scale, first=self.first, tail=self.tail, sinks=self.sink_logits, **self.options)
+
+    def run(self, q=None, packed_k=None, packed_v=None, **changes):
+        return tqext.turboquant_attention(
+            self.q if q is None else q,
+            packed_k or self.packed_k,
+            packed_v or self.packed_v,
+            **{**self.arguments(), **changes},
+        )
+
+    def answer(self):
+        """float64 attention over the decoded bytes."""
+        plain = {
+            name: tuple(map(to_numpy, value))
+            if isinstance(value, tuple)
+            else to_numpy(value)
+            if isinstance(value, mx.array)
+            else value
+            for name, value in self.arguments().items()
+        }
+        return reference.attention(to_numpy(self.q), decoded_keys(self.packed_k), decoded_values(self.packed_v), **plain)
+
+    def check(self, **changes):
+        assert_close(self.run(**changes), self.answer(), KERNEL_TOLERANCE[self.dtype])
