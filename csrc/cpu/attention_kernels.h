@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "format.h"
+#include "isa.h"
 
 namespace tqext::cpu {
 
@@ -60,9 +61,19 @@ struct AttentionKernels {
   AttendExact attend_exact;
 };
 
-const AttentionKernels& attention_kernels();  // of active_isa()
+AttentionKernels attention_kernels_of(Isa isa);  // isa must be one of available_isas()
+const AttentionKernels& attention_kernels();     // of active_isa()
 
 void attend_coded_portable(const CodedHead&, const CodecShape&, const QueryRows&, int begin, int end, Partial* partials);
 void attend_exact_portable(const ExactHead&, const QueryRows&, int begin, int end, Partial* partials);
+#if defined(__x86_64__)
+void attend_coded_avx2(const CodedHead&, const CodecShape&, const QueryRows&, int begin, int end, Partial* partials);
+void attend_exact_avx2(const ExactHead&, const QueryRows&, int begin, int end, Partial* partials);
+void attend_coded_avx512(const CodedHead&, const CodecShape&, const QueryRows&, int begin, int end, Partial* partials);
+void attend_exact_avx512(const ExactHead&, const QueryRows&, int begin, int end, Partial* partials);
+#elif defined(__aarch64__)
+void attend_coded_neon(const CodedHead&, const CodecShape&, const QueryRows&, int begin, int end, Partial* partials);
+void attend_exact_neon(const ExactHead&, const QueryRows&, int begin, int end, Partial* partials);
+#endif
 
 }  // namespace tqext::cpu

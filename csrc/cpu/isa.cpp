@@ -1,8 +1,7 @@
 #include "isa.h"
 
 #include <cstdlib>
-
-#include "check.h"
+#include <stdexcept>
 
 #if defined(__linux__) && defined(__aarch64__)
 #include <sys/auxv.h>
@@ -51,8 +50,7 @@ Isa active_isa() {
       if (std::string(wanted) == isa_name(candidate)) return candidate;
       names += names.empty() ? isa_name(candidate) : std::string(", ") + isa_name(candidate);
     }
-    check(false, "[tqext] TQEXT_ISA: expected one of ", names, " on this machine, got ", wanted);
-    return Isa::kPortable;
+    throw std::invalid_argument("[tqext] TQEXT_ISA: expected one of " + names + " on this machine, got " + wanted);
   }();
   return isa;
 }

@@ -1,0 +1,105 @@
+// NEON: the fp32 tile kernel with four lanes.
+#if defined(__aarch64__)
+
+#include <arm_neon.h>
+
+#include <cmath>
+#include <cstdint>
+
+#include "attention_kernels.h"
+#include "fp32_attention.h"
+#include "scratch.h"
+#include "softmax.h"
+
+namespace tqext::cpu {
+namespace {
+
+struct Neon {
+  using F = float32x4_t;
+  using I = uint32x4_t;
+  static constexpr int kWidth = 4;
+  static constexpr int kRows = 8;  // 16 sums of 32 registers; Apple's cores have a latency of 4 at four multiply-adds a cycle
+  static constexpr int kPanelsOne = 8;
+
+  static F load(const float* p) { return vld1q_f32(p); }
+  static void store(float* p, F x) { vst1q_f32(p, x); }
+  static F set1(float x) { return vdupq_n_f32(x); }
+  static F add(F a, F b) { return vaddq_f32(a, b); }
+  static F sub(F a, F b) { return vsubq_f32(a, b); }
+  static F mul(F a, F b) { return vmulq_f32(a, b); }
+  static F fma(F a, F b, F c) { return vfmaq_f32(c, a, b); }
+  static F max(F a, F b) { return vmaxnmq_f32(a, b); }
+  static F load_half(const uint16_t* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
+  static F load_bfloat(const uint16_t* p) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16)); }
+  static float sum(F v) { return vaddvq_f32(v); }
+  static float max_lane(F v) { return vmaxnmvq_f32(v); }
+  // 2^x for x <= 0, relative error 1e-7; 0 below -100, NaN stays.
+  static F exp2(F x) {
+    const F n = vrndnq_f32(x), f = vsubq_f32(x, n);
+    F y = vdupq_n_f32(1.3276471781512866e-3f);
+    y = vfmaq_f32(vdupq_n_f32(9.67554133276717e-3f), y, f);
+    y = vfmaq_f32(vdupq_n_f32(5.55071327415071e-2f), y, f);
+    y = vfmaq_f32(vdupq_n_f32(2.40221197238820e-1f), y, f);
+    y = vfmaq_f32(vdupq_n_f32(6.93146967064360e-1f), y, f);
+    y = vfmaq_f32(vdupq_n_f32(1.0000000716546738f), y, f);
+    const I bits = vaddq_u32(vreinterpretq_u32_f32(y), vreinterpretq_u32_s32(vshlq_n_s32(vcvtq_s32_f32(n), 23)));
+    return vreinterpretq_f32_u32(vbicq_u32(bits, vcltq_f32(x, vdupq_n_f32(-100.0f))));
+  }
+
+  static I load_int(const uint32_t* p) { return vld1q_u32(p); }
+  static I set1_int(int x) { return vdupq_n_u32(uint32_t(x)); }
+  static I bit_and(I a, I b) { return vandq_u32(a, b); }
+  static I bit_or(I a, I b) { return vorrq_u32(a, b); }
+  static I add_int(I a, I b) { return vaddq_u32(a, b); }
+  template <int n>
+  static I shift_right(I x) {
+    return vshrq_n_u32(x, n);
+  }
+  static I shift_right_by(I x, int n) { return vshlq_u32(x, vdupq_n_s32(-n)); }
+  static F to_float(I x) { return vcvtq_f32_u32(x); }
+  static I load_table(const int8_t* levels) { return vreinterpretq_u32_s8(vld1q_s8(levels)); }
+  static I look_up(I table, I index) {
+    return vreinterpretq_u32_u8(vqtbl1q_u8(vreinterpretq_u8_u32(table), vreinterpretq_u8_u32(index)));
+  }
+  // Byte b of every lane, signed.
+  template <int b>
+  static F byte_to_float(I x) {
+    if constexpr (b == 3) return vcvtq_f32_s32(vshrq_n_s32(vreinterpretq_s32_u32(x), 24));
+    if constexpr (b < 3) return vcvtq_f32_s32(vshrq_n_s32(vshlq_n_s32(vreinterpretq_s32_u32(x), 24 - 8 * b), 24));
+  }
+  static F sign_of_top_bit(I x) {  // bit 31 set: +1, else -1
+    return vreinterpretq_f32_u32(veorq_u32(vdupq_n_u32(0xbf800000u), vandq_u32(x, vdupq_n_u32(0x80000000u))));
+  }
+  // Words 0 .. n_words - 1 of four tokens from t on, the token as the lane; tokens from n on read token n - 1.
+  static void load_words(const uint32_t* words, ptrdiff_t stride, int t, int n, int n_words, I out[4]) {
+    for (int c = 0; c < n_words; c++) {
+      uint32_t lanes[4];
+      for (int i = 0; i < 4; i++) lanes[i] = words[smaller(t + i, n - 1) * stride + c];
+      out[c] = vld1q_u32(lanes);
+    }
+  }
+  // rows[i][d + j] to to[j * stride + i].
+  static void transpose_4x4(float* const rows[4], int d, float* to, ptrdiff_t stride) {
+    const F r0 = load(rows[0] + d), r1 = load(rows[1] + d), r2 = load(rows[2] + d), r3 = load(rows[3] + d);
+    const float32x4x2_t a = vtrnq_f32(r0, r1), b = vtrnq_f32(r2, r3);
+    store(to + 0 * stride, vcombine_f32(vget_low_f32(a.val[0]), vget_low_f32(b.val[0])));
+    store(to + 1 * stride, vcombine_f32(vget_low_f32(a.val[1]), vget_low_f32(b.val[1])));
+    store(to + 2 * stride, vcombine_f32(vget_high_f32(a.val[0]), vget_high_f32(b.val[0])));
+    store(to + 3 * stride, vcombine_f32(vget_high_f32(a.val[1]), vget_high_f32(b.val[1])));
+  }
+};
+
+}  // namespace
+
+void attend_coded_neon(const CodedHead& head, const CodecShape& shape, const QueryRows& rows, int begin, int end,
+                       Partial* partials) {
+  Fp32Attention<Neon>::attend_coded(head, shape, rows, begin, end, partials);
+}
+
+void attend_exact_neon(const ExactHead& head, const QueryRows& rows, int begin, int end, Partial* partials) {
+  Fp32Attention<Neon>::attend_exact(head, rows, begin, end, partials);
+}
+
+}  // namespace tqext::cpu
+
+#endif  // __aarch64__

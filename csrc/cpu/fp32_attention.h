@@ -1,0 +1,438 @@
+// Attention in fp32 over tiles of decoded tokens, written once for every vector width.
+//
+// A tile is kTile tokens, decoded once for all query rows: keys with the token as the lane (panels of two vectors of
+// tokens, [dim][2 * width]), values with the dimension as the lane (panels of two vectors of dimensions, [token][2 * width]).
+// Scores and output are then register-blocked matrix products of V::kRows rows with one panel, softmax in between, so a
+// chunk of many rows runs as a matrix product and one row as a dot product without a horizontal sum.
+//
+// A key and 4 rows at dim 128 need 1024 multiply-adds, 128 of them in an 8-wide register; decoding adds about 3.4
+// operations per vector of key codes and 4 per vector of value codes, once for all rows.
+//
+// V: kWidth, kRows, kPanelsOne (panels that a single row works on at once), F, I and the operations used below.
+// Included by one translation unit per instruction set, inside its target pragma: everything here must have internal
+// linkage and use no function template of the standard library, or the linker may keep this copy for all.
+#pragma once
+
+#include "attention_kernels.h"
+#include "scratch.h"
+#include "softmax.h"
+
+namespace tqext::cpu {
+namespace {
+
+constexpr int kTile = 64;  // tokens; 8 rows' scores and a panel of either side stay in a 32 KB cache
+
+inline int smaller(int a, int b) { return a < b ? a : b; }
+inline int round_up(int n, int step) { return (n + step - 1) / step * step; }
+
+template <class V>
+class Fp32Attention {
+  using F = typename V::F;
+  using I = typename V::I;
+  static constexpr int kWidth = V::kWidth, kPanel = 2 * kWidth;
+  static constexpr int kStagingRow = kMaxDim + kPanel;
+  static_assert(kTile % kPanel == 0);
+
+ public:
+  static void attend_coded(const CodedHead& head, const CodecShape& shape, const QueryRows& rows, int begin, int end,
+                           Partial* partials) {
+    Fp32Attention self(rows, shape.key_dim, shape.value_dim, head.key_signs != nullptr);
+    self.table_ = V::load_table(shape.codebook);
+    for (int t0 = begin; t0 < end; t0 += kTile) {
+      const int n = smaller(kTile, end - t0);
+      if (!self.anyone_attends(t0)) continue;
+      self.decode_keys(head, shape, t0, n);
+      self.decode_values(head, shape, t0, n);
+      self.attend_tile(t0, n);
+    }
+    self.finish(partials);
+  }
+
+  static void attend_exact(const ExactHead& head, const QueryRows& rows, int begin, int end, Partial* partials) {
+    Fp32Attention self(rows, head.key_dim, head.value_dim, false);
+    for (int t0 = begin; t0 < end; t0 += kTile) {
+      const int n = smaller(kTile, end - t0);
+      if (!self.anyone_attends(t0)) continue;
+      self.load_exact(head, t0, n);
+      self.attend_tile(t0, n);
+    }
+    self.finish(partials);
+  }
+
+ private:
+  Fp32Attention(const QueryRows& rows, int key_dim, int value_dim, bool signs)
+      : rows_(rows), key_dim_(key_dim), value_dim_(value_dim), out_dim_(round_up(value_dim, kPanel)), signs_(signs) {
+    const size_t tile_keys = size_t(key_dim) * kTile, tile_values = size_t(out_dim_) * kTile;
+    const size_t staging = 4 * kStagingRow;
+    float* next = static_cast<float*>(
+        scratch(sizeof(float) * (tile_keys * (signs ? 2 : 1) + tile_values + staging + (V::kRows + 2) * size_t(kTile) +
+                                 size_t(rows.n_rows) * (out_dim_ + 2 * kWidth))));
+    auto take = [&next](size_t n) { return (next += n) - n; };
+    keys_ = take(tile_keys);
+    sign_keys_ = signs ? take(tile_keys) : nullptr;
+    values_ = take(tile_values);
+    staging_ = take(staging);
+    scores_ = take(size_t(V::kRows) * kTile);
+    norms_ = take(kTile);
+    residual_norms_ = take(kTile);
+    out_ = take(size_t(rows.n_rows) * out_dim_);
+    max_ = take(size_t(rows.n_rows) * kWidth);  // one number a row; the rest is padding
+    sum_ = take(size_t(rows.n_rows) * kWidth);  // one partial sum a lane
+    for (int r = 0; r < rows.n_rows; r++) {
+      max_[r] = kNegInf;
+      V::store(sum_ + r * kWidth, V::set1(0));
+    }
+    for (size_t i = 0; i < size_t(rows.n_rows) * out_dim_; i += kWidth) V::store(out_ + i, V::set1(0));
+  }
+
+  bool anyone_attends(int t0) const {
+    for (int r = 0; r < rows_.n_rows; r++) {
+      if (rows_.end[r] > t0) return true;
+    }
+    return false;
+  }
+
+  // ---- decoding
+
+  // Levels of dimensions d .. d + 7, whose codes are the low bits of the nibbles of `word`; nibbles hold no other bits.
+  void store_levels(I word, float* to) const {
+    const I low = V::look_up(table_, V::bit_and(word, V::set1_int(0x0f0f0f0f)));
+    const I high = V::look_up(table_, V::bit_and(V::template shift_right<4>(word), V::set1_int(0x0f0f0f0f)));
+    V::store(to + 0 * kPanel, V::template byte_to_float<0>(low));
+    V::store(to + 1 * kPanel, V::template byte_to_float<0>(high));
+    V::store(to + 2 * kPanel, V::template byte_to_float<1>(low));
+    V::store(to + 3 * kPanel, V::template byte_to_float<1>(high));
+    V::store(to + 4 * kPanel, V::template byte_to_float<2>(low));
+    V::store(to + 5 * kPanel, V::template byte_to_float<2>(high));
+    V::store(to + 6 * kPanel, V::template byte_to_float<3>(low));
+    V::store(to + 7 * kPanel, V::template byte_to_float<3>(high));
+  }
+
+  void decode_keys(const CodedHead& head, const CodecShape& shape, int t0, int n) {
+    const uint32_t* codes = head.key_codes + t0 * head.key_stride;
+    const int bits = shape.key_bits;
+    for (int t = 0; t < round_up(n, kWidth); t += kWidth) {
+      float* to = keys_ + t / kPanel * kPanel * key_dim_ + t % kPanel;
+      for (int unit = 0; unit < key_dim_ / kUnit; unit++, to += kUnit * kPanel) {
+        I w[4] = {};
+        V::load_words(codes + unit * bits, head.key_stride, t, n, bits, w);
+        if (bits == 4) {
+          for (int i = 0; i < 4; i++) store_levels(w[i], to + 8 * i * kPanel);
+        } else if (bits == 3) {
+          const I bit = V::set1_int(0x11111111), code = V::set1_int(0x77777777);
+          const I last = V::bit_or(V::bit_or(V::bit_and(V::template shift_right<3>(w[0]), bit),
+                                             V::bit_and(V::template shift_right<2>(w[1]), V::set1_int(0x22222222))),
+                                   V::bit_and(V::template shift_right<1>(w[2]), V::set1_int(0x44444444)));
+          for (int i = 0; i < 3; i++) store_levels(V::bit_and(w[i], code), to + 8 * i * kPanel);
+          store_levels(last, to + 24 * kPanel);
+        } else {
+          const I code = V::set1_int(0x33333333);
+          for (int i = 0; i < 2; i++) {
+            store_levels(V::bit_and(w[i], code), to + 8 * i * kPanel);
+            store_levels(V::bit_and(V::template shift_right<2>(w[i]), code), to + (16 + 8 * i) * kPanel);
+          }
+        }
+      }
+      alignas(64) uint16_t half[kWidth];
+      for (int i = 0; i < kWidth; i++) half[i] = head.key_norms[(t0 + smaller(t + i, n - 1)) * head.norm_stride];
+      V::store(norms_ + t, V::mul(V::load_half(half), V::set1(1.0f / float(kCodebookTop))));
+      if (signs_) {
+        for (int i = 0; i < kWidth; i++) half[i] = head.residual_norms[(t0 + smaller(t + i, n - 1)) * head.residual_stride];
+        V::store(residual_norms_ + t, V::load_half(half));
+        decode_signs(head, t0, t, n);
+      }
+    }
+  }
+
+  // +1 or -1 per dimension, in the layout of keys_.
+  void decode_signs(const CodedHead& head, int t0, int t, int n) {
+    float* to = sign_keys_ + t / kPanel * kPanel * key_dim_ + t % kPanel;
+    for (int unit = 0; unit < key_dim_ / 32; unit++) {
+      I w[4] = {};
+      V::load_words(head.key_signs + t0 * head.sign_stride + unit, head.sign_stride, t, n, 1, w);
+      for (int b = 31; b >= 0; b--) {
+        V::store(to + (32 * unit + b) * kPanel, V::sign_of_top_bit(w[0]));
+        w[0] = V::add_int(w[0], w[0]);
+      }
+    }
+  }
+
+  void decode_values(const CodedHead& head, const CodecShape& shape, int t0, int n) {
+    const int bits = shape.value_bits, n_words = code_words(value_dim_, bits);
+    const I mask = V::set1_int((1 << bits) - 1);
+    alignas(64) uint32_t words[kMaxDim / 8 + kWidth];
+    poisoned_ = false;
+    for (int t = 0; t < n; t++) {
+      const uint32_t* w = head.value_codes + (t0 + t) * head.value_stride;
+      const uint16_t* params = head.value_params + (t0 + t) * head.param_stride;
+      if (n_words % kWidth) {  // never read beyond the token
+        for (int i = 0; i < n_words; i++) words[i] = w[i];
+        w = words;
+      }
+      // A slot's last vector may spill into the next one's place, which is written later.
+      for (int slot = 0; slot < 32 / bits; slot++) {
+        for (int i = 0; i < n_words; i += kWidth) {
+          const I code = V::bit_and(V::shift_right_by(V::load_int(w + i), bits * slot), mask);
+          V::store(staging_ + slot * n_words + i, V::to_float(code));
+        }
+      }
+      alignas(64) uint16_t half[kWidth];
+      alignas(64) float param[round_up(2 * kMaxDim / kGroup, kWidth)];
+      const int n_params = 2 * (value_dim_ / kGroup);
+      for (int i = 0; i < n_params; i += kWidth) {
+        for (int j = 0; j < kWidth; j++) half[j] = i + j < n_params ? params[i + j] : uint16_t(0);
+        for (int j = 0; j < kWidth; j++) poisoned_ |= (half[j] & 0x7c00) == 0x7c00;
+        V::store(param + i, V::load_half(half));
+      }
+      for (int d = 0; d < value_dim_; d += kWidth) {
+        const F scale = V::set1(param[d / kGroup * 2]), bias = V::set1(param[d / kGroup * 2 + 1]);
+        V::store(value_at(t, d), V::fma(V::load(staging_ + d), scale, bias));
+      }
+      if constexpr (kPanel > kUnit) {
+        if (value_dim_ % kPanel) clear_values(t, value_dim_);
+      }
+    }
+    clear_tokens(n);
+  }
+
+  float* value_at(int t, int d) const { return values_ + d / kPanel * kPanel * kTile + t * kPanel + d % kPanel; }
+  void clear_values(int t, int from) const {
+    for (int d = from; d < out_dim_; d++) *value_at(t, d) = 0;
+  }
+  // The tokens that complete the last panel of keys have weight zero, which must not meet a NaN.
+  void clear_tokens(int n) const {
+    for (int t = n; t < round_up(n, kPanel); t++) clear_values(t, 0);
+  }
+
+  // Not lambdas: those do not take over the target of the function around them.
+  struct Load32 {
+    F operator()(const float* x) const { return V::load(x); }
+  };
+  struct Load16 {
+    F operator()(const uint16_t* x) const { return V::load_half(x); }
+  };
+  struct LoadBfloat {
+    F operator()(const uint16_t* x) const { return V::load_bfloat(x); }
+  };
+
+  template <class T, class Load>
+  void load_exact(const T* base, ptrdiff_t stride, int dim, int t0, int n, const Load& load, float* (&rows)[4], int t) {
+    const int vectors = dim / kWidth * kWidth;
+    for (int i = 0; i < 4; i++) {
+      const T* x = base + (t0 + smaller(t + i, n - 1)) * stride;
+      rows[i] = staging_ + i * kStagingRow;
+      for (int d = 0; d < vectors; d += kWidth) V::store(rows[i] + d, load(x + d));
+      if (vectors < dim) {
+        T rest[kWidth] = {};
+        for (int d = vectors; d < dim; d++) rest[d - vectors] = x[d];
+        V::store(rows[i] + vectors, load(rest));
+      }
+    }
+  }
+
+  template <class T, class Load>
+  void load_exact(const ExactHead& head, int t0, int n, const Load& load) {
+    float* rows[4];
+    for (int t = 0; t < round_up(n, kPanel); t += 4) {
+      load_exact(static_cast<const T*>(head.keys), head.key_stride, key_dim_, t0, n, load, rows, t);
+      float* to = keys_ + t / kPanel * kPanel * key_dim_ + t % kPanel;
+      for (int d = 0; d < key_dim_; d += 4) V::transpose_4x4(rows, d, to + d * kPanel, kPanel);  // head dims: multiples of 8
+    }
+    F poison = V::set1(0);
+    for (int t = 0; t < n; t += 4) {
+      load_exact(static_cast<const T*>(head.values), head.value_stride, value_dim_, t0, n, load, rows, t);
+      for (int i = 0; i < 4 && t + i < n; i++) {
+        for (int d = value_dim_; d < out_dim_; d++) rows[i][d] = 0;
+        for (int d = 0; d < out_dim_; d += kWidth) {
+          const F x = V::load(rows[i] + d);
+          poison = V::fma(x, V::set1(0), poison);
+          V::store(value_at(t + i, d), x);
+        }
+      }
+    }
+    poisoned_ = !(V::sum(poison) == 0);
+    clear_tokens(n);
+  }
+
+  void load_exact(const ExactHead& head, int t0, int n) {
+    switch (head.type) {
+      case ExactType::kFloat32:
+        load_exact<float>(head, t0, n, Load32{});
+        break;
+      case ExactType::kFloat16:
+        load_exact<uint16_t>(head, t0, n, Load16{});
+        break;
+      case ExactType::kBFloat16:
+        load_exact<uint16_t>(head, t0, n, LoadBfloat{});
+    }
+    for (int t = 0; t < kTile; t += kWidth) V::store(norms_ + t, V::set1(1));
+  }
+
+  // ---- arithmetic
+
+  // c[i][.] (+)= sum over k of a[i][k] * b[k][.] for R rows and P panels; a null keep starts from zero, else from
+  // c[i][.] * keep[i].
+  template <int R, int P>
+  static void multiply(const float* a, ptrdiff_t a_stride, const float* b, ptrdiff_t panel_stride, int n, float* c,
+                       ptrdiff_t c_stride, const float* keep) {
+    F acc[R][2 * P];
+    for (int i = 0; i < R; i++) {
+      for (int j = 0; j < 2 * P; j++) {
+        acc[i][j] = keep ? V::mul(V::load(c + i * c_stride + j * kWidth), V::set1(keep[i])) : V::set1(0);
+      }
+    }
+    for (int k = 0; k < n; k++) {
+      F x[2 * P];
+      for (int j = 0; j < 2 * P; j++) x[j] = V::load(b + j / 2 * panel_stride + k * kPanel + j % 2 * kWidth);
+      for (int i = 0; i < R; i++) {
+        const F y = V::set1(a[i * a_stride + k]);
+        for (int j = 0; j < 2 * P; j++) acc[i][j] = V::fma(x[j], y, acc[i][j]);
+      }
+    }
+    for (int i = 0; i < R; i++) {
+      for (int j = 0; j < 2 * P; j++) V::store(c + i * c_stride + j * kWidth, acc[i][j]);
+    }
+  }
+
+  template <int R>
+  static void multiply_panels(const float* a, ptrdiff_t a_stride, const float* b, ptrdiff_t panel_stride, int n, int n_panels,
+                              float* c, ptrdiff_t c_stride, const float* keep) {
+    // A few rows have too few sums under way to hide the latency of an addition.
+    constexpr int kAtOnce = R <= 2 ? V::kPanelsOne / R : 1;
+    int p = 0;
+    if constexpr (kAtOnce > 1) {
+      for (; p + kAtOnce <= n_panels; p += kAtOnce) {
+        multiply<R, kAtOnce>(a, a_stride, b + p * panel_stride, panel_stride, n, c + p * kPanel, c_stride, keep);
+      }
+    }
+    for (; p < n_panels; p++) multiply<R, 1>(a, a_stride, b + p * panel_stride, panel_stride, n, c + p * kPanel, c_stride, keep);
+  }
+
+  void attend_tile(int t0, int n) {
+    int r = 0;
+    while (r < rows_.n_rows) r += attend_rows(r, t0, n);
+  }
+
+  // The largest block of rows that fits; returns its size.
+  int attend_rows(int r, int t0, int n) {
+    const int left = rows_.n_rows - r;
+    if constexpr (V::kRows >= 12) {
+      if (left >= 12) return attend_rows<12>(r, t0, n);
+    }
+    if constexpr (V::kRows >= 8) {
+      if (left >= 8) return attend_rows<8>(r, t0, n);
+    }
+    if constexpr (V::kRows >= 6) {
+      if (left >= 6) return attend_rows<6>(r, t0, n);
+    }
+    if (left >= 4) return attend_rows<4>(r, t0, n);
+    if (left == 3) return attend_rows<3>(r, t0, n);
+    if (left == 2) return attend_rows<2>(r, t0, n);
+    return attend_rows<1>(r, t0, n);
+  }
+
+  template <int R>
+  int attend_rows(int r0, int t0, int n) {
+    bool any = false;
+    for (int r = r0; r < r0 + R; r++) any |= rows_.end[r] > t0;
+    if (!any) return R;
+    const int n_panels = round_up(n, kPanel) / kPanel, n_padded = n_panels * kPanel;
+    multiply_panels<R>(rows_.q + ptrdiff_t(r0) * key_dim_, key_dim_, keys_, ptrdiff_t(kPanel) * key_dim_, key_dim_, n_panels,
+                       scores_, kTile, nullptr);
+    scale_scores<R>(scores_, norms_, n_padded);
+    if (signs_) {
+      alignas(64) float extra[R * kTile];
+      multiply_panels<R>(rows_.residual_q + ptrdiff_t(r0) * key_dim_, key_dim_, sign_keys_, ptrdiff_t(kPanel) * key_dim_,
+                         key_dim_, n_panels, extra, kTile, nullptr);
+      scale_scores<R>(extra, residual_norms_, n_padded);
+      for (int i = 0; i < R; i++) {
+        for (int t = 0; t < n_padded; t += kWidth) {
+          float* s = scores_ + i * kTile + t;
+          V::store(s, V::add(V::load(s), V::load(extra + i * kTile + t)));
+        }
+      }
+    }
+    float keep[R];
+    for (int i = 0; i < R; i++) keep[i] = softmax(r0 + i, scores_ + i * kTile, t0, n, n_padded);
+    if (poisoned_) {
+      for (int i = 0; i < R; i++) add_values_carefully(r0 + i, scores_ + i * kTile, n, keep[i]);
+    } else {
+      multiply_panels<R>(scores_, kTile, values_, ptrdiff_t(kPanel) * kTile, n, out_dim_ / kPanel, out_ + ptrdiff_t(r0) * out_dim_,
+                         out_dim_, keep);
+    }
+    return R;
+  }
+
+  template <int R>
+  static void scale_scores(float* scores, const float* factors, int n) {
+    for (int i = 0; i < R; i++) {
+      for (int t = 0; t < n; t += kWidth) {
+        V::store(scores + i * kTile + t, V::mul(V::load(scores + i * kTile + t), V::load(factors + t)));
+      }
+    }
+  }
+
+  // Scores of row r to weights relative to its new maximum; returns what the old sums are multiplied by.
+  float softmax(int r, float* s, int t0, int n, int n_padded) {
+    const int limit = smaller(n, rows_.end[r] - t0);
+    const F offset = V::set1(rows_.offset ? rows_.offset[r] : 0.0f);
+    if (rows_.offset) {
+      for (int t = 0; t < n_padded; t += kWidth) V::store(s + t, V::add(V::load(s + t), offset));
+    }
+    if (rows_.bias) {  // may end with the tile
+      const float* bias = rows_.bias[r] + t0;
+      for (int t = 0; t < limit; t++) s[t] = bias[t] == kNegInf ? kNegInf : s[t] + bias[t];
+    }
+    for (int t = limit < 0 ? 0 : limit; t < n_padded; t++) s[t] = kNegInf;
+    F top = V::set1(max_[r]);
+    for (int t = 0; t < n_padded; t += kWidth) top = V::max(top, V::load(s + t));
+    const float new_max = V::max_lane(top);
+    const float keep = max_[r] == new_max ? 1.0f : first_lane(V::exp2(V::set1(max_[r] - new_max)));
+    max_[r] = new_max;
+    const F reference = V::set1(new_max == kNegInf ? 0.0f : new_max);
+    F sum = V::mul(V::load(sum_ + r * kWidth), V::set1(keep));
+    for (int t = 0; t < n_padded; t += kWidth) {
+      const F weight = V::exp2(V::sub(V::load(s + t), reference));
+      V::store(s + t, weight);
+      sum = V::add(sum, weight);
+    }
+    V::store(sum_ + r * kWidth, sum);
+    return keep;
+  }
+
+  // A token that a row does not attend may hold anything, NaN too.
+  void add_values_carefully(int r, const float* weights, int n, float keep) {
+    float* out = out_ + ptrdiff_t(r) * out_dim_;
+    for (int d = 0; d < out_dim_; d++) out[d] *= keep;
+    for (int t = 0; t < n; t++) {
+      if (weights[t] == 0) continue;
+      for (int d = 0; d < value_dim_; d++) out[d] += weights[t] * *value_at(t, d);
+    }
+  }
+
+  static float first_lane(F x) {
+    alignas(64) float lanes[kWidth];
+    V::store(lanes, x);
+    return lanes[0];
+  }
+
+  void finish(Partial* partials) {
+    for (int r = 0; r < rows_.n_rows; r++) {
+      Partial& p = partials[r];
+      p.sum = V::sum(V::load(sum_ + r * kWidth));
+      // Only NaN scores leave the maximum empty and a sum behind; the state must not look empty.
+      p.max = max_[r] == kNegInf && p.sum != 0 ? 0.0f : max_[r];
+      for (int d = 0; d < value_dim_; d++) p.out[d] = out_[ptrdiff_t(r) * out_dim_ + d];
+    }
+  }
+
+  const QueryRows& rows_;
+  const int key_dim_, value_dim_, out_dim_;
+  const bool signs_;
+  bool poisoned_ = false;  // a value of this tile is not finite
+  I table_;
+  float *keys_, *sign_keys_, *values_, *staging_, *scores_, *norms_, *residual_norms_, *out_, *max_, *sum_;
+};
+
+}  // namespace
+}  // namespace tqext::cpu

@@ -1,0 +1,27 @@
+#include "scratch.h"
+
+#include <cstdlib>
+#include <memory>
+#include <new>
+
+namespace tqext::cpu {
+
+void* scratch(size_t n) {
+  struct Free {
+    void operator()(void* p) const { std::free(p); }
+  };
+  thread_local std::unique_ptr<void, Free> memory;
+  thread_local size_t size = 0;
+  if (n > size) {
+    size = (n + 4095) / 4096 * 4096;
+    memory.reset();
+    memory.reset(std::aligned_alloc(64, size));
+    if (!memory) {
+      size = 0;
+      throw std::bad_alloc();
+    }
+  }
+  return memory.get();
+}
+
+}  // namespace tqext::cpu

@@ -1,0 +1,345 @@
+// Every attention kernel this machine can run against float64 attention over the same bytes; no MLX, no Python, so that it
+// also runs cross-compiled under an emulator. Prints the worst relative errors; the exit status is the number of failures.
+//   g++ -std=c++20 -O3 -I csrc tests/native/attention_kernels_check.cpp csrc/cpu/attention_kernels*.cpp csrc/cpu/codec.cpp
+//       csrc/cpu/isa.cpp csrc/cpu/scratch.cpp -o check && ./check
+// Arguments: [ISA name] [time]: only that instruction set; time instead of test.
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <limits>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "codebook.h"
+#include "cpu/attention_kernels.h"
+#include "cpu/codec.h"
+#include "cpu/half.h"
+#include "cpu/isa.h"
+
+using namespace tqext;
+using namespace tqext::cpu;
+
+namespace {
+
+constexpr float kInf = std::numeric_limits<float>::infinity();
+constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+
+struct Case {
+  int key_dim = 128, value_dim = 128, key_bits = 3, value_bits = 2, rows = 4, begin = 0, n = 100;
+  bool half = false, signs = false, bias = false, ends = false, offset = false, poison = false;
+  int padding = 0;      // extra elements between tokens
+  float spread = 1;     // standard deviation of the scores, natural logarithm
+};
+
+std::string name(const Case& c) {
+  char text[200];
+  std::snprintf(text, sizeof(text), "D=%d/%d bits=%d/%d rows=%d [%d,%d) half=%d signs=%d bias=%d ends=%d offset=%d poison=%d padding=%d spread=%g",
+                c.key_dim, c.value_dim, c.key_bits, c.value_bits, c.rows, c.begin, c.begin + c.n, c.half, c.signs, c.bias, c.ends,
+                c.offset, c.poison, c.padding, c.spread);
+  return text;
+}
+
+// Tokens [0, begin + n), then exactly the end of the allocation: reading beyond it is for the address sanitizer to find.
+struct Problem {
+  Case c;
+  CodecShape shape;
+  CodedHead head;
+  std::vector<uint32_t> key_codes, signs, value_codes;
+  std::vector<uint16_t> norms, residual_norms, params;
+  std::vector<float> q, residual_q, offset;
+  std::vector<int> ends;
+  std::vector<std::vector<float>> bias_store;
+  std::vector<const float*> bias;
+  QueryRows rows;
+
+  Problem(const Case& c, unsigned seed) : c(c) {
+    std::mt19937 random(seed);
+    std::normal_distribution<float> normal;
+    const int total = c.begin + c.n, pad = c.padding;
+    shape = {c.key_dim, c.value_dim, c.key_bits, c.value_bits, {}, c.half};
+    const Codebook book = codebook(c.key_bits, c.key_dim);
+    std::copy_n(book.levels, kMaxKeyLevels, shape.codebook);
+    const int kw = code_words(c.key_dim, c.key_bits), vw = code_words(c.value_dim, c.value_bits), np = 2 * c.value_dim / kGroup;
+    auto fill = [&](auto& v, int width, int stride, auto make) {
+      v.assign(size_t(std::max(total - 1, 0)) * stride + (total ? width : 0), 0);
+      for (auto& x : v) x = make();
+    };
+    fill(key_codes, kw, kw + pad, [&] { return uint32_t(random()); });
+    fill(value_codes, vw, vw + pad, [&] { return uint32_t(random()); });
+    fill(signs, c.key_dim / 32, c.key_dim / 32 + pad, [&] { return uint32_t(random()); });
+    fill(norms, 1, 1 + pad, [&] { return float_to_half(2.1f * (0.8f + 0.4f * (random() % 1000) / 1000)); });
+    fill(residual_norms, 1, 1 + pad, [&] { return float_to_half(std::sqrt(float(c.key_dim)) * 0.2f * (random() % 1000) / 1000); });
+    bool scale = true;
+    fill(params, np, np + pad, [&] {
+      const float x = scale ? (0.5f + (random() % 1000) / 1000.0f) * (random() % 16 ? 1 : -1) : -1.5f + 0.5f * normal(random);
+      scale = !scale;
+      return float_to_half(x);
+    });
+    for (int i = 0; i < c.rows * c.key_dim; i++) q.push_back(normal(random) * c.spread / std::sqrt(float(c.key_dim)) * 1.4427f);
+    for (int i = 0; i < c.rows * c.key_dim; i++) residual_q.push_back(q[i] * std::sqrt(float(M_PI / 2) / c.key_dim));
+    for (int r = 0; r < c.rows; r++) {
+      offset.push_back(normal(random) * 5);
+      ends.push_back(c.ends ? std::max(0, total - 1 - int(random() % 70)) : total);
+      std::vector<float> row(total);
+      for (int t = 0; t < total; t++) row[t] = random() % 5 == 0 ? -kInf : normal(random);
+      if (r == 1) std::fill(row.begin(), row.end(), -kInf);  // a row that attends to nothing
+      bias_store.push_back(std::move(row));
+    }
+    for (auto& row : bias_store) bias.push_back(row.data());
+    head = {key_codes.data(), norms.data(), c.signs ? signs.data() : nullptr, c.signs ? residual_norms.data() : nullptr,
+            value_codes.data(), params.data(), kw + pad, 1 + pad, c.key_dim / 32 + pad, 1 + pad, vw + pad, np + pad};
+    rows = {c.rows, q.data(), c.signs ? residual_q.data() : nullptr, c.offset ? offset.data() : nullptr, ends.data(),
+            c.bias ? bias.data() : nullptr};
+    if (c.poison && total > 2) {  // NaN in tokens that no row attends
+      const int t = c.begin + c.n / 2;
+      norms[t * (1 + pad)] = 0x7e00;
+      params[t * (np + pad)] = 0x7e00;
+      params[t * (np + pad) + 1] = 0x7c00;
+      for (auto& row : bias_store) row[t] = -kInf;
+    }
+  }
+};
+
+struct State {
+  double max = -kInf, sum = 0;
+  std::vector<double> out;
+};
+
+template <class Key, class Value, class Score>
+std::vector<State> reference(const QueryRows& rows, int value_dim, int begin, int end, const Score& score, const Value& value) {
+  std::vector<State> states(rows.n_rows);
+  std::vector<double> v(value_dim);
+  for (int r = 0; r < rows.n_rows; r++) {
+    State& s = states[r];
+    s.out.assign(value_dim, 0);
+    std::vector<double> x(std::max(0, end - begin), -kInf);
+    for (int t = begin; t < std::min(end, rows.end[r]); t++) {
+      const float bias = rows.bias ? rows.bias[r][t] : 0;
+      if (bias == -kInf) continue;
+      x[t - begin] = score(r, t) + (rows.offset ? rows.offset[r] : 0) + bias;
+    }
+    for (double y : x) s.max = std::max(s.max, y);
+    for (int t = begin; t < end; t++) {
+      const double w = x[t - begin] == -kInf ? 0 : std::exp2(x[t - begin] - s.max);
+      if (w == 0) continue;
+      s.sum += w;
+      value(t, v.data());
+      for (int d = 0; d < value_dim; d++) s.out[d] += w * v[d];
+    }
+  }
+  return states;
+}
+
+std::vector<State> reference(const Problem& p) {
+  const Case& c = p.c;
+  return reference<int>(
+      p.rows, c.value_dim, c.begin, c.begin + c.n,
+      [&](int r, int t) {
+        double s = 0;
+        const uint32_t* w = p.head.key_codes + t * p.head.key_stride;
+        for (int d = 0; d < c.key_dim; d++) s += double(p.q[r * c.key_dim + d]) * p.shape.codebook[key_code(w, c.key_bits, d)];
+        s *= double(half_to_float(p.head.key_norms[t * p.head.norm_stride])) / int(kCodebookTop);
+        if (c.signs) {
+          double x = 0;
+          const uint32_t* sw = p.head.key_signs + t * p.head.sign_stride;
+          for (int d = 0; d < c.key_dim; d++) x += (sw[d / 32] >> (d % 32) & 1) ? p.residual_q[r * c.key_dim + d] : -p.residual_q[r * c.key_dim + d];
+          s += x * half_to_float(p.head.residual_norms[t * p.head.residual_stride]);
+        }
+        return s;
+      },
+      [&](int t, double* v) {
+        const uint32_t* w = p.head.value_codes + t * p.head.value_stride;
+        const uint16_t* params = p.head.value_params + t * p.head.param_stride;
+        for (int d = 0; d < c.value_dim; d++) {
+          const int code = w[value_word(c.value_dim, c.value_bits, d)] >> value_shift(c.value_dim, c.value_bits, d) & ((1 << c.value_bits) - 1);
+          v[d] = double(half_to_float(params[d / kGroup * 2])) * code + half_to_float(params[d / kGroup * 2 + 1]);
+        }
+      });
+}
+
+// Largest difference of the normalised outputs relative to the largest output; also checks max and sum.
+double difference(const std::vector<State>& want, const std::vector<Partial>& got, int value_dim) {
+  double top = 0, worst = 0;
+  for (size_t r = 0; r < want.size(); r++) {
+    for (int d = 0; d < value_dim && want[r].sum > 0; d++) top = std::max(top, std::fabs(want[r].out[d] / want[r].sum));
+  }
+  for (size_t r = 0; r < want.size(); r++) {
+    if (want[r].sum == 0) {
+      if (got[r].max != -kInf || got[r].sum != 0) return kInf;
+      for (int d = 0; d < value_dim; d++) if (got[r].out[d] != 0) return kInf;
+      continue;
+    }
+    const double lse = want[r].max + std::log2(want[r].sum), lse_got = got[r].max + std::log2(double(got[r].sum));
+    if (!(std::fabs(lse - lse_got) < 2e-3 * std::max(1.0, std::fabs(lse)))) return kInf;
+    for (int d = 0; d < value_dim; d++) {
+      const double e = std::fabs(got[r].out[d] / got[r].sum - want[r].out[d] / want[r].sum);
+      worst = std::max(worst, e / top);
+      if (!(e == e)) return kInf;
+    }
+  }
+  return worst;
+}
+
+std::vector<Partial> partials(std::vector<float>& store, int rows, int value_dim) {
+  store.assign(size_t(rows) * value_dim, kNaN);
+  std::vector<Partial> p(rows);
+  for (int r = 0; r < rows; r++) p[r] = {kNaN, kNaN, store.data() + size_t(r) * value_dim};
+  return p;
+}
+
+struct Kernels {
+  const char* name;
+  AttentionKernels k;
+};
+
+int failures = 0;
+void expect(bool ok, const char* isa, const std::string& what, double value = 0) {
+  if (ok) return;
+  failures++;
+  if (failures < 50) std::printf("FAIL %s %s: %g\n", isa, what.c_str(), value);
+}
+
+void test_coded(const Kernels& isa, const Case& c, unsigned seed, double worst[2]) {
+  Problem p(c, seed);
+  std::vector<float> store;
+  auto got = partials(store, c.rows, c.value_dim);
+  isa.k.attend_coded(p.head, p.shape, p.rows, c.begin, c.begin + c.n, got.data());
+  const double e = difference(reference(p), got, c.value_dim);
+  worst[c.half] = std::max(worst[c.half], e);
+  expect(e <= (c.half ? 5e-4 : 1e-5) * (c.spread > 4 ? 3 : 1), isa.name, name(c), e);
+}
+
+void test_nan(const Kernels& isa, const Case& c, bool in_query) {
+  Problem p(c, 5);
+  if (in_query) p.q[3] = kNaN;                       // row 0
+  else p.norms[(c.begin + c.n - 1) * (1 + c.padding)] = 0x7e00;  // every row that attends it
+  std::vector<float> store;
+  auto got = partials(store, c.rows, c.value_dim);
+  isa.k.attend_coded(p.head, p.shape, p.rows, c.begin, c.begin + c.n, got.data());
+  expect(std::isnan(got[0].sum) && std::isnan(got[0].out[0]) && got[0].max != -kInf, isa.name, "NaN must propagate: " + name(c));
+  if (in_query && c.rows > 1) expect(!std::isnan(got[1].sum) && !std::isnan(got[1].out[0]), isa.name, "NaN of one row must stay there");
+}
+
+void test_exact(const Kernels& isa, ExactType type, int dim, int value_dim, int n, int n_rows, int begin, bool bias, bool causal, double& worst) {
+  std::mt19937 random(dim + n + n_rows);
+  std::normal_distribution<float> normal;
+  const int pad = n % 3, total = begin + n;
+  std::vector<float> k, v, q;
+  std::vector<uint16_t> k16, v16;
+  auto convert = [&](float x, std::vector<uint16_t>& to) {
+    const uint16_t h = type == ExactType::kFloat16 ? float_to_half(x) : float_to_bfloat(x);
+    to.push_back(h);
+    return type == ExactType::kFloat32 ? x : type == ExactType::kFloat16 ? half_to_float(h) : bfloat_to_float(h);
+  };
+  for (int i = 0; i < (total - 1) * (dim + pad) + dim; i++) k.push_back(convert(normal(random), k16));
+  for (int i = 0; i < (total - 1) * (value_dim + pad) + value_dim; i++) v.push_back(convert(normal(random), v16));
+  for (int i = 0; i < n_rows * dim; i++) q.push_back(normal(random) * 1.44f / std::sqrt(float(dim)));
+  std::vector<int> ends;
+  std::vector<std::vector<float>> store;
+  std::vector<const float*> pointers;
+  for (int r = 0; r < n_rows; r++) {
+    ends.push_back(causal ? std::max(0, total - n_rows + r + 1) : total);
+    store.emplace_back(total);
+    for (auto& x : store.back()) x = random() % 4 == 0 ? -kInf : normal(random);
+  }
+  for (auto& x : store) pointers.push_back(x.data());
+  const QueryRows rows{n_rows, q.data(), nullptr, nullptr, ends.data(), bias ? pointers.data() : nullptr};
+  const bool wide = type == ExactType::kFloat32;
+  const ExactHead head{wide ? (const void*)k.data() : k16.data(), wide ? (const void*)v.data() : v16.data(), type, dim, value_dim, dim + pad, value_dim + pad};
+  std::vector<float> out;
+  auto got = partials(out, n_rows, value_dim);
+  isa.k.attend_exact(head, rows, begin, total, got.data());
+  auto want = reference<int>(rows, value_dim, begin, total,
+      [&](int r, int t) { double s = 0; for (int d = 0; d < dim; d++) s += double(q[r * dim + d]) * k[size_t(t) * (dim + pad) + d]; return s; },
+      [&](int t, double* x) { for (int d = 0; d < value_dim; d++) x[d] = v[size_t(t) * (value_dim + pad) + d]; });
+  const double e = difference(want, got, value_dim);
+  worst = std::max(worst, e);
+  expect(e <= 1e-5, isa.name, "exact D=" + std::to_string(dim) + "/" + std::to_string(value_dim) + " n=" + std::to_string(n) + " rows=" + std::to_string(n_rows), e);
+}
+
+void test(const Kernels& isa) {
+  double worst[2] = {}, worst_exact = 0;
+  std::vector<Case> cases;
+  for (bool half : {false, true}) {
+    for (int dim : {32, 64, 96, 128, 160, 192, 224, 256, 288, 384, 480, 512}) {
+      for (int kb : {2, 3, 4}) for (int vb : {2, 4}) cases.push_back({dim, dim, kb, vb, 4, 3, 150, half});
+      cases.push_back({dim, 544 - dim, 3, 2, 3, 0, 77, half});
+    }
+    for (int n : {0, 1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 257, 1000}) {
+      for (int rows : {1, 2, 3, 4, 5, 7, 8}) cases.push_back({128, 128, 3, 2, rows, n % 5, n, half});
+      cases.push_back({64, 96, 4, 4, 6, 1, n, half, true, true, true, true, n > 2, n % 7, 1});
+      cases.push_back({96, 64, 2, 2, 4, 0, n, half, false, true, false, true, n > 2, 2, 1});
+    }
+    for (int rows : {12, 13, 31, 40}) cases.push_back({128, 128, 3, 2, rows, 3, 200, half, false, false, true});
+    for (float spread : {0.1f, 3.0f, 10.0f}) for (int rows : {1, 4}) cases.push_back({128, 128, 3, 2, rows, 0, 1000, half, false, false, false, false, false, 0, spread});
+    cases.push_back({128, 128, 3, 2, 4, 0, 5000, half, true, false, true, true, false, 4});
+    cases.push_back({128, 128, 3, 2, 4, 0, 16384, half});
+  }
+  unsigned seed = 1;
+  for (const Case& c : cases) test_coded(isa, c, seed++, worst);
+  for (int n : {1, 40, 300}) for (int rows : {1, 4, 30}) for (bool half : {false, true}) {
+    test_nan(isa, {128, 128, 3, 2, rows, 0, n, half}, true);
+    test_nan(isa, {128, 128, 3, 2, rows, 0, n, half}, false);
+  }
+  for (ExactType type : {ExactType::kFloat32, ExactType::kFloat16, ExactType::kBFloat16}) {
+    for (int dim : {32, 40, 64, 80, 96, 128, 256, 512}) for (int n : {1, 4, 33, 64, 150}) for (int rows : {1, 2, 3, 4, 8, 29})
+      test_exact(isa, type, dim, rows % 2 ? dim : 72, n, rows, n % 4, rows == 4, rows == 8 || rows == 29, worst_exact);
+  }
+  std::printf("%-9s coded: fp32 query %.1e, half query %.1e; exact tokens %.1e\n", isa.name, worst[0], worst[1], worst_exact);
+}
+
+double cpu_seconds() {
+  timespec t;
+  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
+  return double(t.tv_sec) + 1e-9 * double(t.tv_nsec);
+}
+
+void time(const Kernels& isa) {
+  struct Shape { Case c; };
+  for (bool half : {false, true}) for (int shape = 0; shape < 9; shape++) {
+    Case c{128, 128, 3, 2, 4, 0, 16384, half};
+    if (shape == 1) c.n = 1024;
+    if (shape == 2) c.rows = 1;
+    if (shape == 3) c.rows = 8;
+    if (shape == 4) c.key_dim = c.value_dim = 64;
+    if (shape == 5) c.key_dim = c.value_dim = 96;
+    if (shape == 6) c.key_dim = c.value_dim = 256;
+    if (shape == 7) c.rows = 128, c.n = 4096;
+    if (shape == 8) c.key_bits = c.value_bits = 4;
+    std::vector<Problem> heads;
+    for (int h = 0; h < 8; h++) heads.emplace_back(c, h);
+    std::vector<float> store;
+    auto got = partials(store, c.rows, c.value_dim);
+    std::vector<double> seconds;
+    const bool slow = std::string(isa.name) == "portable";
+    if (slow && shape) continue;
+    for (int i = 0; i < (slow ? 2 : c.rows > 8 ? 3 : 40); i++) {
+      const double a = cpu_seconds();
+      for (auto& p : heads) isa.k.attend_coded(p.head, p.shape, p.rows, 0, c.n, got.data());
+      seconds.push_back(cpu_seconds() - a);
+    }
+    std::sort(seconds.begin(), seconds.end());
+    const double keys = 8.0 * c.n;
+    std::printf("%-9s %s D=%-3d bits=%d/%d rows=%-3d n=%-6d  median %8.3f ms, least %8.3f ms, %7.2f ns per key and head\n", isa.name, half ? "half" : "fp32",
+                c.key_dim, c.key_bits, c.value_bits, c.rows, c.n, seconds[seconds.size() / 2] * 1e3, seconds[0] * 1e3, seconds[0] * 1e9 / keys);
+    std::fflush(stdout);
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  std::vector<Kernels> all;
+  for (Isa isa : available_isas()) all.push_back({isa_name(isa), attention_kernels_of(isa)});
+  bool timing = false;
+  std::string only;
+  for (int i = 1; i < argc; i++) std::string(argv[i]) == "time" ? void(timing = true) : void(only = argv[i]);
+  for (const Kernels& isa : all) {
+    if (!only.empty() && only != isa.name) continue;
+    timing ? time(isa) : test(isa);
+  }
+  return failures;
+}
