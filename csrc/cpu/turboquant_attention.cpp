@@ -128,7 +128,12 @@ struct Task {
 };
 
 std::vector<Task::Run> Task::runs(int b) const {
-  const int padding = left_padding ? left_padding->head<int32_t>(0, 0)[b * left_padding->view.strides[0]] : 0;
+  int padding = 0;
+  if (left_padding) {
+    // Clamped first: the differences below must not overflow whatever the array holds.
+    const View& v = left_padding->view;
+    padding = std::clamp(int(static_cast<const int32_t*>(v.data)[b * v.strides[0]]), 0, n_keys());
+  }
   const int n_own = own_tokens() ? n_queries() : 0;
   std::vector<Run> runs;
   for (Part part : {kCoded, kFirst, kTail}) {  // the longest first, so that no thread is left with it at the end
