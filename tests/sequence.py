@@ -1,4 +1,4 @@
-"""One sequence of a compressed cache, told again from the specification: what is exact, what is coded, and attention over it."""
+"""One sequence of a compressed cache, told again from the specification: what is exact or coded, and attention over it."""
 
 from __future__ import annotations
 

@@ -5,9 +5,9 @@ import copy
 import mlx.core as mx
 import numpy as np
 import pytest
-from sequence import Sequence, attention
 
 import tqext
+from sequence import Sequence, attention
 from tqext import Recipe, TurboQuantKVCache, get_policy
 from tqext.cache import GROWTH
 from tqext.presets import PRESETS
@@ -145,7 +145,7 @@ def test_cache_first_chunk_is_exact():
 def test_cache_snapshot_is_immutable():
     """Steps after a snapshot do not change what it attends to."""
     cache = TurboQuantKVCache()
-    k, v, q = (mx.array(x)[None] for x in tokens(200, 0))
+    k, v = (mx.array(x)[None] for x in tokens(200, 0)[:2])
     cache.update_and_fetch(k, v)
     one_k, one_v, one_q = (mx.array(x)[None] for x in tokens(1, 1))
     snapshot, _ = cache.update_and_fetch(one_k, one_v)
@@ -214,7 +214,8 @@ def test_presets_bytes_per_token_are_what_the_operators_pack(preset):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"key_bits": 5}, {"value_bits": 3}, {"rotation": "none"}, {"tail": -1}, {"flush": 0}, {"first_last": -1}, {"x": 1}]
+    "wrong",
+    [{"key_bits": 5}, {"value_bits": 3}, {"rotation": "none"}, {"tail": -1}, {"flush": 0}, {"first_last": -1}, {"x": 1}],
 )
 def test_policy_rejects_wrong_fields(wrong):
     with pytest.raises(ValueError, match=r"^\[policy\] \w+: expected .*, got "):

@@ -1,5 +1,8 @@
 """tqext: attention on packed keys and values, a compressed KV cache for mlx-lm, and 1-bit weights, for Apple's MLX."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from tqext._load import load_extension
 
 load_extension()
@@ -17,17 +20,63 @@ from tqext.ops import (  # noqa: E402
 
 __version__ = "0.1.0"
 
+# Imported on first use: they need mlx-lm, which takes a second to import and which the operators do without.
+_LAZY = {
+    "BatchTurboQuantKVCache": "tqext.batch",
+    "Policy": "tqext.presets",
+    "Recipe": "tqext.presets",
+    "TurboQuantKVCache": "tqext.cache",
+    "attach": "tqext.mlx_lm",
+    "detach": "tqext.mlx_lm",
+    "get_policy": "tqext.presets",
+    "install": "tqext.mlx_lm",
+    "load": "tqext.models",
+    "make_prompt_cache": "tqext.mlx_lm",
+    "probe": "tqext.mlx_lm",
+    "uninstall": "tqext.mlx_lm",
+    "upgrade": "tqext.mlx_lm",
+    "verify": "tqext.mlx_lm",
+}
+
+if TYPE_CHECKING:
+    from tqext.batch import BatchTurboQuantKVCache
+    from tqext.cache import TurboQuantKVCache
+    from tqext.mlx_lm import attach, detach, install, make_prompt_cache, probe, uninstall, upgrade, verify
+    from tqext.models import load
+    from tqext.presets import Policy, Recipe, get_policy
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'tqext' has no attribute {name!r}")
+    return getattr(importlib.import_module(_LAZY[name]), name)
+
+
 __all__ = [
+    "BatchTurboQuantKVCache",
     "PackedKeys",
     "PackedValues",
+    "Policy",
+    "Recipe",
+    "TurboQuantKVCache",
     "__version__",
+    "attach",
     "available_isas",
     "dequantize",
+    "detach",
     "format",
+    "get_policy",
+    "install",
     "isa",
+    "load",
+    "make_prompt_cache",
     "num_threads",
+    "probe",
     "quantize_keys",
     "quantize_values",
     "rotate",
     "turboquant_attention",
+    "uninstall",
+    "upgrade",
+    "verify",
 ]

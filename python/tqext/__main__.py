@@ -1,0 +1,3 @@
+from tqext.cli import main
+
+main()

