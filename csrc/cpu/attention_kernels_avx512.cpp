@@ -2,7 +2,8 @@
 #if defined(__x86_64__)
 
 #if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // in the intrinsics of gcc 12
+#pragma GCC diagnostic ignored "-Wuninitialized"  // in the intrinsics of gcc 12
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
 #include <immintrin.h>
 
@@ -109,11 +110,673 @@ struct Avx512 {
   }
 };
 
+// ---------------------------------------------------------------- integer kernel
+
+constexpr int kBlock = 128;        // tokens per update of the softmax state
+constexpr int kQuads = kBlock / 4;  // a 32-bit lane of the value pass is one dimension of four tokens
+constexpr int kSet = 4;            // rows that share a pass over a block's decoded codes
+constexpr float kNegligible = 48;  // a block whose weights are all below 2^-48 of the largest so far changes nothing in fp32
+
+// acc += sum of four u8 * s8. As asm because gcc 12 copies every accumulator of the intrinsic.
+inline __attribute__((always_inline)) void dot(__m512i& acc, __m512i u8, __m512i s8) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(u8), "v"(s8));
+}
+
+// Pieces of a signed integer: the low ones hold a digit in [-128, 127] plus 128, so that a byte of x + bias is a digit.
+template <int N>
+struct Pieces {
+  static constexpr int kBias = N == 2 ? 0x80 : 0x8080;
+  // Rounding and the bias may not carry out of the top byte.
+  static constexpr float kQueryTop = N == 2 ? 32600.0f : 8355000.0f;
+  // Weights are integers in the mantissa of 1.5 * 2^23 + x: 23 bits.
+  static constexpr float kWeightTop = N == 2 ? 32600.0f : 4160000.0f;
+};
+
+// Sum of pieces, most significant first, `step` registers apart.
+template <int N>
+inline __m512 join(const __m512i* piece, ptrdiff_t step) {
+  const __m512i low = _mm512_add_epi32(_mm512_slli_epi32(piece[(N - 2) * step], 8), piece[(N - 1) * step]);
+  if constexpr (N == 2) return _mm512_cvtepi32_ps(low);
+  return _mm512_fmadd_ps(_mm512_cvtepi32_ps(piece[0]), _mm512_set1_ps(65536.0f), _mm512_cvtepi32_ps(low));
+}
+
+// Four words of 16 tokens: out[c] lane i = word c of token i. Only n_words are read; the other lanes are zero.
+inline void load_4x16(const uint32_t* words, ptrdiff_t stride, int n_words, __m512i out[4]) {
+  __m512i z[4];
+  if (n_words >= 4) {
+    for (int r = 0; r < 4; r++) {
+      const uint32_t* x = words + r * stride;
+      z[r] = _mm512_castsi128_si512(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
+      z[r] = _mm512_mask_broadcast_i32x4(z[r], 0x00f0, _mm_loadu_si128(reinterpret_cast<const __m128i*>(x + 4 * stride)));
+      z[r] = _mm512_mask_broadcast_i32x4(z[r], 0x0f00, _mm_loadu_si128(reinterpret_cast<const __m128i*>(x + 8 * stride)));
+      z[r] = _mm512_mask_broadcast_i32x4(z[r], 0xf000, _mm_loadu_si128(reinterpret_cast<const __m128i*>(x + 12 * stride)));
+    }
+  } else {
+    const __mmask8 mask = __mmask8((1 << n_words) - 1);
+    for (int r = 0; r < 4; r++) {
+      const uint32_t* x = words + r * stride;
+      z[r] = _mm512_castsi128_si512(_mm_maskz_loadu_epi32(mask, x));
+      z[r] = _mm512_mask_broadcast_i32x4(z[r], 0x00f0, _mm_maskz_loadu_epi32(mask, x + 4 * stride));
+      z[r] = _mm512_mask_broadcast_i32x4(z[r], 0x0f00, _mm_maskz_loadu_epi32(mask, x + 8 * stride));
+      z[r] = _mm512_mask_broadcast_i32x4(z[r], 0xf000, _mm_maskz_loadu_epi32(mask, x + 12 * stride));
+    }
+  }
+  const __m512i a = _mm512_unpacklo_epi32(z[0], z[1]), b = _mm512_unpacklo_epi32(z[2], z[3]);
+  const __m512i c = _mm512_unpackhi_epi32(z[0], z[1]), d = _mm512_unpackhi_epi32(z[2], z[3]);
+  out[0] = _mm512_unpacklo_epi64(a, b);
+  out[1] = _mm512_unpackhi_epi64(a, b);
+  out[2] = _mm512_unpacklo_epi64(c, d);
+  out[3] = _mm512_unpackhi_epi64(c, d);
+}
+
+// One call's state. N: bytes of a query element and of a weight.
+template <int N>
+class IntegerAttention {
+ public:
+  IntegerAttention(const CodedHead& head, const CodecShape& shape, const QueryRows& rows)
+      : head_(head),
+        rows_(rows),
+        key_dim_(shape.key_dim),
+        value_dim_(shape.value_dim),
+        key_bits_(shape.key_bits),
+        value_bits_(shape.value_bits),
+        key_words_(code_words(shape.key_dim, shape.key_bits)),
+        value_words_(code_words(shape.value_dim, shape.value_bits)),
+        n_chunks_((value_words_ + 3) / 4),
+        n_slots_(8 / shape.value_bits),
+        n_groups_(shape.value_dim / kGroup),
+        straddle_((shape.value_dim & (shape.value_dim - 1)) != 0),
+        n_patterns_(value_dim_ <= 128 ? 1 : value_dim_ / 128),
+        out_size_(n_chunks_ * n_slots_ * 16) {
+    const int n_sets = (rows.n_rows + kSet - 1) / kSet;
+    const size_t per_row = out_size_ + 16 * n_groups_ + 16;
+    char* next = static_cast<char*>(scratch(
+        sizeof(float) * (size_t(key_dim_ / 8) * kBlock + 2 * kBlock + size_t(n_chunks_) * kQuads * 16 + 2 * n_groups_ * kBlock +
+                         kSet * kBlock + size_t(out_size_) + rows.n_rows * per_row + size_t(n_sets) * key_dim_ * N + 64) +
+        weight_bytes() + 16 * sizeof(uint32_t) * (size_t(key_words_) + value_words_ + n_groups_ + 1) +
+        size_t(rows.n_rows) * (N + 3) * 64 + 64 * 32));
+    auto take = [&next](size_t bytes) { return (next += (bytes + 63) / 64 * 64) - (bytes + 63) / 64 * 64; };
+    auto floats = [&](size_t n) { return reinterpret_cast<float*>(take(n * sizeof(float))); };
+    auto words = [&](size_t n) { return reinterpret_cast<uint32_t*>(take(n * sizeof(uint32_t))); };
+    planes_ = words(size_t(key_dim_ / 8) * kBlock);
+    norms_ = floats(kBlock);
+    values_ = reinterpret_cast<uint8_t*>(take(size_t(n_chunks_) * kQuads * 64));
+    scales_ = floats(size_t(n_groups_) * kBlock);
+    biases_ = floats(size_t(n_groups_) * kBlock);
+    scores_ = floats(kSet * kBlock);
+    weights_ = reinterpret_cast<int8_t*>(take(weight_bytes()));
+    group_of_ = reinterpret_cast<int32_t*>(words(out_size_));
+    query_ = reinterpret_cast<int32_t*>(words(size_t(n_sets) * key_dim_ * N));
+    tail_keys_ = words(16 * size_t(key_words_));
+    tail_values_ = words(16 * size_t(value_words_));
+    tail_params_ = words(16 * size_t(n_groups_));
+    out_ = floats(size_t(rows.n_rows) * out_size_);
+    bias_sums_ = floats(size_t(rows.n_rows) * n_groups_ * 16);
+    sums_ = floats(size_t(rows.n_rows) * 16);
+    query_offset_ = reinterpret_cast<int32_t*>(words(size_t(rows.n_rows) * N));
+    query_step_ = floats(rows.n_rows);
+    max_ = floats(rows.n_rows);
+    nan_ = reinterpret_cast<bool*>(take(rows.n_rows));
+
+    alignas(16) uint8_t levels[16];
+    for (int i = 0; i < 16; i++) levels[i] = uint8_t(shape.codebook[i] + 128);
+    table_ = _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(levels)));
+    // Lane 4w + j of chunk c and slot i: word 4c + w, byte j.
+    for (int i = 0; i < out_size_; i++) {
+      const int d = dimension(i);
+      group_of_[i] = d < 0 ? 0 : d / kGroup;
+    }
+    for (int r = 0; r < rows.n_rows; r++) {
+      max_[r] = kNegInf;
+      nan_[r] = false;
+    }
+    for (size_t i = 0; i < rows.n_rows * per_row; i += 16) {
+      _mm512_store_ps(out_ + i, _mm512_setzero_ps());  // out_, bias_sums_ and sums_ are one run
+    }
+    for (int r = 0; r < rows.n_rows; r++) split_query(r);
+  }
+
+  void attend(int begin, int end) {
+    for (int t0 = begin; t0 < end; t0 += kBlock) {
+      const int n = smaller(kBlock, end - t0);
+      int last = 0;
+      for (int r = 0; r < rows_.n_rows; r++) last = rows_.end[r] > last ? rows_.end[r] : last;
+      if (last <= t0) break;
+      load_block(t0, n);
+      for (int r = 0; r < rows_.n_rows; r += kSet) {
+        switch (smaller(kSet, rows_.n_rows - r)) {
+          case 1:
+            attend_set<1>(r, t0, n);
+            break;
+          case 2:
+            attend_set<2>(r, t0, n);
+            break;
+          case 3:
+            attend_set<3>(r, t0, n);
+            break;
+          default:
+            attend_set<4>(r, t0, n);
+        }
+      }
+    }
+  }
+
+  void finish(Partial* partials) const {
+    for (int r = 0; r < rows_.n_rows; r++) {
+      Partial& p = partials[r];
+      p.max = max_[r];
+      p.sum = _mm512_reduce_add_ps(_mm512_load_ps(sums_ + 16 * r));
+      for (int i = 0; i < out_size_; i++) {
+        const int d = dimension(i);
+        if (d >= 0) p.out[d] = out_[size_t(r) * out_size_ + i];
+      }
+      for (int g = 0; g < n_groups_; g++) {
+        const float bias = _mm512_reduce_add_ps(_mm512_load_ps(bias_sums_ + (size_t(r) * n_groups_ + g) * 16));
+        for (int d = 0; d < kGroup; d++) p.out[kGroup * g + d] += bias;
+      }
+      const bool attended = p.max != kNegInf || p.sum != 0;
+      if (attended && (nan_[r] || p.sum != p.sum)) {
+        p.max = 0;
+        p.sum = __builtin_nanf("");
+        for (int d = 0; d < value_dim_; d++) p.out[d] = p.sum;
+      }
+    }
+  }
+
+ private:
+  size_t weight_bytes() const {
+    return size_t(kSet) * N * kQuads * (straddle_ ? 64 : 16 * n_patterns_);
+  }
+
+  // Dimension of element i of out_: -1 for the words that fill up the last chunk.
+  int dimension(int i) const {
+    const int lane = i % 16, slot = i / 16 % n_slots_, chunk = i / 16 / n_slots_;
+    const int word = 4 * chunk + lane / 4;
+    return word < value_words_ ? value_words_ * (n_slots_ * (lane % 4) + slot) + word : -1;
+  }
+
+  // The row as integers in N bytes relative to its largest element, in the order of use: [word of codes][even, odd
+  // nibbles][row of the set][piece]. A row that is not finite is marked: integers would lose it.
+  void split_query(int r) {
+    const int n_set = smaller(kSet, rows_.n_rows - r / kSet * kSet);
+    int32_t* to = query_ + size_t(r / kSet) * kSet * key_dim_ / 4 * N + r % kSet * N;
+    const float* q = rows_.q + size_t(r) * key_dim_;
+    __m512 top = _mm512_setzero_ps(), check = _mm512_setzero_ps();
+    for (int d = 0; d < key_dim_; d += 16) {
+      const __mmask16 in = __mmask16(key_dim_ - d >= 16 ? 0xffff : (1 << (key_dim_ - d)) - 1);
+      const __m512 x = _mm512_maskz_loadu_ps(in, q + d);
+      top = _mm512_max_ps(top, _mm512_abs_ps(x));
+      check = _mm512_fmadd_ps(x, _mm512_setzero_ps(), check);
+    }
+    const float offset = rows_.offset ? rows_.offset[r] : 0.0f;
+    nan_[r] = !(_mm512_reduce_add_ps(check) == 0) || offset - offset != 0;
+    const float largest = nan_[r] ? 0.0f : _mm512_reduce_max_ps(top);
+    const float inverse = largest > 0 ? Pieces<N>::kQueryTop / largest : 0.0f;
+    query_step_[r] = largest > 0 ? largest / Pieces<N>::kQueryTop / float(kCodebookTop) : 0.0f;
+    const bool tiny = !(inverse < 1e38f);  // all elements are subnormal or close to it: scores of zero
+    const __m512 factor = _mm512_set1_ps(nan_[r] || tiny ? 0.0f : inverse);
+    const __m128i order = _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
+    __m512i sums[N];
+    for (int p = 0; p < N; p++) sums[p] = _mm512_setzero_si512();
+    for (int d = 0; d < key_dim_; d += 16) {
+      const __m512 x = nan_[r] ? _mm512_setzero_ps() : _mm512_loadu_ps(q + d);
+      __m512i rest = _mm512_cvtps_epi32(_mm512_mul_ps(x, factor));
+      for (int p = N - 1; p >= 0; p--) {
+        const __m512i digit = _mm512_srai_epi32(_mm512_slli_epi32(rest, 24), 24);
+        rest = _mm512_srai_epi32(_mm512_sub_epi32(rest, digit), 8);
+        sums[p] = _mm512_add_epi32(sums[p], digit);
+        alignas(16) int32_t dwords[4];
+        _mm_store_si128(reinterpret_cast<__m128i*>(dwords), _mm_shuffle_epi8(_mm512_cvtepi32_epi8(digit), order));
+        for (int i = 0; i < 4; i++) to[(d / 4 + i) * n_set * N + p] = dwords[i];
+      }
+    }
+    for (int p = 0; p < N; p++) query_offset_[r * N + p] = -128 * _mm512_reduce_add_epi32(sums[p]);  // the table holds level + 128
+  }
+
+  // ---- one block of tokens, for all rows
+
+  void load_block(int t0, int n) {
+    n_padded_ = round_up(n, 16);
+    n_bad_ = 0;
+    const int whole = n / 16 * 16;
+    const uint32_t* keys = head_.key_codes + t0 * head_.key_stride;
+    const uint32_t* values = head_.value_codes + t0 * head_.value_stride;
+    const uint16_t* params = head_.value_params + t0 * head_.param_stride;
+    if (whole < n) copy_tail(keys, values, params, whole, n);
+    for (int t = 0; t < whole; t += 16) load_keys(keys + t * head_.key_stride, head_.key_stride, t);
+    if (whole < n) load_keys(tail_keys_, key_words_, whole);
+    load_norms(t0, n);
+    for (int g = 0; g < n_groups_; g += 4) load_params(params, g, whole, n);
+    for (int t = 0; t < whole; t += 4) load_values(values + t * head_.value_stride, head_.value_stride, t / 4);
+    for (int t = whole; t < n_padded_; t += 4) load_values(tail_values_ + (t - whole) * value_words_, value_words_, t / 4);
+  }
+
+  // The last, incomplete 16 tokens, filled up with zeros.
+  void copy_tail(const uint32_t* keys, const uint32_t* values, const uint16_t* params, int from, int n) {
+    for (int i = 0; i < 16; i++) {
+      const int t = from + i;
+      for (int w = 0; w < key_words_; w++) tail_keys_[i * key_words_ + w] = t < n ? keys[t * head_.key_stride + w] : 0;
+      for (int w = 0; w < value_words_; w++) tail_values_[i * value_words_ + w] = t < n ? values[t * head_.value_stride + w] : 0;
+      for (int g = 0; g < n_groups_; g++) {
+        uint32_t x = 0;
+        if (t < n) __builtin_memcpy(&x, params + t * head_.param_stride + 2 * g, 4);
+        tail_params_[i * n_groups_ + g] = x;
+      }
+    }
+  }
+
+  // Words of 16 tokens -> planes: plane 4u + i, lane t, nibble k = code of dimension 32u + 8i + k, no other bits.
+  void load_keys(const uint32_t* keys, ptrdiff_t stride, int t) {
+    alignas(64) uint32_t words[kMaxDim / 8][16];
+    for (int w = 0; w < key_words_; w += 4) {
+      // The last load may overlap the one before, to stay within the token.
+      const int from = w + 4 <= key_words_ || key_words_ < 4 ? w : key_words_ - 4;
+      __m512i x[4];
+      load_4x16(keys + from, stride, key_words_, x);
+      for (int c = 0; c < 4; c++) _mm512_store_si512(words[from + c], x[c]);
+    }
+    uint32_t* to = planes_ + t;
+    for (int unit = 0; unit < key_dim_ / kUnit; unit++, to += 4 * kBlock) {
+      const uint32_t(*word)[16] = words + unit * key_bits_;
+      if (key_bits_ == 3) {
+        const __m512i w0 = _mm512_load_si512(word[0]), w1 = _mm512_load_si512(word[1]), w2 = _mm512_load_si512(word[2]), code = _mm512_set1_epi32(0x77777777);
+        const __m512i a = _mm512_srli_epi32(w0, 3), b = _mm512_srli_epi32(w1, 2), c = _mm512_srli_epi32(w2, 1);
+        __m512i last = _mm512_ternarylogic_epi32(_mm512_set1_epi32(0x11111111), a, b, 0xca);  // bit 0 of a, else b
+        last = _mm512_ternarylogic_epi32(_mm512_set1_epi32(0x44444444), c, last, 0xca);
+        _mm512_store_si512(to, _mm512_and_si512(w0, code));
+        _mm512_store_si512(to + kBlock, _mm512_and_si512(w1, code));
+        _mm512_store_si512(to + 2 * kBlock, _mm512_and_si512(w2, code));
+        _mm512_store_si512(to + 3 * kBlock, _mm512_and_si512(last, code));
+      } else if (key_bits_ == 2) {
+        const __m512i code = _mm512_set1_epi32(0x33333333);
+        for (int i = 0; i < 2; i++) {
+          _mm512_store_si512(to + i * kBlock, _mm512_and_si512(_mm512_load_si512(word[i]), code));
+          _mm512_store_si512(to + (2 + i) * kBlock, _mm512_and_si512(_mm512_srli_epi32(_mm512_load_si512(word[i]), 2), code));
+        }
+      } else {
+        for (int i = 0; i < 4; i++) _mm512_store_si512(to + i * kBlock, _mm512_load_si512(word[i]));
+      }
+    }
+  }
+
+  void load_norms(int t0, int n) {
+    const uint16_t* norms = head_.key_norms + t0 * head_.norm_stride;
+    const __m256i magnitude = _mm256_set1_epi16(0x7fff), largest = _mm256_set1_epi16(0x7bff);
+    for (int t = 0; t < n_padded_; t += 16) {
+      __m256i half;
+      if (head_.norm_stride == 1 && t + 16 <= n) {
+        half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(norms + t));
+      } else {
+        alignas(32) uint16_t copy[16] = {};
+        for (int i = 0; i < smaller(16, n - t); i++) copy[i] = norms[(t + i) * head_.norm_stride];
+        half = _mm256_load_si256(reinterpret_cast<const __m256i*>(copy));
+      }
+      const __mmask16 bad = _mm256_cmpgt_epi16_mask(_mm256_and_si256(half, magnitude), largest);
+      if (__builtin_expect(bad != 0, 0)) {
+        half = _mm256_maskz_mov_epi16(__mmask16(~bad), half);
+        for (int i = 0; i < 16; i++) {
+          if (bad >> i & 1) bad_[n_bad_++] = t + i;
+        }
+      }
+      _mm512_store_ps(norms_ + t, _mm512_cvtph_ps(half));
+    }
+  }
+
+  // Scales and biases of groups g .. g + 3 with the token as the lane, and the largest scale of each.
+  void load_params(const uint16_t* params, int g, int whole, int n) {
+    const int n_words = smaller(4, n_groups_ - g);
+    const __m512i split = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15));
+    const __m512i gather = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7), magnitude = _mm512_set1_epi16(0x7fff);
+    __m512i top[4];
+    for (int i = 0; i < 4; i++) top[i] = _mm512_setzero_si512();
+    for (int t = 0; t < n_padded_; t += 16) {
+      __m512i x[4];
+      if (t < whole) {
+        load_4x16(reinterpret_cast<const uint32_t*>(params + t * head_.param_stride + 2 * g), head_.param_stride / 2, n_words, x);
+      } else {
+        load_4x16(tail_params_ + g, n_groups_, n_words, x);
+      }
+      for (int i = 0; i < n_words; i++) {
+        const __m512i y = _mm512_permutexvar_epi64(gather, _mm512_shuffle_epi8(x[i], split));
+        top[i] = _mm512_max_epu16(top[i], _mm512_and_si512(y, magnitude));
+        _mm512_store_ps(scales_ + (g + i) * kBlock + t, _mm512_cvtph_ps(_mm512_castsi512_si256(y)));
+        _mm512_store_ps(biases_ + (g + i) * kBlock + t, _mm512_cvtph_ps(_mm512_extracti64x4_epi64(y, 1)));
+      }
+    }
+    for (int i = 0; i < n_words; i++) {
+      const __m256i both = _mm256_max_epu16(_mm512_castsi512_si256(top[i]), _mm512_extracti64x4_epi64(top[i], 1));
+      if (__builtin_expect(_mm256_cmpgt_epi16_mask(both, _mm256_set1_epi16(0x7bff)) != 0, 0)) {
+        clear_bad_params(g + i, n);
+        continue;
+      }
+      const __m256i scale = _mm512_castsi512_si256(top[i]);
+      scale_top_[g + i] = _mm512_reduce_max_ps(_mm512_cvtph_ps(scale));
+    }
+  }
+
+  void clear_bad_params(int g, int n) {
+    float* scale = scales_ + g * kBlock;
+    float* bias = biases_ + g * kBlock;
+    scale_top_[g] = 0;
+    for (int t = 0; t < n; t++) {
+      if (scale[t] - scale[t] != 0 || bias[t] - bias[t] != 0) {
+        scale[t] = bias[t] = 0;
+        if (n_bad_ < kMaxBad) bad_[n_bad_++] = t;
+      }
+      const float size = __builtin_fabsf(scale[t]);
+      scale_top_[g] = size > scale_top_[g] ? size : scale_top_[g];
+    }
+  }
+
+  // Words of four tokens -> chunks of four words: lane 4w + j = byte j of word w of the four tokens.
+  void load_values(const uint32_t* x, ptrdiff_t stride, int quad) {
+    const __m512i bytes = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+    uint8_t* to = values_ + size_t(quad) * 64;
+    if (stride == 8 && value_words_ == 8) {
+      const __m512i a = _mm512_loadu_si512(x), b = _mm512_loadu_si512(x + 16);
+      const __m512i low = _mm512_setr_epi32(0, 8, 16, 24, 1, 9, 17, 25, 2, 10, 18, 26, 3, 11, 19, 27);
+      const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(4));
+      _mm512_store_si512(to, _mm512_shuffle_epi8(_mm512_permutex2var_epi32(a, low, b), bytes));
+      _mm512_store_si512(to + kQuads * 64, _mm512_shuffle_epi8(_mm512_permutex2var_epi32(a, high, b), bytes));
+      return;
+    }
+    const __m512i words = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    for (int c = 0; c < n_chunks_; c++, x += 4, to += kQuads * 64) {
+      const __mmask8 in = __mmask8(value_words_ - 4 * c >= 4 ? 15 : (1 << (value_words_ - 4 * c)) - 1);
+      __m512i z = _mm512_castsi128_si512(_mm_maskz_loadu_epi32(in, x));
+      z = _mm512_mask_broadcast_i32x4(z, 0x00f0, _mm_maskz_loadu_epi32(in, x + stride));
+      z = _mm512_mask_broadcast_i32x4(z, 0x0f00, _mm_maskz_loadu_epi32(in, x + 2 * stride));
+      z = _mm512_mask_broadcast_i32x4(z, 0xf000, _mm_maskz_loadu_epi32(in, x + 3 * stride));
+      _mm512_store_si512(to, _mm512_shuffle_epi8(_mm512_permutexvar_epi32(words, z), bytes));
+    }
+  }
+
+  // ---- rows r .. r + H - 1 on the block
+
+  template <int H>
+  void attend_set(int r, int t0, int n) {
+    if (key_bits_ == 4) {
+      scores<H, true>(r);
+    } else {
+      scores<H, false>(r);
+    }
+    alignas(64) float factors[16] = {};  // of the old state (0 ..) and of this block (8 ..)
+    float reference[H];
+    bool negligible = true;
+    for (int h = 0; h < H; h++) {
+      const float block_max = finish_scores(r + h, scores_ + h * kBlock, t0, n);
+      const float old_max = max_[r + h], new_max = block_max > old_max ? block_max : old_max;
+      negligible &= block_max < old_max - kNegligible || block_max == kNegInf;
+      reference[h] = block_max == kNegInf ? 0.0f : block_max;
+      factors[h] = old_max == new_max ? 0.0f : old_max - new_max;
+      factors[8 + h] = block_max == new_max ? 0.0f : block_max - new_max;
+      max_[r + h] = new_max;
+    }
+    if (negligible) return;
+    _mm512_store_ps(factors, Avx512::exp2(_mm512_load_ps(factors)));
+    for (int h = 0; h < H; h++) {
+      float* s = scores_ + h * kBlock;
+      const __m512 top = _mm512_set1_ps(reference[h]);
+      __m512 sum = _mm512_setzero_ps();
+      for (int t = 0; t < n_padded_; t += 16) {
+        const __m512 p = Avx512::exp2(_mm512_sub_ps(_mm512_load_ps(s + t), top));
+        _mm512_store_ps(s + t, p);
+        sum = _mm512_add_ps(sum, p);
+      }
+      float* to = sums_ + 16 * (r + h);
+      _mm512_store_ps(to, _mm512_fmadd_ps(_mm512_load_ps(to), _mm512_set1_ps(factors[h]), _mm512_mul_ps(sum, _mm512_set1_ps(factors[8 + h]))));
+    }
+    add_biases<H>(r, factors);
+    split_weights<H>();
+    if (value_bits_ == 2) {
+      values<H, 2>(r, factors);
+    } else {
+      values<H, 4>(r, factors);
+    }
+  }
+
+  // Integer dot products with the token as the lane, times norm; tokens beyond the block come out as the offset.
+  template <int H, bool kFourBits>
+  void scores(int r) {
+    constexpr int V = H * N <= 3 ? 4 : 2;  // registers of 16 tokens at a time
+    const int32_t* query = query_ + size_t(r / kSet) * kSet * key_dim_ / 4 * N;
+    const __m512i nibble = _mm512_set1_epi32(0x0f0f0f0f), table = table_;
+    for (int t = 0; t < n_padded_; t += 16 * V) {
+      __m512i acc[H][N][V];
+      for (int h = 0; h < H; h++) {
+        for (int p = 0; p < N; p++) {
+          for (int v = 0; v < V; v++) acc[h][p][v] = _mm512_set1_epi32(query_offset_[(r + h) * N + p]);
+        }
+      }
+      const uint32_t* plane = planes_ + t;
+      const int32_t* q = query;
+      for (int j = 0; j < key_dim_ / 8; j++, plane += kBlock, q += 2 * H * N) {
+        __m512i low[V], high[V];
+        for (int v = 0; v < V; v++) {
+          const __m512i x = _mm512_load_si512(plane + 16 * v), y = _mm512_srli_epi32(x, 4);
+          low[v] = _mm512_shuffle_epi8(table, kFourBits ? _mm512_and_si512(x, nibble) : x);
+          high[v] = _mm512_shuffle_epi8(table, kFourBits ? _mm512_and_si512(y, nibble) : y);
+        }
+        for (int h = 0; h < H; h++) {
+          for (int p = 0; p < N; p++) {
+            const __m512i even = _mm512_set1_epi32(q[h * N + p]), odd = _mm512_set1_epi32(q[(H + h) * N + p]);
+            for (int v = 0; v < V; v++) dot(acc[h][p][v], low[v], even);
+            for (int v = 0; v < V; v++) dot(acc[h][p][v], high[v], odd);
+          }
+        }
+      }
+      for (int h = 0; h < H; h++) {
+        const __m512 step = _mm512_set1_ps(query_step_[r + h]), offset = _mm512_set1_ps(rows_.offset && !nan_[r + h] ? rows_.offset[r + h] : 0.0f);
+        for (int v = 0; v < V; v++) {
+          const __m512 factor = _mm512_mul_ps(_mm512_load_ps(norms_ + t + 16 * v), step);
+          _mm512_store_ps(scores_ + h * kBlock + t + 16 * v, _mm512_fmadd_ps(join<N>(&acc[h][0][v], V), factor, offset));
+        }
+      }
+    }
+  }
+
+  // Applies what is particular to a row; returns the largest score.
+  float finish_scores(int r, float* s, int t0, int n) {
+    const int limit = smaller(n, rows_.end[r] - t0);
+    if (rows_.bias) {
+      const float* bias = rows_.bias[r] + t0;
+      for (int t = 0; t < limit; t += 16) {
+        const __mmask16 in = __mmask16(limit - t >= 16 ? 0xffff : (1 << (limit - t)) - 1);
+        const __m512 b = _mm512_maskz_loadu_ps(in, bias + t), x = _mm512_add_ps(_mm512_load_ps(s + t), b);
+        _mm512_store_ps(s + t, x);
+      }
+    }
+    for (int t = limit < 0 ? 0 : limit; t < n_padded_; t++) s[t] = kNegInf;
+    for (int i = 0; i < n_bad_; i++) nan_[r] |= s[bad_[i]] != kNegInf;
+    __m512 top = _mm512_set1_ps(kNegInf);
+    for (int t = 0; t < n_padded_; t += 16) top = _mm512_max_ps(top, _mm512_load_ps(s + t));
+    return _mm512_reduce_max_ps(top);
+  }
+
+  template <int H>
+  void add_biases(int r, const float* factors) {
+    for (int g = 0; g < n_groups_; g++) {
+      __m512 acc[H];
+      for (int h = 0; h < H; h++) acc[h] = _mm512_setzero_ps();
+      for (int t = 0; t < n_padded_; t += 16) {
+        const __m512 bias = _mm512_load_ps(biases_ + g * kBlock + t);
+        for (int h = 0; h < H; h++) acc[h] = _mm512_fmadd_ps(bias, _mm512_load_ps(scores_ + h * kBlock + t), acc[h]);
+      }
+      for (int h = 0; h < H; h++) {
+        float* to = bias_sums_ + (size_t(r + h) * n_groups_ + g) * 16;
+        const __m512 old = _mm512_mul_ps(_mm512_load_ps(to), _mm512_set1_ps(factors[h]));
+        _mm512_store_ps(to, _mm512_fmadd_ps(acc[h], _mm512_set1_ps(factors[8 + h]), old));
+      }
+    }
+  }
+
+  // Weight times scale of four groups as integers relative to the group's largest scale in this block, in bytes:
+  // [row][piece][quad][group][token of the quad].
+  template <int H>
+  void split_weights() {
+    alignas(64) float inverse[16];
+    for (int g = 0; g < n_groups_; g++) inverse[g] = scale_top_[g] > 0 ? Pieces<N>::kWeightTop / scale_top_[g] : 0.0f;
+    const int n_sets = straddle_ ? (n_groups_ + 3) / 4 : n_patterns_;
+    const __m512 magic = _mm512_set1_ps(12582912.0f + Pieces<N>::kBias);
+    for (int set = 0; set < n_sets; set++) {
+      int group[4];
+      for (int j = 0; j < 4; j++) {
+        group[j] = straddle_ ? smaller(4 * set + j, n_groups_ - 1) : value_dim_ >= 128 ? value_dim_ / 128 * j + set : j * value_dim_ / 128;
+      }
+      for (int t = 0; t < n_padded_; t += 16) {
+        __m512 scale[4];
+        for (int j = 0; j < 4; j++) scale[j] = _mm512_mul_ps(_mm512_load_ps(scales_ + group[j] * kBlock + t), _mm512_set1_ps(inverse[group[j]]));
+        for (int h = 0; h < H; h++) {
+          const __m512 p = _mm512_load_ps(scores_ + h * kBlock + t);
+          __m512i x[4], piece[N];
+          for (int j = 0; j < 4; j++) x[j] = _mm512_castps_si512(_mm512_fmadd_ps(p, scale[j], magic));
+          split_bytes(x, piece);
+          for (int i = 0; i < N; i++) {
+            if (straddle_) {
+              int8_t* to = weights_ + ((h * N + i) * kQuads + t / 4) * 64 + 16 * set;
+              _mm_store_si128(reinterpret_cast<__m128i*>(to), _mm512_castsi512_si128(piece[i]));
+              _mm_store_si128(reinterpret_cast<__m128i*>(to + 64), _mm512_extracti32x4_epi32(piece[i], 1));
+              _mm_store_si128(reinterpret_cast<__m128i*>(to + 128), _mm512_extracti32x4_epi32(piece[i], 2));
+              _mm_store_si128(reinterpret_cast<__m128i*>(to + 192), _mm512_extracti32x4_epi32(piece[i], 3));
+            } else {
+              _mm512_store_si512(weights_ + (((set * H + h) * N + i) * kQuads + t / 4) * 16, piece[i]);
+            }
+          }
+        }
+      }
+    }
+  }
+
+  // x[j]: 16 tokens' integers of group j, in the low bits. piece: most significant first, byte 4j + k of a 128-bit lane =
+  // group j, token k of the lane's four.
+  static void split_bytes(const __m512i x[4], __m512i piece[N]) {
+    const __m512i flip = _mm512_set1_epi8(-128);
+    if constexpr (N == 2) {
+      const __m512i order = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 2, 6, 10, 14, 1, 5, 9, 13, 3, 7, 11, 15));
+      __m512i a = _mm512_mask_mov_epi16(x[0], 0xaaaaaaaa, _mm512_slli_epi32(x[1], 16));
+      __m512i b = _mm512_mask_mov_epi16(x[2], 0xaaaaaaaa, _mm512_slli_epi32(x[3], 16));
+      a = _mm512_shuffle_epi8(a, order);
+      b = _mm512_shuffle_epi8(b, order);
+      piece[0] = _mm512_unpackhi_epi64(a, b);
+      piece[1] = _mm512_xor_si512(_mm512_unpacklo_epi64(a, b), flip);
+    } else {
+      const __m512i order = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+      __m512i y[4];
+      for (int j = 0; j < 4; j++) y[j] = _mm512_shuffle_epi8(x[j], order);
+      const __m512i a = _mm512_unpacklo_epi32(y[0], y[1]), b = _mm512_unpacklo_epi32(y[2], y[3]);
+      const __m512i c = _mm512_unpackhi_epi32(y[0], y[1]), d = _mm512_unpackhi_epi32(y[2], y[3]);
+      piece[2] = _mm512_xor_si512(_mm512_unpacklo_epi64(a, b), flip);
+      piece[1] = _mm512_xor_si512(_mm512_unpackhi_epi64(a, b), flip);
+      piece[0] = _mm512_sub_epi8(_mm512_unpacklo_epi64(c, d), _mm512_set1_epi8(64));  // the mantissa's own 2^22
+    }
+  }
+
+  template <int H, int kBits>
+  void values(int r, const float* factors) {
+    alignas(64) float steps[16];
+    for (int g = 0; g < 16; g++) steps[g] = g < n_groups_ ? scale_top_[g] / Pieces<N>::kWeightTop : 0.0f;
+    for (int c = 0; c < n_chunks_; c++) {
+      for (int slot = 0; slot < n_slots_; slot += 2) {
+        if (straddle_) {
+          values<H, kBits, kPermute>(r, factors, steps, c, slot);
+        } else if (pattern(c, slot) == pattern(c, slot + 1)) {
+          values<H, kBits, kShared>(r, factors, steps, c, slot);
+        } else {
+          values<H, kBits, kSeparate>(r, factors, steps, c, slot);
+        }
+      }
+    }
+  }
+
+  // Which run of four groups the four bytes of chunk c belong to at this slot.
+  int pattern(int c, int slot) const { return value_dim_ < 128 ? 0 : (value_words_ * slot + 4 * c) / kGroup; }
+
+  enum Weights { kShared, kSeparate, kPermute };
+
+  // Sum over the block of weight * code for slots `slot` and `slot` + 1 of chunk c. A code is not shifted down: it counts
+  // 2^(kBits * slot)-fold, which the last multiplication takes back.
+  template <int H, int kBits, Weights kWeights>
+  void values(int r, const float* factors, const float* steps, int c, int slot) {
+    __m512i acc[2][H][N];
+    for (int i = 0; i < 2; i++) {
+      for (int h = 0; h < H; h++) {
+        for (int p = 0; p < N; p++) acc[i][h][p] = _mm512_setzero_si512();
+      }
+    }
+    const int code = (1 << kBits) - 1;
+    const __m512i mask0 = _mm512_set1_epi8(char(code << (kBits * slot))), mask1 = _mm512_set1_epi8(char(code << (kBits * (slot + 1))));
+    const uint8_t* codes = values_ + size_t(c) * kQuads * 64;
+    const int8_t* weights0 = weights_ + (kWeights == kPermute ? 0 : pattern(c, slot) * H * N * kQuads * 16);
+    const int8_t* weights1 = weights_ + (kWeights == kPermute ? 0 : pattern(c, slot + 1) * H * N * kQuads * 16);
+    const int element = (c * n_slots_ + slot) * 16;
+    const __m512i group0 = _mm512_load_si512(group_of_ + element), group1 = _mm512_load_si512(group_of_ + element + 16);
+    for (int quad = 0; quad < n_padded_ / 4; quad++) {
+      const __m512i y = _mm512_load_si512(codes + quad * 64);
+      const __m512i c0 = _mm512_and_si512(y, mask0), c1 = _mm512_and_si512(y, mask1);
+      for (int h = 0; h < H; h++) {
+        for (int p = 0; p < N; p++) {
+          if constexpr (kWeights == kPermute) {
+            const __m512i w = _mm512_load_si512(weights0 + ((h * N + p) * kQuads + quad) * 64);
+            dot(acc[0][h][p], c0, _mm512_permutexvar_epi32(group0, w));
+            dot(acc[1][h][p], c1, _mm512_permutexvar_epi32(group1, w));
+          } else {
+            const __m512i w = _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(weights0 + ((h * N + p) * kQuads + quad) * 16)));
+            dot(acc[0][h][p], c0, w);
+            if constexpr (kWeights == kShared) {
+              dot(acc[1][h][p], c1, w);
+            } else {
+              dot(acc[1][h][p], c1, _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(weights1 + ((h * N + p) * kQuads + quad) * 16))));
+            }
+          }
+        }
+      }
+    }
+    for (int i = 0; i < 2; i++) {
+      const __m512 unit = _mm512_set1_ps(1.0f / float(1 << (kBits * (slot + i))));
+      const __m512 step = _mm512_mul_ps(_mm512_permutexvar_ps(i ? group1 : group0, _mm512_load_ps(steps)), unit);
+      for (int h = 0; h < H; h++) {
+        float* to = out_ + size_t(r + h) * out_size_ + element + 16 * i;
+        const __m512 old = _mm512_mul_ps(_mm512_load_ps(to), _mm512_set1_ps(factors[h]));
+        const __m512 factor = _mm512_mul_ps(step, _mm512_set1_ps(factors[8 + h]));
+        _mm512_store_ps(to, _mm512_fmadd_ps(join<N>(acc[i][h], 1), factor, old));
+      }
+    }
+  }
+
+  static constexpr int kMaxBad = kBlock * (kMaxDim / kGroup + 1);
+
+  const CodedHead& head_;
+  const QueryRows& rows_;
+  const int key_dim_, value_dim_, key_bits_, value_bits_, key_words_, value_words_, n_chunks_, n_slots_, n_groups_;
+  const bool straddle_;  // a run of words crosses the groups' borders, which then differ from word to word
+  const int n_patterns_, out_size_;
+  int n_padded_ = 0, n_bad_ = 0;
+  float scale_top_[kMaxDim / kGroup];
+  int bad_[kMaxBad];  // tokens of the block with a norm, scale or bias that is not finite; those were replaced by zero
+  __m512i table_;
+  uint32_t *planes_, *tail_keys_, *tail_values_, *tail_params_;
+  float *norms_, *scales_, *biases_, *scores_, *out_, *bias_sums_, *sums_, *query_step_, *max_;
+  uint8_t* values_;
+  int8_t* weights_;
+  int32_t *group_of_, *query_, *query_offset_;
+  bool* nan_;
+};
+
 }  // namespace
 
 void attend_coded_avx512(const CodedHead& head, const CodecShape& shape, const QueryRows& rows, int begin, int end,
                          Partial* partials) {
-  Fp32Attention<Avx512>::attend_coded(head, shape, rows, begin, end, partials);
+  if (head.key_signs || head.param_stride % 2) {
+    Fp32Attention<Avx512>::attend_coded(head, shape, rows, begin, end, partials);
+  } else if (shape.half_query) {
+    IntegerAttention<2> attention(head, shape, rows);
+    attention.attend(begin, end);
+    attention.finish(partials);
+  } else {
+    IntegerAttention<3> attention(head, shape, rows);
+    attention.attend(begin, end);
+    attention.finish(partials);
+  }
 }
 
 void attend_exact_avx512(const ExactHead& head, const QueryRows& rows, int begin, int end, Partial* partials) {
