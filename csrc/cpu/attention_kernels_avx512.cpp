@@ -243,6 +243,7 @@ class IntegerAttention {
       for (int r = 0; r < rows_.n_rows; r++) last = rows_.end[r] > last ? rows_.end[r] : last;
       if (last <= t0) break;
       load_block(t0, n);
+      look_ahead(t0 + kBlock, end);
       for (int r = 0; r < rows_.n_rows; r += kSet) {
         switch (smaller(kSet, rows_.n_rows - r)) {
           case 1:
@@ -257,6 +258,7 @@ class IntegerAttention {
           default:
             attend_set<4>(r, t0, n);
         }
+        look_ahead(end, end);  // once a block
       }
     }
   }
@@ -331,6 +333,29 @@ class IntegerAttention {
       }
     }
     for (int p = 0; p < N; p++) query_offset_[r * N + p] = -128 * _mm512_reduce_add_epi32(sums[p]);  // the table holds level + 128
+  }
+
+  // ---- the next block: its lines are asked for while this one is computed on (18 of 36 ns without)
+
+  struct Stream {
+    const char* next;
+    ptrdiff_t step;  // 64, or 0: nothing to ask for
+  };
+
+  void look_ahead(int t0, int end) {
+    const bool natural = head_.key_stride == key_words_ && head_.value_stride == value_words_ && head_.param_stride == 2 * n_groups_;
+    ahead_ = natural && t0 < end ? t0 : -1;
+    keys_ahead_ = stream(head_.key_codes + t0 * head_.key_stride);
+  }
+  Stream stream(const void* p) const { return ahead_ < 0 ? Stream{reinterpret_cast<const char*>(scores_), 0} : Stream{static_cast<const char*>(p), 64}; }
+
+  // What the i-th pass over the block's values asks for: first all of the next values, then their parameters.
+  Stream values_ahead(int i) const {
+    constexpr int kBytes = kQuads * 64;
+    const int value_passes = kBlock * value_words_ * 4 / kBytes, param_passes = kBlock * n_groups_ * 4 / kBytes;
+    if (i < value_passes) return stream(reinterpret_cast<const char*>(head_.value_codes + ahead_ * head_.value_stride) + i * kBytes);
+    if (i - value_passes > param_passes) return {reinterpret_cast<const char*>(scores_), 0};
+    return stream(reinterpret_cast<const char*>(head_.value_params + ahead_ * head_.param_stride) + (i - value_passes) * kBytes);
   }
 
   // ---- one block of tokens, for all rows
@@ -541,6 +566,7 @@ class IntegerAttention {
     constexpr int V = H * N <= 3 ? 4 : 2;  // registers of 16 tokens at a time
     const int32_t* query = query_ + size_t(r / kSet) * kSet * key_dim_ / 4 * N;
     const __m512i nibble = _mm512_set1_epi32(0x0f0f0f0f), table = table_;
+    Stream ahead = keys_ahead_;
     for (int t = 0; t < n_padded_; t += 16 * V) {
       __m512i acc[H][N][V];
       for (int h = 0; h < H; h++) {
@@ -551,6 +577,7 @@ class IntegerAttention {
       const uint32_t* plane = planes_ + t;
       const int32_t* q = query;
       for (int j = 0; j < key_dim_ / 8; j++, plane += kBlock, q += 2 * H * N) {
+        for (int i = 0; i < V; i++, ahead.next += ahead.step) _mm_prefetch(ahead.next, _MM_HINT_T0);
         __m512i low[V], high[V];
         for (int v = 0; v < V; v++) {
           const __m512i x = _mm512_load_si512(plane + 16 * v), y = _mm512_srli_epi32(x, 4);
@@ -710,7 +737,9 @@ class IntegerAttention {
     const int8_t* weights1 = weights_ + (kWeights == kPermute ? 0 : pattern(c, slot + 1) * H * N * kQuads * 16);
     const int element = (c * n_slots_ + slot) * 16;
     const __m512i group0 = _mm512_load_si512(group_of_ + element), group1 = _mm512_load_si512(group_of_ + element + 16);
+    const Stream ahead = values_ahead(c * n_slots_ / 2 + slot / 2);
     for (int quad = 0; quad < n_padded_ / 4; quad++) {
+      _mm_prefetch(ahead.next + quad * ahead.step, _MM_HINT_T0);
       const __m512i y = _mm512_load_si512(codes + quad * 64);
       const __m512i c0 = _mm512_and_si512(y, mask0), c1 = _mm512_and_si512(y, mask1);
       for (int h = 0; h < H; h++) {
@@ -731,9 +760,12 @@ class IntegerAttention {
         }
       }
     }
+    // Unrolled, or gcc keeps the sums in memory.
+#pragma GCC unroll 2
     for (int i = 0; i < 2; i++) {
       const __m512 unit = _mm512_set1_ps(1.0f / float(1 << (kBits * (slot + i))));
       const __m512 step = _mm512_mul_ps(_mm512_permutexvar_ps(i ? group1 : group0, _mm512_load_ps(steps)), unit);
+#pragma GCC unroll 4
       for (int h = 0; h < H; h++) {
         float* to = out_ + size_t(r + h) * out_size_ + element + 16 * i;
         const __m512 old = _mm512_mul_ps(_mm512_load_ps(to), _mm512_set1_ps(factors[h]));
@@ -751,6 +783,8 @@ class IntegerAttention {
   const bool straddle_;  // a run of words crosses the groups' borders, which then differ from word to word
   const int n_patterns_, out_size_;
   int n_padded_ = 0, n_bad_ = 0;
+  int ahead_ = -1;  // first token of the next block, -1: none
+  Stream keys_ahead_;
   float scale_top_[kMaxDim / kGroup];
   int bad_[kMaxBad];  // tokens of the block with a norm, scale or bias that is not finite; those were replaced by zero
   __m512i table_;

@@ -7,6 +7,7 @@
 #include <chrono>
 #include <cmath>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <random>
@@ -299,7 +300,9 @@ double cpu_seconds() {
 
 void time(const Kernels& isa) {
   struct Shape { Case c; };
+  const char* one = std::getenv("ONE");  // profile: only fp32 or half, the first shape
   for (bool half : {false, true}) for (int shape = 0; shape < 9; shape++) {
+    if (one && (shape || half != (std::string(one) == "half"))) continue;
     Case c{128, 128, 3, 2, 4, 0, 16384, half};
     if (shape == 1) c.n = 1024;
     if (shape == 2) c.rows = 1;
@@ -316,7 +319,7 @@ void time(const Kernels& isa) {
     std::vector<double> seconds;
     const bool slow = std::string(isa.name) == "portable";
     if (slow && shape) continue;
-    for (int i = 0; i < (slow ? 2 : c.rows > 8 ? 3 : 40); i++) {
+    for (int i = 0; i < (slow ? 2 : c.rows > 8 ? 3 : one ? 400 : 40); i++) {
       const double a = cpu_seconds();
       for (auto& p : heads) isa.k.attend_coded(p.head, p.shape, p.rows, 0, c.n, got.data());
       seconds.push_back(cpu_seconds() - a);
