@@ -10,6 +10,8 @@
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
 #include "format.h"
+#include "q1_matmul.h"
+#include "q1_quantize.h"
 #include "rotate.h"
 #include "turboquant_attention.h"
 #include "turboquant_encode.h"
@@ -29,6 +31,7 @@ void bind_format(nb::module_& m) {
   format.attr("MAX_DIM") = int(tqext::kMaxDim);
   format.attr("DIM_STEP") = int(tqext::kDimStep);
   format.attr("CODEBOOK_TOP") = int(tqext::kCodebookTop);
+  format.attr("Q1_GROUP") = int(tqext::kQ1Group);
   format.attr("ROTATION_SEED") = TQ_ROTATION_SEED;
   format.attr("RESIDUAL_SEED") = TQ_RESIDUAL_SEED;
   format.def("padded_dim", &tqext::padded_dim, "head_dim"_a, "Head dimension rounded up to a multiple of UNIT.");
@@ -88,6 +91,62 @@ NB_MODULE(_ext, m) {
       "head_dim"_a, "key_rotation"_a, "value_codes"_a, "value_params"_a, "value_bits"_a, "value_dim"_a, "value_rotation"_a,
       "scale"_a.none(), "mask"_a.none(), "first"_a.none(), "tail"_a.none(), "sinks"_a.none(), "left_padding"_a.none(),
       "lengths"_a.none(), "stream"_a.none());
+
+  m.def("q1_quantize", &tqext::q1_quantize, "w"_a, nb::kw_only(), "stream"_a = nb::none(),
+        R"(1-bit weights: the sign of each weight, and the mean absolute value of each group of 128 along a row.
+
+That scale is the one of least squared error. A weight of exactly zero gets the positive sign.
+
+Args:
+    w (array): float32, float16 or bfloat16 ``[..., cols]``, cols a multiple of 128.
+
+Returns:
+    tuple[array, array]: weight, uint32 ``[..., cols / 32]``, and scales, float16 ``[..., cols / 128]``.
+
+Raises:
+    ValueError: a wrong shape or dtype.
+
+Example:
+    >>> weight, scales = tqext.q1_quantize(mx.random.normal((512, 256)))
+    >>> weight.shape, scales.shape
+    ((512, 8), (512, 2)))");
+  m.def("q1_dequantize", &tqext::q1_dequantize, "weight"_a, "scales"_a, nb::kw_only(), "dtype"_a = mx::float32,
+        "stream"_a = nb::none(), R"(The weights that sign bits and scales stand for: ``+scale`` where the bit is 1, else ``-scale``.
+
+Args:
+    weight (array): uint32 ``[..., cols / 32]``; column 32i + b is bit b of word i.
+    scales (array): float16 ``[..., cols / 128]``.
+    dtype (Dtype): float32, float16 or bfloat16.
+
+Returns:
+    array: ``[..., cols]``.
+
+Raises:
+    ValueError: arrays that do not fit together.
+
+Example:
+    >>> tqext.q1_dequantize(*tqext.q1_quantize(mx.ones((1, 128)))).sum().item()
+    128.0)");
+  m.def("q1_matmul", &tqext::q1_matmul, "x"_a, "weight"_a, "scales"_a, nb::kw_only(), "stream"_a = nb::none(),
+        R"(``x @ W.T`` with 1-bit weights: ``y[r] = sum over groups g of scale[r, g] * (sum of +-x)``, computed on the bits.
+
+Sums are fp32 whatever the dtype of x.
+
+Args:
+    x (array): float32, float16 or bfloat16 ``[..., cols]``; any strides.
+    weight (array): uint32 ``[rows, cols / 32]``; column 32i + b is bit b of word i, 1 stands for +scale.
+    scales (array): float16 ``[rows, cols / 128]``.
+
+Returns:
+    array: ``[..., rows]`` in the dtype of x.
+
+Raises:
+    ValueError: a wrong shape or dtype.
+
+Example:
+    >>> weight, scales = tqext.q1_quantize(mx.random.normal((512, 256)))
+    >>> tqext.q1_matmul(mx.ones((3, 256)), weight, scales).shape
+    (3, 512))");
 
   m.def("isa", [] { return tqext::cpu::isa_name(tqext::cpu::active_isa()); },
         "Instruction set of the CPU kernels in use; TQEXT_ISA overrides the choice.");

@@ -15,6 +15,9 @@
 //   W = dim * bits / 32 words; word w, bits [bits * s, bits * s + bits) = dimension W * s + w
 // Rotation: rotate(x) = H (s * x) / sqrt(dim), s = random signs (sign_word), H = Walsh-Hadamard matrix of Sylvester, or
 //   H_m (x) Sylvester with m = 12, 20, 28; a dense orthogonal matrix where neither exists.
+// 1-bit weights, Q1_0 in groups of 128 along a row: weight uint32[rows, cols / 32], scales float16[rows, cols / 128];
+//   column 32i + b of a row = bit b of word i, 1 = +scale, 0 = -scale. The words of ggml's block_q1_0 and of MLX's affine
+//   1-bit weights are the same.
 // Random signs: splitmix64 (Steele, Lea, Flood 2014), see sign_word; the same for all heads and layers.
 #pragma once
 
@@ -40,6 +43,8 @@ enum : int {
   kDimStep = 8,         // head dimensions must be multiples of it
   kMaxKeyLevels = 16,
   kCodebookTop = 127,   // the outermost level of every codebook
+  kQ1Group = 128,       // weights that share a scale
+  kQ1Words = 4,         // words of a group
 };
 
 // Seeds of the random signs: of the rotation, and of the second rotation used by the residual signs.
@@ -100,5 +105,6 @@ TQ_FN int hadamard_factor(int dim) {
 
 #if !defined(__METAL_VERSION__)
 static_assert(kUnit == 32 && kGroup == 32, "a unit of key codes and a group of values are whole words");
+static_assert(kQ1Words * 32 == kQ1Group, "a group of 1-bit weights is whole words");
 }  // namespace tqext
 #endif

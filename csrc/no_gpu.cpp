@@ -2,6 +2,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "q1_matmul.h"
+#include "q1_quantize.h"
 #include "rotate.h"
 #include "turboquant_attention.h"
 #include "turboquant_encode.h"
@@ -19,6 +21,9 @@ void QuantizeKeys::eval_gpu(const std::vector<mx::array>&, std::vector<mx::array
 void QuantizeValues::eval_gpu(const std::vector<mx::array>&, std::vector<mx::array>&) { no_gpu("quantize_values"); }
 void Dequantize::eval_gpu(const std::vector<mx::array>&, mx::array&) { no_gpu("dequantize"); }
 void TurboQuantAttention::eval_gpu(const std::vector<mx::array>&, mx::array&) { no_gpu("turboquant_attention"); }
+void Q1Quantize::eval_gpu(const std::vector<mx::array>&, std::vector<mx::array>&) { no_gpu("q1_quantize"); }
+void Q1Dequantize::eval_gpu(const std::vector<mx::array>&, mx::array&) { no_gpu("q1_dequantize"); }
+void Q1Matmul::eval_gpu(const std::vector<mx::array>&, mx::array&) { no_gpu("q1_matmul"); }
 
 bool gpu_has_kernel(const TurboQuantAttention::State&, const mx::array&, const mx::array&) { return true; }
 

@@ -7,7 +7,15 @@ from tqext._load import load_extension
 
 load_extension()
 
-from tqext._ext import available_isas, format, isa, num_threads  # noqa: E402
+from tqext._ext import (  # noqa: E402
+    available_isas,
+    format,
+    isa,
+    num_threads,
+    q1_dequantize,
+    q1_matmul,
+    q1_quantize,
+)
 from tqext.ops import (  # noqa: E402
     PackedKeys,
     PackedValues,
@@ -72,6 +80,9 @@ __all__ = [
     "make_prompt_cache",
     "num_threads",
     "probe",
+    "q1_dequantize",
+    "q1_matmul",
+    "q1_quantize",
     "quantize_keys",
     "quantize_values",
     "rotate",

@@ -1,0 +1,35 @@
+// Kernels of q1_matmul on the CPU. All have one signature; the portable one is the specification.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+namespace tqext::cpu {
+
+// Rows of sign bits with one fp16 scale per 128 columns; strides are in elements of the pointed-to type.
+struct Q1Matrix {
+  const uint32_t* weight;  // (n_rows, n_groups * 4)
+  const uint16_t* scales;  // (n_rows, n_groups), fp16
+  ptrdiff_t weight_stride, scale_stride;
+  int n_groups;
+};
+
+// A kernel takes at most this many rows of x in one pass over the weights.
+constexpr int kQ1MaxInputs = 8;
+
+// out[i * out_stride + r] = sum over columns c of scale(r, c / 128) * (bit(r, c) ? x : -x)[i * x_stride + c]
+// for the rows r in [row_begin, row_end) and the inputs i in [0, n_inputs), 1 <= n_inputs <= kQ1MaxInputs.
+// Accumulates in fp32. Everything is read and written with unaligned accesses.
+using Q1MatmulKernel = void (*)(const Q1Matrix& w, const float* x, ptrdiff_t x_stride, int n_inputs, int row_begin, int row_end,
+                                float* out, ptrdiff_t out_stride);
+
+void q1_matmul_portable(const Q1Matrix& w, const float* x, ptrdiff_t x_stride, int n_inputs, int row_begin, int row_end,
+                        float* out, ptrdiff_t out_stride);
+void q1_matmul_avx2(const Q1Matrix& w, const float* x, ptrdiff_t x_stride, int n_inputs, int row_begin, int row_end, float* out,
+                    ptrdiff_t out_stride);
+void q1_matmul_avx512(const Q1Matrix& w, const float* x, ptrdiff_t x_stride, int n_inputs, int row_begin, int row_end,
+                      float* out, ptrdiff_t out_stride);
+void q1_matmul_neon(const Q1Matrix& w, const float* x, ptrdiff_t x_stride, int n_inputs, int row_begin, int row_end, float* out,
+                    ptrdiff_t out_stride);
+
+}  // namespace tqext::cpu

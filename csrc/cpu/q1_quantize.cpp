@@ -1,0 +1,90 @@
+#include "q1_quantize.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "format.h"
+#include "mlx/allocator.h"
+#include "mlx/backend/cpu/encoder.h"
+#include "parallel.h"
+#include "rows.h"
+
+namespace tqext {
+
+namespace {
+
+constexpr size_t kRowsPerTask = 16;
+
+mx::cpu::CommandEncoder& prepare(mx::Stream stream, const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
+  auto& encoder = mx::cpu::get_command_encoder(stream);
+  for (auto& x : inputs) encoder.set_input_array(x);
+  for (auto& x : outputs) {
+    x.set_data(mx::allocator::malloc(x.nbytes()));
+    encoder.set_output_array(x);
+  }
+  return encoder;
+}
+
+template <class Body>
+void for_rows(size_t n_rows, const Body& body) {
+  cpu::parallel_for(cpu::row_blocks(n_rows, kRowsPerTask), [&](int block) {
+    for (size_t r = block * kRowsPerTask; r < std::min(n_rows, (block + 1) * kRowsPerTask); r++) body(r);
+  });
+}
+
+// Sign bits of one group, and its scale.
+uint16_t encode_group(const float* x, uint32_t* words) {
+  double sum = 0;
+  for (int w = 0; w < kQ1Words; w++) {
+    uint32_t bits = 0;
+    for (int b = 0; b < 32; b++) {
+      const float value = x[w * 32 + b];
+      bits |= uint32_t(value >= 0) << b;
+      sum += std::fabs(value);
+    }
+    words[w] = bits;
+  }
+  const double scale = sum / kQ1Group;
+  return cpu::float_to_half(float(scale > TQ_HALF_MAX ? TQ_HALF_MAX : scale));  // NaN passes
+}
+
+}  // namespace
+
+void Q1Quantize::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
+  auto& encoder = prepare(stream(), inputs, outputs);
+  encoder.dispatch([w = cpu::View(inputs[0]), words = outputs[0].data<uint32_t>(),
+                    scales = reinterpret_cast<uint16_t*>(outputs[1].data<void>())] {
+    const int n_groups = w.shape.back() / kQ1Group;
+    for_rows(w.n_rows(), [&](size_t r) {
+      const ptrdiff_t start = cpu::row_start(w.shape, w.strides, r), stride = w.strides.back();
+      for (int g = 0; g < n_groups; g++) {
+        float x[kQ1Group];
+        cpu::load_row(w.data, w.type, start + ptrdiff_t(g) * kQ1Group * stride, stride, kQ1Group, x);
+        scales[r * n_groups + g] = encode_group(x, words + (r * n_groups + g) * kQ1Words);
+      }
+    });
+  });
+}
+
+void Q1Dequantize::eval_cpu(const std::vector<mx::array>& inputs, mx::array& out) {
+  std::vector<mx::array> outputs{out};
+  auto& encoder = prepare(stream(), inputs, outputs);
+  encoder.dispatch([weight = cpu::View(inputs[0]), scales = cpu::View(inputs[1]), to = out.data<void>(), type = out.dtype()] {
+    const int n_groups = scales.shape.back();
+    for_rows(weight.n_rows(), [&](size_t r) {
+      const uint32_t* words = static_cast<const uint32_t*>(weight.data) + cpu::row_start(weight.shape, weight.strides, r);
+      const uint16_t* half = static_cast<const uint16_t*>(scales.data) + cpu::row_start(scales.shape, scales.strides, r);
+      for (int g = 0; g < n_groups; g++) {
+        float x[kQ1Group];
+        const float scale = cpu::half_to_float(half[g * scales.strides.back()]);
+        for (int w = 0; w < kQ1Words; w++) {
+          const uint32_t bits = words[(g * kQ1Words + w) * weight.strides.back()];
+          for (int b = 0; b < 32; b++) x[w * 32 + b] = bits >> b & 1 ? scale : -scale;
+        }
+        cpu::store_row(x, kQ1Group, to, type, (ptrdiff_t(r) * n_groups + g) * kQ1Group);
+      }
+    });
+  });
+}
+
+}  // namespace tqext

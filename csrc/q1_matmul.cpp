@@ -1,0 +1,26 @@
+#include "q1_matmul.h"
+
+#include "check.h"
+#include "format.h"
+#include "q1_quantize.h"
+
+namespace tqext {
+
+mx::array q1_matmul(const mx::array& x, const mx::array& weight, const mx::array& scales, mx::StreamOrDevice s) {
+  check_activation(x, "q1_matmul", "x");
+  check(weight.ndim() == 2, "[q1_matmul] weight: expected 2 axes, got shape ", weight.shape());
+  check_q1(weight, scales, "q1_matmul");
+  check(x.ndim() >= 1 && x.shape(-1) == weight.shape(1) * 32, "[q1_matmul] x: expected a last axis of ", weight.shape(1) * 32,
+        ", got shape ", x.shape());
+  auto primitive = std::make_shared<Q1Matmul>(mx::to_stream(s));
+  const mx::Shape shape = primitive->output_shapes({x, weight, scales})[0];
+  return mx::array(shape, x.dtype(), primitive, {x, weight, scales});
+}
+
+std::vector<mx::Shape> Q1Matmul::output_shapes(const std::vector<mx::array>& inputs) {
+  mx::Shape shape = inputs[0].shape();
+  shape.back() = inputs[1].shape(0);
+  return {shape};
+}
+
+}  // namespace tqext
