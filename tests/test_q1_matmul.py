@@ -1,0 +1,222 @@
+"""q1_matmul against float64 over the same bits."""
+
+import os
+import subprocess
+import sys
+import threading
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+import tqext
+from support import DTYPES, KERNEL_TOLERANCE, assert_close, error_line, to_numpy
+
+pytestmark = pytest.mark.usefixtures("device")
+
+# The last rounding, to the result's type; sums are fp32.
+TOLERANCE = {mx.float32: KERNEL_TOLERANCE[mx.float32], mx.float16: 6e-4, mx.bfloat16: 5e-3}
+
+
+def problem(rng, rows, cols):
+    """Random words, and scales of both signs with some zeros."""
+    weight = rng.integers(0, 2**32, (rows, cols // 32), dtype=np.uint32)
+    scales = rng.normal(size=(rows, cols // 128)).astype(np.float16)
+    return mx.array(weight), mx.array(np.where(rng.random(scales.shape) < 0.1, np.float16(0), scales))
+
+
+def decode(weight, scales):
+    """float64 weights, from the layout alone."""
+    words, halves = to_numpy(weight), to_numpy(scales).astype(np.float64)
+    bits = words[..., None] >> np.arange(32, dtype=np.uint32) & 1
+    signs = bits.reshape(*words.shape[:-1], -1).astype(np.float64) * 2 - 1
+    return signs * np.repeat(halves, 128, axis=-1)
+
+
+def check(x, weight, scales):
+    out = tqext.q1_matmul(x, weight, scales)
+    assert out.dtype == x.dtype
+    assert_close(out, to_numpy(x).astype(np.float64) @ decode(weight, scales).T, TOLERANCE[x.dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 6, 7, 8, 9, 17, 64])
+@pytest.mark.parametrize(("rows", "cols"), [(1, 128), (31, 256), (33, 640), (257, 384), (300, 4224), (64, 12288)])
+def test_q1_matmul_matches_float64(rows, cols, n, dtype, rng):
+    x = mx.array(rng.normal(size=(n, cols)).astype(np.float32)).astype(DTYPES[dtype])
+    check(x, *problem(rng, rows, cols))
+
+
+@pytest.mark.parametrize("rows", [*range(1, 20), 31, 32, 33, 63, 64, 65, 511, 513])
+def test_q1_matmul_every_number_of_rows(rows, rng):
+    weight, scales = problem(rng, rows, 256)
+    for n in (1, 5):
+        check(mx.array(rng.normal(size=(n, 256)).astype(np.float32)), weight, scales)
+
+
+@pytest.mark.parametrize("shape", [(256,), (0, 256), (2, 0, 256), (2, 3, 256), (1, 1, 1, 256)])
+def test_q1_matmul_shapes_of_x(shape, rng):
+    x = mx.array(rng.normal(size=shape).astype(np.float32))
+    weight, scales = problem(rng, 40, 256)
+    out = tqext.q1_matmul(x, weight, scales)
+    assert out.shape == (*shape[:-1], 40)
+    assert_close(out, to_numpy(x).astype(np.float64) @ decode(weight, scales).T, 1e-5)
+
+
+def test_q1_matmul_without_rows_or_columns():
+    empty = tqext.q1_matmul(mx.ones((3, 128)), mx.zeros((0, 4), mx.uint32), mx.zeros((0, 1), mx.float16))
+    assert empty.shape == (3, 0)
+    zero = tqext.q1_matmul(mx.ones((3, 0)), mx.zeros((5, 0), mx.uint32), mx.zeros((5, 0), mx.float16))
+    assert to_numpy(zero).tolist() == [[0.0] * 5] * 3
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_q1_matmul_strided_inputs(dtype, rng):
+    """Views into buffers that hold NaN and set bits everywhere else."""
+    weight, scales = problem(rng, 45, 384)
+    wide = mx.full((99, 20), 0xFFFFFFFF, dtype=mx.uint32)
+    wide[1:91:2, 4:16] = weight
+    tall = mx.full((99, 9), np.nan, dtype=mx.float16)
+    tall[1:91:2, 2:5] = scales
+    for n in (1, 3, 20):
+        x = mx.array(rng.normal(size=(n, 384)).astype(np.float32)).astype(DTYPES[dtype])
+        buffer = mx.full((2 * n + 1, 500), np.nan, dtype=x.dtype)
+        buffer[1::2, 50:434] = x
+        views = [buffer[1::2, 50:434], mx.contiguous(x.T).T, mx.contiguous(x[:, ::-1])[:, ::-1]]
+        for view in views:
+            check(view, wide[1:91:2, 4:16], tall[1:91:2, 2:5])
+        check(x, mx.contiguous(weight.T).T, mx.contiguous(scales.T).T)
+    row = mx.broadcast_to(mx.array(rng.normal(size=(1, 384)).astype(np.float32)), (4, 384))
+    check(row, weight, scales)
+
+
+def test_q1_matmul_zero_scales_give_zero(rng):
+    weight, _ = problem(rng, 70, 512)
+    x = mx.array(rng.normal(size=(3, 512)).astype(np.float32))
+    assert not to_numpy(tqext.q1_matmul(x, weight, mx.zeros((70, 4), mx.float16))).any()
+
+
+@pytest.mark.parametrize("n", [1, 3, 8, 12])
+def test_q1_matmul_nan_reaches_its_row_only(n, rng):
+    weight, scales = problem(rng, 70, 512)
+    x = rng.normal(size=(n, 512)).astype(np.float32)
+    x[n // 2, 300] = np.nan
+    out = to_numpy(tqext.q1_matmul(mx.array(x), weight, scales))
+    assert np.isnan(out[n // 2]).all() and np.isfinite(np.delete(out, n // 2, 0)).all()
+    x[n // 2, 300] = np.inf
+    out = to_numpy(tqext.q1_matmul(mx.array(x), weight, mx.ones((70, 4), mx.float16)))
+    assert not np.isfinite(out[n // 2]).any() and np.isfinite(np.delete(out, n // 2, 0)).all()
+
+
+@pytest.mark.parametrize("magnitude", [1e-20, 1e-6, 1e6, 1e20])
+def test_q1_matmul_any_magnitude(magnitude, rng):
+    x = mx.array((rng.normal(size=(2, 512)) * magnitude).astype(np.float32))
+    check(x, *problem(rng, 70, 512))
+
+
+def test_q1_matmul_half_overflow_is_infinity():
+    weight, scales = mx.full((1, 4), 0xFFFFFFFF, dtype=mx.uint32), mx.full((1, 1), 1000, dtype=mx.float16)
+    assert to_numpy(tqext.q1_matmul(mx.ones((1, 128), mx.float16), weight, scales)).tolist() == [[np.inf]]
+
+
+def test_q1_matmul_half_rounding_is_to_nearest_even(rng):
+    """Every fp16 value passes through a row that copies it: x, and then 127 zeros."""
+    every = np.arange(2**16, dtype=np.uint16).view(np.float16)
+    every = every[np.isfinite(every)]
+    x = np.zeros((every.size, 128), np.float16)
+    x[:, 0] = every
+    out = tqext.q1_matmul(mx.array(x), mx.full((1, 4), 0xFFFFFFFF, dtype=mx.uint32), mx.ones((1, 1), mx.float16))
+    np.testing.assert_array_equal(to_numpy(out)[:, 0], every)
+    values = np.concatenate([rng.normal(size=4000) * 10.0 ** rng.integers(-9, 5, 4000), every[:-1] + np.diff(every) / 2])
+    values = values.astype(np.float16).astype(np.float64)
+    pair = np.zeros((values.size, 128), np.float16)
+    pair[:, 0], pair[:, 1] = values, values[::-1]
+    out = tqext.q1_matmul(mx.array(pair), mx.full((1, 4), 0xFFFFFFFF, dtype=mx.uint32), mx.ones((1, 1), mx.float16))
+    with np.errstate(over="ignore"):
+        want = (values.astype(np.float32) + values[::-1].astype(np.float32)).astype(np.float16)
+    np.testing.assert_array_equal(to_numpy(out)[:, 0], want)
+
+
+@pytest.mark.parametrize("shapeless", [False, True])
+def test_q1_matmul_compiles(shapeless, rng):
+    weight, scales = problem(rng, 70, 512)
+    compiled = mx.compile(lambda x: mx.sin(tqext.q1_matmul(x * 2, weight, scales)), shapeless=shapeless)
+    for n in (1, 5, 1):
+        x = mx.array(rng.normal(size=(n, 512)).astype(np.float32))
+        want = np.sin(2 * to_numpy(x).astype(np.float64) @ decode(weight, scales).T)
+        assert_close(compiled(x), want, 1e-4)
+
+
+def test_q1_matmul_threads_and_streams(rng):
+    weight, scales = problem(rng, 1000, 512)
+    x = mx.array(rng.normal(size=(2, 512)).astype(np.float32))
+    mx.eval(weight, scales, x)
+    want = to_numpy(x).astype(np.float64) @ decode(weight, scales).T
+    errors = []
+
+    def work():
+        stream = mx.new_stream(mx.default_device())
+        for _ in range(20):
+            try:
+                assert_close(tqext.q1_matmul(x, weight, scales, stream=stream), want, 1e-5)
+            except Exception as error:  # noqa: BLE001  (reported below)
+                errors.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    assert not errors
+
+
+@pytest.mark.parametrize("call", [lambda f, x: mx.grad(f)(x), lambda f, x: mx.vmap(f)(x)])
+def test_q1_matmul_has_no_silent_transform(call, rng):
+    weight, scales = problem(rng, 8, 128)
+    with pytest.raises(ValueError, match=r"Q1Matmul|not implemented"):
+        mx.eval(call(lambda x: tqext.q1_matmul(x, weight, scales).sum(), mx.ones((2, 128))))
+
+
+CHILD = """
+import sys, numpy as np, mlx.core as mx, tqext
+data = np.load(sys.argv[1])
+x = mx.array(data["x"]).astype(getattr(mx, sys.argv[2]))
+out = tqext.q1_matmul(x, mx.array(data["weight"]), mx.array(data["scales"]), stream=mx.cpu)
+np.save(sys.argv[3], np.array(out.astype(mx.float32)))
+print(tqext.isa())
+"""
+
+
+@pytest.mark.parametrize("isa", tqext.available_isas())
+@pytest.mark.parametrize("n", [1, 6, 20])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_q1_matmul_every_instruction_set(isa, n, dtype, rng, tmp_path):
+    weight, scales = problem(rng, 333, 5248)
+    x = mx.array(rng.normal(size=(n, 5248)).astype(np.float32))
+    np.savez(tmp_path / "in.npz", x=to_numpy(x), weight=to_numpy(weight), scales=to_numpy(scales))
+    command = [sys.executable, "-c", CHILD, str(tmp_path / "in.npz"), dtype, str(tmp_path / "out.npy")]
+    done = subprocess.run(command, env={**os.environ, "TQEXT_ISA": isa}, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == isa
+    want = to_numpy(x.astype(DTYPES[dtype])).astype(np.float64) @ decode(weight, scales).T
+    assert_close(np.load(tmp_path / "out.npy"), want, TOLERANCE[DTYPES[dtype]])
+
+
+X, W, S = mx.zeros((2, 256)), mx.zeros((3, 8), mx.uint32), mx.zeros((3, 2), mx.float16)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "argument"),
+    [
+        ((X[:, :128], W, S), "x"),
+        ((X.astype(mx.int32), W, S), "x"),
+        ((mx.array(1.0), W, S), "x"),
+        ((X, W.astype(mx.int32), S), "weight"),
+        ((X, W[None], S[None]), "weight"),
+        ((X, W[:, :7], S), "weight"),
+        ((X, W, S.astype(mx.float32)), "scales"),
+        ((X, W, S[:2]), "scales"),
+        ((X, W, S[:, :1]), "scales"),
+        ((X, W, S[0]), "scales"),
+    ],
+)
+def test_q1_matmul_bad_input_is_a_value_error(arguments, argument):
+    with pytest.raises(ValueError, match=error_line("q1_matmul", argument)):
+        tqext.q1_matmul(*arguments)
