@@ -159,7 +159,7 @@ def test_q1_matmul_threads_and_streams(rng):
         for _ in range(20):
             try:
                 assert_close(tqext.q1_matmul(x, weight, scales, stream=stream), want, 1e-5)
-            except Exception as error:  # noqa: BLE001  (reported below)
+            except Exception as error:
                 errors.append(error)
 
     threads = [threading.Thread(target=work) for _ in range(4)]
