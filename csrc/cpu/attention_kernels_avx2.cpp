@@ -73,7 +73,7 @@ struct Avx2 {
   static I shift_right(I x) {
     return _mm256_srli_epi32(x, n);
   }
-  static I shift_right_by(I x, int n) { return _mm256_srl_epi32(x, _mm_cvtsi32_si128(n)); }
+  static I shift_right_lanes(I x, I n) { return _mm256_srlv_epi32(x, n); }
   static F to_float(I x) { return _mm256_cvtepi32_ps(x); }
   static I load_table(const int8_t* levels) {
     return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(levels)));

@@ -70,7 +70,7 @@ struct Avx512 {
   static I shift_right(I x) {
     return _mm512_srli_epi32(x, n);
   }
-  static I shift_right_by(I x, int n) { return _mm512_srl_epi32(x, _mm_cvtsi32_si128(n)); }
+  static I shift_right_lanes(I x, I n) { return _mm512_srlv_epi32(x, n); }
   static F to_float(I x) { return _mm512_cvtepi32_ps(x); }
   static I load_table(const int8_t* levels) {
     return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(levels)));

@@ -55,7 +55,7 @@ struct Neon {
   static I shift_right(I x) {
     return vshrq_n_u32(x, n);
   }
-  static I shift_right_by(I x, int n) { return vshlq_u32(x, vdupq_n_s32(-n)); }
+  static I shift_right_lanes(I x, I n) { return vshlq_u32(x, vnegq_s32(vreinterpretq_s32_u32(n))); }
   static F to_float(I x) { return vcvtq_f32_u32(x); }
   static I load_table(const int8_t* levels) { return vreinterpretq_u32_s8(vld1q_s8(levels)); }
   static I look_up(I table, I index) {

@@ -31,7 +31,7 @@ class Fp32Attention {
   using I = typename V::I;
   static constexpr int kWidth = V::kWidth, kPanel = 2 * kWidth;
   static constexpr int kStagingRow = kMaxDim + kPanel;
-  static_assert(kTile % kPanel == 0);
+  static_assert(kTile % kPanel == 0 && kGroup % kPanel == 0);
 
  public:
   static void attend_coded(const CodedHead& head, const CodecShape& shape, const QueryRows& rows, int begin, int end,
@@ -158,40 +158,69 @@ class Fp32Attention {
   }
 
   void decode_values(const CodedHead& head, const CodecShape& shape, int t0, int n) {
-    const int bits = shape.value_bits, n_words = code_words(value_dim_, bits);
+    const int bits = shape.value_bits, n_words = code_words(value_dim_, bits), n_params = 2 * (value_dim_ / kGroup);
     const I mask = V::set1_int((1 << bits) - 1);
-    alignas(64) uint32_t words[kMaxDim / 8 + kWidth];
-    poisoned_ = false;
+    // A vector holds a part of one slot, or whole slots, or (dims that are not powers of two) goes through staging_.
+    const bool part = n_words % kWidth == 0, whole = !part && kWidth % n_words == 0;
+    const int step = whole ? bits * (kWidth / n_words) : bits;
+    alignas(64) uint32_t words[kMaxDim / 8 + kWidth], first_shift[kWidth];
+    alignas(64) uint16_t half[round_up(2 * kMaxDim / kGroup, kWidth)] = {};
+    alignas(64) float param[round_up(2 * kMaxDim / kGroup, kWidth)];
+    for (int i = 0; i < kWidth; i++) first_shift[i] = whole ? bits * (i / n_words) : 0;
+    F poison = V::set1(0);
     for (int t = 0; t < n; t++) {
       const uint32_t* w = head.value_codes + (t0 + t) * head.value_stride;
       const uint16_t* params = head.value_params + (t0 + t) * head.param_stride;
-      if (n_words % kWidth) {  // never read beyond the token
+      for (int i = 0; i < n_params; i++) half[i] = params[i];
+      for (int i = 0; i < n_params; i += kWidth) {
+        const F x = V::load_half(half + i);
+        poison = V::fma(x, V::set1(0), poison);
+        V::store(param + i, x);
+      }
+      if (!part) {  // never read beyond the token
         for (int i = 0; i < n_words; i++) words[i] = w[i];
+        for (int i = n_words; whole && i < kWidth; i++) words[i] = words[i - n_words];
         w = words;
       }
-      // A slot's last vector may spill into the next one's place, which is written later.
-      for (int slot = 0; slot < 32 / bits; slot++) {
-        for (int i = 0; i < n_words; i += kWidth) {
-          const I code = V::bit_and(V::shift_right_by(V::load_int(w + i), bits * slot), mask);
-          V::store(staging_ + slot * n_words + i, V::to_float(code));
+      I shift = V::load_int(first_shift);
+      if (part || whole) {
+        const int vectors = part ? n_words / kWidth : 1;  // of a slot
+        float* to = values_ + t * kPanel;
+        I x = V::load_int(w);
+        for (int g = 0, i = 0; g < value_dim_ / kGroup; g++, to += kGroup / kPanel * kPanel * kTile) {
+          const F scale = V::set1(param[2 * g]), bias = V::set1(param[2 * g + 1]);
+          for (int j = 0; j < kGroup / kWidth; j++) {
+            const I code = V::bit_and(V::shift_right_lanes(x, shift), mask);
+            V::store(to + j / 2 * (kPanel * kTile) + j % 2 * kWidth, V::fma(V::to_float(code), scale, bias));
+            if (vectors == 1) {
+              shift = V::add_int(shift, V::set1_int(step));
+              continue;
+            }
+            if (++i == vectors) {
+              i = 0;
+              shift = V::add_int(shift, V::set1_int(step));
+            }
+            x = V::load_int(w + i * kWidth);
+          }
         }
-      }
-      alignas(64) uint16_t half[kWidth];
-      alignas(64) float param[round_up(2 * kMaxDim / kGroup, kWidth)];
-      const int n_params = 2 * (value_dim_ / kGroup);
-      for (int i = 0; i < n_params; i += kWidth) {
-        for (int j = 0; j < kWidth; j++) half[j] = i + j < n_params ? params[i + j] : uint16_t(0);
-        for (int j = 0; j < kWidth; j++) poisoned_ |= (half[j] & 0x7c00) == 0x7c00;
-        V::store(param + i, V::load_half(half));
-      }
-      for (int d = 0; d < value_dim_; d += kWidth) {
-        const F scale = V::set1(param[d / kGroup * 2]), bias = V::set1(param[d / kGroup * 2 + 1]);
-        V::store(value_at(t, d), V::fma(V::load(staging_ + d), scale, bias));
+      } else {
+        // A slot's last vector may spill into the next one's place, which is written later.
+        for (int slot = 0; slot < 32 / bits; slot++, shift = V::add_int(shift, V::set1_int(bits))) {
+          for (int i = 0; i < n_words; i += kWidth) {
+            const I code = V::bit_and(V::shift_right_lanes(V::load_int(w + i), shift), mask);
+            V::store(staging_ + slot * n_words + i, V::to_float(code));
+          }
+        }
+        for (int d = 0; d < value_dim_; d += kWidth) {
+          const float* scale = param + d / kGroup * 2;
+          V::store(value_at(t, d), V::fma(V::load(staging_ + d), V::set1(scale[0]), V::set1(scale[1])));
+        }
       }
       if constexpr (kPanel > kUnit) {
         if (value_dim_ % kPanel) clear_values(t, value_dim_);
       }
     }
+    poisoned_ = !(V::sum(poison) == 0);
     clear_tokens(n);
   }
 
