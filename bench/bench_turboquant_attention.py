@@ -1,0 +1,122 @@
+"""Attention on packed keys and values beside MLX's own attention and mlx-lm's quantised cache, through whole operators.
+
+    python bench/bench_turboquant_attention.py
+    python bench/bench_turboquant_attention.py --n-keys 1024 16384 131072 --threads 1 --isa avx2 --json bench/results/mine.json
+
+Every line reads the whole history once per call: bytes are those of the keys and values as stored, GB/s is bytes over the
+median time, share is GB/s over the read bandwidth measured by the same run on the same number of threads.
+"""
+
+import argparse
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--n-keys", type=int, nargs="+", default=[1024, 16384])
+    parser.add_argument("--n-queries", type=int, default=1, help="query tokens at the end of the history (causal beyond 1)")
+    parser.add_argument("--n-q-heads", type=int, default=32)
+    parser.add_argument("--n-kv-heads", type=int, default=8)
+    parser.add_argument("--head-dim", type=int, default=128)
+    parser.add_argument("--key-bits", type=int, default=3)
+    parser.add_argument("--value-bits", type=int, default=2)
+    parser.add_argument("--threads", type=int, help="threads of tqext (default: all processors)")
+    parser.add_argument("--isa", help="instruction set of tqext (default: the best)")
+    parser.add_argument("--only", nargs="+", default=[""], help="only lines whose name contains one of these")
+    parser.add_argument("--seconds", type=float, default=1.0, help="time per line")
+    parser.add_argument("--json", type=Path, help="file to add the run to")
+    return parser.parse_args()
+
+
+def lines(args: argparse.Namespace, n_keys: int) -> Iterator[tuple[str, str, int, Callable[[], Any]]]:
+    """Name, dtype, bytes to read and one call of every attention that is compared."""
+    import mlx.core as mx
+
+    import tqext
+
+    dim, scale = args.head_dim, args.head_dim**-0.5
+    mask = "causal" if args.n_queries > 1 else None
+    mx.random.seed(0)
+    k, v = (mx.random.normal((1, args.n_kv_heads, n_keys, dim)) for _ in range(2))
+    q = mx.random.normal((1, args.n_q_heads, args.n_queries, dim))
+    keys, values = tqext.quantize_keys(k, bits=args.key_bits), tqext.quantize_values(v, bits=args.value_bits)
+    packed = [keys.codes, keys.norms, values.codes, values.params]
+    mx.eval(q, k, v, *packed)
+
+    for dtype, name in ((mx.float32, "fp32"), (mx.float16, "fp16"), (mx.bfloat16, "bf16")):
+        qd = q.astype(dtype)
+        mx.eval(qd)
+        yield (
+            "tqext", name, sum(x.nbytes for x in packed),
+            lambda qd=qd: mx.eval(tqext.turboquant_attention(qd, keys, values, scale=scale, mask=mask)),
+        )  # fmt: skip
+    for dtype, name in ((mx.float32, "fp32"), (mx.float16, "fp16"), (mx.bfloat16, "bf16")):
+        qd, kd, vd = (x.astype(dtype) for x in (q, k, v))
+        mx.eval(qd, kd, vd)
+        yield (
+            "mx.fast", name, kd.nbytes + vd.nbytes,
+            lambda qd=qd, kd=kd, vd=vd: mx.eval(mx.fast.scaled_dot_product_attention(qd, kd, vd, scale=scale, mask=mask)),
+        )  # fmt: skip
+    try:
+        from mlx_lm.models.base import quantized_scaled_dot_product_attention
+    except ImportError:
+        print("mlx-lm is not installed: its quantised attention is left out")
+        return
+    for bits in (4, 3):
+        qk, qv = mx.quantize(k, group_size=64, bits=bits), mx.quantize(v, group_size=64, bits=bits)
+        mx.eval(qk, qv)
+        yield (
+            f"mlx-lm {bits} bit", "fp32", sum(x.nbytes for x in (*qk, *qv)),
+            # It scales its queries in place.
+            lambda qk=qk, qv=qv, bits=bits: mx.eval(
+                quantized_scaled_dot_product_attention(q + 0, qk, qv, scale, mask, group_size=64, bits=bits)
+            ),
+        )  # fmt: skip
+
+
+def main() -> None:
+    args = arguments()
+    # Read once, when the extension is loaded.
+    if args.threads:
+        os.environ["TQEXT_NUM_THREADS"] = str(args.threads)
+    if args.isa:
+        os.environ["TQEXT_ISA"] = args.isa
+    import mlx.core as mx
+    from timing import machine, measure, read_bandwidth, save, table
+
+    import tqext
+
+    mx.set_default_device(mx.cpu)
+    n_threads = tqext.num_threads()
+    bandwidth = read_bandwidth(n_threads)
+    print(f"{machine()['cpu']}, {n_threads} threads, isa {tqext.isa()}, reads {bandwidth:.1f} GB/s")
+    rows = []
+    for n_keys in args.n_keys:
+        for name, dtype, n_bytes, call in lines(args, n_keys):
+            if not any(part in name for part in args.only):
+                continue
+            timing = measure(call, seconds=args.seconds)
+            rate = n_bytes / timing.median / 1e6
+            rows.append({
+                "attention": name, "query": dtype, "n_keys": n_keys, "ms": timing.median, "least": timing.least,
+                "spread": timing.spread, "runs": timing.runs, "MB": n_bytes / 1e6, "GB/s": rate, "share": rate / bandwidth,
+            })  # fmt: skip
+        for row in rows:
+            base = [r for r in rows if (r["attention"], r["query"], r["n_keys"]) == ("mx.fast", row["query"], row["n_keys"])]
+            row["times"] = base[0]["ms"] / row["ms"] if base else None
+    columns = {"attention": "", "query": "", "n_keys": "d", "ms": ".3f", "least": ".3f", "spread": ".0f", "runs": "d", "MB": ".1f",
+               "GB/s": ".2f", "share": ".1%", "times": ".1f"}  # fmt: skip
+    print(table(rows, columns))
+    print("spread in percent; times: mx.fast with the same query type, over this line")
+    if args.json:
+        names = ("n_keys", "n_queries", "n_q_heads", "n_kv_heads", "head_dim", "key_bits", "value_bits")
+        settings = {"bench": "turboquant_attention", **{name: getattr(args, name) for name in names}}
+        settings |= {"threads": n_threads, "isa": tqext.isa()}
+        save(args.json, settings, {"read_bandwidth_gbs": round(bandwidth, 1)}, rows)
+
+
+if __name__ == "__main__":
+    main()

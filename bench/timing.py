@@ -1,0 +1,107 @@
+"""Warm-up, median, spread, bytes, GB/s and the machine's own read bandwidth: what every bench reports with."""
+
+import json
+import os
+import platform
+import re
+import shlex
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Wall times of one call in milliseconds; `spread` is half the distance between the 10th and 90th percentile, in percent."""
+
+    median: float
+    least: float
+    spread: float
+    runs: int
+
+
+def measure(
+    call: Callable[[], Any], *, seconds: float = 1.0, warm_up: int = 2, least_runs: int = 5, most_runs: int = 300
+) -> Timing:
+    """Times `call`, which must finish its own work, for about `seconds` after `warm_up` calls."""
+    for _ in range(warm_up):
+        call()
+    times: list[float] = []
+    start = time.perf_counter()
+    while len(times) < least_runs or (time.perf_counter() - start < seconds and len(times) < most_runs):
+        begin = time.perf_counter()
+        call()
+        times.append((time.perf_counter() - begin) * 1e3)
+    median = statistics.median(times)
+    deciles = statistics.quantiles(times, n=10)
+    return Timing(median, min(times), 50 * (deciles[-1] - deciles[0]) / median, len(times))
+
+
+def read_bandwidth(n_threads: int, *, megabytes: int = 256, repeats: int = 7) -> float:
+    """Best GB/s at which `n_threads` NumPy sums read their own arrays, each larger than any last-level cache share."""
+    arrays = [np.ones(megabytes * 2**20 // 8, dtype=np.int64) for _ in range(n_threads)]
+    best = 0.0
+    for _ in range(repeats):
+        threads = [threading.Thread(target=x.sum) for x in arrays]
+        begin = time.perf_counter()
+        for t in threads:
+            t.start()
+        for t in threads:
+            t.join()
+        best = max(best, n_threads * megabytes * 2**20 / (time.perf_counter() - begin) / 1e9)
+    return best
+
+
+def machine() -> dict[str, Any]:
+    """What the figures belong to."""
+    cpu = platform.processor() or platform.machine()
+    if (info := Path("/proc/cpuinfo")).exists():
+        found = re.search(r"model name\s*:\s*(.+)", info.read_text())
+        cpu = found[1] if found else cpu
+    return {"cpu": cpu, "processors": os.cpu_count(), "system": platform.system(), "python": platform.python_version()}
+
+
+def versions() -> dict[str, str]:
+    found = {}
+    for name in ("tqext", "mlx", "mlx-lm", "numpy"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def save(path: Path, settings: dict[str, Any], measured: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """Adds a run to the machine's file; a run with the same settings replaces the older one.
+
+    `measured` is what the run found out about the machine; the load average tells whether it was quiet.
+    """
+    data = json.loads(path.read_text()) if path.exists() else {"machine": machine(), "runs": []}
+    command = "python " + shlex.join([os.path.relpath(sys.argv[0]), *sys.argv[1:]])
+    data["runs"] = [run for run in data["runs"] if run["settings"] != settings]
+    measured = {"load_average": round(os.getloadavg()[0], 1), **measured}
+    data["runs"].append({"command": command, "versions": versions(), "settings": settings, "measured": measured, "rows": rows})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(data, indent=1) + "\n")
+
+
+def table(rows: list[dict[str, Any]], columns: dict[str, str]) -> str:
+    """Rows as aligned text; `columns` maps keys to format specifications, a missing value prints as a dash."""
+    cells = [[format(row[key], spec) if row.get(key) is not None else "-" for key, spec in columns.items()] for row in rows]
+    widths = [max(len(name), *(len(line[i]) for line in cells)) for i, name in enumerate(columns)]
+    lines = [list(columns), *cells]
+    aligned = [
+        [cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))]
+        for line in lines
+    ]
+    return "\n".join("  ".join(line) for line in aligned)
