@@ -22,7 +22,7 @@ RESULTS = Path(__file__).parent / "results"
 
 @dataclass(frozen=True)
 class Timing:
-    """Wall times of one call in milliseconds; `spread` is half the distance between the 10th and 90th percentile, in percent."""
+    """Wall times of one call in milliseconds; `spread`: half the distance of the 10th and 90th percentile, in percent."""
 
     median: float
     least: float
