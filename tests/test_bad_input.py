@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support import Problem, assert_close, error_line, to_numpy
 
 import tqext
+from support import Problem, assert_close, error_line, to_numpy
 
 pytestmark = pytest.mark.usefixtures("device")
 

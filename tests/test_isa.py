@@ -1,0 +1,210 @@
+"""Every instruction set: those of this machine through TQEXT_ISA, older x86 and Arm under an emulator.
+
+In CI (environment variable CI set) a missing compiler or emulator is a failure; elsewhere the tests that need it are skipped.
+"""
+
+import importlib.util
+import itertools
+import json
+import os
+import pathlib
+import platform
+import shutil
+import subprocess
+import sys
+
+import make_golden
+import numpy as np
+import pytest
+
+import tqext
+
+ROOT = pathlib.Path(__file__).parent.parent
+NATIVE = ROOT / "tests" / "native"
+GOLDEN = json.loads(make_golden.PATH.read_text())
+ISAS = tqext.available_isas()
+
+linux_x86 = pytest.mark.skipif(
+    (sys.platform, platform.machine()) != ("linux", "x86_64"), reason="user-mode emulation from Linux on x86-64"
+)
+
+
+def run(command, *, isa=None, **options):
+    """Standard output of the command; its own words when it fails."""
+    environment = {key: value for key, value in os.environ.items() if key != "TQEXT_ISA"}
+    if isa:
+        environment["TQEXT_ISA"] = isa
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500, cwd=ROOT, **options)
+    assert done.returncode == 0, f"exit {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    return done.stdout
+
+
+def tool(*names):
+    """Path of the first of these programs that is installed."""
+    for name in names:
+        if path := shutil.which(name):
+            return path
+    message = f"not installed: {' or '.join(names)}"
+    if os.environ.get("CI"):
+        pytest.fail(message)
+    pytest.skip(message)
+
+
+# ---- this machine -------------------------------------------------------------------------------
+
+
+def test_isa_in_use_is_the_fastest_of_this_machine():
+    assert ISAS[0] == "portable"
+    if not os.environ.get("TQEXT_ISA"):
+        assert tqext.isa() == ISAS[-1]
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_isa_can_be_chosen(isa):
+    assert run([sys.executable, "-c", "import tqext; print(tqext.isa())"], isa=isa).strip() == isa
+
+
+def test_isa_of_another_machine_is_refused():
+    code = """
+import tqext
+try:
+    tqext.isa()
+except ValueError as error:
+    print(error)
+"""
+    # Importing may use a kernel already: either way it is this sentence that the user sees.
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "TQEXT_ISA": "sve9"}, cwd=ROOT
+    )
+    assert "TQEXT_ISA: expected one of portable" in done.stdout + done.stderr
+    assert "got sve9" in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("isa", [isa for isa in ISAS if isa != tqext.isa()])
+def test_isa_passes_the_operator_tests(isa):
+    """Those that this process ran with the ISA in use."""
+    chosen = "golden or every_head_dim or all_bits or every_length or random_mixtures"
+    files = [f"tests/test_{name}.py" for name in ("format", "quantize", "turboquant_attention")]
+    out = run([sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", chosen, *files], isa=isa)
+    assert " passed" in out
+
+
+def test_isa_does_not_change_a_byte():
+    """Also where decisions are close: sums are taken in one order on every instruction set."""
+    code = """
+import hashlib, mlx.core as mx, numpy as np, tqext
+rng, digest = np.random.default_rng(5), hashlib.sha256()
+for dim in (32, 96, 128, 224, 512):
+    x = mx.array(rng.normal(size=(1, 2, 300, dim)).astype(np.float32))
+    packed = [tqext.quantize_keys(x, bits=bits, qjl=True) for bits in (2, 3, 4)]
+    packed += [tqext.quantize_values(x, bits=bits) for bits in (2, 4)]
+    for p in packed:
+        for array in p:
+            if isinstance(array, mx.array):
+                digest.update(np.array(array).tobytes())
+print(digest.hexdigest())
+"""
+    assert len({run([sys.executable, "-c", code], isa=isa) for isa in ISAS}) == 1
+
+
+# ---- without MLX and Python, also under an emulator -----------------------------------------------
+
+
+# Program -> the sources beside it that it is made of.
+PROGRAMS = {
+    "codec_golden": ["codec.cpp", "isa.cpp"],
+    "attention_kernels_check": ["attention_kernels*.cpp", "codec.cpp", "isa.cpp", "scratch.cpp"],
+}
+
+
+def build(folder, name, compiler, *options):
+    """The program tests/native/<name>.cpp with the CPU kernels."""
+    (mlx,) = importlib.util.find_spec("mlx").submodule_search_locations
+    parts = [sorted((ROOT / "csrc/cpu").glob(pattern)) for pattern in PROGRAMS[name]]
+    sources = [NATIVE / f"{name}.cpp", *itertools.chain(*parts)]
+    program = folder / name
+    flags = ["-std=c++20", "-O2", "-ffp-contract=off", "-I", ROOT / "csrc", "-I", f"{mlx}/include"]
+    run([compiler, *flags, *options, *sources, "-o", program])
+    return program
+
+
+def golden_lines():
+    """Input of codec_golden and the output it must give."""
+    asked, answers = [], []
+    for case in GOLDEN["cases"]:
+        keys = case["kind"] == "keys"
+        for t, row in enumerate(case["input"]):
+            mean = case.get("mean") or []
+            flags = [int(bool(mean)), int(case["signs"] is not None)] if keys else []
+            asked.append([case["kind"], case["head_dim"], case["bits"], *flags, *row, *mean])
+            fields = ("codes", "norms", "signs", "residual_norms") if keys else ("codes", "params")
+            answers.append(" ".join(case[field][t] for field in fields if case[field] is not None))
+    return "\n".join(" ".join(map(str, line)) for line in asked), answers
+
+
+def check_golden(program, isa, *emulator):
+    asked, answers = golden_lines()
+    name, *lines = run([*emulator, program], input=asked).splitlines()
+    assert name == isa
+    assert [line.strip() for line in lines] == answers
+
+
+def check_attention(program, isas, *emulator, every):
+    """Its exit status is the number of errors above the tolerance; it prints a line for each instruction set it ran."""
+    lines = run([*emulator, program, str(every)]).splitlines()
+    assert [line.split()[0] for line in lines] == isas
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("native")
+
+
+@pytest.fixture(scope="module")
+def host(folder):
+    compiler = tool("c++", "g++", "clang++")
+    return {name: build(folder, name, compiler) for name in PROGRAMS}
+
+
+@pytest.fixture(scope="module")
+def arm(folder):
+    compiler = tool("aarch64-linux-gnu-g++")
+    (folder / "arm").mkdir()
+    return {name: build(folder / "arm", name, compiler, "-static") for name in PROGRAMS}
+
+
+def test_isa_kernels_of_this_machine(host):
+    check_golden(host["codec_golden"], ISAS[-1])
+    check_attention(host["attention_kernels_check"], ISAS, every=1)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_isa_golden_bytes(host, isa):
+    asked, answers = golden_lines()
+    name, *lines = run([host["codec_golden"]], input=asked, isa=isa).splitlines()
+    assert name == isa
+    assert [line.strip() for line in lines] == answers
+
+
+@linux_x86
+@pytest.mark.parametrize("cpu, isas", [("Haswell", ["portable", "avx2"]), ("Nehalem", ["portable"])])
+def test_isa_kernels_of_an_older_x86(host, cpu, isas):
+    """An instruction that this processor lacks ends the program."""
+    emulator = tool("qemu-x86_64", "qemu-x86_64-static"), "-cpu", cpu
+    check_golden(host["codec_golden"], isas[-1], *emulator)
+    check_attention(host["attention_kernels_check"], isas, *emulator, every=40)
+
+
+@linux_x86
+@pytest.mark.parametrize("cpu, isas", [("neoverse-n1", ["portable", "neon"]), ("cortex-a53", ["portable"])])
+def test_isa_kernels_of_arm(arm, cpu, isas):
+    """The Cortex-A53 has no dot-product instructions, which the NEON kernels need."""
+    emulator = tool("qemu-aarch64", "qemu-aarch64-static"), "-cpu", cpu
+    check_golden(arm["codec_golden"], isas[-1], *emulator)
+    check_attention(arm["attention_kernels_check"], isas, *emulator, every=30)
+
+
+def test_isa_golden_input_is_exact_in_every_dtype():
+    """The native program divides by 32 what the golden file multiplies by its unit."""
+    assert GOLDEN["input_unit"] == 1 / 32
+    assert max(np.abs(case["input"]).max() for case in GOLDEN["cases"]) < 256
