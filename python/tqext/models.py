@@ -1,4 +1,4 @@
-"""Model names: a local folder, a hub id, or ``smollm2`` (a small real model from a PyPI wheel)."""
+"""Model names: a local folder, a GGUF file, a hub id, or ``smollm2`` (a small real model from a PyPI wheel)."""
 
 from __future__ import annotations
 
@@ -47,19 +47,25 @@ def resolve(name: str) -> str:
     """The folder or hub id that mlx-lm can load for a model name.
 
     Args:
-        name: A local folder, a hub id (``owner/name``), or ``smollm2``, which is fetched from PyPI and
-            converted into `cache_dir` on first use.
+        name: A local folder, a GGUF file with Q1_0 tensors (converted into `cache_dir` on first use), a hub id
+            (``owner/name``), or ``smollm2``, which is fetched from PyPI and converted into `cache_dir` on first use.
 
     Raises:
-        ValueError: The name is none of the three.
+        ValueError: The name is none of these, or the GGUF file cannot be converted.
     """
     if Path(name).is_dir():
         return name
     if name in BUILT_IN:
         return str(BUILT_IN[name]())
+    if name.lower().endswith(".gguf") and Path(name).is_file():
+        from tqext.gguf import folder_of
+
+        return str(folder_of(name, cache_dir()))
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
         return name
-    raise ValueError(f"[load] name: expected a folder, a hub id (owner/name) or one of {sorted(BUILT_IN)}, got {name!r}")
+    raise ValueError(
+        f"[load] name: expected a folder, a GGUF file, a hub id (owner/name) or one of {sorted(BUILT_IN)}, got {name!r}"
+    )
 
 
 def local_folder(name: str) -> Path:
@@ -72,20 +78,22 @@ def local_folder(name: str) -> Path:
     return Path(snapshot_download(resolved, allow_patterns=["*.json", "*.safetensors"]))
 
 
-def load(name: str, **kwargs: Any) -> tuple[Any, Any]:
-    """Load a model and its tokenizer with mlx-lm.
+def load(name: str, **kwargs: Any) -> tuple[Any, ...]:
+    """Load a model and its tokenizer with mlx-lm; 1-bit weights into `tqext.nn` layers.
 
     Args:
         name: See `resolve`.
         **kwargs: Passed to ``mlx_lm.load``.
 
     Returns:
-        ``(model, tokenizer)`` as ``mlx_lm.load`` gives them.
+        ``(model, tokenizer)`` as ``mlx_lm.load`` gives them, and the config if ``return_config=True``.
     """
     from mlx_lm.utils import load as load_with_mlx_lm
 
-    loaded = load_with_mlx_lm(resolve(name), **kwargs)
-    return loaded[0], loaded[1]
+    from tqext import one_bit
+
+    one_bit.hook()
+    return load_with_mlx_lm(resolve(name), **kwargs)
 
 
 def smollm2() -> Path:

@@ -1,0 +1,174 @@
+"""Models with 1-bit weights in mlx-lm: MLX's affine checkpoints, native scale-only checkpoints, and making one."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn
+import mlx_lm.utils
+from mlx.utils import tree_flatten
+
+from tqext import nn
+from tqext._ext import format as _format
+
+# The key of config.json that marks a native checkpoint. mlx-lm without tqext stops at the unknown *.scales.
+CONFIG_KEY = "tqext_weights"
+_FORMAT = {"format": "q1_0", "group_size": nn.GROUP_SIZE, "version": 1}
+_FLOATS = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+
+_lock = threading.RLock()
+_hooked: Callable[..., Any] | None = None
+
+
+def hook() -> None:
+    """Let ``mlx_lm.utils.load_model`` load 1-bit checkpoints into `tqext.nn` layers; other models load as before."""
+    global _hooked
+    with _lock:
+        if _hooked is not None:
+            return
+        previous = mlx_lm.utils.load_model
+
+        @functools.wraps(previous)
+        def load_model(model_path: Any, *args: Any, **kwargs: Any) -> Any:
+            return _load_model(previous, Path(model_path), args, kwargs)
+
+        _hooked = load_model
+        mlx_lm.utils.load_model = load_model
+
+
+def _load_model(previous: Callable[..., Any], path: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    config = mlx_lm.utils.load_config(path)
+    native = config.get(CONFIG_KEY)
+    refuse_hadamard(config)
+    if native is not None:
+        check_native(native)
+        kwargs = {**kwargs, "get_model_classes": _native_classes(kwargs.get("get_model_classes"))}
+        return previous(path, *args, **kwargs)
+    loaded = previous(path, *args, **kwargs)
+    swap = nn.from_quantized(loaded[0], strict=False)
+    if swap.kept:
+        print(f"tqext: {swap}", file=sys.stderr)
+    return loaded
+
+
+def check_native(native: Any) -> None:
+    """Raise a ValueError unless `native`, the config's entry, is a format this version reads."""
+    if native != _FORMAT:
+        raise ValueError(f"[load] config.{CONFIG_KEY}: expected {_FORMAT}, got {native}; a newer tqext may read it")
+
+
+def refuse_hadamard(config: dict[str, Any]) -> None:
+    """Raise a ValueError for 1-bit weights that are stored in a rotated space, which is not undone here."""
+    quantization = config.get("quantization") or {}
+    one_bit = CONFIG_KEY in config or quantization.get("bits") == 1
+    if one_bit and "hadamard" in json.dumps(config).lower():
+        raise ValueError(
+            "[load] config: expected plain 1-bit weights, got Hadamard-folded ones ('Bonsai 2'); their inputs must be rotated "
+            "before every product, which this version does not do, and without it the model would answer nonsense"
+        )
+
+
+def _native_classes(given: Callable[..., Any] | None) -> Callable[..., Any]:
+    """mlx-lm's choice of classes, with a model that takes 1-bit layers when it is given their weights."""
+    choose = given or mlx_lm.utils._get_classes
+
+    def classes(config: dict[str, Any]) -> tuple[Any, Any]:
+        model_class, args_class = choose(config=config)
+        name = config.get("torch_dtype") or config.get("dtype") or "float16"
+        if name not in _FLOATS:
+            raise ValueError(f"[load] config.torch_dtype: expected one of {sorted(_FLOATS)}, got {name!r}")
+
+        class OneBitModel(model_class):  # type: ignore[misc, valid-type]
+            def load_weights(self, weights: Any, strict: bool = True) -> Any:
+                check_tensors(dict(weights))
+                nn.insert_empty(self, one_bit_paths(dict(weights)), _FLOATS[name])
+                return super().load_weights(weights, strict=strict)
+
+        OneBitModel.__name__ = model_class.__name__
+        return OneBitModel, args_class
+
+    return classes
+
+
+def one_bit_paths(weights: dict[str, mx.array]) -> set[str]:
+    """Layers that have scales."""
+    return {name.removesuffix(".scales") for name in weights if name.endswith(".scales")}
+
+
+def check_tensors(weights: dict[str, mx.array]) -> None:
+    """Raise a ValueError unless every scale tensor has its words beside it."""
+    for path in sorted(one_bit_paths(weights)):
+        scales, words = weights[f"{path}.scales"], weights.get(f"{path}.weight")
+        if words is None or words.dtype != mx.uint32 or words.ndim != 2:
+            got = "none" if words is None else f"{words.dtype} {words.shape}"
+            raise ValueError(f"[load] {path}.weight: expected uint32 [rows, cols / 32], got {got}")
+        shape = (words.shape[0], words.shape[1] * 32 / _format.Q1_GROUP)
+        if scales.dtype != mx.float16 or scales.shape != shape:
+            raise ValueError(f"[load] {path}.scales: expected float16 {shape}, got {scales.dtype} {scales.shape}")
+        if f"{path}.biases" in weights:
+            raise ValueError(f"[load] {path}.biases: expected none in a native checkpoint, got a tensor")
+
+
+def save(folder: str | Path, model: Any, config: dict[str, Any], tokenizer: Any = None) -> None:
+    """Write a native checkpoint: an mlx-lm folder with sign words and float16 scales, 1.125 bits per weight.
+
+    Args:
+        folder: Made if it does not exist.
+        model: A model with `tqext.nn` layers; other layers are written as they are.
+        config: The model's config.json as a dictionary.
+        tokenizer: With ``save_pretrained``, or None.
+
+    Raises:
+        ValueError: The model has no 1-bit layer, or layers that are quantised otherwise.
+    """
+    folder = Path(folder)
+    if not nn.q1_paths(model):
+        raise ValueError("[save] model: expected 1-bit layers, got none")
+    mlx_lm.utils.save_model(folder, model)
+    write_config(folder, config)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(str(folder))
+
+
+def write_config(folder: Path, config: dict[str, Any]) -> None:
+    """config.json of a native checkpoint."""
+    plain = {key: value for key, value in config.items() if key not in ("quantization", "quantization_config")}
+    (folder / "config.json").write_text(json.dumps({**plain, CONFIG_KEY: _FORMAT}, indent=2))
+
+
+def main(argv: list[str]) -> None:
+    """``tqext quantize-1bit --model IN --out OUT``."""
+    parser = argparse.ArgumentParser(
+        prog="tqext quantize-1bit",
+        description="Round a model's weights to 1 bit (Q1_0, 1.125 bits per weight). A model that was not trained for it "
+        "answers nonsense afterwards.",
+    )
+    parser.add_argument("--model", required=True, help="a folder, a hub id, smollm2, or a GGUF file")
+    parser.add_argument("--out", required=True, type=Path, help="folder to write; must not exist")
+    options = parser.parse_args(argv)
+    if options.out.exists():
+        parser.error(f"--out: {options.out} exists")
+    from tqext.models import load
+
+    model, tokenizer, config = load(options.model, return_config=True)
+    if any(isinstance(layer, (mlx.nn.QuantizedLinear, mlx.nn.QuantizedEmbedding)) for layer in model.modules()):
+        model = mlx_lm.utils.dequantize_model(model)
+    before = nn.q1_paths(model)  # of a model that was 1-bit already: written as they are
+    swap = nn.quantize(model)
+    swap.swapped += before
+    if not swap.swapped:
+        raise SystemExit(f"tqext quantize-1bit: no layer can be 1-bit; {swap}")
+    dtypes = [value.dtype for name, value in tree_flatten(model.parameters()) if name.endswith("norm.weight")]
+    names = [name for name, dtype in _FLOATS.items() if dtype in dtypes]
+    save(options.out, model, {**config, "torch_dtype": names[0] if names else "float16"}, tokenizer)
+    size = sum(file.stat().st_size for file in options.out.glob("*.safetensors"))
+    print(f"{swap}\n{options.out}: {size / 1e6:.1f} MB, {mlx_lm.utils.compute_bits_per_weight(model):.3f} bits per weight")
+    print("Warning: weights were rounded, not trained: expect nonsense unless they were 1-bit before.", file=sys.stderr)
