@@ -49,9 +49,7 @@ void bind_format(nb::module_& m) {
         tqext::check_bits(bits, true, "codebook");
         tqext::check_head_dim(head_dim, "codebook", "head_dim");
         const tqext::Codebook book = tqext::codebook(bits, tqext::padded_dim(head_dim));
-        nb::list levels;
-        for (int i = 0; i < book.n_levels; i++) levels.append(int(book.levels[i]));
-        return nb::make_tuple(levels, book.scale);
+        return std::pair(std::vector<int>(book.levels, book.levels + book.n_levels), book.scale);
       },
       "bits"_a, "head_dim"_a,
       "Lloyd-Max codebook of a coordinate of a random unit vector: (levels, scale).\n\n"

@@ -13,10 +13,10 @@ import shutil
 import subprocess
 import sys
 
-import make_golden
 import numpy as np
 import pytest
 
+import make_golden
 import tqext
 
 ROOT = pathlib.Path(__file__).parent.parent

@@ -6,7 +6,7 @@ import argparse
 import importlib.metadata
 import platform
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 
@@ -59,7 +59,7 @@ def check_attention() -> str:
     keys, values = (mx.repeat(tqext.dequantize(p), 4, axis=1) for p in (packed_k, packed_v))
     weights = mx.softmax((q * 128**-0.5) @ keys.swapaxes(-1, -2), axis=-1)
     expected = weights @ values
-    error = float((mx.abs(got - expected).max() / mx.abs(expected).max()).item())
+    error = cast(float, (mx.abs(got - expected).max() / mx.abs(expected).max()).item())
     if not error <= 1e-4:
         raise AssertionError(f"attention is off by {error:.1e} of the largest output")
     return f"largest error {error:.1e}"

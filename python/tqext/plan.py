@@ -48,7 +48,7 @@ def plan(model: Any, preset: str | Policy | None) -> Plan:
         model: Any mlx-lm model; it may be loaded with ``lazy=True``.
         preset: See `tqext.install`; None for mlx-lm's own cache.
     """
-    from mlx.utils import tree_flatten
+    from mlx.utils import tree_reduce
 
     from tqext.mlx_lm import probe
 
@@ -61,7 +61,7 @@ def plan(model: Any, preset: str | Policy | None) -> Plan:
             fixed += plain * (layer.recipe.sinks + layer.recipe.tail + layer.recipe.flush)
         elif layer.cache == "KVCache":
             grows += plain
-    weights = sum(x.nbytes for _, x in tree_flatten(model.parameters()))
+    weights = tree_reduce(lambda n, x: n + x.nbytes, model.parameters(), 0)
     return Plan("none" if preset is None else policy.name, grows, fixed, weights)
 
 
