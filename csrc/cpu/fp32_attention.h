@@ -22,8 +22,8 @@ namespace {
 
 constexpr int kTile = 64;  // tokens; 8 rows' scores and a panel of either side stay in a 32 KB cache
 
-inline int smaller(int a, int b) { return a < b ? a : b; }
-inline int round_up(int n, int step) { return (n + step - 1) / step * step; }
+constexpr int smaller(int a, int b) { return a < b ? a : b; }
+constexpr int round_up(int n, int step) { return (n + step - 1) / step * step; }
 
 template <class V>
 class Fp32Attention {
