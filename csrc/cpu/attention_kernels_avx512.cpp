@@ -725,8 +725,12 @@ class IntegerAttention {
   template <int H, int kBits, Weights kWeights>
   void values(int r, const float* factors, const float* steps, int c, int slot) {
     __m512i acc[2][H][N];
+    // Unrolled early, or gcc keeps the sums in memory.
+#pragma GCC unroll 2
     for (int i = 0; i < 2; i++) {
+#pragma GCC unroll 4
       for (int h = 0; h < H; h++) {
+#pragma GCC unroll 3
         for (int p = 0; p < N; p++) acc[i][h][p] = _mm512_setzero_si512();
       }
     }
@@ -742,7 +746,9 @@ class IntegerAttention {
       _mm_prefetch(ahead.next + quad * ahead.step, _MM_HINT_T0);
       const __m512i y = _mm512_load_si512(codes + quad * 64);
       const __m512i c0 = _mm512_and_si512(y, mask0), c1 = _mm512_and_si512(y, mask1);
+#pragma GCC unroll 4
       for (int h = 0; h < H; h++) {
+#pragma GCC unroll 3
         for (int p = 0; p < N; p++) {
           if constexpr (kWeights == kPermute) {
             const __m512i w = _mm512_load_si512(weights0 + ((h * N + p) * kQuads + quad) * 64);
@@ -760,7 +766,6 @@ class IntegerAttention {
         }
       }
     }
-    // Unrolled, or gcc keeps the sums in memory.
 #pragma GCC unroll 2
     for (int i = 0; i < 2; i++) {
       const __m512 unit = _mm512_set1_ps(1.0f / float(1 << (kBits * (slot + i))));

@@ -304,21 +304,28 @@ class Fp32Attention {
   template <int R, int P>
   static void multiply(const float* a, ptrdiff_t a_stride, const float* b, ptrdiff_t panel_stride, int n, float* c,
                        ptrdiff_t c_stride, const float* keep) {
+    // Unrolled early, or gcc keeps the sums in memory.
     F acc[R][2 * P];
+#pragma GCC unroll 12
     for (int i = 0; i < R; i++) {
-      for (int j = 0; j < 2 * P; j++) {
-        acc[i][j] = keep ? V::mul(V::load(c + i * c_stride + j * kWidth), V::set1(keep[i])) : V::set1(0);
-      }
+      const F factor = V::set1(keep ? keep[i] : 0.0f);
+#pragma GCC unroll 16
+      for (int j = 0; j < 2 * P; j++) acc[i][j] = keep ? V::mul(V::load(c + i * c_stride + j * kWidth), factor) : V::set1(0);
     }
     for (int k = 0; k < n; k++) {
       F x[2 * P];
+#pragma GCC unroll 16
       for (int j = 0; j < 2 * P; j++) x[j] = V::load(b + j / 2 * panel_stride + k * kPanel + j % 2 * kWidth);
+#pragma GCC unroll 12
       for (int i = 0; i < R; i++) {
         const F y = V::set1(a[i * a_stride + k]);
+#pragma GCC unroll 16
         for (int j = 0; j < 2 * P; j++) acc[i][j] = V::fma(x[j], y, acc[i][j]);
       }
     }
+#pragma GCC unroll 12
     for (int i = 0; i < R; i++) {
+#pragma GCC unroll 16
       for (int j = 0; j < 2 * P; j++) V::store(c + i * c_stride + j * kWidth, acc[i][j]);
     }
   }
