@@ -3,7 +3,7 @@
 It learns a text character by character for a few seconds, then continues it twice: once with its exact history, once with
 `tqext.turboquant_attention` on packed bytes, and compares.
 
-    python examples/custom_model.py [--text FILE] [--steps 150]
+    python examples/custom_model.py [--text FILE] [--steps 60]
 """
 
 import argparse
@@ -15,7 +15,7 @@ import mlx.optimizers as optim
 
 import tqext
 
-HEAD_DIM, N_HEADS, N_LAYERS, CONTEXT = 64, 2, 2, 128
+HEAD_DIM, N_HEADS, N_LAYERS, CONTEXT = 64, 2, 2, 64
 TAIL = 32  # recent tokens that stay exact
 
 
@@ -115,7 +115,7 @@ def train(model, data, steps):
 
     step = nn.value_and_grad(model, loss)
     for _ in range(steps):
-        starts = mx.random.randint(0, data.size - CONTEXT - 1, (8, 1))
+        starts = mx.random.randint(0, data.size - CONTEXT - 1, (4, 1))
         window = data[starts + mx.arange(CONTEXT + 1)]
         value, gradients = step(model, window[:, :-1], window[:, 1:])
         optimizer.update(model, gradients)
@@ -137,7 +137,7 @@ def generate(model, prompt, n_tokens, history_class):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, default=Path(__file__))
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=60)
     options = parser.parse_args()
     text = options.text.read_text()
     characters = sorted(set(text))
