@@ -1,0 +1,35 @@
+"""Tensor-parallel generation with a compressed cache: every rank holds its own heads, and its own packed bytes.
+
+    mlx.launch --backend ring -n 2 examples/distributed_generate.py --model FOLDER             # on one machine
+    mlx.launch --hostfile hosts.json --backend ring examples/distributed_generate.py --model FOLDER   # on two Macs
+"""
+
+import argparse
+
+import mlx.core as mx
+from mlx_lm import stream_generate
+from mlx_lm.utils import sharded_load
+
+import tqext
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="a folder or hub id whose KV heads divide by the number of ranks")
+    parser.add_argument("--kv", default="tq3")
+    parser.add_argument("--prompt", default="Explain why the sky is blue.")
+    parser.add_argument("--max-tokens", type=int, default=100)
+    options = parser.parse_args()
+    group = mx.distributed.init()
+    tqext.install(options.kv)
+    model, tokenizer = sharded_load(options.model, None, group)
+    prompt = tokenizer.apply_chat_template([{"role": "user", "content": options.prompt}], add_generation_prompt=True)
+    for response in stream_generate(model, tokenizer, prompt, max_tokens=options.max_tokens):
+        if group.rank() == 0:
+            print(response.text, end="", flush=True)
+    if group.rank() == 0:
+        print()
+
+
+if __name__ == "__main__":
+    main()
