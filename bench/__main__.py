@@ -1,0 +1,49 @@
+"""One entry for all benches: `python -m bench` in a checkout, `tqext bench` anywhere.
+
+    python -m bench                     list them
+    python -m bench attention [...]     run one; what follows are its own options
+    python -m bench all                 run them with their defaults, into bench/results/
+    python -m bench report              tables and plots of the documentation from bench/results/
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+BENCHES = {
+    "attention": "bench_turboquant_attention.py",
+    "q1": "bench_q1_matmul.py",
+    "bonsai": "bench_bonsai_shape.py",
+    "memory": "bench_memory.py",
+    "generate": "bench_generate.py",
+    "quality": "bench_quality.py",
+    "server": "bench_server.py",
+    "peers": "bench_peers.py",
+    "gpu": "bench_gpu.py",
+    "report": "report.py",
+}
+
+
+def title(path: Path) -> str:
+    return path.read_text().split('"""')[1].splitlines()[0]
+
+
+def main(argv: list[str]) -> int:
+    present = {name: HERE / file for name, file in BENCHES.items() if (HERE / file).exists()}
+    if not argv or argv[0] in ("-h", "--help"):
+        print(__doc__)
+        for name, path in present.items():
+            print(f"  {name:10} {title(path)}")
+        return 0 if argv else 2
+    if argv[0] == "all":
+        codes = [subprocess.call([sys.executable, str(path)]) for name, path in present.items() if name not in ("gpu", "report")]
+        return max(codes)
+    if argv[0] not in present:
+        print(f"bench: expected one of {', '.join(present)} or all, got {argv[0]}", file=sys.stderr)
+        return 2
+    return subprocess.call([sys.executable, str(present[argv[0]]), *argv[1:]])
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
