@@ -1,4 +1,4 @@
-"""Memory of a growing cache as the operating system sees it: resident bytes and peak, beside fp16 and mlx-lm's quantised cache.
+"""Memory of a growing cache as the system sees it: resident bytes and peak, beside fp16 and mlx-lm's quantised cache.
 
     python bench/bench_memory.py --json bench/results/memory.json
 
@@ -45,7 +45,8 @@ def work(name: str, context: int) -> dict:
     mx.set_cache_limit(0)  # freed buffers go back at once: they are not the cache's
     rng = np.random.default_rng(0)
     caches = [make_cache(name) for _ in range(LAYERS)]
-    chunk = [mx.array(rng.standard_normal((1, N_KV_HEADS, CHUNK, HEAD_DIM), dtype=np.float32)).astype(mx.float16) for _ in range(2)]
+    shape = (1, N_KV_HEADS, CHUNK, HEAD_DIM)
+    chunk = [mx.array(rng.standard_normal(shape, dtype=np.float32)).astype(mx.float16) for _ in range(2)]
     mx.eval(chunk)
     before = resident()
     for begin in range(0, context, CHUNK):
@@ -79,8 +80,8 @@ def main() -> None:
             done = subprocess.run(command, check=True, capture_output=True, text=True)
             row = json.loads(done.stdout)
             unit = context * LAYERS * N_KV_HEADS
-            rows.append({"cache": name, "n_tokens": context, **row, "bytes": row["resident"] / unit, "stored": row["nbytes"] / unit,
-                         "peak MB": row["peak"] / 1e6})  # fmt: skip
+            sizes = {"bytes": row["resident"] / unit, "stored": row["nbytes"] / unit, "peak MB": row["peak"] / 1e6}
+            rows.append({"cache": name, "n_tokens": context, **row, **sizes})
     print(table(rows, {"cache": "", "n_tokens": "d", "bytes": ".1f", "stored": ".1f", "peak MB": ".0f"}))
     print("bytes: resident, stored: nbytes of the cache; both per token, layer and KV head (fp16: 512, the packed format: 98)")
     if options.json:

@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -180,9 +178,8 @@ def run(name: str, folder: Path, environments: Path) -> dict:
     packages = CONTENDERS[name][0]
     try:
         python = environment(packages, environments) if packages else sys.executable
-        done = subprocess.run(
-            [python, __file__, "--worker", name, "--folder", str(folder)], capture_output=True, text=True, timeout=1800, check=True
-        )
+        command = [python, __file__, "--worker", name, "--folder", str(folder)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=1800, check=True)
         return json.loads(done.stdout.splitlines()[-1])
     except subprocess.TimeoutExpired:
         return {"skipped": "took longer than 30 minutes"}
@@ -239,10 +236,13 @@ def main() -> None:
                 flush=True,
             )
     if options.json:
-        machine = {"processor": platform.processor() or platform.machine(), "cpus": os.cpu_count(), "python": platform.python_version()}
-        head = {"bench": "peers", "machine": machine, "mlx": MLX, "command": " ".join(sys.argv), "model": options.model}
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps({**head, "rows": rows}, indent=1) + "\n")
+        from timing import save
+
+        save(
+            options.json,
+            {"bench": "peers", "model": options.model, "mlx": MLX, "prompt": PROMPT, "step": STEP, "end": END},
+            rows,
+        )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Tensor-parallel generation with a compressed cache: every rank holds its own heads, and its own packed bytes.
 
-    mlx.launch --backend ring -n 2 examples/distributed_generate.py --model FOLDER             # on one machine
-    mlx.launch --hostfile hosts.json --backend ring examples/distributed_generate.py --model FOLDER   # on two Macs
+mlx.launch --backend ring -n 2 examples/distributed_generate.py --model FOLDER             # on one machine
+mlx.launch --hostfile hosts.json --backend ring examples/distributed_generate.py --model FOLDER   # on two Macs
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Questions about a long document: it is read once into a compressed cache, and every question starts from there.
 
-    python examples/long_document.py --document FILE --question "Who is Emma's father?" [--question ...]
+python examples/long_document.py --document FILE --question "Who is Emma's father?" [--question ...]
 """
 
 import argparse
@@ -49,7 +49,8 @@ def main():
     began = time.perf_counter()
     cache = read_document(model, tokens, options.kv)
     packed, exact = sum(c.nbytes for c in cache), sum(getattr(c, "fp16_nbytes", c.nbytes) for c in cache)
-    print(f"{len(tokens)} tokens read in {time.perf_counter() - began:.1f} s; cache {packed / 1e6:.1f} MB, fp16 {exact / 1e6:.1f} MB")
+    seconds = time.perf_counter() - began
+    print(f"{len(tokens)} tokens read in {seconds:.1f} s; cache {packed / 1e6:.1f} MB, fp16 {exact / 1e6:.1f} MB")
     for question in options.question:
         print(f"\n> {question}\n{ask(model, tokenizer, cache, question, options.max_tokens).strip()}")
 

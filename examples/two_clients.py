@@ -1,6 +1,6 @@
-"""Two clients of one server with a compressed cache: it starts `tqext server`, asks from two threads at once, and goes on with one.
+"""Two clients of one server with a compressed cache: both ask at once, then one goes on with its conversation.
 
-    python examples/two_clients.py [--model smollm2] [--kv tq3]
+python examples/two_clients.py [--model smollm2] [--kv tq3]
 """
 
 import argparse
@@ -59,7 +59,11 @@ def main():
         for question, (text, _) in zip(questions, answers, strict=True):
             print(f"> {question}\n{text}\n")
         # The follow-up finds its own conversation's cache, whatever else ran in between.
-        follow_up = [*histories[0], {"role": "assistant", "content": answers[0][0]}, {"role": "user", "content": "And of Italy?"}]
+        follow_up = [
+            *histories[0],
+            {"role": "assistant", "content": answers[0][0]},
+            {"role": "user", "content": "And of Italy?"},
+        ]
         text, usage = chat(url, follow_up, options.max_tokens)
         cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0)
         print(f"> And of Italy?\n{text}\n\n{cached} of {usage['prompt_tokens']} prompt tokens came from the cache")

@@ -1,0 +1,176 @@
+"""Tables and plots of the documentation, from the JSON files under bench/results/.
+
+    python -m bench report
+
+Writes docs/generated/*.md and docs/generated/*.{png,svg}. A figure exists only where a file under bench/results/ holds it.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("agg")
+import matplotlib.pyplot as plt
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
+OUT = ROOT / "docs" / "generated"
+
+Rows = list[dict[str, Any]]
+
+
+def runs(bench: str) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """(machine, run) of every recorded run of a bench."""
+    found = []
+    for path in sorted(RESULTS.glob("*.json")):
+        data = json.loads(path.read_text())
+        found += [(data["machine"], run) for run in data.get("runs", []) if run["settings"].get("bench") == bench]
+    return found
+
+
+def quality() -> list[dict[str, Any]]:
+    return [json.loads(path.read_text()) for path in sorted(RESULTS.glob("quality*.json"))]
+
+
+def markdown(rows: Rows, columns: dict[str, str]) -> str:
+    """columns: key to format specification."""
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    for row in rows:
+        cells = [format(row[key], spec) if row.get(key) is not None else "" for key, spec in columns.items()]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def source(machine: dict[str, Any], run: dict[str, Any]) -> str:
+    versions = ", ".join(f"{k} {v}" for k, v in run["versions"].items())
+    return f"{machine['cpu']}, {machine['processors']} processors; {versions}; `{run['command']}`"
+
+
+def save(figure: Any, name: str) -> str:
+    for kind in ("png", "svg"):
+        figure.savefig(OUT / f"{name}.{kind}", bbox_inches="tight", dpi=150)
+    plt.close(figure)
+    return f"![{name}](generated/{name}.svg)"
+
+
+def loglog(series: dict[str, list[tuple[float, float]]], x: str, y: str, name: str) -> str:
+    figure, axes = plt.subplots(figsize=(6.5, 4))
+    for label, points in series.items():
+        axes.plot(*zip(*sorted(points), strict=True), marker="o", label=label)
+    axes.set(xscale="log", yscale="log", xlabel=x, ylabel=y)
+    axes.grid(True, which="both", alpha=0.3)
+    axes.legend(fontsize=8)
+    return save(figure, name)
+
+
+def attention() -> str:
+    parts = []
+    for i, (machine, run) in enumerate(runs("turboquant_attention")):
+        s = run["settings"]
+        rows: Rows = [{**r, "attention": f"{r['attention']}, {r['query']} query"} for r in run["rows"]]
+        title = (
+            f"{s['n_q_heads']} query heads, {s['n_kv_heads']} KV heads, head dimension {s['head_dim']}, {s['n_queries']} quer"
+        )
+        title += f"{'y' if s['n_queries'] == 1 else 'ies'}, {s['threads']} threads, {s['isa']}"
+        parts.append(f"### {title}\n\n{source(machine, run)}; measured read bandwidth {s['read_bandwidth_gbs']} GB/s\n")
+        lengths = {r["n_keys"] for r in rows}
+        if len(lengths) > 2:
+            series: dict[str, list[tuple[float, float]]] = {}
+            for r in rows:
+                series.setdefault(r["attention"], []).append((r["n_keys"], r["ms"]))
+            parts.append(loglog(series, "keys", "ms per call", f"attention_{i}") + "\n")
+        columns = {"attention": "", "n_keys": "d", "ms": ".3f", "spread": ".0f", "MB": ".1f", "GB/s": ".2f", "share": ".1%",
+                   "times": ".1f"}  # fmt: skip
+        parts.append(
+            markdown(rows, columns) + "\n\nspread in percent; times: MLX's attention with the same query type, over this line\n"
+        )
+    return "\n".join(parts)
+
+
+def memory() -> str:
+    parts = []
+    for i, (machine, run) in enumerate(runs("memory")):
+        series: dict[str, list[tuple[float, float]]] = {}
+        for r in run["rows"]:
+            series.setdefault(r["cache"], []).append((r["n_tokens"], r["resident"] / 1e6))
+        plot = loglog(series, "tokens", "resident MB of 4 layers", f"memory_{i}")
+        table = markdown(run["rows"], {"cache": "", "n_tokens": "d", "bytes": ".0f", "stored": ".0f", "peak MB": ".0f"})
+        note = "bytes: resident, stored: the cache's own count; per token, layer and KV head"
+        parts.append(f"{source(machine, run)}\n\n{plot}\n\n{table}\n\n{note}\n")
+    return "\n".join(parts)
+
+
+QUALITY_COLUMNS = {"preset": "", "bits_per_element": ".2f", "ratio": ".3f", "kl": ".3f", "kl_p99": ".2f", "top1": ".1%"}
+
+
+def quality_table(data: dict[str, Any], rows: Rows) -> str:
+    head = f"{data['model']}; {len(data['texts'])} windows of {data['window']} tokens ({', '.join(data['texts'])}); {data['machine']}; "
+    return f"{head}`{data['command']}`\n\n{markdown(rows, QUALITY_COLUMNS)}\n"
+
+
+def passkey_table(data: dict[str, Any]) -> str:
+    rows: Rows = data.get("passkeys", [])
+    return markdown(rows, dict.fromkeys(rows[0], "")) + "\n" if rows else ""
+
+
+def pareto(data: dict[str, Any], name: str) -> str:
+    figure, axes = plt.subplots(figsize=(6.5, 4))
+    for r in data["quality"]:
+        axes.scatter(r["bits_per_element"], r["kl"], marker="s" if r["preset"].startswith("mlx-lm") else "o")
+        axes.annotate(r["preset"], (r["bits_per_element"], r["kl"]), fontsize=7, xytext=(4, 4), textcoords="offset points")
+    axes.set(yscale="log", xlabel="bits per element of a coded token", ylabel="mean KL to the uncompressed cache (nats)")
+    axes.grid(True, which="both", alpha=0.3)
+    return save(figure, name)
+
+
+def peers() -> str:
+    parts = []
+    for machine, run in runs("peers"):
+        columns = {"name": "", "perplexity": ".2f", "kl": ".3f", "top1": ".1%", "bytes_per_token_layer_head": ".0f",
+                   "decode_ms": ".1f", "max_rss_mb": ".0f", "skipped": ""}  # fmt: skip
+        parts.append(f"{source(machine, run)}\n\n{markdown(run['rows'], columns)}\n")
+    return "\n".join(parts)
+
+
+def other(bench: str) -> str:
+    """A bench whose rows are plain tables."""
+    parts = []
+    for machine, run in runs(bench):
+        keys = dict.fromkeys(key for row in run["rows"] for key in row)
+        rows = [{k: f"{v:.4g}" if isinstance(v, float) else str(v) for k, v in row.items()} for row in run["rows"]]
+        parts.append(f"{source(machine, run)}\n\n{markdown(rows, dict.fromkeys(keys, ''))}\n")
+    return "\n".join(parts)
+
+
+def main() -> None:
+    OUT.mkdir(parents=True, exist_ok=True)
+    recipe, guide = "", ""
+    for i, data in enumerate(quality()):
+        by_name = {r["preset"]: r for r in data["quality"]}
+        steps = [by_name[n] for n in ("tq3-plain", "tq3, no tail", "tq3", "tq3, tail 128") if n in by_name]
+        recipe += quality_table(data, steps)
+        guide += quality_table(data, data["quality"]) + "\n" + pareto(data, f"quality_{i}") + "\n\n" + passkey_table(data)
+    sections = {
+        "Attention": attention(),
+        "Memory": memory(),
+        "Beside other packages": peers(),
+        "1-bit matrices": other("q1_matmul"),
+        "An 8B-shaped 1-bit model": other("bonsai_shape"),
+        "Generation": other("generate"),
+        "Serving": other("server"),
+    }
+    for name, text in (
+        ("recipe.md", recipe),
+        ("quality.md", guide),
+        ("measurements.md", "\n".join(f"## {title}\n\n{text}" for title, text in sections.items() if text)),
+    ):
+        (OUT / name).write_text(text.rstrip() + "\n")
+        print(OUT / name)
+
+
+if __name__ == "__main__":
+    main()
