@@ -47,7 +47,8 @@ def markdown(rows: Rows, columns: dict[str, str]) -> str:
 
 def source(machine: dict[str, Any], run: dict[str, Any]) -> str:
     versions = ", ".join(f"{k} {v}" for k, v in run["versions"].items())
-    return f"{machine['cpu']}, {machine['processors']} processors; {versions}; `{run['command']}`"
+    load = run["measured"]["load_average"]
+    return f"{machine['cpu']}, {machine['processors']} processors, load average {load}; {versions}; `{run['command']}`"
 
 
 def save(figure: Any, name: str) -> str:
@@ -76,7 +77,9 @@ def attention() -> str:
             f"{s['n_q_heads']} query heads, {s['n_kv_heads']} KV heads, head dimension {s['head_dim']}, {s['n_queries']} quer"
         )
         title += f"{'y' if s['n_queries'] == 1 else 'ies'}, {s['threads']} threads, {s['isa']}"
-        parts.append(f"### {title}\n\n{source(machine, run)}; measured read bandwidth {s['read_bandwidth_gbs']} GB/s\n")
+        parts.append(
+            f"### {title}\n\n{source(machine, run)}; measured read bandwidth {run['measured']['read_bandwidth_gbs']} GB/s\n"
+        )
         lengths = {r["n_keys"] for r in rows}
         if len(lengths) > 2:
             series: dict[str, list[tuple[float, float]]] = {}
@@ -108,8 +111,8 @@ QUALITY_COLUMNS = {"preset": "", "bits_per_element": ".2f", "ratio": ".3f", "kl"
 
 
 def quality_table(data: dict[str, Any], rows: Rows) -> str:
-    head = f"{data['model']}; {len(data['texts'])} windows of {data['window']} tokens ({', '.join(data['texts'])}); {data['machine']}; "
-    return f"{head}`{data['command']}`\n\n{markdown(rows, QUALITY_COLUMNS)}\n"
+    texts = f"{len(data['texts'])} windows of {data['window']} tokens ({', '.join(data['texts'])})"
+    return f"{data['model']}; {texts}; {data['machine']}; `{data['command']}`\n\n{markdown(rows, QUALITY_COLUMNS)}\n"
 
 
 def passkey_table(data: dict[str, Any]) -> str:
