@@ -77,7 +77,9 @@ def main() -> None:
     for context in options.contexts:
         for name in CACHES:
             command = [sys.executable, __file__, "--worker", name, str(context)]
-            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            # glibc keeps freed blocks for later unless told to hand them back.
+            environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+            done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
             row = json.loads(done.stdout)
             unit = context * LAYERS * N_KV_HEADS
             sizes = {"bytes": row["resident"] / unit, "stored": row["nbytes"] / unit, "peak MB": row["peak"] / 1e6}
@@ -86,7 +88,7 @@ def main() -> None:
     print("bytes: resident, stored: nbytes of the cache; both per token, layer and KV head (fp16: 512, the packed format: 98)")
     if options.json:
         settings = {"bench": "memory", "layers": LAYERS, "n_kv_heads": N_KV_HEADS, "head_dim": HEAD_DIM, "chunk": CHUNK}
-        save(options.json, settings, rows)
+        save(options.json, settings, {}, rows)
 
 
 if __name__ == "__main__":

@@ -241,6 +241,7 @@ def main() -> None:
         save(
             options.json,
             {"bench": "peers", "model": options.model, "mlx": MLX, "prompt": PROMPT, "step": STEP, "end": END},
+            {},
             rows,
         )
 

@@ -53,17 +53,28 @@ class Exact(NamedTuple):
 
     def write(self, begin: int, other: Exact) -> None:
         """Store tokens from `begin` on, in place where nothing else holds the buffers."""
-        self.keys[:, :, begin : begin + other.n_tokens] = other.keys
-        self.values[:, :, begin : begin + other.n_tokens] = other.values
+        for buffer, x in zip(self, other, strict=True):
+            buffer[:, :, begin : begin + other.n_tokens] = owned(x) if other.n_tokens == self.n_tokens else x
 
     @property
     def nbytes(self) -> int:
         return int(self.keys.nbytes + self.values.nbytes)
 
 
+def owned(x: mx.array) -> mx.array:
+    """A copy of ``x [B, H, T, ...]``.
+
+    A slice keeps the array that it was cut from, which may be a whole prompt, and so does a buffer that a slice is assigned to
+    as a whole: MLX then stores the slice.
+    """
+    return mx.take(x, mx.arange(x.shape[2]), axis=2)
+
+
 def resize_tokens(x: mx.array, n_tokens: int) -> mx.array:
     """A copy of ``x [B, H, T, ...]`` cut or zero-padded to `n_tokens`."""
     kept = min(x.shape[2], n_tokens)
+    if kept == n_tokens:
+        return owned(x[:, :, :kept])
     out = mx.zeros((*x.shape[:2], n_tokens, *x.shape[3:]), x.dtype)
     if kept:
         out[:, :, :kept] = x[:, :, :kept]
