@@ -183,6 +183,23 @@ def test_cache_nbytes_are_the_formats_bytes():
     assert cache.fp16_nbytes == cache.offset * H * (D + DV) * 2
 
 
+def test_cache_keeps_nothing_but_its_own_bytes():
+    k, v = (mx.random.normal((1, H, 2048, 64)) for _ in range(2))
+    mx.eval(k, v)
+    cache = TurboQuantKVCache()
+    before = mx.get_active_memory()
+    for _ in range(2):
+        cache.update_and_fetch(k, v)
+        mx.eval(cache.state)
+    assert mx.get_active_memory() - before <= 1.01 * cache.nbytes + 4096
+    batch = TurboQuantKVCache.merge([cache])
+    mx.eval(batch.state)
+    cache = batch.extract(0)
+    del batch
+    mx.eval(cache.state)
+    assert mx.get_active_memory() - before <= 1.01 * cache.nbytes + 4096
+
+
 def test_cache_is_not_taken_for_mlx_lms_own_quantised_one():
     for name in ("bits", "group_size", "to_quantized"):
         assert not hasattr(TurboQuantKVCache(), name)
