@@ -23,7 +23,8 @@ namespace mx = mlx::core;
 namespace {
 
 void bind_format(nb::module_& m) {
-  nb::module_ format = m.def_submodule("format", "Packed format, version 1 (csrc/format.h): layout numbers, codebooks, random signs.");
+  nb::module_ format =
+      m.def_submodule("format", "Packed format, version 1 (csrc/format.h): layout numbers, codebooks, random signs.");
   format.attr("VERSION") = int(tqext::kFormatVersion);
   format.attr("UNIT") = int(tqext::kUnit);
   format.attr("GROUP") = int(tqext::kGroup);
@@ -40,8 +41,9 @@ void bind_format(nb::module_& m) {
   format.def("value_params", &tqext::value_params, "dim"_a, "float16 parameters of one token's value; dim is padded.");
   format.def("value_shrink", &tqext::value_shrink, "bits"_a,
              "Share of a group's min-max range that the first quantisation of values spans.");
-  format.def("hadamard_factor", &tqext::hadamard_factor, "dim"_a,
-             "1, 12, 20 or 28: order of the matrix that multiplies Sylvester's; 0 where none exists and the rotation is dense.");
+  format.def(
+      "hadamard_factor", &tqext::hadamard_factor, "dim"_a,
+      "1, 12, 20 or 28: order of the matrix that multiplies Sylvester's; 0 where none exists and the rotation is dense.");
   format.def("sign_word", &tqext::sign_word, "seed"_a, "i"_a, "Random signs of dimensions 32i to 32i + 31; bit 1 negates.");
   format.def(
       "codebook",
@@ -62,13 +64,14 @@ NB_MODULE(_ext, m) {
   m.doc() = "tqext: operators on packed keys and values as MLX primitives.";
   bind_format(m);
 
-  m.def("rotate", &tqext::rotate, "x"_a, "inverse"_a = false, nb::kw_only(), "rotation"_a = "hadamard", "stream"_a = nb::none());
+  m.def("rotate", &tqext::rotate, "x"_a, "inverse"_a = false, nb::kw_only(), "rotation"_a = "hadamard",
+        "stream"_a = nb::none());
   m.def("quantize_keys", &tqext::quantize_keys, "k"_a, "bits"_a, "mean"_a.none(), "qjl"_a, "rotation"_a, "stream"_a.none());
   m.def("quantize_values", &tqext::quantize_values, "v"_a, "bits"_a, "rotation"_a, "stream"_a.none());
   m.def("dequantize_keys", &tqext::dequantize_keys, "codes"_a, "norms"_a, "mean"_a.none(), "bits"_a, "head_dim"_a, "rotation"_a,
         "rotated"_a, "dtype"_a, "stream"_a.none());
-  m.def("dequantize_values", &tqext::dequantize_values, "codes"_a, "params"_a, "bits"_a, "head_dim"_a, "rotation"_a, "rotated"_a,
-        "dtype"_a, "stream"_a.none());
+  m.def("dequantize_values", &tqext::dequantize_values, "codes"_a, "params"_a, "bits"_a, "head_dim"_a, "rotation"_a,
+        "rotated"_a, "dtype"_a, "stream"_a.none());
   using OptionalArray = std::optional<mx::array>;
   m.def(
       "turboquant_attention",
@@ -82,8 +85,9 @@ NB_MODULE(_ext, m) {
         tqext::AttentionOptions options{scale, "", std::nullopt, sinks, left_padding, lengths, first, tail};
         if (auto* mode = std::get_if<std::string>(&mask)) options.mask_mode = *mode;
         if (auto* array = std::get_if<mx::array>(&mask)) options.mask = *array;
-        return tqext::turboquant_attention(q, {key_codes, key_norms, mean, signs, residual_norms, key_bits, head_dim, key_rotation},
-                                           {value_codes, value_params, value_bits, value_dim, value_rotation}, options, stream);
+        return tqext::turboquant_attention(
+            q, {key_codes, key_norms, mean, signs, residual_norms, key_bits, head_dim, key_rotation},
+            {value_codes, value_params, value_bits, value_dim, value_rotation}, options, stream);
       },
       "q"_a, "key_codes"_a, "key_norms"_a, "mean"_a.none(), "signs"_a.none(), "residual_norms"_a.none(), "key_bits"_a,
       "head_dim"_a, "key_rotation"_a, "value_codes"_a, "value_params"_a, "value_bits"_a, "value_dim"_a, "value_rotation"_a,
@@ -109,7 +113,8 @@ Example:
     >>> weight.shape, scales.shape
     ((512, 8), (512, 2)))");
   m.def("q1_dequantize", &tqext::q1_dequantize, "weight"_a, "scales"_a, nb::kw_only(), "dtype"_a = mx::float32,
-        "stream"_a = nb::none(), R"(The weights that sign bits and scales stand for: ``+scale`` where the bit is 1, else ``-scale``.
+        "stream"_a = nb::none(),
+        R"(The weights that sign bits and scales stand for: ``+scale`` where the bit is 1, else ``-scale``.
 
 Args:
     weight (array): uint32 ``[..., cols / 32]``; column 32i + b is bit b of word i.
@@ -146,8 +151,9 @@ Example:
     >>> tqext.q1_matmul(mx.ones((3, 256)), weight, scales).shape
     (3, 512))");
 
-  m.def("isa", [] { return tqext::cpu::isa_name(tqext::cpu::active_isa()); },
-        "Instruction set of the CPU kernels in use; TQEXT_ISA overrides the choice.");
+  m.def(
+      "isa", [] { return tqext::cpu::isa_name(tqext::cpu::active_isa()); },
+      "Instruction set of the CPU kernels in use; TQEXT_ISA overrides the choice.");
   m.def(
       "available_isas",
       [] {

@@ -36,15 +36,15 @@ namespace tqext {
 
 enum : int {
   kFormatVersion = 1,
-  kUnit = 32,           // dimensions whose key codes share whole words; head dimensions are padded to it
-  kGroup = 32,          // dimensions that share a value scale and bias
+  kUnit = 32,   // dimensions whose key codes share whole words; head dimensions are padded to it
+  kGroup = 32,  // dimensions that share a value scale and bias
   kMinDim = 32,
-  kMaxDim = 512,        // padded
-  kDimStep = 8,         // head dimensions must be multiples of it
+  kMaxDim = 512,  // padded
+  kDimStep = 8,   // head dimensions must be multiples of it
   kMaxKeyLevels = 16,
-  kCodebookTop = 127,   // the outermost level of every codebook
-  kQ1Group = 128,       // weights that share a scale
-  kQ1Words = 4,         // words of a group
+  kCodebookTop = 127,  // the outermost level of every codebook
+  kQ1Group = 128,      // weights that share a scale
+  kQ1Words = 4,        // words of a group
 };
 
 // Seeds of the random signs: of the rotation, and of the second rotation used by the residual signs.

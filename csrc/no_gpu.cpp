@@ -12,7 +12,8 @@ namespace tqext {
 
 namespace {
 [[noreturn]] void no_gpu(const std::string& name) {
-  throw std::runtime_error("[" + name + "] stream: expected a CPU stream, got a GPU stream; this build of tqext has no GPU backend");
+  throw std::runtime_error("[" + name +
+                           "] stream: expected a CPU stream, got a GPU stream; this build of tqext has no GPU backend");
 }
 }  // namespace
 

@@ -42,9 +42,7 @@ class Rotate : public mx::UnaryPrimitive {
   void eval_gpu(const std::vector<mx::array>& inputs, mx::array& out) override;
   DEFINE_NAME(Rotate)
   std::vector<mx::Shape> output_shapes(const std::vector<mx::array>& inputs) override { return {inputs[0].shape()}; }
-  bool is_equivalent(const Primitive& other) const override {
-    return inverse_ == static_cast<const Rotate&>(other).inverse_;
-  }
+  bool is_equivalent(const Primitive& other) const override { return inverse_ == static_cast<const Rotate&>(other).inverse_; }
   bool inverse() const { return inverse_; }
 
  private:

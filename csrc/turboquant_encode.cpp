@@ -49,7 +49,8 @@ void check_packed(const mx::array& codes, const mx::array& params, const char* p
         ", got shape ", codes.shape());
   check(params.dtype() == type, "[", op, "] ", what, ".", params_name, ": expected ", type, ", got ", params.dtype());
   const mx::Shape shape = with_last(codes, per_token);
-  check(params.shape() == shape, "[", op, "] ", what, ".", params_name, ": expected shape ", shape, ", got shape ", params.shape());
+  check(params.shape() == shape, "[", op, "] ", what, ".", params_name, ": expected shape ", shape, ", got shape ",
+        params.shape());
 }
 
 }  // namespace

@@ -39,11 +39,11 @@ struct ExactHead {
 
 struct QueryRows {
   int n_rows;
-  const float* q;           // [n_rows][key_dim], times scale * log2(e); for coded tokens rotated (1 / 127 not included)
-  const float* residual_q;  // [n_rows][key_dim] or null: rotate'(rotated q), times sqrt(pi / 2) / sqrt(key_dim)
-  const float* offset;      // [n_rows] or null: added to every score
-  const int* end;           // [n_rows]: row r attends to tokens below end[r]
-  const float* const* bias; // null, or per row: bias[r][t] is added to the score of token t; -inf: not attended
+  const float* q;            // [n_rows][key_dim], times scale * log2(e); for coded tokens rotated (1 / 127 not included)
+  const float* residual_q;   // [n_rows][key_dim] or null: rotate'(rotated q), times sqrt(pi / 2) / sqrt(key_dim)
+  const float* offset;       // [n_rows] or null: added to every score
+  const int* end;            // [n_rows]: row r attends to tokens below end[r]
+  const float* const* bias;  // null, or per row: bias[r][t] is added to the score of token t; -inf: not attended
 };
 
 // Softmax state of one row over a range of tokens; nothing attended: max = -inf, sum = 0, out = 0.

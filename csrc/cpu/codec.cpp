@@ -14,7 +14,8 @@ struct CodecKernels {
   void (*apply_signs)(float* x, int dim, uint32_t seed, float scale);
   float (*largest)(const float* x, int dim);
   float (*scaled_square)(const float* x, int dim, float scale, float* y);
-  float (*choose_levels)(const float* y, int dim, const Codebook& book, const float* boundaries, uint32_t* codes, float* levels);
+  float (*choose_levels)(const float* y, int dim, const Codebook& book, const float* boundaries, uint32_t* codes,
+                         float* levels);
   void (*pack_key)(const uint32_t* codes, int dim, int bits, uint32_t* words);
   void (*encode_group)(const float* y, int bits, uint32_t* codes, float* scale, float* bias);
   void (*pack_value)(const uint32_t* codes, int dim, int bits, uint32_t* words);
@@ -23,7 +24,7 @@ struct CodecKernels {
 namespace baseline {
 constexpr int kWidth = 4;
 #include "codec_vectors.inc"
-}
+}  // namespace baseline
 
 #if defined(__x86_64__)
 #if defined(__clang__)
@@ -35,7 +36,7 @@ constexpr int kWidth = 4;
 namespace avx2 {
 constexpr int kWidth = 8;
 #include "codec_vectors.inc"
-}
+}  // namespace avx2
 #if defined(__clang__)
 #pragma clang attribute pop
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq"))), apply_to = function)
@@ -47,7 +48,7 @@ constexpr int kWidth = 8;
 namespace avx512 {
 constexpr int kWidth = 16;
 #include "codec_vectors.inc"
-}
+}  // namespace avx512
 #if defined(__clang__)
 #pragma clang attribute pop
 #else

@@ -73,7 +73,9 @@ struct View {
     for (size_t axis = 0; axis + 1 < shape.size(); axis++) n *= shape[axis];
     return n;
   }
-  void load(size_t row, int n, float* out) const { load_row(data, type, row_start(shape, strides, row), strides.back(), n, out); }
+  void load(size_t row, int n, float* out) const {
+    load_row(data, type, row_start(shape, strides, row), strides.back(), n, out);
+  }
 };
 
 // Rows per task of a parallel loop over rows.

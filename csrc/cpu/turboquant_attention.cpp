@@ -63,8 +63,8 @@ enum Part : int { kFirst, kCoded, kTail, kNumParts };
 struct Task {
   TurboQuantAttention::State state;
   Packed q, key_codes, key_norms, value_codes, value_params;
-  std::optional<Packed> mean, signs, residual_norms, first_keys, first_values, tail_keys, tail_values, mask, sinks, left_padding,
-      lengths;
+  std::optional<Packed> mean, signs, residual_norms, first_keys, first_values, tail_keys, tail_values, mask, sinks,
+      left_padding, lengths;
   void* out;
   mx::Dtype type;
 
@@ -367,25 +367,10 @@ void TurboQuantAttention::eval_cpu(const std::vector<mx::array>& inputs, mx::arr
       if (mask->view.shape[axis] == 1) mask->view.strides[axis] = 0;
     }
   }
-  auto task = std::make_shared<Task>(Task{state_,
-                                          inputs[0],
-                                          inputs[1],
-                                          inputs[2],
-                                          inputs[3],
-                                          inputs[4],
-                                          get(kMean),
-                                          get(kSigns),
-                                          get(kResidualNorms),
-                                          get(kFirstKeys),
-                                          get(kFirstValues),
-                                          get(kTailKeys),
-                                          get(kTailValues),
-                                          mask,
-                                          get(kSinks),
-                                          get(kLeftPadding),
-                                          get(kLengths),
-                                          out.data<void>(),
-                                          out.dtype()});
+  auto task =
+      std::make_shared<Task>(Task{state_, inputs[0], inputs[1], inputs[2], inputs[3], inputs[4], get(kMean), get(kSigns),
+                                  get(kResidualNorms), get(kFirstKeys), get(kFirstValues), get(kTailKeys), get(kTailValues),
+                                  mask, get(kSinks), get(kLeftPadding), get(kLengths), out.data<void>(), out.dtype()});
   encoder.dispatch([task] { task->run(); });
 }
 

@@ -31,15 +31,16 @@ constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 struct Case {
   int key_dim = 128, value_dim = 128, key_bits = 3, value_bits = 2, rows = 4, begin = 0, n = 100;
   bool half = false, signs = false, bias = false, ends = false, offset = false, poison = false;
-  int padding = 0;      // extra elements between tokens
-  float spread = 1;     // standard deviation of the scores, natural logarithm
+  int padding = 0;   // extra elements between tokens
+  float spread = 1;  // standard deviation of the scores, natural logarithm
 };
 
 std::string name(const Case& c) {
   char text[200];
-  std::snprintf(text, sizeof(text), "D=%d/%d bits=%d/%d rows=%d [%d,%d) half=%d signs=%d bias=%d ends=%d offset=%d poison=%d padding=%d spread=%g",
-                c.key_dim, c.value_dim, c.key_bits, c.value_bits, c.rows, c.begin, c.begin + c.n, c.half, c.signs, c.bias, c.ends,
-                c.offset, c.poison, c.padding, c.spread);
+  std::snprintf(text, sizeof(text),
+                "D=%d/%d bits=%d/%d rows=%d [%d,%d) half=%d signs=%d bias=%d ends=%d offset=%d poison=%d padding=%d spread=%g",
+                c.key_dim, c.value_dim, c.key_bits, c.value_bits, c.rows, c.begin, c.begin + c.n, c.half, c.signs, c.bias,
+                c.ends, c.offset, c.poison, c.padding, c.spread);
   return text;
 }
 
@@ -72,7 +73,8 @@ struct Problem {
     fill(value_codes, vw, vw + pad, [&] { return uint32_t(random()); });
     fill(signs, c.key_dim / 32, c.key_dim / 32 + pad, [&] { return uint32_t(random()); });
     fill(norms, 1, 1 + pad, [&] { return float_to_half(2.1f * (0.8f + 0.4f * (random() % 1000) / 1000)); });
-    fill(residual_norms, 1, 1 + pad, [&] { return float_to_half(std::sqrt(float(c.key_dim)) * 0.2f * (random() % 1000) / 1000); });
+    fill(residual_norms, 1, 1 + pad,
+         [&] { return float_to_half(std::sqrt(float(c.key_dim)) * 0.2f * (random() % 1000) / 1000); });
     bool scale = true;
     fill(params, np, np + pad, [&] {
       const float x = scale ? (0.5f + (random() % 1000) / 1000.0f) * (random() % 16 ? 1 : -1) : -1.5f + 0.5f * normal(random);
@@ -90,9 +92,23 @@ struct Problem {
       bias_store.push_back(std::move(row));
     }
     for (auto& row : bias_store) bias.push_back(row.data());
-    head = {key_codes.data(), norms.data(), c.signs ? signs.data() : nullptr, c.signs ? residual_norms.data() : nullptr,
-            value_codes.data(), params.data(), kw + pad, 1 + pad, c.key_dim / 32 + pad, 1 + pad, vw + pad, np + pad};
-    rows = {c.rows, q.data(), c.signs ? residual_q.data() : nullptr, c.offset ? offset.data() : nullptr, ends.data(),
+    head = {key_codes.data(),
+            norms.data(),
+            c.signs ? signs.data() : nullptr,
+            c.signs ? residual_norms.data() : nullptr,
+            value_codes.data(),
+            params.data(),
+            kw + pad,
+            1 + pad,
+            c.key_dim / 32 + pad,
+            1 + pad,
+            vw + pad,
+            np + pad};
+    rows = {c.rows,
+            q.data(),
+            c.signs ? residual_q.data() : nullptr,
+            c.offset ? offset.data() : nullptr,
+            ends.data(),
             c.bias ? bias.data() : nullptr};
     if (c.poison && total > 2) {  // NaN in tokens that no row attends
       const int t = c.begin + c.n / 2;
@@ -146,7 +162,8 @@ std::vector<State> reference(const Problem& p) {
         if (c.signs) {
           double x = 0;
           const uint32_t* sw = p.head.key_signs + t * p.head.sign_stride;
-          for (int d = 0; d < c.key_dim; d++) x += (sw[d / 32] >> (d % 32) & 1) ? p.residual_q[r * c.key_dim + d] : -p.residual_q[r * c.key_dim + d];
+          for (int d = 0; d < c.key_dim; d++)
+            x += (sw[d / 32] >> (d % 32) & 1) ? p.residual_q[r * c.key_dim + d] : -p.residual_q[r * c.key_dim + d];
           s += x * half_to_float(p.head.residual_norms[t * p.head.residual_stride]);
         }
         return s;
@@ -155,7 +172,8 @@ std::vector<State> reference(const Problem& p) {
         const uint32_t* w = p.head.value_codes + t * p.head.value_stride;
         const uint16_t* params = p.head.value_params + t * p.head.param_stride;
         for (int d = 0; d < c.value_dim; d++) {
-          const int code = w[value_word(c.value_dim, c.value_bits, d)] >> value_shift(c.value_dim, c.value_bits, d) & ((1 << c.value_bits) - 1);
+          const int code = w[value_word(c.value_dim, c.value_bits, d)] >> value_shift(c.value_dim, c.value_bits, d) &
+                           ((1 << c.value_bits) - 1);
           v[d] = double(half_to_float(params[d / kGroup * 2])) * code + half_to_float(params[d / kGroup * 2 + 1]);
         }
       });
@@ -170,7 +188,8 @@ double difference(const std::vector<State>& want, const std::vector<Partial>& go
   for (size_t r = 0; r < want.size(); r++) {
     if (want[r].sum == 0) {
       if (got[r].max != -kInf || got[r].sum != 0) return kInf;
-      for (int d = 0; d < value_dim; d++) if (got[r].out[d] != 0) return kInf;
+      for (int d = 0; d < value_dim; d++)
+        if (got[r].out[d] != 0) return kInf;
       continue;
     }
     const double lse = want[r].max + std::log2(want[r].sum), lse_got = got[r].max + std::log2(double(got[r].sum));
@@ -215,16 +234,21 @@ void test_coded(const Kernels& isa, const Case& c, unsigned seed, double worst[2
 
 void test_nan(const Kernels& isa, const Case& c, bool in_query) {
   Problem p(c, 5);
-  if (in_query) p.q[3] = kNaN;                       // row 0
-  else p.norms[(c.begin + c.n - 1) * (1 + c.padding)] = 0x7e00;  // every row that attends it
+  if (in_query)
+    p.q[3] = kNaN;  // row 0
+  else
+    p.norms[(c.begin + c.n - 1) * (1 + c.padding)] = 0x7e00;  // every row that attends it
   std::vector<float> store;
   auto got = partials(store, c.rows, c.value_dim);
   isa.k.attend_coded(p.head, p.shape, p.rows, c.begin, c.begin + c.n, got.data());
-  expect(std::isnan(got[0].sum) && std::isnan(got[0].out[0]) && got[0].max != -kInf, isa.name, "NaN must propagate: " + name(c));
-  if (in_query && c.rows > 1) expect(!std::isnan(got[1].sum) && !std::isnan(got[1].out[0]), isa.name, "NaN of one row must stay there");
+  expect(std::isnan(got[0].sum) && std::isnan(got[0].out[0]) && got[0].max != -kInf, isa.name,
+         "NaN must propagate: " + name(c));
+  if (in_query && c.rows > 1)
+    expect(!std::isnan(got[1].sum) && !std::isnan(got[1].out[0]), isa.name, "NaN of one row must stay there");
 }
 
-void test_exact(const Kernels& isa, ExactType type, int dim, int value_dim, int n, int n_rows, int begin, bool bias, bool causal, double& worst) {
+void test_exact(const Kernels& isa, ExactType type, int dim, int value_dim, int n, int n_rows, int begin, bool bias,
+                bool causal, double& worst) {
   std::mt19937 random(dim + n + n_rows);
   std::normal_distribution<float> normal;
   const int pad = n % 3, total = begin + n;
@@ -249,16 +273,32 @@ void test_exact(const Kernels& isa, ExactType type, int dim, int value_dim, int 
   for (auto& x : store) pointers.push_back(x.data());
   const QueryRows rows{n_rows, q.data(), nullptr, nullptr, ends.data(), bias ? pointers.data() : nullptr};
   const bool wide = type == ExactType::kFloat32;
-  const ExactHead head{wide ? (const void*)k.data() : k16.data(), wide ? (const void*)v.data() : v16.data(), type, dim, value_dim, dim + pad, value_dim + pad};
+  const ExactHead head{wide ? (const void*)k.data() : k16.data(),
+                       wide ? (const void*)v.data() : v16.data(),
+                       type,
+                       dim,
+                       value_dim,
+                       dim + pad,
+                       value_dim + pad};
   std::vector<float> out;
   auto got = partials(out, n_rows, value_dim);
   isa.k.attend_exact(head, rows, begin, total, got.data());
-  auto want = reference<int>(rows, value_dim, begin, total,
-      [&](int r, int t) { double s = 0; for (int d = 0; d < dim; d++) s += double(q[r * dim + d]) * k[size_t(t) * (dim + pad) + d]; return s; },
-      [&](int t, double* x) { for (int d = 0; d < value_dim; d++) x[d] = v[size_t(t) * (value_dim + pad) + d]; });
+  auto want = reference<int>(
+      rows, value_dim, begin, total,
+      [&](int r, int t) {
+        double s = 0;
+        for (int d = 0; d < dim; d++) s += double(q[r * dim + d]) * k[size_t(t) * (dim + pad) + d];
+        return s;
+      },
+      [&](int t, double* x) {
+        for (int d = 0; d < value_dim; d++) x[d] = v[size_t(t) * (value_dim + pad) + d];
+      });
   const double e = difference(want, got, value_dim);
   worst = std::max(worst, e);
-  expect(e <= 1e-5, isa.name, "exact D=" + std::to_string(dim) + "/" + std::to_string(value_dim) + " n=" + std::to_string(n) + " rows=" + std::to_string(n_rows), e);
+  expect(e <= 1e-5, isa.name,
+         "exact D=" + std::to_string(dim) + "/" + std::to_string(value_dim) + " n=" + std::to_string(n) +
+             " rows=" + std::to_string(n_rows),
+         e);
 }
 
 void test(const Kernels& isa, int every) {
@@ -266,7 +306,8 @@ void test(const Kernels& isa, int every) {
   std::vector<Case> cases;
   for (bool half : {false, true}) {
     for (int dim : {32, 64, 96, 128, 160, 192, 224, 256, 288, 384, 480, 512}) {
-      for (int kb : {2, 3, 4}) for (int vb : {2, 4}) cases.push_back({dim, dim, kb, vb, 4, 3, 150, half});
+      for (int kb : {2, 3, 4})
+        for (int vb : {2, 4}) cases.push_back({dim, dim, kb, vb, 4, 3, 150, half});
       cases.push_back({dim, 544 - dim, 3, 2, 3, 0, 77, half});
     }
     for (int n : {0, 1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 257, 1000}) {
@@ -275,19 +316,26 @@ void test(const Kernels& isa, int every) {
       cases.push_back({96, 64, 2, 2, 4, 0, n, half, false, true, false, true, n > 2, 2, 1});
     }
     for (int rows : {12, 13, 31, 40}) cases.push_back({128, 128, 3, 2, rows, 3, 200, half, false, false, true});
-    for (float spread : {0.1f, 3.0f, 10.0f}) for (int rows : {1, 4}) cases.push_back({128, 128, 3, 2, rows, 0, 1000, half, false, false, false, false, false, 0, spread});
+    for (float spread : {0.1f, 3.0f, 10.0f})
+      for (int rows : {1, 4})
+        cases.push_back({128, 128, 3, 2, rows, 0, 1000, half, false, false, false, false, false, 0, spread});
     cases.push_back({128, 128, 3, 2, 4, 0, 5000, half, true, false, true, true, false, 4});
     cases.push_back({128, 128, 3, 2, 4, 0, 16384, half});
   }
   unsigned seed = 1;
   for (size_t i = 0; i < cases.size(); i += every) test_coded(isa, cases[i], seed++, worst);
-  for (int n : {1, 40, 300}) for (int rows : {1, 4, 30}) for (bool half : {false, true}) {
-    test_nan(isa, {128, 128, 3, 2, rows, 0, n, half}, true);
-    test_nan(isa, {128, 128, 3, 2, rows, 0, n, half}, false);
-  }
+  for (int n : {1, 40, 300})
+    for (int rows : {1, 4, 30})
+      for (bool half : {false, true}) {
+        test_nan(isa, {128, 128, 3, 2, rows, 0, n, half}, true);
+        test_nan(isa, {128, 128, 3, 2, rows, 0, n, half}, false);
+      }
   for (ExactType type : {ExactType::kFloat32, ExactType::kFloat16, ExactType::kBFloat16}) {
-    for (int dim : {32, 40, 64, 80, 96, 128, 256, 512}) for (int n : {1, 4, 33, 64, 150}) for (int rows : {1, 2, 3, 4, 8, 29})
-      if (seed++ % every == 0) test_exact(isa, type, dim, rows % 2 ? dim : 72, n, rows, n % 4, rows == 4, rows == 8 || rows == 29, worst_exact);
+    for (int dim : {32, 40, 64, 80, 96, 128, 256, 512})
+      for (int n : {1, 4, 33, 64, 150})
+        for (int rows : {1, 2, 3, 4, 8, 29})
+          if (seed++ % every == 0)
+            test_exact(isa, type, dim, rows % 2 ? dim : 72, n, rows, n % 4, rows == 4, rows == 8 || rows == 29, worst_exact);
   }
   std::printf("%-9s coded: fp32 query %.1e, half query %.1e; exact tokens %.1e\n", isa.name, worst[0], worst[1], worst_exact);
 }
@@ -299,37 +347,41 @@ double cpu_seconds() {
 }
 
 void time(const Kernels& isa) {
-  struct Shape { Case c; };
+  struct Shape {
+    Case c;
+  };
   const char* one = std::getenv("ONE");  // profile: only fp32 or half, the first shape
-  for (bool half : {false, true}) for (int shape = 0; shape < 9; shape++) {
-    if (one && (shape || half != (std::string(one) == "half"))) continue;
-    Case c{128, 128, 3, 2, 4, 0, 16384, half};
-    if (shape == 1) c.n = 1024;
-    if (shape == 2) c.rows = 1;
-    if (shape == 3) c.rows = 8;
-    if (shape == 4) c.key_dim = c.value_dim = 64;
-    if (shape == 5) c.key_dim = c.value_dim = 96;
-    if (shape == 6) c.key_dim = c.value_dim = 256;
-    if (shape == 7) c.rows = 128, c.n = 4096;
-    if (shape == 8) c.key_bits = c.value_bits = 4;
-    std::vector<Problem> heads;
-    for (int h = 0; h < 8; h++) heads.emplace_back(c, h);
-    std::vector<float> store;
-    auto got = partials(store, c.rows, c.value_dim);
-    std::vector<double> seconds;
-    const bool slow = std::string(isa.name) == "portable";
-    if (slow && shape) continue;
-    for (int i = 0; i < (slow ? 2 : c.rows > 8 ? 3 : one ? 400 : 40); i++) {
-      const double a = cpu_seconds();
-      for (auto& p : heads) isa.k.attend_coded(p.head, p.shape, p.rows, 0, c.n, got.data());
-      seconds.push_back(cpu_seconds() - a);
+  for (bool half : {false, true})
+    for (int shape = 0; shape < 9; shape++) {
+      if (one && (shape || half != (std::string(one) == "half"))) continue;
+      Case c{128, 128, 3, 2, 4, 0, 16384, half};
+      if (shape == 1) c.n = 1024;
+      if (shape == 2) c.rows = 1;
+      if (shape == 3) c.rows = 8;
+      if (shape == 4) c.key_dim = c.value_dim = 64;
+      if (shape == 5) c.key_dim = c.value_dim = 96;
+      if (shape == 6) c.key_dim = c.value_dim = 256;
+      if (shape == 7) c.rows = 128, c.n = 4096;
+      if (shape == 8) c.key_bits = c.value_bits = 4;
+      std::vector<Problem> heads;
+      for (int h = 0; h < 8; h++) heads.emplace_back(c, h);
+      std::vector<float> store;
+      auto got = partials(store, c.rows, c.value_dim);
+      std::vector<double> seconds;
+      const bool slow = std::string(isa.name) == "portable";
+      if (slow && shape) continue;
+      for (int i = 0; i < (slow ? 2 : c.rows > 8 ? 3 : one ? 400 : 40); i++) {
+        const double a = cpu_seconds();
+        for (auto& p : heads) isa.k.attend_coded(p.head, p.shape, p.rows, 0, c.n, got.data());
+        seconds.push_back(cpu_seconds() - a);
+      }
+      std::sort(seconds.begin(), seconds.end());
+      const double keys = 8.0 * c.n;
+      std::printf("%-9s %s D=%-3d bits=%d/%d rows=%-3d n=%-6d  median %8.3f ms, least %8.3f ms, %7.2f ns per key and head\n",
+                  isa.name, half ? "half" : "fp32", c.key_dim, c.key_bits, c.value_bits, c.rows, c.n,
+                  seconds[seconds.size() / 2] * 1e3, seconds[0] * 1e3, seconds[0] * 1e9 / keys);
+      std::fflush(stdout);
     }
-    std::sort(seconds.begin(), seconds.end());
-    const double keys = 8.0 * c.n;
-    std::printf("%-9s %s D=%-3d bits=%d/%d rows=%-3d n=%-6d  median %8.3f ms, least %8.3f ms, %7.2f ns per key and head\n", isa.name, half ? "half" : "fp32",
-                c.key_dim, c.key_bits, c.value_bits, c.rows, c.n, seconds[seconds.size() / 2] * 1e3, seconds[0] * 1e3, seconds[0] * 1e9 / keys);
-    std::fflush(stdout);
-  }
 }
 
 }  // namespace
