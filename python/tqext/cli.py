@@ -14,6 +14,7 @@ MLX_LM_COMMANDS = ("generate", "chat", "server", "cache_prompt", "benchmark", "e
 OWN_COMMANDS = {
     "plan": "tqext.plan",
     "doctor": "tqext.doctor",
+    "eval": "tqext.evaluate",
     "quantize-1bit": "tqext.one_bit",
 }
 # Options of mlx-lm that name a model, to be resolved before mlx-lm sees them.
@@ -27,9 +28,10 @@ USAGE = f"""usage: tqext COMMAND [--kv PRESET] [options of the command]
 on a compressed cache, with the options of mlx_lm.COMMAND:
   {", ".join(MLX_LM_COMMANDS)}
 own commands:
-  plan    does it fit: bytes per token and the longest context in a given memory
+  plan           does it fit: bytes per token and the longest context in a given memory
+  doctor         versions, backend, instruction set, and the path proof on a tiny model
+  eval           perplexity, KL and passkeys through a compressed cache
   quantize-1bit  round a model's weights to 1 bit: --model IN --out OUT
-  doctor  versions, backend, instruction set, and the path proof on a tiny model
 
   --kv PRESET         {", ".join(PRESETS)} (default {DEFAULT_PRESET}), or {_UNCOMPRESSED}
   --kv-first-last N   so many first and last layers keep their own cache

@@ -1,0 +1,288 @@
+"""``tqext eval``: what compression costs, measured through the cache: perplexity, KL, agreement and passkeys."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import random
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from tqext.presets import DEFAULT_PRESET, PRESETS, Policy, get_policy
+
+REFERENCE_STEP = 256
+PASSKEY_TRIALS = {1: 22, 4: 20}  # number of hidden keys: number of trials
+NAMES = ("Alice", "Boris", "Carla", "David")
+
+
+@dataclass(frozen=True, slots=True)
+class Quality:
+    """A compressed cache against mlx-lm's own, teacher-forced over the same text.
+
+    Attributes:
+        preset: The policy's name.
+        perplexity: With the compressed cache. ``ratio``: of this to the uncompressed one's.
+        kl: Mean of KL(uncompressed || compressed) of the next token in nats. ``kl_p99``: its 99th percentile.
+        top1: Share of positions at which both find the same token most probable.
+        n_tokens: Positions.
+        step: Tokens that were fed at a time.
+    """
+
+    preset: str
+    perplexity: float
+    ratio: float
+    kl: float
+    kl_p99: float
+    top1: float
+    n_tokens: int
+    step: int
+
+
+def reference_logprobs(model: Any, tokens: mx.array, progress: Callable[[int], object] = lambda n: None) -> mx.array:
+    """Log-probabilities ``[B, n_tokens, n_vocab]`` of the tokens ``[B, n_tokens]`` with mlx-lm's own cache."""
+    from tqext.mlx_lm import stock_cache
+
+    chunks = []
+    for logprobs in _feed(model, tokens, stock_cache(model), REFERENCE_STEP):
+        chunks.append(logprobs)
+        progress(logprobs.shape[1])
+    return mx.concatenate(chunks, axis=1)
+
+
+def measure(
+    model: Any,
+    tokens: mx.array,
+    preset: str | Policy = DEFAULT_PRESET,
+    *,
+    reference: mx.array | None = None,
+    cache: list[Any] | None = None,
+    step: int = 1,
+    progress: Callable[[int], object] = lambda n: None,
+) -> Quality:
+    """Compare a compressed cache with mlx-lm's own.
+
+    Args:
+        model: Any mlx-lm model.
+        tokens: int ``[n_windows, n_tokens]``.
+        preset: See `tqext.install`.
+        reference: From `reference_logprobs`, to spare it.
+        cache: Another cache to measure than the preset's.
+        step: Tokens to feed at a time. 1 is decoding; up to 8 are faster, and see each other exactly.
+        progress: Called with the number of new tokens after each step.
+    """
+    from tqext.mlx_lm import make_prompt_cache
+
+    policy = get_policy(preset)
+    expected = reference_logprobs(model, tokens) if reference is None else reference
+    nlls, expected_nlls, kls, agreements = [], [], [], []
+    begin = 0
+    cache = make_prompt_cache(model, policy) if cache is None else cache
+    for logprobs in _feed(model, tokens, cache, step):
+        n = min(logprobs.shape[1], tokens.shape[1] - 1 - begin)  # nothing follows the last token
+        if n > 0:
+            p, q = expected[:, begin : begin + n], logprobs[:, :n]
+            following = tokens[:, begin + 1 : begin + 1 + n, None]
+            nlls.append(-mx.take_along_axis(q, following, axis=-1).flatten())
+            expected_nlls.append(-mx.take_along_axis(p, following, axis=-1).flatten())
+            kls.append((mx.exp(p) * (p - q)).sum(axis=-1).flatten())
+            agreements.append((p.argmax(axis=-1) == q.argmax(axis=-1)).flatten())
+            mx.eval(nlls[-1], expected_nlls[-1], kls[-1], agreements[-1])
+        begin += logprobs.shape[1]
+        progress(logprobs.shape[1])
+    nll, expected_nll, kl, same = (np.array(mx.concatenate(x), np.float64) for x in (nlls, expected_nlls, kls, agreements))
+    return Quality(
+        preset=policy.name,
+        perplexity=float(np.exp(nll.mean())),
+        ratio=float(np.exp(nll.mean() - expected_nll.mean())),
+        kl=float(kl.mean()),
+        kl_p99=float(np.quantile(kl, 0.99)),
+        top1=float(same.mean()),
+        n_tokens=nll.size,
+        step=step,
+    )
+
+
+def _feed(model: Any, tokens: mx.array, cache: list[Any], step: int) -> Iterator[mx.array]:
+    """Log-probabilities of the tokens, `step` at a time."""
+    for begin in range(0, tokens.shape[1], step):
+        logits = model(tokens[:, begin : begin + step], cache=cache).astype(mx.float32)
+        logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        mx.eval(logprobs, [c.state for c in cache])
+        yield logprobs
+
+
+@dataclass(frozen=True, slots=True)
+class Passkeys:
+    """How often a number hidden in the coded part of a context is found again.
+
+    Attributes:
+        preset: The policy's name, ``"none"`` for mlx-lm's own cache.
+        n_keys: Numbers hidden, of which one is asked for.
+        found: Trials that gave it, of `trials`.
+        trials: All trials.
+    """
+
+    preset: str
+    n_keys: int
+    found: int
+    trials: int
+
+
+def passkeys(
+    model: Any,
+    tokenizer: Any,
+    text: str,
+    presets: Sequence[str | Policy | None],
+    *,
+    n_keys: int = 1,
+    trials: int | None = None,
+    context: int = 512,
+    progress: Callable[[int], object] = lambda n: None,
+) -> list[Passkeys]:
+    """Hide 5-digit numbers in a text and ask for one.
+
+    The context is stored first, so that the question and the answer see it as codes. It attends to itself exactly, so one
+    pass over it serves all presets.
+
+    Args:
+        model: Any mlx-lm model.
+        tokenizer: Its tokenizer.
+        text: What to hide the numbers in.
+        presets: See `tqext.install`; None is mlx-lm's own cache.
+        n_keys: Numbers to hide.
+        trials: How often. Default: `PASSKEY_TRIALS`.
+        context: Tokens of text in each trial.
+        progress: Called with 1 after each trial.
+    """
+    from tqext.mlx_lm import probe, stock_cache, upgrade
+
+    for preset in presets:
+        if preset is not None:
+            probe(model, preset)
+    words = tokenizer.encode(text, add_special_tokens=False)
+    trials = PASSKEY_TRIALS[n_keys] if trials is None else trials
+    found = [0] * len(presets)
+    for trial in range(trials):
+        haystack, question, answer = _passkey_trial(tokenizer, words, n_keys, trial, context)
+        stored = stock_cache(model)
+        model(mx.array([haystack]), cache=stored)
+        mx.eval([c.state for c in stored])
+        for i, preset in enumerate(presets):
+            cache = copy.deepcopy(stored)
+            if preset is not None:
+                upgrade(cache, preset, model=model)
+            found[i] += _continues_with(model, tokenizer, cache, question, answer)
+        progress(1)
+    names = ["none" if preset is None else get_policy(preset).name for preset in presets]
+    return [Passkeys(name, n_keys, n, trials) for name, n in zip(names, found, strict=True)]
+
+
+def _passkey_trial(
+    tokenizer: Any, words: Sequence[int], n_keys: int, trial: int, context: int
+) -> tuple[list[int], list[int], str]:
+    """Tokens of the context and of the question with the beginning of the answer, and the rest of the answer."""
+    rng = random.Random(f"passkey {n_keys} {trial}")
+    keys = [str(rng.randrange(10_000, 100_000)) for _ in range(n_keys)]
+    asked = rng.randrange(n_keys)
+    labels = [f"The pass key of {name}" for name in NAMES[:n_keys]] if n_keys > 1 else ["The pass key"]
+    begin = rng.randrange(max(1, len(words) - context))
+    filler = list(words[begin : begin + context])
+    # Not in the last part, which stays exact.
+    places = sorted((rng.randrange(16, context * 3 // 4) for _ in keys), reverse=True)
+    for place, label, key in zip(places, reversed(labels), reversed(keys), strict=True):
+        sentence = f" {label} is {key}. Remember it: {label[0].lower()}{label[1:]} is {key}. "
+        filler[place:place] = tokenizer.encode(sentence, add_special_tokens=False)
+    intro = "There is an important piece of information hidden in the following text. Find it and memorize it.\n\n"
+    ask = f"\n\nWhat is {labels[asked][0].lower()}{labels[asked][1:]}?"
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": f"{intro}<text>{ask}"}], tokenize=False, add_generation_prompt=True
+    )
+    before, after = prompt.split("<text>")
+    haystack = tokenizer.encode(before, add_special_tokens=False) + filler
+    return haystack, tokenizer.encode(f"{after}{labels[asked]} is", add_special_tokens=False), keys[asked]
+
+
+def _continues_with(model: Any, tokenizer: Any, cache: list[Any], question: list[int], answer: str) -> bool:
+    tokens, text = mx.array([question]), ""
+    while len(text.strip()) < len(answer):
+        token = model(tokens, cache=cache)[:, -1].argmax(axis=-1)
+        piece = tokenizer.decode(token.tolist())
+        text += piece
+        if not piece or not answer.startswith(text.strip()):
+            return False
+        tokens = token[None]
+    return text.strip().startswith(answer)
+
+
+def windows(tokenizer: Any, text: str, window: int, n_windows: int) -> mx.array:
+    """Tokens ``[n_windows, window]`` from evenly spaced places of a text.
+
+    Raises:
+        ValueError: The text is too short.
+    """
+    tokens = tokenizer.encode(text, add_special_tokens=False)
+    if len(tokens) < window * n_windows:
+        raise ValueError(f"[eval] text: expected at least {window * n_windows} tokens, got {len(tokens)}")
+    stride = len(tokens) // n_windows
+    return mx.array([tokens[i * stride : i * stride + window] for i in range(n_windows)])
+
+
+def _bar(total: int, name: str) -> Any:
+    from tqdm import tqdm  # type: ignore[import-untyped]
+
+    return tqdm(total=total, desc=name, unit="token", file=sys.stderr)
+
+
+def main(argv: Sequence[str]) -> None:
+    """The command."""
+    from tqext.cli import add_kv_options, policy_of
+
+    parser = argparse.ArgumentParser(prog="tqext eval", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--model", required=True, help="a folder, a hub id, or smollm2")
+    add_kv_options(parser)
+    parser.add_argument("--all", action="store_true", help="every preset in place of one")
+    parser.add_argument("--text", type=Path, required=True, help="a plain text file")
+    parser.add_argument("--window", type=int, default=1024)
+    parser.add_argument("--windows", type=int, default=2)
+    parser.add_argument("--step", type=int, default=1, help="tokens fed at a time; up to 8 are faster (default 1)")
+    parser.add_argument("--passkey", action="store_true", help="also hide numbers and ask for them")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write the figures to a file")
+    options = parser.parse_args(argv)
+    from tqext.blas import use_blas
+    from tqext.mlx_lm import probe
+    from tqext.models import load
+
+    one = policy_of(options)
+    policies = [get_policy(name) for name in PRESETS] if options.all else [] if one is None else [one]
+    model, tokenizer = load(options.model)
+    use_blas(model)
+    text = options.text.read_text()
+    tokens = windows(tokenizer, text, options.window, options.windows)
+    if options.kv_report:
+        for policy in policies:
+            print(probe(model, policy).table())
+    with _bar(tokens.shape[1], "uncompressed") as bar:
+        reference = reference_logprobs(model, tokens, bar.update)
+    results = []
+    print(f"{'preset':<12} {'ppl':>8} {'ppl x':>7} {'KL':>8} {'KL p99':>8} {'top-1':>7}")
+    for policy in policies:
+        with _bar(tokens.shape[1], policy.name) as bar:
+            q = measure(model, tokens, policy, reference=reference, step=options.step, progress=bar.update)
+        results.append(q)
+        print(f"{q.preset:<12} {q.perplexity:>8.3f} {q.ratio:>7.4f} {q.kl:>8.4f} {q.kl_p99:>8.4f} {q.top1:>7.2%}")
+    found = []
+    for n_keys, trials in PASSKEY_TRIALS.items() if options.passkey else ():
+        with _bar(trials, f"{n_keys} hidden") as bar:
+            found += passkeys(model, tokenizer, text, [None, *policies], n_keys=n_keys, progress=bar.update)
+    for p in found:
+        print(f"{p.preset:<12} {p.found:>3} of {p.trials} with {p.n_keys} hidden")
+    if options.json:
+        data = {"model": options.model, "quality": [asdict(q) for q in results], "passkeys": [asdict(p) for p in found]}
+        options.json.write_text(json.dumps(data, indent=2))
