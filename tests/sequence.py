@@ -52,7 +52,8 @@ class Sequence:
             return
         begin = self.n_first + self.n_coded
         if r.mean and self.mean is None:
-            self.mean = self.k[:, begin : begin + MEAN_MOST].mean(axis=1)
+            n = min(self.n_tail // MEAN_LEAST * MEAN_LEAST, MEAN_MOST)
+            self.mean = self.k[:, begin : begin + n].mean(axis=1)
         n = (self.n_tail - r.tail) // r.flush * r.flush
         mean = None if self.mean is None else mx.array(self.mean)[None]
         keys = tqext.quantize_keys(

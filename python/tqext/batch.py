@@ -13,12 +13,12 @@ import numpy.typing as npt
 from tqext.cache import (
     GROWTH,
     MAX_STEP_TOKENS,
-    MEAN_TOKENS,
     Codec,
     Exact,
     Snapshot,
     TurboQuantKVCache,
     flush_at,
+    n_for_mean,
     resize_tokens,
     wait_for_readers,
 )
@@ -278,7 +278,7 @@ class BatchTurboQuantKVCache:
         fresh = rows[~self._has_mean[rows]]
         if self._mean is None or not len(fresh):
             return
-        n = np.minimum(n_held[fresh], MEAN_TOKENS[1])
+        n = np.array([n_for_mean(int(held)) for held in n_held[fresh]], np.int32)
         slots = np.arange(n.max(), dtype=np.int32)[None]
         keys = _take_tokens(_rows(source.keys, fresh), columns.of(slots)[fresh]).astype(mx.float32)
         held = mx.array(slots < n[:, None])[:, None, :, None]

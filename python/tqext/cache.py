@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -87,6 +88,12 @@ def flush_at(recipe: Recipe, has_mean: bool) -> int:
     return max(least, MEAN_TOKENS[0]) if recipe.mean and not has_mean else least
 
 
+def n_for_mean(n_tokens: int) -> int:
+    """Tokens to take the mean of, of so many at hand. In whole steps: a few more from a draft change nothing."""
+    least, most = MEAN_TOKENS
+    return min(n_tokens // least * least, most)
+
+
 def wait_for_readers(buffers: Sequence[mx.array]) -> None:
     """Wait for a step in flight before its buffers are written to, where that is cheaper than the copy it would cost."""
     if sum(x.nbytes for x in buffers) > WAIT_BYTES:
@@ -152,9 +159,10 @@ class Snapshot:
         tail: The exact last tokens; the step's own tokens are its last ones.
         shape: ``(B, n_kv_heads, n_tokens, D)``, as the keys would have it.
         columns: None, or how a batch's mask columns and lengths are told (`tqext.batch.Columns`).
+        earlier: What the step's earlier tokens attend to, where a block was encoded in between.
     """
 
-    __slots__ = ("columns", "dtype", "first", "packed_keys", "packed_values", "shape", "tail")
+    __slots__ = ("columns", "dtype", "earlier", "first", "packed_keys", "packed_values", "shape", "tail")
 
     def __init__(
         self,
@@ -170,6 +178,7 @@ class Snapshot:
         self.shape = (*tail.keys.shape[:2], n_tokens, tail.keys.shape[3])
         self.dtype = tail.keys.dtype
         self.columns = columns
+        self.earlier: tuple[Snapshot, ...] = ()
 
     @property
     def ndim(self) -> int:
@@ -183,6 +192,11 @@ class Snapshot:
         self, queries: mx.array, scale: float, mask: mx.array | str | None = None, sinks: mx.array | None = None
     ) -> mx.array:
         """softmax(scale q k^T + mask) v of the queries ``[B, n_q_heads, L, D]`` over all tokens of the snapshot."""
+        if self.earlier:
+            return self._attend_in_parts(queries, scale, mask, sinks)
+        return self._attend_whole(queries, scale, mask, sinks)
+
+    def _attend_whole(self, queries: mx.array, scale: float, mask: mx.array | str | None, sinks: mx.array | None) -> mx.array:
         lengths = None
         if self.columns is not None:
             mask, lengths = self.columns.translate(mask, queries.shape[2])
@@ -197,6 +211,23 @@ class Snapshot:
             first=None if self.first is None else (self.first.keys, self.first.values),
             lengths=lengths,
         )
+
+    def _attend_in_parts(
+        self, queries: mx.array, scale: float, mask: mx.array | str | None, sinks: mx.array | None
+    ) -> mx.array:
+        """Each of a draft's tokens over what it would have found without the draft."""
+        outs = []
+        begin, n_before = 0, self.shape[2] - queries.shape[2]
+        for part in (*self.earlier, self):
+            n_keys = part.shape[2]
+            end = n_keys - n_before
+            own = mask
+            if isinstance(mask, mx.array):
+                own = mask[..., begin:end, :n_keys] if mask.shape[-2] > 1 else mask[..., :n_keys]
+            rows = queries[:, :, begin:end]
+            outs.append(part._attend_whole(rows, scale, own, sinks))
+            begin = end
+        return mx.concatenate(outs, axis=2)
 
 
 def create_mask(n_new: int, offset: int, return_array: bool = False, window_size: int | None = None) -> mx.array | str | None:
@@ -252,12 +283,39 @@ class TurboQuantKVCache:
         # Before this step, not after the last one: tokens that a draft got wrong were trimmed in between, and the
         # step before no longer holds the packed buffers.
         self._flush()
-        self._append(Exact(keys, values))
-        snapshot = self._snapshot()
+        tokens = Exact(keys, values)
+        if 1 < tokens.n_tokens <= MAX_STEP_TOKENS and self.n_tail + tokens.n_tokens > self._flush_at:
+            snapshot = self._draft_snapshot(tokens)
+            self._append(tokens)
+        else:
+            self._append(tokens)
+            snapshot = self._snapshot()
         self._keep_first()
-        if keys.shape[2] > MAX_STEP_TOKENS:
+        if tokens.n_tokens > MAX_STEP_TOKENS:
             self._flush()  # at once: no layer keeps its prompt uncompressed while the next one runs
         return snapshot, snapshot
+
+    def _draft_snapshot(self, tokens: Exact) -> Snapshot:
+        """What each of a few tokens would attend to if they came one by one, some of them after a block is encoded.
+
+        Checking a draft then gives the answer that decoding without one gives. Nothing is encoded for good: the draft may be
+        wrong, and then its tokens are trimmed.
+        """
+        fork = copy.copy(self)
+        fork._packed = [x[:] for x in self._packed]
+        fork._first = None if self._first is None else Exact(*(x[:] for x in self._first))
+        fork._tail = None if self._tail is None else Exact(*(x[:] for x in self._tail))
+        parts: list[Snapshot] = []
+        begin = 0
+        while begin < tokens.n_tokens:
+            fork._flush()
+            end = min(tokens.n_tokens, begin + max(1, fork._flush_at - fork.n_tail))
+            fork._append(tokens.cut(begin, end))
+            parts.append(fork._snapshot())
+            fork._keep_first()
+            begin = end
+        parts[-1].earlier = tuple(parts[:-1])
+        return parts[-1]
 
     def _open(self, keys: mx.array, values: mx.array) -> None:
         batch, n_kv_heads = keys.shape[:2]
@@ -320,7 +378,7 @@ class TurboQuantKVCache:
         if self.n_tail < self._flush_at or self._tail is None or self._codec is None:
             return
         if self.recipe.mean and self._mean is None:
-            n = min(self.n_tail, MEAN_TOKENS[1])
+            n = n_for_mean(self.n_tail)
             self._mean = self._tail.keys[:, :, :n].astype(mx.float32).sum(axis=2) / n
         n = (self.n_tail - self.recipe.tail) // self.recipe.flush * self.recipe.flush
         self._append_packed(self._codec.encode(self._tail.cut(0, n), self._mean), n)
