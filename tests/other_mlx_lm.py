@@ -6,10 +6,10 @@ import mlx.core as mx
 import mlx_lm
 import mlx_lm.models.cache as stock
 from mlx_lm.generate import batch_generate, speculative_generate_step
-from test_mlx_lm import Words
-from tiny import greedy, logits_after, make_llama, prompt
 
 import tqext
+from test_mlx_lm import Words
+from tiny import greedy, logits_after, make_llama, prompt
 
 version, file = sys.argv[-2:]
 assert mlx_lm.__version__ == version, (mlx_lm.__version__, mlx_lm.__file__)

@@ -6,10 +6,10 @@ import mlx_lm.utils
 import pytest
 from mlx_lm.generate import batch_generate, speculative_generate_step
 from mlx_lm.models import qwen2
-from tiny import CONFIG, greedy, kl, logits_after, make_biased_qwen2, make_llama, prompt, save_folder
 
 import tqext
 import tqext.mlx_lm
+from tiny import CONFIG, greedy, kl, logits_after, make_biased_qwen2, make_llama, prompt, save_folder
 from tqext import BatchTurboQuantKVCache, Recipe, TurboQuantKVCache, get_policy
 from tqext.cache import Codec
 from tqext.mlx_lm import PathError, stock_cache

@@ -8,10 +8,10 @@ import mlx.core as mx
 import mlx_lm.models.cache as stock
 import numpy as np
 import pytest
-from tiny import greedy, logits_after, make_llama, prompt
 
 import tqext
 import tqext.mlx_lm
+from tiny import greedy, logits_after, make_llama, prompt
 from tqext import Recipe, TurboQuantKVCache, get_policy
 from tqext.cache import STATE_MAGIC
 from tqext.presets import PRESETS
