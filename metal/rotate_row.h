@@ -9,6 +9,9 @@
 
 using namespace metal;
 
+// A fused multiply-add where the CPU has none would change bytes; where the kernels want one they say fma.
+#pragma clang fp contract(off)
+
 template <int D>
 struct HadamardShape {
   // 1 or the factor of format.h's hadamard_factor(), for dimensions that have one.

@@ -14,8 +14,6 @@
 
 using namespace metal;
 
-#pragma clang fp contract(off)
-
 constant constexpr int kTokens = 4;  // simdgroups per threadgroup
 
 #define TQ_ENCODE_ARGUMENTS                                                                                   \
