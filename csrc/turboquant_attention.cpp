@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include "check.h"
+#include "mlx/backend/metal/metal.h"
 #include "mlx/fast.h"
 #include "mlx/ops.h"
 #include "turboquant_encode.h"
@@ -91,8 +92,8 @@ mx::array check_mask(const mx::array& mask, const Shapes& n, mx::Stream stream) 
         mask.shape());
   mx::array x = mask.dtype() == mx::bool_ ? mask : mx::astype(mask, mx::float32, stream);
   while (x.ndim() < 4) x = mx::expand_dims(x, 0, stream);
-  // Shapeless compilation keeps the shape of broadcast_to, which depends on the tokens: the CPU broadcasts when it reads.
-  return stream.device == mx::Device::gpu ? mx::broadcast_to(x, full, stream) : x;
+  // Shapeless compilation keeps the shape of broadcast_to, which depends on the tokens: the CPU and CUDA broadcast when they read.
+  return mx::metal::is_available() ? mx::broadcast_to(x, full, stream) : x;
 }
 
 // Which columns each row may attend to, as bool [B, 1, L, n_keys]; nothing when every one.
@@ -204,7 +205,7 @@ mx::array turboquant_attention(const mx::array& q, const PackedKeys& k, const Pa
 
   TurboQuantAttention::State state{scale,  options.mask_mode == "causal", key_rotation == Rotation::kHadamard,
                                    k.bits, v.bits,                        n.head_dim,
-                                   n.value_dim, 0};
+                                   n.value_dim, k.signs ? 1u << kSigns : 0u};
   if (stream.device == mx::Device::gpu && !gpu_has_kernel(state, q, k.codes)) {
     return composed_attention(q, k, v, options, n, scale, stream);
   }

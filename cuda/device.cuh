@@ -1,0 +1,250 @@
+// Device helpers shared by the kernels: fp16 without cuda_fp16.h (the run-time compiler needs no CUDA headers), asynchronous
+// copies, tensor-core instructions, the rotation of a row in shared memory.
+#pragma once
+
+#include <stdint.h>
+
+#include "format.h"
+#include "hadamard.h"
+#include "params.h"
+
+#define TQ_DEVICE __device__ __forceinline__
+#ifndef INFINITY
+#define INFINITY __int_as_float(0x7f800000)
+#endif
+
+namespace tqext::cuda {
+
+constexpr uint32_t kAllLanes = 0xffffffffu;
+constexpr float kEmptyMax = -1e30f;  // max of a row that attended to nothing; finite, so that differences are never NaN
+
+TQ_DEVICE float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+TQ_DEVICE float half_to_float(uint16_t half) {
+  float y;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(half));
+  return y;
+}
+TQ_DEVICE uint16_t float_to_half(float x) {
+  uint16_t y;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(x));
+  return y;
+}
+TQ_DEVICE float bfloat_to_float(uint16_t value) { return __uint_as_float(uint32_t(value) << 16); }
+TQ_DEVICE uint16_t float_to_bfloat(float x) {
+  uint16_t y;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y) : "f"(x));
+  return y;
+}
+// low in the low half.
+TQ_DEVICE uint32_t pack_halves(float low, float high) {
+  uint32_t y;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+  return y;
+}
+TQ_DEVICE uint32_t multiply_halves(uint32_t a, uint32_t b) {
+  uint32_t y;
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
+  return y;
+}
+// a * b - c, rounded once.
+TQ_DEVICE uint32_t multiply_subtract_halves(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t y;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(y) : "r"(a), "r"(b), "r"(c ^ 0x80008000u));
+  return y;
+}
+// NaN if either is.
+TQ_DEVICE float max_nan(float a, float b) {
+  float y;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+  return y;
+}
+
+template <int kType>
+TQ_DEVICE float load_element(const void* data, int64_t i) {
+  if constexpr (kType == kTypeFloat32) return static_cast<const float*>(data)[i];
+  const uint16_t bits = static_cast<const uint16_t*>(data)[i];
+  return kType == kTypeFloat16 ? half_to_float(bits) : bfloat_to_float(bits);
+}
+template <int kType>
+TQ_DEVICE void store_element(void* data, int64_t i, float x) {
+  if constexpr (kType == kTypeFloat32) {
+    static_cast<float*>(data)[i] = x;
+  } else {
+    static_cast<uint16_t*>(data)[i] = kType == kTypeFloat16 ? float_to_half(x) : float_to_bfloat(x);
+  }
+}
+// Eight elements from an address that is a multiple of 16 bytes.
+template <int kType>
+TQ_DEVICE void load_eight(const void* data, int64_t i, float (&x)[8]) {
+  if constexpr (kType == kTypeFloat32) {
+    const float4* p = reinterpret_cast<const float4*>(static_cast<const float*>(data) + i);
+    const float4 a = p[0], b = p[1];
+    x[0] = a.x, x[1] = a.y, x[2] = a.z, x[3] = a.w, x[4] = b.x, x[5] = b.y, x[6] = b.z, x[7] = b.w;
+  } else {
+    const uint4 a = *reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(data) + i);
+    const uint32_t words[4] = {a.x, a.y, a.z, a.w};
+#pragma unroll
+    for (int k = 0; k < 4; k++) {
+      const uint16_t low = words[k] & 0xffffu, high = words[k] >> 16;
+      x[2 * k] = kType == kTypeFloat16 ? half_to_float(low) : bfloat_to_float(low);
+      x[2 * k + 1] = kType == kTypeFloat16 ? half_to_float(high) : bfloat_to_float(high);
+    }
+  }
+}
+
+TQ_DEVICE uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
+TQ_DEVICE void copy_async(uint32_t to, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
+// bytes of 16 that exist; the rest is zero.
+TQ_DEVICE void copy_async_part(uint32_t to, const void* from, int bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+}
+TQ_DEVICE void copy_async_word(uint32_t to, const void* from, int bytes) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+}
+TQ_DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kPending>
+TQ_DEVICE void copy_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// Byte permutation by four selector nibbles below 8 (__byte_perm would mask them again).
+TQ_DEVICE uint32_t permute(uint32_t a, uint32_t b, uint32_t select) {
+  uint32_t y;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(y) : "r"(a), "r"(b), "r"(select));
+  return y;
+}
+
+// The bulk copy engine (compute capability 9.0 and later) and its barriers.
+TQ_DEVICE void barrier_init(uint32_t barrier, uint32_t arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+TQ_DEVICE void barrier_arrive(uint32_t barrier) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory"); }
+TQ_DEVICE void barrier_expect(uint32_t barrier, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+TQ_DEVICE void barrier_wait(uint32_t barrier, uint32_t parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra again;\n"
+      "}" ::"r"(barrier), "r"(parity)
+      : "memory");
+}
+// Orders earlier ordinary accesses to shared memory before later ones of the copy engine.
+TQ_DEVICE void copy_engine_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+TQ_DEVICE void copy_bulk(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from),
+               "r"(bytes), "r"(barrier)
+               : "memory");
+}
+TQ_DEVICE void prefetch_line(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+
+// 16 x 32 int8 times 32 x 8 int8.
+TQ_DEVICE void multiply_int8(int (&c)[4], const uint4& a, uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+      : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
+}
+// 16 x 16 fp16 times 16 x 8 fp16.
+TQ_DEVICE void multiply_half(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+// Two 8 x 8 matrices of halves from shared memory, transposed; lanes 0 ... 15 give the addresses of their rows.
+TQ_DEVICE void load_transposed(uint32_t& a, uint32_t& b, uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];" : "=r"(a), "=r"(b) : "r"(address) : "memory");
+}
+
+// Rotation of a row of kDim floats by one warp (format.h), with the same order of sums as on the CPU. Slot k of a lane is
+// dimension 32 k + lane. scratch: kDim floats of shared memory of this warp, used where the matrix is no power of two.
+template <int kDim>
+struct Hadamard {
+  static constexpr bool is_power(int n) { return n > 0 && (n & (n - 1)) == 0; }
+  static constexpr int kFactor = is_power(kDim)                            ? 1
+                                 : kDim % 12 == 0 && is_power(kDim / 12) ? 12
+                                 : kDim % 20 == 0 && is_power(kDim / 20) ? 20
+                                 : kDim % 28 == 0 && is_power(kDim / 28) ? 28
+                                                                         : 0;
+  static constexpr int kSize = kFactor ? kDim / kFactor : 1;  // of the Sylvester part
+  static constexpr int kSlots = kDim / 32;
+
+  static TQ_DEVICE void sylvester(float (&x)[kSlots], int lane) {
+#pragma unroll
+    for (int half = 1; half < kSize; half *= 2) {
+      if (half < 32) {
+#pragma unroll
+        for (int k = 0; k < kSlots; k++) {
+          const float other = __shfl_xor_sync(kAllLanes, x[k], half);
+          x[k] = (lane & half) ? other - x[k] : x[k] + other;
+        }
+      } else {
+#pragma unroll
+        for (int k = 0; k < kSlots; k++) {
+          const int step = half / 32;
+          if (!(k & step)) {
+            const float a = x[k], b = x[(k + step) % kSlots];
+            x[k] = a + b;
+            x[(k + step) % kSlots] = a - b;
+          }
+        }
+      }
+    }
+  }
+
+  static TQ_DEVICE uint32_t row_bits(int row) {
+    return kFactor == 12 ? kHadamard12[row] : kFactor == 20 ? kHadamard20[row] : kHadamard28[row];
+  }
+
+  // By the matrix of order 12, 20 or 28, over the kFactor runs of kSize.
+  static TQ_DEVICE void factor(float (&x)[kSlots], int lane, float* scratch, bool transposed) {
+    if constexpr (kFactor > 1) {
+      __syncwarp();
+#pragma unroll
+      for (int k = 0; k < kSlots; k++) scratch[32 * k + lane] = x[k];
+      __syncwarp();
+#pragma unroll
+      for (int k = 0; k < kSlots; k++) {
+        const int e = lane + 32 * k, i = e / kSize, column = e % kSize;
+        float sum = 0;
+        for (int t = 0; t < kFactor; t++) {
+          const uint32_t negative = transposed ? row_bits(t) >> i : row_bits(i) >> t;
+          const float v = scratch[t * kSize + column];
+          sum += (negative & 1) ? -v : v;
+        }
+        x[k] = sum;
+      }
+      __syncwarp();
+    }
+  }
+
+  template <uint32_t kSeed>
+  static TQ_DEVICE void signs(float (&x)[kSlots], int lane) {
+    const float scale = 1.0f / sqrtf(float(kDim));
+#pragma unroll
+    for (int k = 0; k < kSlots; k++) x[k] *= (sign_word(kSeed, k) >> lane & 1) ? -scale : scale;
+  }
+
+  template <uint32_t kSeed>
+  static TQ_DEVICE void rotate(float (&x)[kSlots], int lane, float* scratch) {
+    signs<kSeed>(x, lane);
+    sylvester(x, lane);
+    factor(x, lane, scratch, false);
+  }
+  template <uint32_t kSeed>
+  static TQ_DEVICE void rotate_back(float (&x)[kSlots], int lane, float* scratch) {
+    factor(x, lane, scratch, true);
+    sylvester(x, lane);
+    signs<kSeed>(x, lane);
+  }
+};
+
+}  // namespace tqext::cuda

@@ -1,0 +1,115 @@
+// Arguments that cross from the CUDA host code to its kernels, by value.
+#pragma once
+
+#if !defined(__CUDACC_RTC__)
+#include <stdint.h>
+#endif
+
+namespace tqext::cuda {
+
+enum : int { kTypeFloat32, kTypeFloat16, kTypeBFloat16 };
+enum : int { kMaskNone, kMaskBool, kMaskFloat };
+
+// Threads per block of the decode attention are 32 * kAttentionWarps; a warp takes tiles of kTileTokens coded tokens, a stage
+// of the block's copy pipeline holds one tile for each warp, an exact chunk of up to kExactTokens belongs to one block.
+// At most kMaxSlots partial results per head and row tile.
+enum : int { kAttentionWarps = 4, kTileTokens = 32, kExactTokens = 128, kMaxSlots = 512 };
+
+// Warps, and so tokens, per block of the encoding kernels.
+enum : int { kEncodeWarps = 4 };
+enum : int { kQuantizeKeys, kQuantizeValues, kDequantizeKeys, kDequantizeValues, kRotate };  // OPERATION
+
+// Shared memory of the decode attention, in bytes; the host asks for `total`.
+struct AttentionLayout {
+  // One stage of the copy pipeline. Each array's part starts at a multiple of 16 bytes at or below its first byte, so
+  // rows that are no multiple of 16 bytes need 16 more.
+  int key_row, value_row, param_row, sign_row;  // bytes per token
+  int value_at, param_at, norm_at, sign_at, residual_at, stage;
+  // Over the last stage, which the prologue's prefetch leaves free: what only the prologue needs.
+  int query_stride;  // floats between rows; no multiple of 32 banks
+  int rotated_at, exact_query_at;  // the first is also the exact tokens' weights
+  // Behind all that: what the main loop needs.
+  int int8_at, residual_int8_at, row_scale_at, row_offset_at, residual_scale_at, state_at, barrier_at, total;
+
+  constexpr AttentionLayout(int key_dim, int value_dim, int key_bits, int value_bits, int rows, bool signs, int n_stages)
+      : key_row(key_dim / 8 * key_bits),
+        value_row(value_dim / 8 * value_bits),
+        param_row(value_dim / 8),
+        sign_row(key_dim / 8),
+        value_at(tile(key_row)),
+        param_at(value_at + tile(value_row)),
+        norm_at(param_at + tile(param_row)),
+        sign_at(norm_at + tile(2)),
+        residual_at(sign_at + (signs ? tile(sign_row) : 0)),
+        stage(residual_at + (signs ? tile(2) : 0)),
+        query_stride(key_dim + 4),
+        rotated_at((n_stages - 1) * stage),
+        exact_query_at(rotated_at + rows * larger(query_stride, kExactTokens) * 4),
+        int8_at(larger(larger(n_stages * stage, exact_query_at + rows * query_stride * 4),
+                       larger(kAttentionWarps * rows * (value_dim + 4) * 4,              // the warps' sums, joined
+                              (rows * (value_dim + 4) + (kMaxSlots + 1) * rows) * 4))),  // the blocks' sums and factors
+        residual_int8_at(int8_at + rows * 2 * key_dim),
+        row_scale_at(residual_int8_at + (signs ? rows * 2 * key_dim : 0)),
+        row_offset_at(row_scale_at + rows * 4),
+        residual_scale_at(row_offset_at + rows * 4),
+        state_at(residual_scale_at + rows * 4),
+        barrier_at(state_at + kAttentionWarps * rows * 2 * 4),
+        total(barrier_at + 2 * n_stages * 8) {}
+
+ private:
+  static constexpr int tile(int row) { return kAttentionWarps * kTileTokens * row + (row % 16 ? 16 : 0); }
+  static constexpr int larger(int a, int b) { return a > b ? a : b; }
+};
+
+// Strides in elements; pointers are at the first element of the array's view.
+struct AttentionParams {
+  const void* q;                                            // [B, n_q_heads, L, head_dim]
+  const uint32_t* key_codes;                                // [B, n_kv_heads, n_coded, words]
+  const uint16_t* key_norms;                                // [B, n_kv_heads, n_coded, 1]
+  const uint32_t* value_codes;                              // [B, n_kv_heads, n_coded, words]
+  const uint16_t* value_params;                             // [B, n_kv_heads, n_coded, 2 * groups]
+  const uint32_t* signs;                                    // [B, n_kv_heads, n_coded, words]
+  const uint16_t* residual_norms;                           // [B, n_kv_heads, n_coded, 1]
+  const float* mean;                                        // [B, n_kv_heads, head_dim], or null
+  const void *first_keys, *first_values;                    // [B, n_kv_heads, n_first, head_dim], or null
+  const void *tail_keys, *tail_values;                      // [B, n_kv_heads, n_tail, head_dim], or null
+  const void* mask;                                         // [B, n_q_heads, L, n_keys] bool or fp32, or null
+  const float* sinks;                                       // [n_q_heads], or null
+  const int32_t* left_padding;                              // [B], or null
+  const int32_t* lengths;                                   // [B, 3], or null
+  void* out;                                                // [B, n_q_heads, L, value_dim], contiguous
+  float* partial_out;                                       // [heads, row tiles, slots, rows, padded value_dim]
+  float* partial_state;                                     // [heads, row tiles, slots, rows, 2]: max, sum
+  uint32_t* counters;                                       // [heads, row tiles], zero before and after
+  int64_t q_stride[4], key_code_stride[4], key_norm_stride[3], value_code_stride[4], value_param_stride[4];
+  int64_t sign_stride[4], residual_norm_stride[3], mean_stride[3];
+  int64_t first_key_stride[4], first_value_stride[4], tail_key_stride[4], tail_value_stride[4], mask_stride[4];
+  int64_t sinks_stride, left_padding_stride, lengths_stride[2];
+  int32_t n_kv_heads, n_repeats, n_queries, head_dim, value_dim, n_first, n_coded, n_tail;
+  int32_t n_exact_blocks;  // blocks 0 ... n_exact_blocks - 1 of a head take an exact chunk first; each warp has its own result
+  int32_t exact_tiles;     // coded tiles that take as long as an exact chunk: what such a block takes less
+  int32_t causal, hadamard, exact_aligned;  // exact_aligned: 16-byte loads of exact keys are possible
+  float scale;             // times log2(e)
+  uint32_t codebook[4];    // 16 int8 levels
+  // 2^16 and 2^(32 - shift of value codes): shifts as multiplications, for which the compiler may not know the factor. They
+  // run beside the logic and permutations that bound the kernel.
+  uint32_t two_16, two_up;
+};
+
+// 1-bit weights. Warps per block of the matrix product; what OPERATION means in q1_matmul.cu.
+enum : int { kQ1Warps = 8 };
+enum : int { kQ1Multiply, kQ1Quantize, kQ1Dequantize };
+
+struct Q1Params {
+  const void* x;           // [n_inputs, 128 * n_groups]
+  const uint32_t* weight;  // [n_rows, 4 * n_groups]
+  const uint16_t* scales;  // [n_rows, n_groups]
+  void* out;               // [n_inputs, n_rows], contiguous
+  int64_t x_stride[2], weight_stride[2], scale_stride[2];
+  int32_t n_inputs, n_rows, n_groups;
+};
+
+// Shared memory of the matrix product: the fragments, and two numbers per column, of eight groups.
+constexpr int q1_shared_bytes(int column_tiles) { return column_tiles * 8 * (8 * 32 * 8 + 8 * 2 * 4); }
+
+}  // namespace tqext::cuda

@@ -1,0 +1,328 @@
+#include "runtime.h"
+
+#include <dlfcn.h>
+
+#include <algorithm>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <stdexcept>
+
+#include "mlx/allocator.h"
+#include "mlx/fast.h"
+#include "mlx/primitives.h"
+#include "sources.h"
+
+namespace tqext::cuda {
+
+namespace {
+
+// ---- The driver and the run-time compiler, which libmlx.so has loaded ----
+
+using CUdevice = int;
+using CUdeviceptr = unsigned long long;
+struct Driver {
+  int (*get_error_string)(int, const char**);
+  int (*device_get)(CUdevice*, int);
+  int (*device_get_attribute)(int*, int, CUdevice);
+  int (*module_load_data)(void**, const void*);
+  int (*module_get_function)(CUfunc_st**, void*, const char*);
+  int (*func_set_attribute)(CUfunc_st*, int, int);
+  int (*occupancy)(int*, CUfunc_st*, int, size_t);
+  int (*mem_alloc)(CUdeviceptr*, size_t);
+  int (*mem_alloc_async)(CUdeviceptr*, size_t, void*);
+  int (*mem_free)(CUdeviceptr);
+  int (*memset_d8)(CUdeviceptr, unsigned char, size_t);
+  int (*stream_synchronize)(void*);
+};
+
+enum : int {  // cuda.h
+  kAttributeMultiprocessors = 16,
+  kAttributeMajor = 75,
+  kAttributeMinor = 76,
+  kAttributeMemoryPools = 115,
+  kFunctionMaxDynamicShared = 8,
+};
+
+void* open_library(const char* name) {
+  void* library = dlopen(name, RTLD_NOW | RTLD_NOLOAD);
+  if (!library) library = dlopen(name, RTLD_NOW);
+  if (!library) throw std::runtime_error(std::string("[tqext] cannot load ") + name + ": " + dlerror());
+  return library;
+}
+
+template <class Function>
+void find(void* library, const char* name, Function& function) {
+  function = reinterpret_cast<Function>(dlsym(library, name));
+  if (!function) throw std::runtime_error(std::string("[tqext] missing function ") + name);
+}
+
+const Driver& driver() {
+  static const Driver functions = [] {
+    void* library = open_library("libcuda.so.1");
+    Driver d;
+    find(library, "cuGetErrorString", d.get_error_string);
+    find(library, "cuDeviceGet", d.device_get);
+    find(library, "cuDeviceGetAttribute", d.device_get_attribute);
+    find(library, "cuModuleLoadData", d.module_load_data);
+    find(library, "cuModuleGetFunction", d.module_get_function);
+    find(library, "cuFuncSetAttribute", d.func_set_attribute);
+    find(library, "cuOccupancyMaxActiveBlocksPerMultiprocessor", d.occupancy);
+    find(library, "cuMemAlloc_v2", d.mem_alloc);
+    find(library, "cuMemAllocAsync", d.mem_alloc_async);
+    find(library, "cuMemFree_v2", d.mem_free);
+    find(library, "cuMemsetD8_v2", d.memset_d8);
+    find(library, "cuStreamSynchronize", d.stream_synchronize);
+    return d;
+  }();
+  return functions;
+}
+
+void check_driver(int result, const char* what) {
+  if (result == 0) return;
+  const char* text = "unknown error";
+  driver().get_error_string(result, &text);
+  throw std::runtime_error(std::string("[tqext] ") + what + ": " + text);
+}
+
+struct Compiler {
+  int (*create)(void**, const char*, const char*, int, const char* const*, const char* const*);
+  int (*destroy)(void**);
+  int (*compile)(void*, int, const char* const*);
+  int (*log_size)(void*, size_t*);
+  int (*log)(void*, char*);
+  int (*binary_size)(void*, size_t*);
+  int (*binary)(void*, char*);
+  int (*ptx_size)(void*, size_t*);
+  int (*ptx)(void*, char*);
+  int (*n_architectures)(int*);
+  int (*architectures)(int*);
+};
+
+const Compiler& compiler() {
+  static const Compiler functions = [] {
+    void* library = open_library("libnvrtc.so.13");
+    Compiler c;
+    find(library, "nvrtcCreateProgram", c.create);
+    find(library, "nvrtcDestroyProgram", c.destroy);
+    find(library, "nvrtcCompileProgram", c.compile);
+    find(library, "nvrtcGetProgramLogSize", c.log_size);
+    find(library, "nvrtcGetProgramLog", c.log);
+    find(library, "nvrtcGetCUBINSize", c.binary_size);
+    find(library, "nvrtcGetCUBIN", c.binary);
+    find(library, "nvrtcGetPTXSize", c.ptx_size);
+    find(library, "nvrtcGetPTX", c.ptx);
+    find(library, "nvrtcGetNumSupportedArchs", c.n_architectures);
+    find(library, "nvrtcGetSupportedArchs", c.architectures);
+    return c;
+  }();
+  return functions;
+}
+
+// MLX's handle of a block of device memory (mlx/backend/cuda/allocator.h): what an array's buffer points to.
+struct Block {
+  void* data;
+  size_t size;
+  int device;  // -1: managed memory
+};
+
+void* allocate_device_memory(size_t bytes, int device) {
+  int pools = 0;
+  check_driver(driver().device_get_attribute(&pools, kAttributeMemoryPools, device), "cuDeviceGetAttribute");
+  CUdeviceptr pointer = 0;
+  if (pools) {
+    // From the pool that MLX frees to when it moves an array to the host.
+    check_driver(driver().mem_alloc_async(&pointer, bytes, nullptr), "cuMemAllocAsync");
+    check_driver(driver().stream_synchronize(nullptr), "cuStreamSynchronize");
+  } else {
+    check_driver(driver().mem_alloc(&pointer, bytes), "cuMemAlloc");
+  }
+  return reinterpret_cast<void*>(pointer);
+}
+
+// Free blocks by size, a power of two.
+class Pool {
+ public:
+  Block* take(size_t bytes, int device) {
+    size_t size = 512;
+    while (size < bytes) size *= 2;
+    {
+      std::lock_guard lock(mutex_);
+      auto& blocks = free_[{device, size}];
+      if (!blocks.empty()) {
+        Block* block = blocks.back();
+        blocks.pop_back();
+        return block;
+      }
+    }
+    return new Block{allocate_device_memory(size, device), size, device};
+  }
+  void give_back(Block* block) {
+    if (block->device < 0) {  // MLX moved it to managed memory for the host
+      driver().mem_free(reinterpret_cast<CUdeviceptr>(block->data));
+      delete block;
+      return;
+    }
+    std::lock_guard lock(mutex_);
+    free_[{block->device, block->size}].push_back(block);
+  }
+
+ private:
+  std::mutex mutex_;
+  std::map<std::pair<int, size_t>, std::vector<Block*>> free_;
+};
+
+Pool& pool() {
+  static auto* pool = new Pool;  // leaked: arrays may be freed after static objects are
+  return *pool;
+}
+
+}  // namespace
+
+void check_backend(const char* op) {
+  static const bool available = mx::cu::is_available() && &mx::cu::get_command_encoder;
+  if (!available) {
+    throw std::runtime_error(std::string("[") + op +
+                             "] stream: expected a CPU stream, got a GPU stream; the installed MLX has no CUDA backend");
+  }
+}
+
+const DeviceInfo& device_info(int device) {
+  static std::mutex mutex;
+  static std::map<int, DeviceInfo> infos;
+  std::lock_guard lock(mutex);
+  auto found = infos.find(device);
+  if (found == infos.end()) {
+    CUdevice handle;
+    int major, minor, count;
+    check_driver(driver().device_get(&handle, device), "cuDeviceGet");
+    check_driver(driver().device_get_attribute(&major, kAttributeMajor, handle), "cuDeviceGetAttribute");
+    check_driver(driver().device_get_attribute(&minor, kAttributeMinor, handle), "cuDeviceGetAttribute");
+    check_driver(driver().device_get_attribute(&count, kAttributeMultiprocessors, handle), "cuDeviceGetAttribute");
+    if (major < 8) {
+      throw std::runtime_error("[tqext] device: expected compute capability 8.0 or later, got " + std::to_string(major) + "." +
+                               std::to_string(minor));
+    }
+    found = infos.emplace(device, DeviceInfo{10 * major + minor, count}).first;
+  }
+  return found->second;
+}
+
+std::string compile(const char* file, const std::vector<Define>& defines, bool contract, int device) {
+  const Compiler& c = compiler();
+  const int wanted = device_info(device).architecture;
+  int count = 0;
+  c.n_architectures(&count);
+  std::vector<int> known(count);
+  c.architectures(known.data());
+  const bool exact = std::find(known.begin(), known.end(), wanted) != known.end();
+  int architecture = 80;
+  for (int x : known) {
+    if (x <= wanted) architecture = std::max(architecture, x);
+  }
+  // A device newer than the compiler gets code that the driver translates.
+  std::vector<std::string> options{std::string("--gpu-architecture=") + (exact ? "sm_" : "compute_") + std::to_string(architecture),
+                                   "--std=c++17", "--device-as-default-execution-space"};
+  if (!contract) options.push_back("--fmad=false");
+  for (const Define& d : defines) options.push_back(std::string("-D") + d.name + "=" + std::to_string(d.value));
+  std::vector<const char*> arguments;
+  for (const std::string& x : options) arguments.push_back(x.c_str());
+
+  const char* source = nullptr;
+  std::vector<const char*> names, texts;
+  for (const Source& s : kSources) {
+    if (std::string(s.name) == file) {
+      source = s.text;
+    } else {
+      names.push_back(s.name);
+      texts.push_back(s.text);
+    }
+  }
+  void* program = nullptr;
+  if (c.create(&program, source, file, int(names.size()), texts.data(), names.data()) != 0) {
+    throw std::runtime_error("[tqext] nvrtcCreateProgram failed");
+  }
+  const int result = c.compile(program, int(arguments.size()), arguments.data());
+  size_t size = 0;
+  std::string text;
+  if (result != 0) {
+    c.log_size(program, &size);
+    text.resize(size);
+    c.log(program, text.data());
+    c.destroy(&program);
+    throw std::runtime_error(std::string("[tqext] compiling ") + file + " failed:\n" + text);
+  }
+  (exact ? c.binary_size : c.ptx_size)(program, &size);
+  text.resize(size);
+  (exact ? c.binary : c.ptx)(program, text.data());
+  c.destroy(&program);
+  return text;
+}
+
+Kernel load_kernel(const std::string& binary, const char* name, int shared_bytes, int threads, int device) {
+  (void)device;  // MLX has made it current
+  void* module;
+  Kernel kernel{nullptr, shared_bytes, 0};
+  check_driver(driver().module_load_data(&module, binary.data()), "cuModuleLoadData");
+  check_driver(driver().module_get_function(&kernel.function, module, name), "cuModuleGetFunction");
+  check_driver(driver().func_set_attribute(kernel.function, kFunctionMaxDynamicShared, shared_bytes), "cuFuncSetAttribute");
+  check_driver(driver().occupancy(&kernel.blocks_per_multiprocessor, kernel.function, threads, shared_bytes), "cuOccupancy");
+  return kernel;
+}
+
+void* device_pointer(const mx::array& x) {
+  if (x.size() == 0) return nullptr;
+  const auto* block = static_cast<const Block*>(const_cast<mx::array&>(x).buffer().ptr());
+  return static_cast<char*>(block->data) + x.offset();
+}
+
+void allocate_output(mx::array& out, int device) {
+  out.set_data(mx::allocator::Data(mx::allocator::Buffer(pool().take(out.nbytes(), device)),
+                                   [](mx::allocator::Buffer b) { pool().give_back(static_cast<Block*>(b.ptr())); }));
+}
+
+Workspace workspace(mx::Stream stream, size_t zeroed, size_t bytes) {
+  static std::mutex mutex;
+  // Leaked, as are outgrown ones: kernels that are not finished may use them.
+  static auto* workspaces = new std::map<mx::Stream, Workspace>;
+  std::lock_guard lock(mutex);
+  auto found = workspaces->find(stream);
+  if (found == workspaces->end() || found->second.bytes < bytes || found->second.zeroed < zeroed) {
+    size_t size = 1 << 22, zeros = 1 << 16;
+    while (size < bytes) size *= 2;
+    while (zeros < zeroed) zeros *= 2;
+    const int device = stream.device.index;
+    auto* block = new Block{allocate_device_memory(zeros + size, device), zeros + size, device};
+    check_driver(driver().memset_d8(reinterpret_cast<CUdeviceptr>(block->data), 0, zeros), "cuMemsetD8");
+    check_driver(driver().stream_synchronize(nullptr), "cuStreamSynchronize");
+    mx::array memory(mx::Shape{int((zeros + size) / 4)}, mx::uint32, nullptr, {});
+    memory.set_data(mx::allocator::Data(mx::allocator::Buffer(block), [](mx::allocator::Buffer) {}));
+    if (found != workspaces->end()) workspaces->erase(found);
+    found = workspaces->emplace(stream, Workspace{memory, zeros, size}).first;
+  }
+  return found->second;
+}
+
+void run_allocating(const char* name, const std::string& binary, const std::vector<mx::array>& inputs,
+                    std::vector<mx::array>& outputs, const std::vector<Scalar>& scalars, int blocks, int threads,
+                    mx::Stream stream) {
+  std::vector<mx::Shape> shapes;
+  std::vector<mx::Dtype> dtypes;
+  for (const mx::array& x : outputs) {
+    shapes.push_back(x.shape());
+    dtypes.push_back(x.dtype());
+  }
+  std::vector<mx::fast::ScalarArg> arguments;
+  for (const Scalar& s : scalars) {
+    if (s.is_float) {
+      arguments.emplace_back(s.real);
+    } else {
+      arguments.emplace_back(int(s.integer));
+    }
+  }
+  const auto made = mx::fast::precompiled_cuda_kernel(name, binary, inputs, shapes, dtypes, arguments, {blocks * threads, 1, 1},
+                                                      {threads, 1, 1}, 0, std::nullopt, false, stream);
+  made[0].primitive().eval_gpu(inputs, outputs);
+}
+
+}  // namespace tqext::cuda

@@ -1,0 +1,89 @@
+// Kernels compiled at run time and launched through MLX's command encoder, without CUDA headers or libraries at build time.
+//
+// MLX's own fast::cuda_kernel copies and hashes its source at every call (15 us and more); the encoder's functions, which the
+// CUDA build of libmlx.so exports, take a kernel as it is. The build links against any libmlx.so: where the functions are
+// missing (the CPU library) the weak symbols below are null, and no GPU stream exists that could reach them.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "mlx/array.h"
+#include "mlx/backend/cuda/cuda.h"
+#include "mlx/stream.h"
+
+struct CUfunc_st;
+struct dim3 {
+  unsigned x, y, z;
+};
+
+namespace mlx::core::cu {
+
+// The part of MLX's class that is used here (mlx/backend/cuda/device.h, which needs CUDA headers).
+class CommandEncoder {
+ public:
+  __attribute__((weak)) void set_input_array(const array& x);
+  __attribute__((weak)) void set_output_array(const array& x);
+  __attribute__((weak)) void add_kernel_node_raw(CUfunc_st* kernel, dim3 grid, dim3 block, dim3 cluster, uint32_t shared_bytes,
+                                                 void** arguments);
+};
+__attribute__((weak)) CommandEncoder& get_command_encoder(Stream stream);
+
+}  // namespace mlx::core::cu
+
+namespace tqext::cuda {
+
+namespace mx = mlx::core;
+
+// Throws where MLX has no CUDA backend.
+void check_backend(const char* op);
+
+// Compute capability, 10 * major + minor, and number of multiprocessors.
+struct DeviceInfo {
+  int architecture, n_multiprocessors;
+};
+const DeviceInfo& device_info(int device);
+
+// Binary of a kernel source for the device's architecture.
+struct Define {
+  const char* name;
+  int value;
+};
+std::string compile(const char* file, const std::vector<Define>& defines, bool contract, int device);
+
+struct Kernel {
+  CUfunc_st* function;
+  int shared_bytes, blocks_per_multiprocessor;
+};
+// threads: per block, for the occupancy.
+Kernel load_kernel(const std::string& binary, const char* name, int shared_bytes, int threads, int device);
+
+// Address of an array's first element in device memory.
+void* device_pointer(const mx::array& x);
+
+// Gives a small output device memory from a pool of our own: the allocator of MLX that makes device memory is not exported,
+// and the exported one makes managed memory, which the GPU would have to fault in.
+void allocate_output(mx::array& out, int device);
+
+// Scratch of a stream, kept and grown; all kernels of the stream share it, which orders them. The first `zeroed` bytes are zero
+// before every kernel, and must be after it.
+struct Workspace {
+  mx::array memory;
+  size_t zeroed, bytes;  // bytes: behind the zeroed ones
+};
+Workspace workspace(mx::Stream stream, size_t zeroed, size_t bytes);
+
+// Runs a kernel whose outputs are large, through MLX's own primitive, so that its allocator provides them. Arguments of the
+// kernel: inputs, outputs, scalars.
+struct Scalar {
+  bool is_float;
+  int32_t integer;
+  float real;
+  Scalar(int32_t x) : is_float(false), integer(x), real(0) {}
+  Scalar(float x) : is_float(true), integer(0), real(x) {}
+};
+void run_allocating(const char* name, const std::string& binary, const std::vector<mx::array>& inputs,
+                    std::vector<mx::array>& outputs, const std::vector<Scalar>& scalars, int blocks, int threads, mx::Stream stream);
+
+}  // namespace tqext::cuda

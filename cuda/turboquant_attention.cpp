@@ -1,0 +1,229 @@
+// eval_gpu of turboquant_attention: one launch.
+#include "turboquant_attention.h"
+
+#include <algorithm>
+#include <cmath>
+#include <mutex>
+#include <shared_mutex>
+#include <unordered_map>
+
+#include "codebook.h"
+#include "params.h"
+#include "runtime.h"
+
+namespace tqext {
+
+namespace {
+
+using namespace cuda;  // NOLINT: the backend's own names
+
+constexpr int kMaxKernelDim = 256;  // padded; beyond it a block's accumulators do not fit into registers
+
+struct Variant {
+  int key_dim, value_dim, key_bits, value_bits, rows, type, mask;
+  bool signs, strided;
+
+  // Blocks per multiprocessor bound the registers of a thread. Two: 8 columns more or dimensions beyond 128.
+  int blocks() const { return rows == 16 || std::max(key_dim, value_dim) > 128 ? 2 : 3; }
+  // Stages of the copy pipeline. Four were as fast as three and five (H200, 64 KV heads x 32768 keys).
+  int stages() const { return 4; }
+  uint64_t id() const {
+    uint64_t x = key_dim / 32;
+    for (int y : {value_dim / 32, key_bits, value_bits, rows, type, mask, int(signs), int(strided)}) x = x * 17 + y;
+    return x;
+  }
+  Kernel build(int device) const {
+    const AttentionLayout layout(key_dim, value_dim, key_bits, value_bits, rows, signs, stages());
+    const std::string binary = compile("turboquant_attention.cu",
+                                       {{"KEY_DIM", key_dim},
+                                        {"VALUE_DIM", value_dim},
+                                        {"KEY_BITS", key_bits},
+                                        {"VALUE_BITS", value_bits},
+                                        {"ROWS", rows},
+                                        {"TYPE", type},
+                                        {"MASK", mask},
+                                        {"SIGNS", signs},
+                                        {"STRIDED", strided},
+                                        {"STAGES", stages()},
+                                        {"BLOCKS_PER_SM", blocks()}},
+                                       true, device);
+    return load_kernel(binary, "turboquant_attention", layout.total, 32 * kAttentionWarps, device);
+  }
+};
+
+Kernel find_kernel(const Variant& variant, int device) {
+  static std::shared_mutex mutex;
+  static std::unordered_map<uint64_t, Kernel> kernels;
+  const uint64_t id = variant.id() * 64 + device;
+  {
+    std::shared_lock lock(mutex);
+    const auto found = kernels.find(id);
+    if (found != kernels.end()) return found->second;
+  }
+  std::unique_lock lock(mutex);
+  const auto found = kernels.find(id);
+  if (found != kernels.end()) return found->second;
+  return kernels.emplace(id, variant.build(device)).first->second;
+}
+
+// Shares of a head's tokens, so that the blocks fill the device in whole waves.
+int count_splits(int n_heads, int n_tiles, int n_exact_blocks, int resident_blocks) {
+  // A share of fewer tiles costs more in its joining than it saves (H200: 4 and 16 were slower at 8 heads x 4096 keys).
+  constexpr int kMinTiles = 8, kMaxSplits = 256;
+  const int most = std::clamp((n_tiles + kMinTiles - 1) / kMinTiles, 1, kMaxSplits);
+  int splits = std::clamp(resident_blocks / n_heads, 1, most);
+  if (n_heads > resident_blocks) {
+    double best = 0;
+    for (int candidate = 1; candidate <= std::min(most, 16); candidate++) {
+      const int64_t blocks = int64_t(n_heads) * candidate, waves = (blocks + resident_blocks - 1) / resident_blocks;
+      const double filled = double(blocks) / double(waves * resident_blocks);
+      if (filled > best + 0.05) {
+        best = filled;
+        splits = candidate;
+      }
+    }
+  }
+  return std::max(splits, n_exact_blocks);
+}
+
+template <size_t n>
+void copy_strides(const mx::array& x, int64_t (&to)[n]) {
+  for (size_t i = 0; i < n; i++) to[i] = x.strides(int(i));
+}
+
+// Tokens directly one after the other, as the bulk copies need them.
+bool rows_follow(const mx::array& x) { return (x.strides(3) == 1 || x.shape(3) == 1) && x.strides(2) == x.shape(3); }
+
+bool can_load_eight(const mx::array& x) {
+  bool can = x.strides(3) == 1 && x.shape(3) % 8 == 0 && reinterpret_cast<uintptr_t>(device_pointer(x)) % 16 == 0;
+  for (int axis = 0; axis < 3; axis++) can = can && (x.strides(axis) % 8 == 0 || x.shape(axis) == 1);
+  return can;
+}
+
+}  // namespace
+
+bool gpu_has_kernel(const TurboQuantAttention::State& state, const mx::array& q, const mx::array&) {
+  // More rows are prefill: dequantising once is cheaper than decoding the codes for every eight rows.
+  const bool few = q.shape(2) <= kMaxDecodeQueries || (state.present >> kSigns & 1);
+  return few && padded_dim(state.head_dim) <= kMaxKernelDim && padded_dim(state.value_dim) <= kMaxKernelDim;
+}
+
+void TurboQuantAttention::eval_gpu(const std::vector<mx::array>& inputs, mx::array& out) {
+  check_backend("turboquant_attention");
+  const int device = stream().device.index;
+  allocate_output(out, device);
+  if (out.size() == 0) return;
+  const mx::array &q = inputs[0], &key_codes = inputs[1], &key_norms = inputs[2], &value_codes = inputs[3],
+                  &value_params = inputs[4];
+  const mx::array *signs = optional(inputs, kSigns), *residual_norms = optional(inputs, kResidualNorms);
+  const mx::array *first_keys = optional(inputs, kFirstKeys), *first_values = optional(inputs, kFirstValues);
+  const mx::array *tail_keys = optional(inputs, kTailKeys), *tail_values = optional(inputs, kTailValues);
+  const mx::array *mask = optional(inputs, kMask), *mean = optional(inputs, kMean), *sinks = optional(inputs, kSinks);
+  const mx::array *left_padding = optional(inputs, kLeftPadding), *lengths = optional(inputs, kLengths);
+
+  AttentionParams p{};
+  p.n_kv_heads = key_codes.shape(1);
+  p.n_repeats = q.shape(1) / p.n_kv_heads;
+  p.n_queries = q.shape(2);
+  p.head_dim = state_.head_dim;
+  p.value_dim = state_.value_dim;
+  p.n_first = first_keys ? first_keys->shape(2) : 0;
+  p.n_coded = key_codes.shape(2);
+  p.n_tail = tail_keys ? tail_keys->shape(2) : 0;
+  p.causal = state_.causal;
+  p.hadamard = state_.hadamard;
+  p.scale = state_.scale * float(M_LOG2E);
+
+  Variant variant{padded_dim(p.head_dim), padded_dim(p.value_dim), state_.key_bits, state_.value_bits, 8,
+                  q.dtype() == mx::float32   ? int(kTypeFloat32)
+                  : q.dtype() == mx::float16 ? int(kTypeFloat16)
+                                             : int(kTypeBFloat16),
+                  !mask                       ? int(kMaskNone)
+                  : mask->dtype() == mx::bool_ ? int(kMaskBool)
+                                               : int(kMaskFloat),
+                  signs != nullptr, false};
+  const int n_rows = p.n_repeats * p.n_queries;
+  if (n_rows <= 4) variant.rows = 4;
+  if (n_rows > 8 && std::max(variant.key_dim, variant.value_dim) <= 128) variant.rows = 16;
+  variant.strided = p.n_coded > 0 && !(rows_follow(key_codes) && rows_follow(key_norms) && rows_follow(value_codes) &&
+                                       rows_follow(value_params) && (!signs || (rows_follow(*signs) && rows_follow(*residual_norms))));
+  const Kernel kernel = find_kernel(variant, device);
+
+  p.q = device_pointer(q);
+  copy_strides(q, p.q_stride);
+  p.key_codes = static_cast<const uint32_t*>(device_pointer(key_codes));
+  copy_strides(key_codes, p.key_code_stride);
+  p.key_norms = static_cast<const uint16_t*>(device_pointer(key_norms));
+  copy_strides(key_norms, p.key_norm_stride);
+  p.value_codes = static_cast<const uint32_t*>(device_pointer(value_codes));
+  copy_strides(value_codes, p.value_code_stride);
+  p.value_params = static_cast<const uint16_t*>(device_pointer(value_params));
+  copy_strides(value_params, p.value_param_stride);
+  if (signs) {
+    p.signs = static_cast<const uint32_t*>(device_pointer(*signs));
+    copy_strides(*signs, p.sign_stride);
+    p.residual_norms = static_cast<const uint16_t*>(device_pointer(*residual_norms));
+    copy_strides(*residual_norms, p.residual_norm_stride);
+  }
+  if (mean) {
+    p.mean = static_cast<const float*>(device_pointer(*mean));
+    copy_strides(*mean, p.mean_stride);
+  }
+  p.exact_aligned = true;
+  auto set_exact = [&](const mx::array* keys, const mx::array* values, const void*& key_data, const void*& value_data,
+                       int64_t(&key_stride)[4], int64_t(&value_stride)[4]) {
+    if (!keys) return;
+    key_data = device_pointer(*keys);
+    value_data = device_pointer(*values);
+    copy_strides(*keys, key_stride);
+    copy_strides(*values, value_stride);
+    p.exact_aligned = p.exact_aligned && can_load_eight(*keys);
+  };
+  set_exact(first_keys, first_values, p.first_keys, p.first_values, p.first_key_stride, p.first_value_stride);
+  set_exact(tail_keys, tail_values, p.tail_keys, p.tail_values, p.tail_key_stride, p.tail_value_stride);
+  if (mask) {
+    p.mask = device_pointer(*mask);
+    for (int axis = 0; axis < 4; axis++) p.mask_stride[axis] = mask->shape(axis) == 1 ? 0 : mask->strides(axis);
+  }
+  if (sinks) {
+    p.sinks = static_cast<const float*>(device_pointer(*sinks));
+    p.sinks_stride = sinks->strides(0);
+  }
+  if (left_padding) {
+    p.left_padding = static_cast<const int32_t*>(device_pointer(*left_padding));
+    p.left_padding_stride = left_padding->strides(0);
+  }
+  if (lengths) {
+    p.lengths = static_cast<const int32_t*>(device_pointer(*lengths));
+    copy_strides(*lengths, p.lengths_stride);
+  }
+  const Codebook book = codebook(state_.key_bits, variant.key_dim);
+  for (int i = 0; i < kMaxKeyLevels; i++) p.codebook[i / 4] |= uint32_t(uint8_t(book.levels[i])) << (8 * (i % 4));
+  p.two_16 = 1u << 16;
+  p.two_up = state_.value_bits == 2 ? 1u << 22 : 1u << 24;
+  p.out = device_pointer(out);
+
+  const int n_heads = q.shape(0) * p.n_kv_heads, row_tiles = (n_rows + variant.rows - 1) / variant.rows;
+  const int n_tiles = (p.n_coded + kTileTokens - 1) / kTileTokens;
+  p.n_exact_blocks = (p.n_first + p.n_tail + kExactTokens - 1) / kExactTokens;
+  // An exact chunk takes about as long as this many coded tiles of its block (H200: 16 and 48 were slower).
+  p.exact_tiles = 32;
+  const int resident = device_info(device).n_multiprocessors * kernel.blocks_per_multiprocessor;
+  const int splits = count_splits(n_heads * row_tiles, n_tiles, p.n_exact_blocks, resident);
+  const size_t results = size_t(n_heads) * row_tiles * (splits + p.n_exact_blocks * kAttentionWarps) * variant.rows;
+  const Workspace scratch = workspace(stream(), sizeof(uint32_t) * n_heads * row_tiles, results * (variant.value_dim + 2) * sizeof(float));
+  char* memory = static_cast<char*>(device_pointer(scratch.memory));
+  p.counters = reinterpret_cast<uint32_t*>(memory);
+  p.partial_out = reinterpret_cast<float*>(memory + scratch.zeroed);
+  p.partial_state = p.partial_out + results * variant.value_dim;
+
+  auto& encoder = mx::cu::get_command_encoder(stream());
+  for (const mx::array& x : inputs) encoder.set_input_array(x);
+  encoder.set_output_array(out);
+  encoder.set_output_array(scratch.memory);
+  void* arguments[] = {&p};
+  encoder.add_kernel_node_raw(kernel.function, {unsigned(splits), unsigned(n_heads), unsigned(row_tiles)}, {32 * kAttentionWarps, 1, 1},
+                              {1, 1, 1}, kernel.shared_bytes, arguments);
+}
+
+}  // namespace tqext

@@ -1,0 +1,1119 @@
+// Decode attention over packed keys and values (format.h), exact first tokens and an exact tail, in one launch.
+//
+// Grid: (splits, batch * n_kv_heads, row tiles). A block takes one share of a KV head's coded tokens for kRows query rows;
+// blocks with a number below n_exact_blocks take a chunk of the exact tokens as well. Every block writes a partial softmax
+// state; the last one of a head (atomic counter) joins them, rotates the result back and writes the output.
+//
+// Scores: the query is split into two int8 halves (16 bits), the key codes become int8 levels by byte permutation, int8 tensor
+// cores multiply 16 rows (the high halves of 8 query rows, then their low halves) by 8 tokens: both sums of a score meet in one
+// lane, in the place where the next product wants its weight.
+// Values: a code in place in a 16-bit half is an fp16 subnormal, exact as a factor of an fp16 tensor-core product; the group's
+// scale goes into the softmax weight, the group's bias is one more row of the product. With up to four query rows the product
+// has columns to spare: they hold the same weights with another group's scales, so that one fragment serves two groups.
+//
+// Compile-time: KEY_DIM, VALUE_DIM (padded), KEY_BITS, VALUE_BITS, ROWS (4, 8, 16), TYPE, MASK, SIGNS, STRIDED, STAGES,
+// BLOCKS_PER_SM.
+#include "device.cuh"
+
+namespace tqext::cuda {
+namespace {
+
+constexpr int kKeyDim = KEY_DIM, kValueDim = VALUE_DIM, kKeyBits = KEY_BITS, kValueBits = VALUE_BITS;
+constexpr int kRows = ROWS, kType = TYPE, kMask = MASK, kStages = STAGES;
+constexpr bool kSigns = SIGNS, kStrided = STRIDED;
+constexpr int kWarps = kAttentionWarps, kThreads = 32 * kWarps;
+
+constexpr int kKeyWords = kKeyDim / 32 * kKeyBits, kValueWords = kValueDim / 32 * kValueBits;
+constexpr int kGroups = kValueDim / kGroup, kUnits = kKeyDim / kUnit;
+constexpr int kLaneUnits = (kUnits + 3) / 4;  // units of 32 dimensions that one lane decodes
+constexpr int kSignWords = kKeyDim / 32;
+
+// With fp32 rows, what rounding takes off a weight times a scale is multiplied as well.
+constexpr bool kExactProducts = kType == kTypeFloat32;
+constexpr bool kFour = kRows == 4;
+constexpr int kRowTiles = kFour ? 1 : kRows / 8;  // of 8 columns
+// Scale fragments per row tile: with four rows, columns 4 ... 7 hold the groups from kScaleSets on.
+constexpr int kScaleSets = kFour ? (kGroups + 1) / 2 : kGroups;
+#if __CUDA_ARCH__ >= 900
+constexpr bool kBulk = !kStrided;
+#else
+constexpr bool kBulk = false;
+#endif
+
+// A weight is at most 2^kTop when the running maximum is renewed and may grow by 2^kGrowth before the next time; group scales
+// up to 2^3 then keep the products below fp16's limit. Larger ones overflow, which is seen at the end: the block then repeats
+// its share with weights smaller by 2^kSafeShift, enough for any fp16 scale.
+constexpr float kLog2e = 1.44269504f;
+constexpr uint32_t kOnes = 0x3c003c00u;  // fp16
+constexpr float kTop = 4.0f, kGrowth = 8.0f, kSafeShift = 13.0f;
+
+constexpr AttentionLayout kLayout(kKeyDim, kValueDim, kKeyBits, kValueBits, kRows, kSigns, kStages);
+
+TQ_DEVICE int clamp(int x, int low, int high) { return min(max(x, low), high); }
+
+// ---- Copies of a stage, kWarps tiles of kTileTokens tokens, into shared memory ----
+
+constexpr int kStageTokens = kWarps * kTileTokens;
+
+// base: the head's first byte rounded down to 16, lead: what the rounding took off. Tokens [first, first + n) exist.
+template <int kRowBytes>
+TQ_DEVICE void copy_stage(uint32_t to, const char* base, int lead, int first, int n, int tid) {
+  constexpr int kGranules = (kStageTokens * kRowBytes + (kRowBytes % 16 ? 16 : 0)) / 16;
+  const char* from = base + int64_t(first) * kRowBytes;
+  const int end = n * kRowBytes + (kRowBytes % 16 ? lead : 0);
+#pragma unroll
+  for (int k = 0; k < (kGranules + kThreads - 1) / kThreads; k++) {
+    const int i = tid + kThreads * k;
+    if (kGranules % kThreads == 0 || i < kGranules) {
+      const int bytes = clamp(end - 16 * i, 0, 16);
+      copy_async_part(to + 16 * i, bytes ? from + 16 * i : base, bytes);
+    }
+  }
+}
+
+// Any strides: word by word; halves through registers.
+template <int kWords>
+TQ_DEVICE void copy_words_strided(uint32_t to, const char* from, const int64_t* stride, int first, int n, int tid) {
+  const uint32_t* words = reinterpret_cast<const uint32_t*>(from);
+  for (int i = tid; i < kStageTokens * kWords; i += kThreads) {
+    const bool there = i / kWords < n;
+    copy_async_word(to + 4 * i, there ? words + (first + i / kWords) * stride[2] + i % kWords * stride[3] : words, there ? 4 : 0);
+  }
+}
+template <int kHalves>
+TQ_DEVICE void copy_halves_strided(char* to, const char* from, int64_t token_stride, int64_t stride, int first, int n, int tid) {
+  const uint16_t* halves = reinterpret_cast<const uint16_t*>(from);
+  for (int i = tid; i < kStageTokens * kHalves; i += kThreads) {
+    reinterpret_cast<uint16_t*>(to)[i] =
+        i / kHalves < n ? halves[(first + i / kHalves) * token_stride + i % kHalves * stride] : uint16_t(0);
+  }
+}
+
+// One KV head's packed arrays.
+struct Head {
+  const char *keys, *norms, *values, *params, *signs, *residuals;  // rounded down to 16 bytes
+  int key_lead, norm_lead, value_lead, param_lead, sign_lead, residual_lead;
+
+  TQ_DEVICE static void set(const char*& base, int& lead, const void* p) {
+    lead = int(reinterpret_cast<uintptr_t>(p) & 15);
+    base = static_cast<const char*>(p) - lead;
+  }
+};
+
+TQ_DEVICE Head head_of(const AttentionParams& p, int b, int h) {
+  Head x;
+  Head::set(x.keys, x.key_lead, p.key_codes + b * p.key_code_stride[0] + h * p.key_code_stride[1]);
+  Head::set(x.norms, x.norm_lead, p.key_norms + b * p.key_norm_stride[0] + h * p.key_norm_stride[1]);
+  Head::set(x.values, x.value_lead, p.value_codes + b * p.value_code_stride[0] + h * p.value_code_stride[1]);
+  Head::set(x.params, x.param_lead, p.value_params + b * p.value_param_stride[0] + h * p.value_param_stride[1]);
+  if constexpr (kSigns) {
+    Head::set(x.signs, x.sign_lead, p.signs + b * p.sign_stride[0] + h * p.sign_stride[1]);
+    Head::set(x.residuals, x.residual_lead, p.residual_norms + b * p.residual_norm_stride[0] + h * p.residual_norm_stride[1]);
+  }
+  if constexpr (kStrided) {
+    // The strided copies start at the head's first element.
+    x.keys += x.key_lead, x.norms += x.norm_lead, x.values += x.value_lead, x.params += x.param_lead;
+    x.key_lead = x.norm_lead = x.value_lead = x.param_lead = 0;
+    if constexpr (kSigns) {
+      x.signs += x.sign_lead, x.residuals += x.residual_lead;
+      x.sign_lead = x.residual_lead = 0;
+    }
+  }
+  return x;
+}
+
+// By all threads of the block.
+TQ_DEVICE void copy_stage(const AttentionParams& p, const Head& head, char* stage, int first, int n, int tid) {
+  const uint32_t to = shared_address(stage);
+  if constexpr (kStrided) {
+    copy_words_strided<kKeyWords>(to, head.keys, p.key_code_stride, first, n, tid);
+    copy_words_strided<kValueWords>(to + kLayout.value_at, head.values, p.value_code_stride, first, n, tid);
+    copy_halves_strided<2 * kGroups>(stage + kLayout.param_at, head.params, p.value_param_stride[2], p.value_param_stride[3], first,
+                                     n, tid);
+    copy_halves_strided<1>(stage + kLayout.norm_at, head.norms, p.key_norm_stride[2], 0, first, n, tid);
+    if constexpr (kSigns) {
+      copy_words_strided<kSignWords>(to + kLayout.sign_at, head.signs, p.sign_stride, first, n, tid);
+      copy_halves_strided<1>(stage + kLayout.residual_at, head.residuals, p.residual_norm_stride[2], 0, first, n, tid);
+    }
+  } else {
+    copy_stage<kLayout.key_row>(to, head.keys, head.key_lead, first, n, tid);
+    copy_stage<kLayout.value_row>(to + kLayout.value_at, head.values, head.value_lead, first, n, tid);
+    copy_stage<kLayout.param_row>(to + kLayout.param_at, head.params, head.param_lead, first, n, tid);
+    copy_stage<2>(to + kLayout.norm_at, head.norms, head.norm_lead, first, n, tid);
+    if constexpr (kSigns) {
+      copy_stage<kLayout.sign_row>(to + kLayout.sign_at, head.signs, head.sign_lead, first, n, tid);
+      copy_stage<2>(to + kLayout.residual_at, head.residuals, head.residual_lead, first, n, tid);
+    }
+  }
+}
+
+// By one lane and the copy engine. Behind the last token at most 15 bytes are read, of the 16 that its last byte is in.
+TQ_DEVICE void copy_stage_bulk(const AttentionParams& p, const Head& head, uint32_t to, uint32_t barrier, int first, int n) {
+  auto bytes = [&](int row, int lead) { return uint32_t(row % 16 == 0 ? n * row : (n * row + lead + 15) & ~15); };
+  const uint32_t keys = bytes(kLayout.key_row, head.key_lead), values = bytes(kLayout.value_row, head.value_lead);
+  const uint32_t params = bytes(kLayout.param_row, head.param_lead), norms = bytes(2, head.norm_lead);
+  const uint32_t signs = kSigns ? bytes(kLayout.sign_row, head.sign_lead) : 0, residuals = kSigns ? bytes(2, head.residual_lead) : 0;
+  barrier_expect(barrier, keys + values + params + norms + signs + residuals);
+  copy_bulk(to, head.keys + int64_t(first) * kLayout.key_row, keys, barrier);
+  copy_bulk(to + kLayout.value_at, head.values + int64_t(first) * kLayout.value_row, values, barrier);
+  copy_bulk(to + kLayout.param_at, head.params + int64_t(first) * kLayout.param_row, params, barrier);
+  copy_bulk(to + kLayout.norm_at, head.norms + int64_t(first) * 2, norms, barrier);
+  if constexpr (kSigns) {
+    copy_bulk(to + kLayout.sign_at, head.signs + int64_t(first) * kLayout.sign_row, signs, barrier);
+    copy_bulk(to + kLayout.residual_at, head.residuals + int64_t(first) * 2, residuals, barrier);
+  }
+}
+
+// ---- Decoding ----
+
+// Levels of one unit as int8: r[2 s], r[2 s + 1] are dimensions 8 s ... 8 s + 7.
+TQ_DEVICE void decode_unit(const uint32_t* w, const uint32_t (&book)[4], uint32_t two_16, uint32_t (&r)[8]) {
+  if constexpr (kKeyBits == 4) {
+#pragma unroll
+    for (int s = 0; s < 4; s++) {
+      const uint32_t low = w[s] & 0x77777777u, top = w[s] >> 3 & 0x11111111u;
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        const uint32_t select = low >> (16 * half);
+        const uint32_t upper = permute(0x0000ff00u, 0u, top >> (16 * half));  // 0xff where the code is 8 or more
+        r[2 * s + half] = (permute(book[0], book[1], select) & ~upper) | (permute(book[2], book[3], select) & upper);
+      }
+    }
+  } else {
+    uint32_t select[4];
+    if constexpr (kKeyBits == 3) {
+      select[0] = w[0] & 0x77777777u;
+      select[1] = w[1] & 0x77777777u;
+      select[2] = w[2] & 0x77777777u;
+      select[3] = (w[0] >> 3 & 0x11111111u) | (w[1] >> 2 & 0x22222222u) | (w[2] >> 1 & 0x44444444u);
+    } else {
+      select[0] = w[0] & 0x33333333u;
+      select[1] = w[1] & 0x33333333u;
+      select[2] = w[0] >> 2 & 0x33333333u;
+      select[3] = w[1] >> 2 & 0x33333333u;
+    }
+#pragma unroll
+    for (int s = 0; s < 4; s++) {
+      r[2 * s] = permute(book[0], book[1], select[s]);
+      r[2 * s + 1] = permute(book[0], book[1], __umulhi(select[s], two_16));
+    }
+  }
+}
+
+// +-1 of 32 sign bits: r[2 s + half] byte k is bit s + 4 k + 16 half.
+TQ_DEVICE void decode_signs(uint32_t w, uint32_t (&r)[8]) {
+#pragma unroll
+  for (int s = 0; s < 4; s++) {
+    const uint32_t select = w >> s & 0x11111111u;
+    r[2 * s] = permute(0x000001ffu, 0u, select);
+    r[2 * s + 1] = permute(0x000001ffu, 0u, select >> 16);
+  }
+}
+// Where residual dimension d of its unit goes in the int8 query, so that bytes meet (decode_signs).
+TQ_DEVICE int residual_place(int d) { return 8 * (d % 4) + 4 * (d / 16) + d % 16 / 4; }
+
+// Column of a product over 8 tokens <-> token: lanes of a quad then read values from different banks. A lane's scores belong to
+// tokens j, j + 4 (columns 2 j, 2 j + 1) of each run of 8.
+TQ_DEVICE int token_of_column(int column) { return (column >> 1) + 4 * (column & 1); }
+
+// ---- Values: fragment rows of 16 dimensions as fp16 subnormals ----
+
+// Dimension d of a value vector: word d % kValueWords, bit kValueBits * (d / kValueWords). Rows g and g + 8 of tile i are
+// dimensions 16 i + g and 16 i + 8 + g.
+enum : int { kWordsMany, kWordsFour, kWordsAny };
+constexpr int kWordLayout = kValueWords % 8 == 0 ? kWordsMany : kValueWords == 4 ? kWordsFour : kWordsAny;
+constexpr int kWordsPerLane = kWordLayout == kWordsMany ? kValueWords / 8 : 1;
+// Rows of the bias product: scale and bias of each group (16-byte rows can be loaded transposed), or the groups.
+constexpr bool kBiasTransposed = kGroups == 4;
+constexpr int kCodeMask = (1 << kValueBits) - 1;
+
+// Of the bit position within a half: positions that do not fit fp16's ten fraction bits are shifted down first.
+constexpr int kShift = kValueBits == 2 ? 10 : 8;
+constexpr int fraction_bit(int bit) { return bit % 16 + kValueBits <= 10 ? bit % 16 : bit % 16 - kShift; }
+// 2^(24 - bit): what turns a code at fraction bit `bit` of a subnormal into the code.
+TQ_DEVICE float unscale(int bit) { return __uint_as_float(uint32_t(127 + 24 - bit) << 23); }
+
+// Position of dimension 16 i + 8 r + g where it does not depend on the lane (kWordsMany, kWordsFour).
+constexpr int code_bit(int i, int r) { return kValueBits * ((16 * i + 8 * r) / kValueWords); }
+constexpr int word_base(int i, int r) { return (16 * i + 8 * r) % kValueWords / 8; }
+
+TQ_DEVICE uint32_t take_codes(uint32_t pair, uint32_t pair_shifted, int bit) {
+  const uint32_t mask = uint32_t(kCodeMask) * 0x10001u << fraction_bit(bit);
+  return (bit % 16 + kValueBits <= 10 ? pair : pair_shifted) & mask;
+}
+
+// ---- The main loop over a block's share of the coded tokens ----
+
+// A lane's part of a warp's softmax state: max of row g (of each row tile; with four rows, row g % 4), the products of dimensions
+// 16 i + g, 16 i + 8 + g with columns 2 j, 2 j + 1; bias: of the groups' biases with these columns, then the columns' sums, as
+// products with ones, so that they are sums of the same rounded weights.
+struct Rows {
+  float max[kRowTiles];
+  float acc[kRowTiles][kValueDim / 16][4];
+  float bias[kRowTiles][4];
+};
+
+struct Share {
+  int begin, end;   // tiles of this block
+  int n_requests;   // steps that are requested in the main loop
+  int first_token;  // tokens below are not attended
+  int last_token;   // nor those from here on, by any row
+  int whole_begin, n_whole;  // tiles of which every row attends to every token
+  TQ_DEVICE int steps() const { return (end - begin + kWarps - 1) / kWarps; }
+};
+
+// The block's ring of stages: step i (kWarps tiles) is in stage i % kStages. With the copy engine, step i + kStages - 2 is
+// requested at step i, by the warps in turn, so that warps may be two steps apart; else step i + kStages - 1, by all threads.
+struct Ring {
+  char* shared;
+  int tid, lane, warp;
+
+  TQ_DEVICE char* stage(int i) const { return shared + i % kStages * kLayout.stage; }
+  TQ_DEVICE uint32_t filled(int i) const { return shared_address(shared) + kLayout.barrier_at + 8 * (i % kStages); }
+  TQ_DEVICE uint32_t emptied(int i) const { return filled(i) + 8 * kStages; }
+
+  TQ_DEVICE void request(const AttentionParams& p, const Head& head, const Share& share, int i) const {
+    const int first = (share.begin + i * kWarps) * kTileTokens;
+    const int n = min(min(kWarps, share.end - share.begin - i * kWarps) * kTileTokens, p.n_coded - first);
+    if constexpr (kBulk) {
+      copy_stage_bulk(p, head, shared_address(stage(i)), filled(i), first, n);
+    } else {
+      copy_stage(p, head, stage(i), first, n, tid);
+    }
+  }
+
+  // What follows up to the main loop may overlap with the first copies, but not touch any stage except the last.
+  TQ_DEVICE void start(const AttentionParams& p, const Head& head, const Share& share) const {
+    const int steps = min(kStages - 1, share.steps());
+    if constexpr (kBulk) {
+      if (tid < 2 * kStages) {
+        barrier_init(tid < kStages ? filled(tid) : emptied(tid - kStages), tid < kStages ? 1 : kWarps);
+        copy_engine_fence();
+      }
+      __syncthreads();
+      if (lane == 0) {
+        for (int i = warp; i < steps; i += kWarps) request(p, head, share, i);
+      }
+      __syncwarp();
+    } else {
+#pragma unroll 1
+      for (int i = 0; i < kStages - 1; i++) {
+        if (i < steps) request(p, head, share, i);
+        copy_async_commit();
+      }
+    }
+  }
+
+  // Waits for step i and requests a later one.
+  TQ_DEVICE void acquire(const AttentionParams& p, const Head& head, const Share& share, int i) const {
+    if constexpr (kBulk) {
+      const int next = i + kStages - 2;
+      if (i % kWarps == warp && uint32_t(i - 1) < uint32_t(share.n_requests)) {
+        if (lane == 0) {
+          if (next >= kStages) barrier_wait(emptied(next), (next / kStages - 1) & 1);
+          request(p, head, share, next);
+        }
+        __syncwarp();
+      }
+      barrier_wait(filled(i), i / kStages & 1);
+    } else {
+      copy_async_wait<kStages - 2>();
+      __syncthreads();
+      const int next = i + kStages - 1;
+      if (next < share.steps()) request(p, head, share, next);
+      copy_async_commit();
+    }
+  }
+  TQ_DEVICE void release(int i) const {
+    if constexpr (kBulk) {
+      __syncwarp();
+      if (lane == 0) barrier_arrive(emptied(i));
+    }
+  }
+};
+
+// A row in 16-bit fixed point lies in shared memory as fragments: for each unit and run s of 8 dimensions, the high halves of
+// the first four, their low halves, the high halves of the other four, their low halves.
+TQ_DEVICE int fixed_point_place(int d, int part) { return d / 32 * 64 + d % 32 / 8 * 16 + d % 8 / 4 * 8 + 4 * part + d % 4; }
+TQ_DEVICE uint4 query_fragment(const int8_t* rows, int row, int unit, int s) {
+  if (kUnits % 4 != 0 && unit >= kUnits) return make_uint4(0, 0, 0, 0);
+  return *reinterpret_cast<const uint4*>(rows + 2 * row * kKeyDim + 64 * unit + 16 * s);
+}
+
+template <class RowEnd>
+TQ_DEVICE void attend_coded(const AttentionParams& p, const Head& head, const Share& share, const Ring& ring,
+                            RowEnd row_end, float shift, Rows& x, int lane, int row0, int b, int h) {
+  const int g = lane >> 2, j = lane & 3;
+  const char* shared = ring.shared;
+  const int row_of_lane = kFour ? g & 3 : g;
+  const int8_t* query8 = reinterpret_cast<const int8_t*>(shared + kLayout.int8_at);
+  uint4 query[kRowTiles][kLaneUnits][4];  // [step]: fragment of the high and low halves
+  float row_scale[kRowTiles], row_offset[kRowTiles], residual_scale[kRowTiles];
+  // Scores are kept relative to the running maximum: offset = row_offset - maximum; threshold: where it must be renewed.
+  float offset[kRowTiles], threshold[kRowTiles];
+#pragma unroll
+  for (int t = 0; t < kRowTiles; t++) {
+    const int row = 8 * t + row_of_lane;
+#pragma unroll
+    for (int u = 0; u < kLaneUnits; u++) {
+#pragma unroll
+      for (int s = 0; s < 4; s++) query[t][u][s] = query_fragment(query8, row, j + 4 * u, s);
+    }
+    row_scale[t] = reinterpret_cast<const float*>(shared + kLayout.row_scale_at)[row];
+    row_offset[t] = reinterpret_cast<const float*>(shared + kLayout.row_offset_at)[row];
+    residual_scale[t] = kSigns ? reinterpret_cast<const float*>(shared + kLayout.residual_scale_at)[row] : 0.0f;
+    offset[t] = row_offset[t];
+    threshold[t] = kEmptyMax;
+    x.max[t] = kEmptyMax;
+#pragma unroll
+    for (int i = 0; i < kValueDim / 16; i++) {
+#pragma unroll
+      for (int k = 0; k < 4; k++) x.acc[t][i][k] = 0;
+    }
+#pragma unroll
+    for (int k = 0; k < 4; k++) x.bias[t][k] = 0;
+  }
+  uint32_t book[4];
+#pragma unroll
+  for (int i = 0; i < 4; i++) book[i] = p.codebook[i];
+  const float renew = kTop + kGrowth - shift, top = kTop - shift;
+  const int key_token = token_of_column(g);
+  const int bias_token = (lane & 8) + token_of_column(lane & 7);  // row of the transposed load
+
+  const int steps = share.steps();
+#pragma unroll 1
+  for (int i = 0; i < steps; i++) {
+    ring.acquire(p, head, share, i);
+    const int tile = share.begin + i * kWarps + ring.warp;
+    if (tile >= share.end) {
+      ring.release(i);
+      continue;
+    }
+    char* data = ring.stage(i);
+    auto part = [&](int at, int row, int lead) { return data + at + (row % 16 ? lead : 0) + ring.warp * kTileTokens * row; };
+    const uint32_t* keys = reinterpret_cast<const uint32_t*>(part(0, kLayout.key_row, head.key_lead));
+    const uint32_t* values = reinterpret_cast<const uint32_t*>(part(kLayout.value_at, kLayout.value_row, head.value_lead));
+    uint32_t* params = reinterpret_cast<uint32_t*>(part(kLayout.param_at, kLayout.param_row, head.param_lead));
+    const uint16_t* norms = reinterpret_cast<const uint16_t*>(part(kLayout.norm_at, 2, head.norm_lead));
+
+    const int token0 = tile * kTileTokens;
+    const bool whole = uint32_t(tile - share.whole_begin) < uint32_t(share.n_whole);
+    if (!whole) {
+      // Weight zero times whatever lies there must be zero.
+      if (token0 + lane < share.first_token || token0 + lane >= share.last_token) {
+#pragma unroll
+        for (int group = 0; group < kGroups; group++) params[lane * kGroups + group] = 0;
+      }
+      if constexpr (kBulk) copy_engine_fence();
+      __syncwarp();
+    }
+
+    // score[t][u][v][c]: token 16 u + 8 v + j + 4 c of the tile, row of the lane.
+    float score[kRowTiles][2][2][2];
+#pragma unroll
+    for (int u = 0; u < 2; u++) {
+      int sums[kRowTiles][2][4] = {};  // [v]: high halves of columns 2 j, 2 j + 1, low halves of the same
+      const uint32_t* key = keys + (16 * u + key_token) * kKeyWords;
+#pragma unroll
+      for (int lu = 0; lu < kLaneUnits; lu++) {
+        // Lanes without a unit read some unit; their query is zero.
+        const int unit = kUnits % 4 == 0 ? j + 4 * lu : min(j + 4 * lu, kUnits - 1);
+#pragma unroll
+        for (int v = 0; v < 2; v++) {
+          uint32_t levels[8];
+          decode_unit(key + 8 * v * kKeyWords + unit * kKeyBits, book, p.two_16, levels);
+#pragma unroll
+          for (int s = 0; s < 4; s++) {
+#pragma unroll
+            for (int t = 0; t < kRowTiles; t++) {
+              multiply_int8(sums[t][v], query[t][lu][s], levels[2 * s], levels[2 * s + 1]);
+            }
+          }
+        }
+      }
+#pragma unroll
+      for (int v = 0; v < 2; v++) {
+#pragma unroll
+        for (int c = 0; c < 2; c++) {
+          const float norm = half_to_float(norms[16 * u + 8 * v + 4 * c + j]);
+#pragma unroll
+          for (int t = 0; t < kRowTiles; t++) {
+            score[t][u][v][c] = fmaf(float(sums[t][v][c] * 256 + sums[t][v][2 + c]), norm * row_scale[t], offset[t]);
+          }
+        }
+      }
+      if constexpr (kSigns) {
+        const uint32_t* signs = reinterpret_cast<const uint32_t*>(part(kLayout.sign_at, kLayout.sign_row, head.sign_lead));
+        const uint16_t* residuals = reinterpret_cast<const uint16_t*>(part(kLayout.residual_at, 2, head.residual_lead));
+        const int8_t* residual8 = reinterpret_cast<const int8_t*>(shared + kLayout.residual_int8_at);
+#pragma unroll
+        for (int v = 0; v < 2; v++) {
+          int rest[kRowTiles][4] = {};
+#pragma unroll
+          for (int lu = 0; lu < kLaneUnits; lu++) {
+            const int unit = min(j + 4 * lu, kUnits - 1);
+            uint32_t levels[8];
+            decode_signs(signs[(16 * u + 8 * v + key_token) * kSignWords + unit], levels);
+#pragma unroll
+            for (int t = 0; t < kRowTiles; t++) {
+#pragma unroll
+              for (int s = 0; s < 4; s++) {
+                multiply_int8(rest[t], query_fragment(residual8, 8 * t + row_of_lane, j + 4 * lu, s), levels[2 * s], levels[2 * s + 1]);
+              }
+            }
+          }
+#pragma unroll
+          for (int c = 0; c < 2; c++) {
+            const float norm = half_to_float(residuals[16 * u + 8 * v + 4 * c + j]);
+#pragma unroll
+            for (int t = 0; t < kRowTiles; t++) {
+              score[t][u][v][c] = fmaf(float(rest[t][c] * 256 + rest[t][2 + c]), norm * residual_scale[t], score[t][u][v][c]);
+            }
+          }
+        }
+      }
+    }
+
+    if (kMask != kMaskNone || !whole) {
+#pragma unroll
+      for (int t = 0; t < kRowTiles; t++) {
+        const int row = row0 + 8 * t + row_of_lane;
+        const bool there = row < p.n_repeats * p.n_queries;
+        const int end = row_end(row);
+        int64_t mask_at = 0;
+        if (kMask != kMaskNone && there) {
+          mask_at = b * p.mask_stride[0] + (h * p.n_repeats + row / p.n_queries) * p.mask_stride[1] +
+                    row % p.n_queries * p.mask_stride[2];
+        }
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+          const int token = token0 + 16 * (i >> 2) + 8 * (i >> 1 & 1) + 4 * (i & 1) + j;
+          float& s = score[t][i >> 2][i >> 1 & 1][i & 1];
+          if (token < share.first_token || token >= end) {
+            s = -INFINITY;
+          } else if (kMask != kMaskNone && there) {
+            const int64_t at = mask_at + (p.n_first + token) * p.mask_stride[3];
+            if constexpr (kMask == kMaskBool) {
+              if (!static_cast<const bool*>(p.mask)[at]) s = -INFINITY;
+            } else {
+              s += static_cast<const float*>(p.mask)[at] * kLog2e;
+            }
+          }
+        }
+      }
+    }
+
+    // Renew the maximum only when a weight has grown by 2^kGrowth: rarely after the first tile.
+    bool grown = false;
+    float highest[kRowTiles];
+#pragma unroll
+    for (int t = 0; t < kRowTiles; t++) {
+      const auto& s = score[t];
+      highest[t] = fmaxf(fmaxf(fmaxf(s[0][0][0], s[0][0][1]), fmaxf(s[0][1][0], s[0][1][1])),
+                         fmaxf(fmaxf(s[1][0][0], s[1][0][1]), fmaxf(s[1][1][0], s[1][1][1])));
+      grown |= highest[t] > threshold[t];
+    }
+    if (__any_sync(kAllLanes, grown)) {
+#pragma unroll
+      for (int t = 0; t < kRowTiles; t++) {
+        float m = highest[t];
+        m = fmaxf(m, __shfl_xor_sync(kAllLanes, m, 1));
+        m = fmaxf(m, __shfl_xor_sync(kAllLanes, m, 2));
+        const bool empty = x.max[t] == kEmptyMax;
+        const float base = empty ? 0.0f : x.max[t];
+        const float renewed = fmaxf(x.max[t], m + base - top);
+        const float factor = exp2_fast(x.max[t] - renewed);
+        if (renewed != kEmptyMax) {
+#pragma unroll
+          for (int i = 0; i < 8; i++) score[t][i >> 2][i >> 1 & 1][i & 1] += base - renewed;
+          offset[t] = row_offset[t] - renewed;
+          threshold[t] = renew;
+        }
+        x.max[t] = renewed;
+        const float f0 = __shfl_sync(kAllLanes, factor, 8 * j), f1 = __shfl_sync(kAllLanes, factor, 8 * j + 4);
+#pragma unroll
+        for (int i = 0; i < kValueDim / 16; i++) {
+          x.acc[t][i][0] *= f0, x.acc[t][i][2] *= f0;
+          x.acc[t][i][1] *= f1, x.acc[t][i][3] *= f1;
+        }
+        x.bias[t][0] *= f0, x.bias[t][2] *= f0;
+        x.bias[t][1] *= f1, x.bias[t][3] *= f1;
+      }
+    }
+
+#pragma unroll
+    for (int u = 0; u < 2; u++) {
+      uint32_t weight[kRowTiles][2];
+#pragma unroll
+      for (int t = 0; t < kRowTiles; t++) {
+#pragma unroll
+        for (int v = 0; v < 2; v++) {
+          const float w0 = exp2_fast(score[t][u][v][0]), w1 = exp2_fast(score[t][u][v][1]);
+          weight[t][v] = pack_halves(w0, w1);
+        }
+      }
+      const int token = 16 * u + j;  // and + 4, + 8, + 12
+      {
+        uint32_t a0, a2;
+        if constexpr (kBiasTransposed) {
+          load_transposed(a0, a2, shared_address(params + (16 * u + bias_token) * kGroups));
+        } else {
+          const uint32_t* q = params + token * kGroups + min(g, kGroups - 1);
+          a0 = permute(q[0], q[4 * kGroups], 0x7632);
+          a2 = permute(q[8 * kGroups], q[12 * kGroups], 0x7632);
+        }
+#pragma unroll
+        for (int t = 0; t < kRowTiles; t++) multiply_half(x.bias[t], a0, kOnes, a2, kOnes, weight[t][0], weight[t][1]);
+      }
+      uint32_t low_a[kWordsPerLane], high_a[kWordsPerLane], low_b[kWordsPerLane], high_b[kWordsPerLane];
+      if constexpr (kWordLayout != kWordsAny) {
+#pragma unroll
+        for (int n = 0; n < kWordsPerLane; n++) {
+          const uint32_t* w = values + token * kValueWords + (kWordLayout == kWordsMany ? 8 * n + g : g & 3);
+          uint32_t w0 = w[0], w1 = w[4 * kValueWords], w2 = w[8 * kValueWords], w3 = w[12 * kValueWords];
+          if constexpr (kWordLayout == kWordsFour) {
+            const int down = kValueBits * (g >> 2);
+            w0 >>= down, w1 >>= down, w2 >>= down, w3 >>= down;
+          }
+          low_a[n] = permute(w0, w1, 0x5410), high_a[n] = permute(w0, w1, 0x7632);
+          low_b[n] = permute(w2, w3, 0x5410), high_b[n] = permute(w2, w3, 0x7632);
+        }
+      }
+      // The lane's scales of its four tokens.
+      uint32_t scales[4][kScaleSets];
+#pragma unroll
+      for (int n = 0; n < 4; n++) {
+        const uint32_t* q = params + (token + 4 * n) * kGroups;
+        if constexpr (kFour && kGroups == 4) {
+          const uint2 y = *reinterpret_cast<const uint2*>(q + 2 * (g >> 2));
+          scales[n][0] = y.x, scales[n][1] = y.y;
+        } else if constexpr (!kFour && kGroups % 4 == 0) {
+#pragma unroll
+          for (int set = 0; set < kScaleSets; set += 4) {
+            const uint4 y = *reinterpret_cast<const uint4*>(q + set);
+            scales[n][set] = y.x, scales[n][set + 1] = y.y, scales[n][set + 2] = y.z, scales[n][set + 3] = y.w;
+          }
+        } else {
+#pragma unroll
+          for (int set = 0; set < kScaleSets; set++) scales[n][set] = q[kFour ? min(set + kScaleSets * (g >> 2), kGroups - 1) : set];
+        }
+      }
+#pragma unroll
+      for (int set = 0; set < kScaleSets; set++) {
+        const uint32_t scale_a = permute(scales[0][set], scales[1][set], 0x5410);
+        const uint32_t scale_b = permute(scales[2][set], scales[3][set], 0x5410);
+        uint32_t scaled[kRowTiles][2], rest[kRowTiles][2];
+#pragma unroll
+        for (int t = 0; t < kRowTiles; t++) {
+          scaled[t][0] = multiply_halves(weight[t][0], scale_a);
+          scaled[t][1] = multiply_halves(weight[t][1], scale_b);
+          if constexpr (kExactProducts) {
+            rest[t][0] = multiply_subtract_halves(weight[t][0], scale_a, scaled[t][0]);
+            rest[t][1] = multiply_subtract_halves(weight[t][1], scale_b, scaled[t][1]);
+          }
+        }
+#pragma unroll
+        for (int group = set; group < kGroups; group += kScaleSets) {
+#pragma unroll
+          for (int i = 2 * group; i < 2 * group + 2; i++) {
+            uint32_t a[4];
+#pragma unroll
+            for (int r = 0; r < 2; r++) {
+              if constexpr (kWordLayout != kWordsAny) {
+                const int n = kWordLayout == kWordsMany ? word_base(i, r) : 0, bit = code_bit(i, r);
+                const uint32_t pa = bit >= 16 ? high_a[n] : low_a[n], pb = bit >= 16 ? high_b[n] : low_b[n];
+                a[r] = take_codes(pa, __umulhi(pa, p.two_up), bit);
+                a[2 + r] = take_codes(pb, __umulhi(pb, p.two_up), bit);
+              } else {
+                const int d = 16 * i + 8 * r + g, word = d % kValueWords, bit = kValueBits * (d / kValueWords);
+                const uint32_t* w = values + token * kValueWords + word;
+                const uint32_t which = bit >= 16 ? 0x7632 : 0x5410, mask = uint32_t(kCodeMask) * 0x10001u;
+                a[r] = permute(w[0], w[4 * kValueWords], which) >> (bit & 15) & mask;
+                a[2 + r] = permute(w[8 * kValueWords], w[12 * kValueWords], which) >> (bit & 15) & mask;
+              }
+            }
+#pragma unroll
+            for (int t = 0; t < kRowTiles; t++) {
+              multiply_half(x.acc[t][i], a[0], a[1], a[2], a[3], scaled[t][0], scaled[t][1]);
+              if constexpr (kExactProducts) multiply_half(x.acc[t][i], a[0], a[1], a[2], a[3], rest[t][0], rest[t][1]);
+            }
+          }
+        }
+      }
+    }
+    ring.release(i);
+  }
+  if constexpr (!kBulk) copy_async_wait<0>();
+#pragma unroll
+  for (int t = 0; t < kRowTiles; t++) {
+    // Codes in place to codes, plus the biases.
+#pragma unroll
+    for (int group = 0; group < kGroups; group++) {
+      const int from = 4 * (kBiasTransposed ? 2 * group + 1 : group) + j;
+      const float z0 = __shfl_sync(kAllLanes, x.bias[t][0], from), z1 = __shfl_sync(kAllLanes, x.bias[t][1], from);
+#pragma unroll
+      for (int i = 2 * group; i < 2 * group + 2; i++) {
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+          const float f = kWordLayout == kWordsAny ? unscale(0) : unscale(fraction_bit(code_bit(i, r)));
+          x.acc[t][i][2 * r] = fmaf(x.acc[t][i][2 * r], f, z0);
+          x.acc[t][i][2 * r + 1] = fmaf(x.acc[t][i][2 * r + 1], f, z1);
+        }
+      }
+    }
+  }
+}
+
+// ---- Exact tokens: up to 32 for one warp, four lanes per token for the scores, the lane's dimensions for the values ----
+
+// Asks for a chunk's keys and values.
+TQ_DEVICE void prefetch_exact(const AttentionParams& p, int begin, int tid, int b, int h) {
+  constexpr int kSize = kType == kTypeFloat32 ? 4 : 2, kLine = 128 / kSize;
+  const int e = begin + tid;
+  static_assert(kThreads == kExactTokens, "a token per thread");
+  if (e >= p.n_first + p.n_tail) return;
+  auto ask = [&](const void* data, const int64_t* stride, int index, int dim) {
+    const char* row = static_cast<const char*>(data) + (b * stride[0] + h * stride[1] + index * stride[2]) * kSize;
+    for (int d = 0; d < dim; d += kLine) prefetch_line(row + d * stride[3] * kSize);
+  };
+  if (e < p.n_first) {
+    ask(p.first_keys, p.first_key_stride, e, p.head_dim);
+    ask(p.first_values, p.first_value_stride, e, p.value_dim);
+  } else {
+    ask(p.tail_keys, p.tail_key_stride, e - p.n_first, p.head_dim);
+    ask(p.tail_values, p.tail_value_stride, e - p.n_first, p.value_dim);
+  }
+}
+
+TQ_DEVICE void attend_exact(const AttentionParams& p, const float* query, int begin, int n, const int (&lengths)[3], int padding,
+                            bool own, float* weight, float* partial_out, float* partial_state, int lane, int row0, int b, int h) {
+  const int n_keys = p.n_first + p.n_coded + p.n_tail, n_rows = p.n_repeats * p.n_queries;
+  const bool causal = p.causal && !own;
+  const int first_own = p.n_tail - p.n_queries;
+  // What no row attends to may not be read as a number: it may be outside of what the sequence has stored.
+  const int length_first = lengths[0], length_tail = lengths[2];
+  auto is_there = [&](int t) {
+    const int e = begin + t;
+    const bool is_first = e < p.n_first;
+    const int index = is_first ? e : e - p.n_first, column = is_first ? e : e + p.n_coded;
+    return t < n && column >= padding && ((own && !is_first && index >= first_own) || index < (is_first ? length_first : length_tail));
+  };
+#pragma unroll 1
+  for (int t0 = 0; t0 < n; t0 += 8) {
+    float score[kRows] = {};
+    const int t = t0 + (lane >> 2), e = begin + t, quarter = lane & 3;
+    const bool is_first = e < p.n_first, there = is_there(t);
+    const int index = is_first ? e : e - p.n_first, column = is_first ? e : e + p.n_coded;
+    if (there) {
+      // Element by element: through a pointer to the chosen strides the parameters would be read as memory.
+      auto stride = [&](int axis) { return is_first ? p.first_key_stride[axis] : p.tail_key_stride[axis]; };
+      const void* keys = is_first ? p.first_keys : p.tail_keys;
+      const int64_t at = b * stride(0) + h * stride(1) + index * stride(2);
+      if (p.exact_aligned) {
+#pragma unroll
+        for (int k = 0; k < kKeyDim / 32; k++) {
+          const int d = 32 * k + 8 * quarter;
+          if (d < p.head_dim) {
+            float key[8];
+            load_eight<kType>(keys, at + d, key);
+#pragma unroll
+            for (int r = 0; r < kRows; r++) {
+#pragma unroll
+              for (int i = 0; i < 8; i++) score[r] = fmaf(query[r * kLayout.query_stride + d + i], key[i], score[r]);
+            }
+          }
+        }
+      } else {
+#pragma unroll 1
+        for (int k = 0; k < kKeyDim / 32; k++) {
+#pragma unroll 1
+          for (int d = 32 * k + 8 * quarter; d < min(p.head_dim, 32 * k + 8 * quarter + 8); d++) {
+            const float key = load_element<kType>(keys, at + d * stride(3));
+#pragma unroll
+            for (int r = 0; r < kRows; r++) score[r] = fmaf(query[r * kLayout.query_stride + d], key, score[r]);
+          }
+        }
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < kRows; r++) {
+      float s = score[r];
+      s += __shfl_xor_sync(kAllLanes, s, 1);
+      s += __shfl_xor_sync(kAllLanes, s, 2);
+      const int row = row0 + r, i = row % p.n_queries;
+      bool attended = there && row < n_rows;
+      if (causal) attended = attended && column <= n_keys - p.n_queries + i;
+      if (own && !is_first && index >= first_own) attended = attended && index - first_own <= i;
+      if (!attended) s = -INFINITY;
+      if constexpr (kMask != kMaskNone) {
+        if (attended) {
+          const int64_t m = b * p.mask_stride[0] + (h * p.n_repeats + row / p.n_queries) * p.mask_stride[1] + i * p.mask_stride[2] +
+                            column * p.mask_stride[3];
+          if constexpr (kMask == kMaskBool) {
+            if (!static_cast<const bool*>(p.mask)[m]) s = -INFINITY;
+          } else {
+            s += static_cast<const float*>(p.mask)[m] * kLog2e;
+          }
+        }
+      }
+      if (quarter == 0 && t < n) weight[t * kRows + r] = s;
+    }
+  }
+  __syncwarp();
+#pragma unroll
+  for (int r = 0; r < kRows; r++) {
+    const float s = lane < n ? weight[lane * kRows + r] : -INFINITY;
+    float m = fmaxf(s, kEmptyMax);
+#pragma unroll
+    for (int o = 1; o < 32; o <<= 1) m = fmaxf(m, __shfl_xor_sync(kAllLanes, m, o));
+    const float w = exp2_fast(s - m);
+    float sum = w;
+#pragma unroll
+    for (int o = 1; o < 32; o <<= 1) sum += __shfl_xor_sync(kAllLanes, sum, o);
+    if (lane < n) weight[lane * kRows + r] = w;
+    if (lane == 0) {
+      partial_state[2 * r] = m;
+      partial_state[2 * r + 1] = sum;
+    }
+  }
+  __syncwarp();
+  float acc[kRows][kValueDim / 32] = {};
+#pragma unroll 1
+  for (int t0 = 0; t0 < n; t0 += 8) {
+    float v[8][kValueDim / 32];
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+      const int t = t0 + i, e = begin + t;
+      const bool is_first = e < p.n_first, there = is_there(t);
+      auto stride = [&](int axis) { return is_first ? p.first_value_stride[axis] : p.tail_value_stride[axis]; };
+      const int64_t at = b * stride(0) + h * stride(1) + (is_first ? e : e - p.n_first) * stride(2);
+#pragma unroll
+      for (int k = 0; k < kValueDim / 32; k++) {
+        const int d = lane + 32 * k;
+        v[i][k] = there && d < p.value_dim ? load_element<kType>(is_first ? p.first_values : p.tail_values, at + d * stride(3)) : 0.0f;
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+#pragma unroll
+      for (int r = 0; r < kRows; r++) {
+        const float w = weight[min(t0 + i, n - 1) * kRows + r];  // past the last token: of a value of zero
+#pragma unroll
+        for (int k = 0; k < kValueDim / 32; k++) acc[r][k] = fmaf(w, v[i][k], acc[r][k]);
+      }
+    }
+  }
+#pragma unroll
+  for (int r = 0; r < kRows; r++) {
+#pragma unroll
+    for (int k = 0; k < kValueDim / 32; k++) partial_out[r * kValueDim + lane + 32 * k] = acc[r][k];
+  }
+}
+
+}  // namespace
+
+// x = step * (256 * high + low).
+TQ_DEVICE void split_row(const float (&x)[kKeyDim / 32], int8_t* row, float* step_out, int lane, bool residual) {
+  float top = 0;
+#pragma unroll
+  for (int k = 0; k < kKeyDim / 32; k++) top = max_nan(top, fabsf(x[k]));
+#pragma unroll
+  for (int o = 1; o < 32; o <<= 1) top = max_nan(top, __shfl_xor_sync(kAllLanes, top, o));
+  const float step = top / 32512.0f, inverse = top > 0 ? 32512.0f / top : 0.0f;
+#pragma unroll
+  for (int k = 0; k < kKeyDim / 32; k++) {
+    const int value = __float2int_rn(x[k] * inverse), h = (value + 128) >> 8;
+    const int to = 32 * k + (residual ? residual_place(lane) : lane);
+    row[fixed_point_place(to, 0)] = int8_t(h);
+    row[fixed_point_place(to, 1)] = int8_t(value - 256 * h);
+  }
+  if (lane == 0) *step_out = step;
+}
+
+extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM)
+    turboquant_attention(const __grid_constant__ AttentionParams p) {
+  extern __shared__ __align__(16) char shared[];
+  const int tid = threadIdx.x, lane = tid & 31, g = lane >> 2, j = lane & 3;
+  const int warp = __shfl_sync(kAllLanes, tid >> 5, 0);  // tells the compiler that it is uniform
+  const int head_index = blockIdx.y, b = head_index / p.n_kv_heads, h = head_index % p.n_kv_heads;
+  const int n_splits = gridDim.x, split = blockIdx.x, row0 = blockIdx.z * kRows;
+  const int n_rows = min(kRows, p.n_repeats * p.n_queries - row0);
+  const int n_keys = p.n_first + p.n_coded + p.n_tail;
+
+  // What each part holds for this sequence.
+  const bool own = p.lengths && p.causal;  // the last n_queries tail tokens are the rows' own
+  const int padding = p.left_padding ? max(0, p.left_padding[b * p.left_padding_stride]) : 0;
+  int lengths[3] = {p.n_first, p.n_coded, p.n_tail - (own ? p.n_queries : 0)};
+  if (p.lengths) {
+#pragma unroll
+    for (int part = 0; part < 3; part++) {
+      const int length = p.lengths[b * p.lengths_stride[0] + part * p.lengths_stride[1]];
+      lengths[part] = clamp(length, 0, lengths[part]);
+    }
+  }
+  // Column that row i sees last, plus one.
+  const bool causal = p.causal && !own;
+  auto column_end = [&](int row) { return causal ? n_keys - p.n_queries + row % p.n_queries + 1 : n_keys; };
+  auto row_end = [&](int row) { return min(lengths[1], column_end(row) - p.n_first); };
+
+  Share share;
+  share.first_token = clamp(padding - p.n_first, 0, lengths[1]);
+  share.last_token = clamp(lengths[1], 0, column_end(p.n_queries - 1) - p.n_first);
+  const int safe_last = min(share.last_token, column_end(0) - p.n_first);
+  share.whole_begin = (share.first_token + kTileTokens - 1) / kTileTokens;
+  share.n_whole = max(0, max(0, safe_last) / kTileTokens - share.whole_begin);
+  asm("" : "+r"(share.whole_begin), "+r"(share.n_whole));  // not to be computed again in every step
+  {
+    const int tile0 = share.first_token / kTileTokens;
+    const int n_tiles = max(0, (share.last_token + kTileTokens - 1) / kTileTokens - tile0);
+    const int n_exact = p.n_exact_blocks;
+    int per = (n_tiles + n_exact * p.exact_tiles + n_splits - 1) / n_splits, less = p.exact_tiles;
+    if (per < less) {  // the exact chunks are all that their blocks can take
+      if (n_splits > n_exact) {
+        per = (n_tiles + n_splits - n_exact - 1) / (n_splits - n_exact);
+        less = per;
+      } else {
+        per = (n_tiles + n_splits - 1) / n_splits;
+        less = 0;
+      }
+    }
+    const int before = min(split, n_exact) * (per - less) + max(0, split - n_exact) * per;
+    const int mine = split < n_exact ? per - less : per;
+    share.begin = tile0 + min(n_tiles, before);
+    share.end = tile0 + min(n_tiles, before + mine);
+    share.n_requests = max(0, share.steps() - kStages + 1);
+    asm("" : "+r"(share.n_requests));
+  }
+  // The first loads, ahead of the copies that will keep the memory busy: the query rows; the exact tokens, as far as L2.
+  constexpr int kWarpRows = kRows / kWarps;
+  float query_rows[kWarpRows][kKeyDim / 32];
+#pragma unroll
+  for (int i = 0; i < kWarpRows; i++) {
+    const int r = warp + kWarps * i, row = row0 + r, q_head = h * p.n_repeats + row / p.n_queries;
+    const int64_t at = b * p.q_stride[0] + q_head * p.q_stride[1] + row % p.n_queries * p.q_stride[2];
+#pragma unroll
+    for (int k = 0; k < kKeyDim / 32; k++) {
+      const int d = lane + 32 * k;
+      query_rows[i][k] = r < n_rows && d < p.head_dim ? load_element<kType>(p.q, at + d * p.q_stride[3]) : 0.0f;
+    }
+  }
+  if (split < p.n_exact_blocks && row0 == 0) prefetch_exact(p, split * kExactTokens, tid, b, h);
+  const Ring ring{shared, tid, lane, warp};
+  const Head head = head_of(p, b, h);
+  ring.start(p, head, share);
+
+  // The query rows: scaled, rotated, in fixed point.
+  float* rotated = reinterpret_cast<float*>(shared + kLayout.rotated_at);
+  float* exact_query = reinterpret_cast<float*>(shared + kLayout.exact_query_at);
+  float* row_scale = reinterpret_cast<float*>(shared + kLayout.row_scale_at);
+  float* row_offset = reinterpret_cast<float*>(shared + kLayout.row_offset_at);
+  float* residual_scale = reinterpret_cast<float*>(shared + kLayout.residual_scale_at);
+  int8_t* query8 = reinterpret_cast<int8_t*>(shared + kLayout.int8_at);
+  int8_t* residual8 = reinterpret_cast<int8_t*>(shared + kLayout.residual_int8_at);
+#pragma unroll
+  for (int i = 0; i < kWarpRows; i++) {
+    const int r = warp + kWarps * i;
+    float(&x)[kKeyDim / 32] = query_rows[i];
+    float* scratch = rotated + r * kLayout.query_stride;
+#pragma unroll
+    for (int k = 0; k < kKeyDim / 32; k++) x[k] *= p.scale;
+    float offset = 0;
+    if (p.mean) {
+      const float* mean = p.mean + b * p.mean_stride[0] + h * p.mean_stride[1];
+#pragma unroll
+      for (int k = 0; k < kKeyDim / 32; k++) {
+        const int d = lane + 32 * k;
+        if (d < p.head_dim) offset = fmaf(x[k], mean[d * p.mean_stride[2]], offset);
+      }
+#pragma unroll
+      for (int o = 1; o < 32; o <<= 1) offset += __shfl_xor_sync(kAllLanes, offset, o);
+    }
+    if (split < p.n_exact_blocks) {
+#pragma unroll
+      for (int k = 0; k < kKeyDim / 32; k++) exact_query[r * kLayout.query_stride + lane + 32 * k] = x[k];
+    }
+    if constexpr (Hadamard<kKeyDim>::kFactor > 0) {
+      if (p.hadamard) Hadamard<kKeyDim>::template rotate<TQ_ROTATION_SEED>(x, lane, scratch);
+    }
+    split_row(x, query8 + 2 * r * kKeyDim, row_scale + r, lane, false);
+    if (lane == 0) {
+      row_scale[r] *= 1.0f / kCodebookTop;
+      row_offset[r] = offset;
+    }
+    if constexpr (kSigns && Hadamard<kKeyDim>::kFactor > 0) {
+      Hadamard<kKeyDim>::template rotate<TQ_RESIDUAL_SEED>(x, lane, scratch);
+      split_row(x, residual8 + 2 * r * kKeyDim, residual_scale + r, lane, true);
+      // sqrt(pi / 2) / sqrt(dim)
+      if (lane == 0) residual_scale[r] *= 1.25331414f * rsqrtf(float(kKeyDim));
+    }
+  }
+  __syncthreads();
+
+  const int n_slots = n_splits + p.n_exact_blocks * kWarps;
+  const int64_t head_slots = (int64_t(head_index) * gridDim.z + blockIdx.z) * n_slots;
+  float* partial_out = p.partial_out + head_slots * kRows * kValueDim;
+  float* partial_state = p.partial_state + head_slots * kRows * 2;
+
+  if (split < p.n_exact_blocks) {
+    const int n = min(kExactTokens, p.n_first + p.n_tail - split * kExactTokens), per = (n + kWarps - 1) / kWarps;
+    const int slot = n_splits + split * kWarps + warp;
+    attend_exact(p, exact_query, split * kExactTokens + warp * per, clamp(n - warp * per, 0, per), lengths, padding, own, rotated + warp * 32 * kRows,
+                 partial_out + slot * kRows * kValueDim, partial_state + slot * kRows * 2, lane, row0, b, h);
+  }
+  // Everybody has read the queries: the last stage is free for the main loop.
+  if constexpr (kBulk) copy_engine_fence();
+  __syncthreads();
+
+  // The coded share.
+  Rows x;
+  float shift = 0;
+#pragma unroll 1
+  for (int attempt = 0; attempt < 2; attempt++) {
+    if (attempt == 1) {
+      shift = kSafeShift;
+      ring.start(p, head, share);
+    }
+    attend_coded(p, head, share, ring, row_end, shift, x, lane, row0, b, h);
+    bool finite = true;
+#pragma unroll
+    for (int t = 0; t < kRowTiles; t++) {
+#pragma unroll
+      for (int i = 0; i < kValueDim / 16; i++) {
+#pragma unroll
+        for (int k = 0; k < 4; k++) finite &= fabsf(x.acc[t][i][k]) < INFINITY;
+      }
+    }
+    if (__syncthreads_and(finite)) break;
+  }
+
+  // Join the warps.
+  float* state = reinterpret_cast<float*>(shared + kLayout.state_at);
+#pragma unroll
+  for (int t = 0; t < kRowTiles; t++) {
+    if (j == 0 && (!kFour || g < 4)) state[(warp * kRows + 8 * t + g) * 2] = x.max[t];
+    if (g == 0 && (!kFour || j < 2)) {
+      state[(warp * kRows + 8 * t + 2 * j) * 2 + 1] = x.bias[t][2];
+      state[(warp * kRows + 8 * t + 2 * j + 1) * 2 + 1] = x.bias[t][3];
+    }
+  }
+  __syncthreads();
+  constexpr int kJoinStride = kValueDim + 4;
+  float* join = reinterpret_cast<float*>(shared);  // [warp][row][kJoinStride]
+#pragma unroll
+  for (int t = 0; t < kRowTiles; t++) {
+#pragma unroll
+    for (int k = 0; k < 2; k++) {
+      const int column = 2 * j + k, r = kFour ? column & 3 : 8 * t + column;
+      float m = kEmptyMax;
+#pragma unroll
+      for (int w = 0; w < kWarps; w++) m = fmaxf(m, state[(w * kRows + r) * 2]);
+      const float factor = exp2_fast(state[(warp * kRows + r) * 2] - m);
+#pragma unroll
+      for (int i = 0; i < kValueDim / 16; i++) {
+        // With four rows, columns 4 ... 7 are right for the groups from kScaleSets on, the others for those before.
+        if (kFour && (j >> 1) != i / 2 / kScaleSets) continue;
+        join[(warp * kRows + r) * kJoinStride + 16 * i + g] = x.acc[t][i][k] * factor;
+        join[(warp * kRows + r) * kJoinStride + 16 * i + 8 + g] = x.acc[t][i][2 + k] * factor;
+      }
+    }
+  }
+  __syncthreads();
+  if (tid < kRows) {
+    float m = kEmptyMax, sum = 0;
+#pragma unroll
+    for (int w = 0; w < kWarps; w++) m = fmaxf(m, state[(w * kRows + tid) * 2]);
+#pragma unroll
+    for (int w = 0; w < kWarps; w++) sum += exp2_fast(state[(w * kRows + tid) * 2] - m) * state[(w * kRows + tid) * 2 + 1];
+    partial_state[(split * kRows + tid) * 2] = m;
+    partial_state[(split * kRows + tid) * 2 + 1] = sum;
+  }
+  for (int i = tid; i < kRows * kValueDim / 4; i += kThreads) {
+    const int r = i / (kValueDim / 4), d = i % (kValueDim / 4) * 4;
+    float4 sum = make_float4(0, 0, 0, 0);
+#pragma unroll
+    for (int w = 0; w < kWarps; w++) {
+      const float4 y = *reinterpret_cast<const float4*>(join + (w * kRows + r) * kJoinStride + d);
+      sum.x += y.x, sum.y += y.y, sum.z += y.z, sum.w += y.w;
+    }
+    *reinterpret_cast<float4*>(partial_out + (split * kRows + r) * kValueDim + d) = sum;
+  }
+
+  // The last block of the head joins the shares.
+  __shared__ bool is_last;
+  if (n_splits > 1) {
+    __threadfence();
+    __syncthreads();
+    if (tid == 0) {
+      uint32_t* counter = p.counters + head_index * gridDim.z + blockIdx.z;
+      is_last = atomicAdd(counter, 1u) == uint32_t(n_splits - 1);
+      if (is_last) *counter = 0;
+    }
+    __syncthreads();
+    if (!is_last) return;
+    __threadfence();
+  } else {
+    __syncthreads();
+  }
+
+  float* total = reinterpret_cast<float*>(shared);                       // [kRows][kValueDim + 4], rotated space
+  float* factors = total + kRows * kJoinStride;                          // [kFactorSlots][kRows]
+  float* inverse = factors + kMaxSlots * kRows;                          // [kRows]
+  for (int r = warp; r < kRows; r += kWarps) {
+    const int row = row0 + r, q_head = h * p.n_repeats + row / p.n_queries;
+    const float sink = p.sinks && r < n_rows ? p.sinks[q_head * p.sinks_stride] * kLog2e : kEmptyMax;
+    float m = sink;
+    for (int s = lane; s < n_slots; s += 32) m = fmaxf(m, __ldcg(partial_state + (s * kRows + r) * 2));
+#pragma unroll
+    for (int o = 1; o < 32; o <<= 1) m = fmaxf(m, __shfl_xor_sync(kAllLanes, m, o));
+    float sum = 0;
+    for (int s = lane; s < n_slots; s += 32) {
+      const float2 y = __ldcg(reinterpret_cast<const float2*>(partial_state + (s * kRows + r) * 2));
+      const float factor = exp2f(y.x - m);
+      factors[s * kRows + r] = factor;
+      sum = fmaf(factor, y.y, sum);
+    }
+#pragma unroll
+    for (int o = 1; o < 32; o <<= 1) sum += __shfl_xor_sync(kAllLanes, sum, o);
+    if (p.sinks) sum += exp2f(sink - m);
+    if (lane == 0) inverse[r] = sum == 0 ? 0.0f : 1.0f / sum;
+  }
+  __syncthreads();
+  for (int i = tid; i < kRows * kValueDim / 4; i += kThreads) {
+    const int r = i / (kValueDim / 4), d = i % (kValueDim / 4) * 4;
+    float4 sum = make_float4(0, 0, 0, 0);
+#pragma unroll 16
+    for (int s = 0; s < n_splits; s++) {
+      const float4 y = __ldcg(reinterpret_cast<const float4*>(partial_out + (s * kRows + r) * kValueDim + d));
+      const float f = factors[s * kRows + r];
+      sum.x = fmaf(f, y.x, sum.x), sum.y = fmaf(f, y.y, sum.y), sum.z = fmaf(f, y.z, sum.z), sum.w = fmaf(f, y.w, sum.w);
+    }
+    *reinterpret_cast<float4*>(total + r * kJoinStride + d) = sum;
+  }
+  __syncthreads();
+#pragma unroll 1
+  for (int r = warp; r < n_rows; r += kWarps) {
+    float y[kValueDim / 32];
+#pragma unroll
+    for (int k = 0; k < kValueDim / 32; k++) y[k] = total[r * kJoinStride + lane + 32 * k];
+    if constexpr (Hadamard<kValueDim>::kFactor > 0) {
+      if (p.hadamard) Hadamard<kValueDim>::template rotate_back<TQ_ROTATION_SEED>(y, lane, total + r * kJoinStride);
+    }
+    const int row = row0 + r, q_head = h * p.n_repeats + row / p.n_queries;
+    const int64_t at = ((int64_t(b) * p.n_kv_heads * p.n_repeats + q_head) * p.n_queries + row % p.n_queries) * p.value_dim;
+#pragma unroll 4
+    for (int s = n_splits; s < n_slots; s++) {
+      const float factor = factors[s * kRows + r];
+#pragma unroll
+      for (int k = 0; k < kValueDim / 32; k++) {
+        y[k] = fmaf(factor, __ldcg(partial_out + (s * kRows + r) * kValueDim + lane + 32 * k), y[k]);
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < kValueDim / 32; k++) {
+      const int d = lane + 32 * k;
+      if (d < p.value_dim) store_element<kType>(p.out, at + d, y[k] * inverse[r]);
+    }
+  }
+}
+
+}  // namespace tqext::cuda

@@ -1,0 +1,170 @@
+// eval_gpu of quantize_keys, quantize_values, dequantize and rotate.
+#include "turboquant_encode.h"
+
+#include <map>
+#include <mutex>
+#include <stdexcept>
+
+#include "codebook.h"
+#include "params.h"
+#include "rotate.h"
+#include "runtime.h"
+
+namespace tqext {
+
+namespace {
+
+using namespace cuda;  // NOLINT: the backend's own names
+
+int type_code(mx::Dtype type) {
+  return type == mx::float32 ? int(kTypeFloat32) : type == mx::float16 ? int(kTypeFloat16) : int(kTypeBFloat16);
+}
+
+const std::string& find_binary(int operation, int dim, int bits, mx::Dtype type, int hadamard, bool mean, bool signs, int device) {
+  static std::mutex mutex;
+  static std::map<std::vector<int>, std::string> binaries;
+  const std::vector<int> key{operation, dim, bits, type_code(type), hadamard, mean, signs, device};
+  std::lock_guard lock(mutex);
+  auto found = binaries.find(key);
+  if (found == binaries.end()) {
+    found = binaries
+                .emplace(key, compile("turboquant_encode.cu",
+                                      {{"OPERATION", operation},
+                                       {"DIM", dim},
+                                       {"BITS", bits},
+                                       {"TYPE", type_code(type)},
+                                       {"HADAMARD", hadamard},
+                                       {"MEAN", mean},
+                                       {"SIGNS", signs}},
+                                      false, device))
+                .first;
+  }
+  return found->second;
+}
+
+int as_int(int64_t x) {
+  if (x != int32_t(x)) throw std::runtime_error("[tqext] input: expected strides below 2^31 on CUDA, got " + std::to_string(x));
+  return int(x);
+}
+
+void add_strides(std::vector<Scalar>& scalars, const mx::array& x, int n) {
+  for (int axis = 0; axis < n; axis++) scalars.push_back(as_int(x.strides(axis)));
+}
+
+// Four levels in each of four scalars.
+void add_levels(std::vector<Scalar>& scalars, const Codebook& book) {
+  for (int i = 0; i < kMaxKeyLevels; i += 4) {
+    uint32_t word = 0;
+    for (int k = 0; k < 4; k++) word |= uint32_t(uint8_t(book.levels[i + k])) << (8 * k);
+    scalars.push_back(int32_t(word));
+  }
+}
+
+struct Rows {
+  int count, heads, tokens;
+};
+Rows rows_of(const mx::array& x) {
+  return {as_int(int64_t(x.shape(0)) * x.shape(1) * x.shape(2)), x.shape(1), x.shape(2)};
+}
+
+void run(const char* name, const std::string& binary, const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs,
+         const std::vector<Scalar>& scalars, int n_rows, mx::Stream stream) {
+  const int blocks = as_int((int64_t(n_rows) + kEncodeWarps - 1) / kEncodeWarps);
+  as_int(int64_t(blocks) * 32 * kEncodeWarps);
+  run_allocating(name, binary, inputs, outputs, scalars, blocks, 32 * kEncodeWarps, stream);
+}
+
+// Outputs of no bytes.
+bool allocate_empty(std::vector<mx::array>& outputs, int device) {
+  if (outputs[0].size() != 0) return false;
+  for (mx::array& x : outputs) allocate_output(x, device);
+  return true;
+}
+
+}  // namespace
+
+void QuantizeKeys::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
+  check_backend("quantize_keys");
+  const int device = stream().device.index;
+  if (allocate_empty(outputs, device)) return;
+  const mx::array& k = inputs[0];
+  const int dim = padded_dim(k.shape(3));
+  const bool mean = inputs.size() > 1;
+  const Rows rows = rows_of(k);
+  std::vector<Scalar> scalars{rows.count, rows.heads, rows.tokens, k.shape(3)};
+  add_strides(scalars, k, 4);
+  if (mean) {
+    add_strides(scalars, inputs[1], 3);
+  } else {
+    scalars.insert(scalars.end(), 3, 0);
+  }
+  const Codebook book = codebook(bits_, dim);
+  add_levels(scalars, book);
+  scalars.push_back(book.scale);
+  run("quantize_keys", find_binary(kQuantizeKeys, dim, bits_, k.dtype(), hadamard_, mean, qjl_, device), inputs, outputs, scalars,
+      rows.count, stream());
+}
+
+void QuantizeValues::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
+  check_backend("quantize_values");
+  const int device = stream().device.index;
+  if (allocate_empty(outputs, device)) return;
+  const mx::array& v = inputs[0];
+  const Rows rows = rows_of(v);
+  std::vector<Scalar> scalars{rows.count, rows.heads, rows.tokens, v.shape(3)};
+  add_strides(scalars, v, 4);
+  run("quantize_values", find_binary(kQuantizeValues, padded_dim(v.shape(3)), bits_, v.dtype(), hadamard_, false, false, device),
+      inputs, outputs, scalars, rows.count, stream());
+}
+
+void Dequantize::eval_gpu(const std::vector<mx::array>& inputs, mx::array& out) {
+  check_backend("dequantize");
+  const int device = stream().device.index;
+  std::vector<mx::array> outputs{out};
+  if (allocate_empty(outputs, device)) return;
+  const mx::array &codes = inputs[0], &params = inputs[1];
+  const int dim = padded_dim(head_dim_);
+  const bool mean = inputs.size() > 2;
+  const Rows rows = rows_of(codes);
+  std::vector<Scalar> scalars{rows.count, rows.heads, rows.tokens, head_dim_};
+  add_strides(scalars, codes, 4);
+  add_strides(scalars, params, 4);
+  if (mean) {
+    add_strides(scalars, inputs[2], 3);
+  } else {
+    scalars.insert(scalars.end(), 3, 0);
+  }
+  add_levels(scalars, codebook(keys_ ? bits_ : 3, dim));
+  run("dequantize", find_binary(keys_ ? kDequantizeKeys : kDequantizeValues, dim, bits_, out.dtype(), hadamard_, mean, false, device),
+      inputs, outputs, scalars, rows.count, stream());
+}
+
+void Rotate::eval_gpu(const std::vector<mx::array>& inputs, mx::array& out) {
+  check_backend("rotate");
+  const int device = stream().device.index;
+  std::vector<mx::array> outputs{out};
+  if (allocate_empty(outputs, device)) return;
+  const mx::array& x = inputs[0];
+  // The last four axes; those before them must follow from the first of the four.
+  const int n = int(x.ndim());
+  int shape[4] = {1, 1, 1, x.shape(n - 1)};
+  int64_t stride[4] = {0, 0, 0, x.strides(n - 1)};
+  for (int axis = 1; axis < std::min(n, 4); axis++) {
+    shape[3 - axis] = x.shape(n - 1 - axis);
+    stride[3 - axis] = x.strides(n - 1 - axis);
+  }
+  for (int axis = n - 5; axis >= 0; axis--) {
+    if (x.shape(axis) != 1 && x.strides(axis) != stride[0] * shape[0]) {
+      throw std::runtime_error("[rotate] x: expected at most 4 axes that do not follow each other in memory on CUDA, got " +
+                               std::to_string(n));
+    }
+    shape[0] *= x.shape(axis);
+  }
+  const int count = as_int(int64_t(shape[0]) * shape[1] * shape[2]);
+  std::vector<Scalar> scalars{count, shape[1], shape[2]};
+  for (int64_t s : stride) scalars.push_back(as_int(s));
+  run("rotate", find_binary(kRotate, shape[3], 1, x.dtype(), inverse_ ? 2 : 1, false, false, device), inputs, outputs, scalars, count,
+      stream());
+}
+
+}  // namespace tqext

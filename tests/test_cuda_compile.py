@@ -1,0 +1,107 @@
+"""The CUDA kernels compile for every architecture, with the compiler that users' machines run, and fit into registers."""
+
+import ctypes
+import importlib.util
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+ARCHITECTURES = ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"]
+FILES = ["csrc/format.h", "csrc/hadamard.h", "cuda/params.h", "cuda/device.cuh"]
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the CUDA kernels are part of Linux builds only")
+
+
+def compiler():
+    spec = importlib.util.find_spec("nvidia")
+    found = [path for root in (spec.submodule_search_locations if spec else []) for path in Path(root).glob("*/lib/libnvrtc.so.13")]
+    assert found, "pip install 'nvidia-cuda-nvrtc==13.0.*'"
+    for builtins in found[0].parent.glob("libnvrtc-builtins.so.13*"):
+        ctypes.CDLL(str(builtins), mode=ctypes.RTLD_GLOBAL)
+    return ctypes.CDLL(str(found[0]))
+
+
+def standard_header():
+    """stdint.h as the build embeds it."""
+    return re.search(r'"stdint.h", R"SOURCE\((.*?)\)SOURCE"', (ROOT / "cuda/sources.h.in").read_text(), re.S).group(1)
+
+
+def compile_kernel(name, architecture, **defines):
+    """The compiler's log, with the assembler's report of registers."""
+    nvrtc = compiler()
+    headers = {Path(file).name: (ROOT / file).read_text() for file in FILES} | {"stdint.h": standard_header()}
+    texts = (ctypes.c_char_p * len(headers))(*[text.encode() for text in headers.values()])
+    names = (ctypes.c_char_p * len(headers))(*[key.encode() for key in headers])
+    program = ctypes.c_void_p()
+    source = (ROOT / "cuda" / name).read_text().encode()
+    assert nvrtc.nvrtcCreateProgram(ctypes.byref(program), source, name.encode(), len(headers), texts, names) == 0
+    options = [f"--gpu-architecture={architecture}", "--std=c++17", "--device-as-default-execution-space", "--ptxas-options=-v"]
+    options += [f"-D{key}={value}" for key, value in defines.items()]
+    result = nvrtc.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*[x.encode() for x in options]))
+    size = ctypes.c_size_t()
+    nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+    log = ctypes.create_string_buffer(size.value)
+    nvrtc.nvrtcGetProgramLog(program, log)
+    nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+    text = log.value.decode()
+    assert result == 0, text
+    assert "error" not in text and "warning" not in text, text
+    return text
+
+
+ATTENTION = {
+    "KEY_DIM": 128,
+    "VALUE_DIM": 128,
+    "KEY_BITS": 3,
+    "VALUE_BITS": 2,
+    "ROWS": 4,
+    "TYPE": 1,
+    "MASK": 0,
+    "SIGNS": 0,
+    "STRIDED": 0,
+    "STAGES": 4,
+    "BLOCKS_PER_SM": 3,
+}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_attention_compiles_for_every_architecture(architecture):
+    log = compile_kernel("turboquant_attention.cu", architecture, **ATTENTION)
+    assert "0 bytes spill stores" in log, log
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"ROWS": 8, "TYPE": 2},
+        {"ROWS": 16, "TYPE": 0, "BLOCKS_PER_SM": 2},
+        {"KEY_DIM": 96, "VALUE_DIM": 64, "KEY_BITS": 4, "VALUE_BITS": 4},
+        {"KEY_DIM": 256, "VALUE_DIM": 192, "ROWS": 8, "BLOCKS_PER_SM": 2},
+        {"KEY_BITS": 2, "SIGNS": 1, "MASK": 2, "STRIDED": 1},
+    ],
+)
+def test_attention_variants_compile(changes):
+    for architecture in ("sm_80", "sm_90"):
+        compile_kernel("turboquant_attention.cu", architecture, **(ATTENTION | changes))
+
+
+@pytest.mark.parametrize("operation", range(5))
+def test_encoding_compiles(operation):
+    keys = operation in (0, 2)
+    for dim in (128, 96):
+        compile_kernel("turboquant_encode.cu", "sm_80", OPERATION=operation, DIM=dim, BITS=3 if keys else 2, TYPE=1, HADAMARD=1,
+                       MEAN=int(keys), SIGNS=int(operation == 0))  # fmt: skip
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_one_bit_weights_compile_for_every_architecture(architecture):
+    for operation in range(3):
+        compile_kernel("q1_matmul.cu", architecture, OPERATION=operation, TYPE=1, ROW_TILES=2, COLUMN_TILES=2)
+
+
+def test_a_mistake_is_found():
+    with pytest.raises(AssertionError, match="error"):
+        compile_kernel("q1_matmul.cu", "sm_80", OPERATION=0, TYPE=1, ROW_TILES=2, COLUMN_TILES="unknown_name")
