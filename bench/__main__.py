@@ -9,6 +9,7 @@ python -m bench report              tables and plots of the documentation from b
 import subprocess
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 HERE = Path(__file__).resolve().parent
 BENCHES = {
@@ -29,21 +30,21 @@ def title(path: Path) -> str:
     return path.read_text().split('"""')[1].splitlines()[0]
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str]) -> NoReturn:
+    """Runs a bench; exits with its status."""
     present = {name: HERE / file for name, file in BENCHES.items() if (HERE / file).exists()}
     if not argv or argv[0] in ("-h", "--help"):
         print(__doc__)
         for name, path in present.items():
             print(f"  {name:10} {title(path)}")
-        return 0 if argv else 2
+        raise SystemExit(0 if argv else 2)
     if argv[0] == "all":
         chosen = [path for name, path in present.items() if name not in ("gpu", "report")]
-        return max(subprocess.call([sys.executable, str(path)]) for path in chosen)
+        raise SystemExit(max(subprocess.call([sys.executable, str(path)]) for path in chosen))
     if argv[0] not in present:
-        print(f"bench: expected one of {', '.join(present)} or all, got {argv[0]}", file=sys.stderr)
-        return 2
-    return subprocess.call([sys.executable, str(present[argv[0]]), *argv[1:]])
+        raise SystemExit(f"bench: expected one of {', '.join(present)} or all, got {argv[0]}")
+    raise SystemExit(subprocess.call([sys.executable, str(present[argv[0]]), *argv[1:]]))
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))
+    main(sys.argv[1:])

@@ -86,6 +86,11 @@ mx::array rotate(const mx::array& x, bool inverse, const std::string& rotation, 
     case Rotation::kOrthogonal:
       return mx::astype(apply_orthogonal(x, dim, inverse, stream), x.dtype(), stream);
     default:
+      // The kernels count at most four axes.
+      if (x.ndim() > 4) {
+        const mx::array rows = mx::reshape(x, {int(x.size() / dim), dim}, stream);
+        return mx::reshape(rotate(rows, inverse, rotation, stream), x.shape(), stream);
+      }
       return mx::array(x.shape(), x.dtype(), std::make_shared<Rotate>(stream, inverse), {x});
   }
 }

@@ -21,7 +21,7 @@ float dot(const float* a, const float* b, int n) {
 
 // decode_key(t, key) writes token t's key; score(row, key, t) its score; decode_value(t, value) its value.
 template <class DecodeKey, class Score, class DecodeValue>
-void attend(const QueryRows& rows, int key_dim, int value_dim, int begin, int end, Partial* partials, const DecodeKey& decode_key,
+void attend(const QueryRows& rows, int value_dim, int begin, int end, Partial* partials, const DecodeKey& decode_key,
             const Score& score, const DecodeValue& decode_value) {
   std::vector<float> scores(size_t(rows.n_rows) * kBlock);
   float vector[kMaxDim];
@@ -76,7 +76,7 @@ void attend_exact(const ExactHead& head, const QueryRows& rows, int begin, int e
     };
   };
   attend(
-      rows, head.key_dim, head.value_dim, begin, end, partials, decode(head.keys, head.key_stride, head.key_dim),
+      rows, head.value_dim, begin, end, partials, decode(head.keys, head.key_stride, head.key_dim),
       [&](int r, const float* key, int) { return dot(rows.q + r * head.key_dim, key, head.key_dim); },
       decode(head.values, head.value_stride, head.value_dim));
 }
@@ -90,10 +90,11 @@ void attend_coded_portable(const CodedHead& head, const CodecShape& shape, const
   };
   auto score = [&](int r, const float* key, int t) {
     const float norm = half_to_float(head.key_norms[t * head.norm_stride]);
-    float s = norm / kCodebookTop * dot(rows.q + r * shape.key_dim, key, shape.key_dim);
+    float s = norm / float(kCodebookTop) * dot(rows.q + r * shape.key_dim, key, shape.key_dim);
     if (head.key_signs) {
       const float residual_norm = half_to_float(head.residual_norms[t * head.residual_stride]);
-      s += residual_norm * signed_sum(head.key_signs + t * head.sign_stride, rows.residual_q + r * shape.key_dim, shape.key_dim);
+      s +=
+          residual_norm * signed_sum(head.key_signs + t * head.sign_stride, rows.residual_q + r * shape.key_dim, shape.key_dim);
     }
     return s;
   };
@@ -101,7 +102,7 @@ void attend_coded_portable(const CodedHead& head, const CodecShape& shape, const
     decode_values(head.value_codes + t * head.value_stride, head.value_params + t * head.param_stride, shape.value_dim,
                   shape.value_bits, value);
   };
-  attend(rows, shape.key_dim, shape.value_dim, begin, end, partials, decode_key, score, decode_value);
+  attend(rows, shape.value_dim, begin, end, partials, decode_key, score, decode_value);
 }
 
 void attend_exact_portable(const ExactHead& head, const QueryRows& rows, int begin, int end, Partial* partials) {

@@ -44,7 +44,7 @@ uint16_t encode_group(const float* x, uint32_t* words) {
     }
     words[w] = bits;
   }
-  const double scale = sum / kQ1Group;
+  const double scale = sum / double(kQ1Group);
   return cpu::float_to_half(float(scale > TQ_HALF_MAX ? TQ_HALF_MAX : scale));  // NaN passes
 }
 

@@ -60,7 +60,7 @@ void QuantizeKeys::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx
           cpu::encode_key(x, dim, book, codes + i * code_words(dim, bits), norms + i, levels);
           if (signs) {
             const float norm = cpu::half_to_float(norms[i]);
-            for (int d = 0; d < dim; d++) x[d] -= norm * levels[d] / kCodebookTop;
+            for (int d = 0; d < dim; d++) x[d] -= norm * levels[d] / float(kCodebookTop);
             cpu::encode_residual(x, dim, signs + i * sign_words(dim), residual_norms + i);
           }
         });
@@ -102,7 +102,7 @@ void Dequantize::eval_cpu(const std::vector<mx::array>& inputs, mx::array& out) 
       if (keys) {
         cpu::decode_levels(words, dim, bits, book.levels, x);
         const float norm = cpu::half_to_float(half[0]);
-        for (int d = 0; d < dim; d++) x[d] = norm * x[d] / kCodebookTop;
+        for (int d = 0; d < dim; d++) x[d] = norm * x[d] / float(kCodebookTop);
       } else {
         cpu::decode_values(words, half, dim, bits, x);
       }

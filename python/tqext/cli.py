@@ -12,6 +12,7 @@ from tqext.presets import DEFAULT_PRESET, PRESETS
 
 MLX_LM_COMMANDS = ("generate", "chat", "server", "cache_prompt", "benchmark", "evaluate")
 OWN_COMMANDS = {
+    "bench": "tqext.bench.__main__",
     "plan": "tqext.plan",
     "doctor": "tqext.doctor",
     "eval": "tqext.evaluate",
@@ -31,6 +32,7 @@ own commands:
   plan           does it fit: bytes per token and the longest context in a given memory
   doctor         versions, backend, instruction set, and the path proof on a tiny model
   eval           perplexity, KL and passkeys through a compressed cache
+  bench          measure: attention, memory, quality, 1-bit matrices, other packages
   quantize-1bit  round a model's weights to 1 bit: --model IN --out OUT
 
   --kv PRESET         {", ".join(PRESETS)} (default {DEFAULT_PRESET}), or {_UNCOMPRESSED}

@@ -1,0 +1,318 @@
+// What is launched for an operation: kernel, grid, threadgroup memory, constants. Plain C++: the Metal host code and the
+// tests on the simulated GPU use the same functions.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <string>
+#include <vector>
+
+#include "codebook.h"
+#include "format.h"
+#include "params.h"
+#include "q1_params.h"
+
+namespace tqext::metal {
+
+enum class Type : int32_t { kFloat32, kFloat16, kBFloat16 };
+
+inline const char* metal_type(Type type) {
+  return type == Type::kFloat32 ? "float" : type == Type::kFloat16 ? "half" : "bfloat";
+}
+inline const char* type_name(Type type) {
+  return type == Type::kFloat32 ? "float32" : type == Type::kFloat16 ? "float16" : "bfloat16";
+}
+
+struct Constant {
+  int id;
+  bool is_int;
+  int value;
+};
+
+struct Dispatch {
+  std::string kernel;    // host name
+  std::string source;    // file of the kernel, without .metal
+  std::string instance;  // line that instantiates it behind the source
+  uint32_t grid[3];      // threadgroups
+  uint32_t threads;      // per threadgroup
+  std::vector<Constant> constants;
+  std::vector<uint32_t> threadgroup_bytes;  // of threadgroup arguments 0, 1 ...
+};
+
+// "OP_TYPE_d128..." and "MACRO("OP_...", half, 128, ...)".
+inline Dispatch make_dispatch(const char* op, const char* source, const char* macro, Type type, const std::string& suffix,
+                              const std::vector<int>& arguments) {
+  Dispatch d{};
+  d.kernel = std::string(op) + "_" + type_name(type) + suffix;
+  d.source = source;
+  d.instance = std::string(macro) + "(\"" + d.kernel + "\", " + metal_type(type);
+  for (int x : arguments) d.instance += ", " + std::to_string(x);
+  d.instance += ")";
+  return d;
+}
+
+inline void copy_levels(int8_t* levels, int bits, int dim) {
+  const Codebook book = codebook(bits, dim);
+  std::copy(book.levels, book.levels + kMaxKeyLevels, levels);
+}
+
+// --- turboquant_attention ---------------------------------------------------------------------------------------------
+
+struct AttentionShape {
+  Type type;
+  int32_t batch, n_q_heads, n_kv_heads, n_queries, head_dim, value_dim, n_first, n_coded, n_tail;
+  int32_t key_bits, value_bits, hadamard, causal;
+  int32_t has_mean, has_residual, mask_kind, has_sinks, has_left_padding, has_lengths;
+  int32_t n_cores;  // of the GPU
+  float scale;
+  Strides4 q, first_keys, first_values, tail_keys, tail_values, mask;
+  Strides3 key_codes, key_norms, key_signs, residual_norms, value_codes, value_params;
+  int64_t mean_batch, mean_head, mean_last;
+};
+
+struct AttentionPlan {
+  std::vector<Dispatch> dispatches;
+  AttentionParams params;
+  int64_t n_part_numbers, n_state_numbers;  // fp32 scratch
+};
+
+enum : int {
+  kMaxMetalDim = 256,        // padded; a lane's share of larger vectors does not fit the registers
+  kSplitRows = 4,            // rows of the split kernel: 8 heads per simdgroup spill at D = 128 (mlx pull request 4077)
+  kSplitTokens = 256,        // a tile for each of its eight simdgroups
+  kThreadgroupsPerCore = 4,  // occupancy saturates at 24 simdgroups per core (metal-benchmarks); one more for the tail
+  kThreadgroupMemory = 32768,
+  kQueryMemory = 16384,  // of it for the matrix kernel's queries
+  kMaxRowBlocks = 8,     // of the matrix kernel: 64 rows, 256 threads
+  kMatrixGroups = 4,     // simdgroups per threadgroup that the matrix kernel aims at
+};
+
+// Whether the attention kernels take these shapes. Others are composed of MLX's own operations.
+inline bool has_attention_kernel(int n_queries, int head_dim, int value_dim, bool hadamard, int max_queries) {
+  const int k = padded_dim(head_dim), v = padded_dim(value_dim);
+  return n_queries >= 1 && n_queries <= max_queries && k <= kMaxMetalDim && v <= kMaxMetalDim &&
+         (!hadamard || (hadamard_factor(k) && hadamard_factor(v)));
+}
+
+inline AttentionPlan plan_attention(const AttentionShape& s) {
+  const int k = padded_dim(s.head_dim), v = padded_dim(s.value_dim);
+  AttentionPlan plan{};
+  AttentionParams& p = plan.params;
+  p.q = s.q;
+  p.first_keys = s.first_keys;
+  p.first_values = s.first_values;
+  p.tail_keys = s.tail_keys;
+  p.tail_values = s.tail_values;
+  p.mask = s.mask;
+  p.key_codes = s.key_codes;
+  p.key_norms = s.key_norms;
+  p.key_signs = s.key_signs;
+  p.residual_norms = s.residual_norms;
+  p.value_codes = s.value_codes;
+  p.value_params = s.value_params;
+  p.mean_batch = s.mean_batch;
+  p.mean_head = s.mean_head;
+  p.mean_last = s.mean_last;
+  p.n_kv_heads = s.n_kv_heads;
+  p.n_queries = s.n_queries;
+  p.n_rows = s.n_q_heads / s.n_kv_heads * s.n_queries;
+  p.head_dim = s.head_dim;
+  p.value_dim = s.value_dim;
+  p.n_first = s.n_first;
+  p.n_coded = s.n_coded;
+  p.n_tail = s.n_tail;
+  p.score_scale = float(s.scale * 1.4426950408889634);
+  copy_levels(p.codebook, s.key_bits, k);
+
+  const int heads = s.batch * s.n_kv_heads;
+  const int wanted = std::max(1, (kThreadgroupsPerCore * s.n_cores + heads - 1) / heads);
+  auto divide_up = [](int a, int b) { return (a + b - 1) / b; };
+  const int tiles = divide_up(s.n_coded, kSplitTokens);
+  const int tiles_per_range = std::max(1, divide_up(tiles, wanted));
+  p.range_tokens = tiles_per_range * kSplitTokens;
+  const int n_threadgroups = divide_up(tiles, tiles_per_range);  // over the coded tokens of a KV head
+  p.n_exact_ranges = divide_up(s.n_first + s.n_tail, kExactTokens);
+  const bool split = p.n_rows <= kSplitRows;
+  const bool direct = split && n_threadgroups <= 1 && p.n_exact_ranges <= 1;
+
+  std::vector<Constant> constants{
+      {kConstHadamard, false, s.hadamard},   {kConstMean, false, s.has_mean},   {kConstResidual, false, s.has_residual},
+      {kConstMask, true, s.mask_kind},       {kConstSinks, false, s.has_sinks}, {kConstLeftPadding, false, s.has_left_padding},
+      {kConstLengths, false, s.has_lengths}, {kConstCausal, false, s.causal},   {kConstDirect, false, direct}};
+  const std::string bits = "_k" + std::to_string(s.key_bits) + "v" + std::to_string(s.value_bits);
+  const std::string dims = "_d" + std::to_string(k) + "v" + std::to_string(v);
+  const char* source = "turboquant_attention";
+
+  Dispatch attend;
+  if (split) {
+    const int rows = p.n_rows <= 2 ? p.n_rows : kSplitRows;
+    attend = make_dispatch("turboquant_attention_split", source, "TQ_SPLIT", s.type, dims + bits + "_r" + std::to_string(rows),
+                           {k, v, s.key_bits, s.value_bits, rows});
+    attend.threads = 256;
+    attend.threadgroup_bytes = {s.has_residual ? uint32_t(rows * k * sizeof(float)) : 16u};
+    p.n_ranges = n_threadgroups;
+    p.row_blocks = 1;
+    attend.grid[0] = direct ? 1 : n_threadgroups + p.n_exact_ranges;
+    attend.grid[2] = 1;
+  } else {
+    attend = make_dispatch("turboquant_attention_matrix", source, "TQ_MATRIX", s.type, dims + bits,
+                           {k, v, s.key_bits, s.value_bits});
+    const int row_bytes = k * int(sizeof(float)) * (s.has_residual ? 2 : 1);
+    p.row_blocks = std::min({divide_up(p.n_rows, 8), std::max(1, kQueryMemory / (8 * row_bytes)), int(kMaxRowBlocks)});
+    const int tile_words = 32 * (code_words(k, s.key_bits) + code_words(v, s.value_bits) + v / kGroup + 1 +
+                                 (s.has_residual ? 1 + sign_words(k) : 0));
+    const int query_bytes = 8 * p.row_blocks * row_bytes;
+    // The table, the offsets and some room for the compiler.
+    const int tile_room = kThreadgroupMemory - query_bytes - 256 * 8 - 64 * 4 - 256;
+    int groups = std::max(1, kMatrixGroups / p.row_blocks);
+    while (groups > 1 && groups * tile_words * 4 > tile_room) groups--;
+    attend.threads = uint32_t(32 * p.row_blocks * groups);
+    const int tile_bytes = std::max({groups * tile_words * 4, 8 * kExactTokens * 4, p.row_blocks * groups * k * 4});
+    attend.threadgroup_bytes = {uint32_t(query_bytes), uint32_t(tile_bytes)};
+    p.n_ranges = n_threadgroups * groups;
+    attend.grid[0] = n_threadgroups + p.n_exact_ranges;
+    attend.grid[2] = divide_up(p.n_rows, 8 * p.row_blocks);
+  }
+  attend.grid[1] = heads;
+  attend.constants = constants;
+  p.n_parts = p.n_ranges + p.n_exact_ranges;
+  plan.dispatches.push_back(attend);
+
+  if (!direct) {
+    Dispatch combine =
+        make_dispatch("turboquant_attention_combine", source, "TQ_COMBINE", s.type, "_v" + std::to_string(v), {v});
+    combine.grid[0] = p.n_rows;
+    combine.grid[1] = heads;
+    combine.grid[2] = 1;
+    combine.threads = 32;
+    combine.constants = constants;
+    plan.dispatches.push_back(combine);
+    plan.n_part_numbers = int64_t(heads) * p.n_parts * p.n_rows * v;
+    plan.n_state_numbers = int64_t(heads) * p.n_parts * p.n_rows * 2;
+  }
+  return plan;
+}
+
+// --- encode -----------------------------------------------------------------------------------------------------------
+
+struct EncodeShape {
+  Type type;  // of the vectors
+  int32_t batch, n_heads, n_tokens, head_dim, bits;
+  int32_t flags;  // EncodeFlag
+  Strides4 in;
+  Strides3 in_params;
+  int64_t mean_batch, mean_head, mean_last;
+};
+
+struct EncodePlan {
+  Dispatch dispatch;
+  EncodeParams params;
+};
+
+enum : int { kEncodeSimdgroups = 4 };  // tokens per threadgroup
+
+enum class EncodeOp : int32_t { kQuantizeKeys, kQuantizeValues, kDequantizeKeys, kDequantizeValues, kRotate };
+
+inline EncodePlan plan_encode(EncodeOp op, const EncodeShape& s) {
+  const int dim = padded_dim(s.head_dim);
+  EncodePlan plan{};
+  EncodeParams& p = plan.params;
+  p.in = s.in;
+  p.in_params = s.in_params;
+  p.mean_batch = s.mean_batch;
+  p.mean_head = s.mean_head;
+  p.mean_last = s.mean_last;
+  p.n_heads = s.n_heads;
+  p.n_tokens = s.n_tokens;
+  p.n_rows = s.batch * s.n_heads * s.n_tokens;
+  p.head_dim = s.head_dim;
+  p.flags = s.flags;
+  const bool keys = op == EncodeOp::kQuantizeKeys || op == EncodeOp::kDequantizeKeys;
+  if (keys) {
+    copy_levels(p.codebook, s.bits, dim);
+    p.codebook_scale = codebook(s.bits, dim).scale;
+  }
+  const std::string d = "_d" + std::to_string(dim), with_bits = d + (keys ? "_k" : "_v") + std::to_string(s.bits);
+  const char* source = "turboquant_encode";
+  switch (op) {
+    case EncodeOp::kQuantizeKeys:
+      plan.dispatch = make_dispatch("quantize_keys", source, "TQ_QUANTIZE_KEYS", s.type, with_bits, {dim, s.bits});
+      break;
+    case EncodeOp::kQuantizeValues:
+      plan.dispatch = make_dispatch("quantize_values", source, "TQ_QUANTIZE_VALUES", s.type, with_bits, {dim, s.bits});
+      break;
+    case EncodeOp::kDequantizeKeys:
+      plan.dispatch = make_dispatch("dequantize_keys", source, "TQ_DEQUANTIZE_KEYS", s.type, with_bits, {dim, s.bits});
+      break;
+    case EncodeOp::kDequantizeValues:
+      plan.dispatch = make_dispatch("dequantize_values", source, "TQ_DEQUANTIZE_VALUES", s.type, with_bits, {dim, s.bits});
+      break;
+    case EncodeOp::kRotate:
+      plan.dispatch = make_dispatch("rotate", source, "TQ_ROTATE", s.type, d, {dim});
+      break;
+  }
+  plan.dispatch.grid[0] = uint32_t((p.n_rows + kEncodeSimdgroups - 1) / kEncodeSimdgroups);
+  plan.dispatch.grid[1] = plan.dispatch.grid[2] = 1;
+  plan.dispatch.threads = 32 * kEncodeSimdgroups;
+  return plan;
+}
+
+// Contiguous copy of [B, H, n, last] elements of 2 or 4 bytes.
+inline EncodePlan plan_compact(int item_bytes, int batch, int n_heads, int n_tokens, int last, const Strides4& strides) {
+  EncodePlan plan{};
+  EncodeParams& p = plan.params;
+  p.in = strides;
+  p.n_heads = n_heads;
+  p.n_tokens = n_tokens;
+  p.n_rows = batch * n_heads * n_tokens;
+  p.head_dim = last;
+  const bool words = item_bytes == 4;
+  plan.dispatch.kernel = words ? "compact_uint32" : "compact_uint16";
+  plan.dispatch.source = "turboquant_encode";
+  plan.dispatch.instance = words ? "TQ_COMPACT(\"compact_uint32\", uint)" : "TQ_COMPACT(\"compact_uint16\", ushort)";
+  plan.dispatch.threads = 32 * kEncodeSimdgroups;
+  plan.dispatch.grid[0] = uint32_t((int64_t(p.n_rows) * last + plan.dispatch.threads - 1) / plan.dispatch.threads);
+  plan.dispatch.grid[1] = plan.dispatch.grid[2] = 1;
+  return plan;
+}
+
+// --- 1-bit weights ----------------------------------------------------------------------------------------------------
+
+enum class Q1Op : int32_t { kMatmul, kQuantize, kDequantize };
+
+enum : int {
+  kQ1VecInputs = 8,    // rows of x up to which the weight's bytes are the limit
+  kQ1VecRows = 4 * 4,  // weight rows of a threadgroup: simdgroups times rows
+  kQ1MatInputs = 32,
+  kQ1MatRows = 8 * 16,  // of a threadgroup
+  kQ1PackGroups = 4,    // groups of 128 per threadgroup
+};
+
+inline Dispatch plan_q1(Q1Op op, Type type, const Q1MatmulParams& p) {
+  auto divide_up = [](int64_t a, int64_t b) { return uint32_t((a + b - 1) / b); };
+  Dispatch d;
+  if (op == Q1Op::kMatmul && p.n_inputs <= kQ1VecInputs) {
+    // As many bytes per lane as the registers hold with their columns of x: 32 or 64 numbers.
+    const int inputs = p.n_inputs <= 2 ? p.n_inputs : p.n_inputs <= 4 ? 4 : 8, bytes = inputs <= 2 ? 4 : inputs == 4 ? 2 : 1;
+    d = make_dispatch("q1_matvec", "q1_matmul", "TQ_Q1_MATVEC", type, "_n" + std::to_string(inputs), {inputs, bytes});
+    d.grid[0] = divide_up(p.n_rows, kQ1VecRows);
+    d.grid[1] = 1;
+    d.threads = 128;
+  } else if (op == Q1Op::kMatmul) {
+    d = make_dispatch("q1_matmul", "q1_matmul", "TQ_Q1_MATMUL", type, "", {});
+    d.grid[0] = divide_up(p.n_rows, kQ1MatRows);
+    d.grid[1] = divide_up(p.n_inputs, kQ1MatInputs);
+    d.threads = 256;
+  } else {
+    const bool pack = op == Q1Op::kQuantize;
+    d = make_dispatch(pack ? "q1_quantize" : "q1_dequantize", "q1_matmul", pack ? "TQ_Q1_QUANTIZE" : "TQ_Q1_DEQUANTIZE", type,
+                      "", {});
+    d.grid[0] = divide_up(int64_t(p.n_rows) * p.n_groups, kQ1PackGroups);
+    d.grid[1] = 1;
+    d.threads = 32 * kQ1PackGroups;
+  }
+  d.grid[2] = 1;
+  return d;
+}
+
+}  // namespace tqext::metal

@@ -1,0 +1,18 @@
+# arm64 macOS 14 from Linux; TQEXT_MACOS_TOOLS holds the links cc, c++, ar and ranlib to compiler.py.
+set(CMAKE_SYSTEM_NAME Darwin)
+set(CMAKE_SYSTEM_PROCESSOR arm64)
+# Darwin 23 is macOS 14.
+set(CMAKE_SYSTEM_VERSION 23.0.0)
+set(tools "$ENV{TQEXT_MACOS_TOOLS}")
+set(CMAKE_C_COMPILER "${tools}/cc")
+set(CMAKE_CXX_COMPILER "${tools}/c++")
+set(CMAKE_OSX_SYSROOT "")
+set(CMAKE_OSX_DEPLOYMENT_TARGET "14.0")
+set(CMAKE_FIND_ROOT_PATH_MODE_PROGRAM NEVER)
+set(CMAKE_TRY_COMPILE_TARGET_TYPE STATIC_LIBRARY)
+foreach(variable CMAKE_AR CMAKE_CXX_COMPILER_AR)
+  set(${variable} "${tools}/ar" CACHE FILEPATH "")
+endforeach()
+foreach(variable CMAKE_RANLIB CMAKE_CXX_COMPILER_RANLIB)
+  set(${variable} "${tools}/ranlib" CACHE FILEPATH "")
+endforeach()

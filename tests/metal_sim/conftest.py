@@ -1,0 +1,54 @@
+import os
+import platform
+import zlib
+
+import metal_ops
+import metal_simulator as sim
+import pytest
+
+# The simulator switches threads in x86-64 assembly; on a Mac the operator tests use the real GPU.
+if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
+    collect_ignore_glob = ["test_*.py"]
+
+SCHEDULES = [sim.IN_ORDER, sim.REVERSE, sim.RANDOM]
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leaves out parameter sets of the shared operator tests that have no kernel, or a kernel another set runs too.
+
+    TQEXT_METAL_SIM=full keeps every set that has a kernel (about half an hour).
+    """
+    full = os.environ.get("TQEXT_METAL_SIM") == "full"
+    dropped = []
+    for item in items:
+        selection = getattr(getattr(item, "module", None), "SELECTION", None)
+        if selection is None or not hasattr(item, "callspec"):
+            continue
+        has_kernel, is_default = selection(item.originalname, item.callspec.params)
+        if not (has_kernel and (full or is_default)):
+            dropped.append(item)
+    if dropped:
+        config.hook.pytest_deselected(items=dropped)
+        gone = set(dropped)
+        items[:] = [item for item in items if item not in gone]
+
+
+@pytest.fixture(scope="session")
+def checked():
+    """A simulated GPU whose checker raises on the first report."""
+    return metal_ops.Device("check")
+
+
+@pytest.fixture(scope="session")
+def fast():
+    return metal_ops.Device("fast")
+
+
+@pytest.fixture
+def scheduled(checked, request):
+    """The checked device with a schedule of threads that the test's name decides."""
+    number = zlib.crc32(request.node.name.encode())
+    checked.schedule, checked.seed = SCHEDULES[number % 3], number
+    checked.reset()
+    yield checked
+    checked.schedule = sim.IN_ORDER

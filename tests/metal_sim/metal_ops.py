@@ -1,0 +1,460 @@
+"""The operators of tqext on the simulated GPU: MLX arrays in, MLX arrays out.
+
+The launch comes from metal/dispatch_plan.h, the same functions as in the Metal host code; only the binding of arrays to
+buffer indices is repeated here.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import json
+import os
+import re
+import subprocess
+
+import metal_simulator as sim
+import mlx.core as mx
+import numpy as np
+
+ROOT = sim.HERE.parents[1]
+INCLUDES = [ROOT / "metal", ROOT / "csrc"]
+TYPES = [mx.float32, mx.float16, mx.bfloat16]
+MAX_QUERIES = 8
+
+
+@functools.cache
+def header_enums(*names: str) -> dict[str, int]:
+    """Enumerators of the headers that Metal and the host share, by name."""
+    values: dict[str, int] = {}
+    for name in names:
+        text = re.sub(r"//[^\n]*", "", (ROOT / "csrc" / name).read_text())
+        for body in re.findall(r"enum\s*\w*\s*(?::\s*int)?\s*{([^}]*)}", text):
+            following = 0
+            for item in filter(None, (x.strip() for x in body.split(","))):
+                key, _, value = (x.strip() for x in item.partition("="))
+                values[key] = int(value, 0) if value else following
+                following = values[key] + 1
+    return values
+
+
+ENUM = header_enums("params.h", "q1_params.h", "format.h")
+
+STRIDES4, STRIDES3 = ctypes.c_int64 * 4, ctypes.c_int64 * 3
+
+
+class AttentionShape(ctypes.Structure):
+    _fields_ = (
+        [
+            (name, ctypes.c_int32)
+            for name in [
+                "type",
+                "batch",
+                "n_q_heads",
+                "n_kv_heads",
+                "n_queries",
+                "head_dim",
+                "value_dim",
+                "n_first",
+                "n_coded",
+                "n_tail",
+                "key_bits",
+                "value_bits",
+                "hadamard",
+                "causal",
+                "has_mean",
+                "has_residual",
+                "mask_kind",
+                "has_sinks",
+                "has_left_padding",
+                "has_lengths",
+                "n_cores",
+            ]
+        ]
+        + [("scale", ctypes.c_float)]
+        + [(name, STRIDES4) for name in ["q", "first_keys", "first_values", "tail_keys", "tail_values", "mask"]]
+        + [
+            (name, STRIDES3)
+            for name in ["key_codes", "key_norms", "key_signs", "residual_norms", "value_codes", "value_params"]
+        ]
+        + [(name, ctypes.c_int64) for name in ("mean_batch", "mean_head", "mean_last")]
+    )
+
+
+class EncodeShape(ctypes.Structure):
+    _fields_ = (
+        [(name, ctypes.c_int32) for name in ["type", "batch", "n_heads", "n_tokens", "head_dim", "bits", "flags"]]
+        + [("in_", STRIDES4), ("in_params", STRIDES3)]
+        + [(name, ctypes.c_int64) for name in ("mean_batch", "mean_head", "mean_last")]
+    )
+
+
+@functools.cache
+def plans() -> ctypes.CDLL:
+    """metal/dispatch_plan.h, compiled for this machine."""
+    sim.require_clang()
+    sources = [sim.HERE / "plan_api.cpp", *sorted((ROOT / "metal").glob("*.h")), *sorted((ROOT / "csrc").glob("*.h"))]
+    key = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
+    sim.BUILD.mkdir(parents=True, exist_ok=True)
+    path = sim.BUILD / f"plan.{key}.so"
+    if not path.exists():
+        part = path.with_suffix(f".{os.getpid()}")
+        flags = ["-std=c++20", "-O1", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror"]
+        includes = [f"-I{folder}" for folder in INCLUDES]
+        subprocess.run([sim.CLANG, *flags, *includes, str(sources[0]), "-o", str(part)], check=True)
+        part.replace(path)
+    lib = ctypes.CDLL(str(path))
+    for name in ("tq_plan_attention", "tq_plan_encode", "tq_plan_compact", "tq_plan_q1"):
+        getattr(lib, name).restype = ctypes.c_char_p
+    for ours, theirs in ((AttentionShape, "tq_sizeof_attention_shape"), (EncodeShape, "tq_sizeof_encode_shape")):
+        if ctypes.sizeof(ours) != getattr(lib, theirs)():
+            raise RuntimeError(f"{ours.__name__}: expected {getattr(lib, theirs)()} bytes as in dispatch_plan.h")
+    return lib
+
+
+class Device:
+    """How the simulated GPU runs the operators, and what it did since `reset`.
+
+    Attributes:
+        mode: `fast` or `check`.
+        schedule: order of threads and threadgroups (`metal_simulator`).
+        seed: of random schedules.
+        n_cores: GPU cores that the plan spreads the work over.
+        log: (kernel name, counters) of each dispatch.
+    """
+
+    def __init__(self, mode="fast", schedule=sim.IN_ORDER, seed=0, n_cores=10):
+        self.mode, self.schedule, self.seed, self.n_cores = mode, schedule, seed, n_cores
+        self.source = None  # replaces the text of metal/*.metal, for the mutation tests
+        self.log: list[tuple[str, sim.Stats]] = []
+
+    def reset(self) -> None:
+        self.log = []
+
+    @functools.cache  # noqa: B019 - devices live as long as the tests
+    def library(self, source: str, instance: str, mode: str, text: str | None) -> sim.Library:
+        body = text if text is not None else f'#include "{source}.metal"'
+        return sim.build(f"{body}\n{instance}\n", includes=INCLUDES, mode=mode)
+
+    def dispatch(self, plan: dict, buffers: dict) -> sim.Stats:
+        stats = self.library(plan["source"], plan["instance"], self.mode, self.source).run(
+            plan["kernel"],
+            buffers,
+            plan["grid"],
+            (plan["threads"],),
+            constants=plan.get("constants"),
+            threadgroup_memory=dict(enumerate(plan["threadgroup_bytes"])),
+            seed=self.seed,
+            schedule=self.schedule,
+        )
+        self.log.append((plan["kernel"], stats))
+        return stats
+
+
+def as_numpy(x: mx.array | np.ndarray) -> np.ndarray:
+    """The array's memory with its strides, not a copy; bfloat16 as uint16."""
+    if isinstance(x, np.ndarray):
+        return x
+    return np.asarray(x.view(mx.uint16) if x.dtype == mx.bfloat16 else x)
+
+
+def buffer_of(x: np.ndarray) -> np.ndarray:
+    """The bytes from the first to the last element of a view, with what lies between its rows."""
+    n_bytes = x.itemsize + sum((n - 1) * step for n, step in zip(x.shape, x.strides, strict=True))
+    return np.frombuffer((ctypes.c_uint8 * n_bytes).from_address(x.ctypes.data), np.uint8)
+
+
+def strides(x: np.ndarray, n: int, unit: int | None = None):
+    """The first n strides in elements, or in `unit` bytes."""
+    steps = [step // (unit or x.itemsize) for step in x.strides]
+    return (STRIDES4 if n == 4 else STRIDES3)(*steps[:n])
+
+
+def _empty(n_numbers: int) -> sim.Output:
+    return sim.Output((max(1, n_numbers),), np.float32)
+
+
+def _to_mx(x: np.ndarray, dtype: mx.Dtype) -> mx.array:
+    return mx.array(x).view(dtype) if dtype == mx.bfloat16 else mx.array(x)
+
+
+def _numpy_type(dtype: mx.Dtype):
+    return {mx.float32: np.float32, mx.float16: np.float16, mx.bfloat16: np.uint16}[dtype]
+
+
+def packed_input(device, x) -> np.ndarray:
+    """As in metal/launch.cpp: the array, or a contiguous copy by the kernel for arrays whose last axis is strided."""
+    array = as_numpy(x)
+    pairs = array.shape[-1] > 1 and array.itemsize == 2
+    fits = array.shape[-1] == 1 or array.strides[-1] == array.itemsize
+    fits = fits and all(n == 1 or step % 4 == 0 or not pairs for n, step in zip(array.shape[:3], array.strides, strict=False))
+    fits = fits and (not pairs or array.ctypes.data % 4 == 0)
+    if fits or array.size == 0:
+        return array
+    lib, params, out = plans(), np.zeros(plans().tq_sizeof_encode_params(), np.uint8), sim.Output(array.shape, array.dtype)
+    plan = json.loads(
+        lib.tq_plan_compact(array.itemsize, *array.shape, strides(array, 4), params.ctypes.data_as(ctypes.c_void_p))
+    )
+    buffers = {"kEncodeIn": buffer_of(array), "kEncodeOut": out, "kEncodeParams": params}
+    device.dispatch(plan, {ENUM[name]: value for name, value in buffers.items()})
+    return out.array
+
+
+def plan_attention(lib, shape) -> tuple[dict, np.ndarray]:
+    """The plan, and the kernel's parameter struct as bytes."""
+    params = np.zeros(lib.tq_sizeof_attention_params(), np.uint8)
+    plan = json.loads(lib.tq_plan_attention(ctypes.byref(shape), params.ctypes.data_as(ctypes.c_void_p)))
+    return plan, params
+
+
+def has_kernel(q, packed_k, packed_v) -> bool:
+    """Whether the Metal backend runs the attention kernels for these shapes; otherwise the op is composed."""
+    value_dim = packed_v.head_dim or packed_v.codes.shape[-1] * 32 // packed_v.bits
+    return packed_k.rotation != "orthogonal" and bool(
+        plans().tq_has_attention_kernel(q.shape[2], q.shape[3], value_dim, packed_k.rotation == "hadamard", MAX_QUERIES)
+    )
+
+
+def turboquant_attention(
+    device, q, packed_k, packed_v, *, scale=None, mask=None, tail=None, sinks=None, first=None, left_padding=None, lengths=None
+):
+    """`tqext.turboquant_attention` for valid arguments and rotations "hadamard" and "none".
+
+    Packed arrays may also be NumPy views of longer buffers; q may be one when it is float32 or float16.
+    """
+    dtype = q.dtype if isinstance(q, mx.array) else mx.float32 if q.dtype == np.float32 else mx.float16
+    queries = as_numpy(q)
+    batch, n_q_heads, n_queries, head_dim = queries.shape
+    codes, values = as_numpy(packed_k.codes), as_numpy(packed_v.codes)
+    n_kv_heads, n_coded = codes.shape[1:3]
+    value_dim = packed_v.head_dim or values.shape[-1] * 32 // packed_v.bits
+    buffers, shape, keep = {}, AttentionShape(), []
+    lib = plans()
+    hadamard = packed_k.rotation == "hadamard"
+    if not has_kernel(q, packed_k, packed_v):
+        raise ValueError("no kernel for these shapes: the op is composed")
+
+    def bind(index, array):
+        keep.append(array)
+        buffers[ENUM[index]] = buffer_of(array) if array.size else np.zeros(4, np.uint8)
+
+    def packed(index, name, array, unit):
+        array = packed_input(device, array)
+        bind(index, array)
+        setattr(shape, name, strides(array, 3, unit))
+
+    def vectors(index, name, array):
+        bind(index, array)
+        setattr(shape, name, strides(array, 4))
+
+    shape.type = TYPES.index(dtype)
+    shape.batch, shape.n_q_heads, shape.n_kv_heads, shape.n_queries = batch, n_q_heads, n_kv_heads, n_queries
+    shape.head_dim, shape.value_dim, shape.n_coded = head_dim, value_dim, n_coded
+    shape.key_bits, shape.value_bits, shape.hadamard = packed_k.bits, packed_v.bits, hadamard
+    shape.causal, shape.n_cores = isinstance(mask, str), device.n_cores
+    shape.scale = scale if scale is not None else head_dim**-0.5
+    vectors("kAttentionQueries", "q", queries)
+    packed("kAttentionKeyCodes", "key_codes", packed_k.codes, 4)
+    packed("kAttentionKeyNorms", "key_norms", packed_k.norms, 2)
+    packed("kAttentionValueCodes", "value_codes", packed_v.codes, 4)
+    packed("kAttentionValueParams", "value_params", packed_v.params, 4)
+    if packed_k.mean is not None:
+        mean = as_numpy(packed_k.mean.astype(mx.float32) if isinstance(packed_k.mean, mx.array) else packed_k.mean)
+        mean = np.broadcast_to(mean, (batch, n_kv_heads, head_dim))
+        bind("kAttentionMean", mean)
+        shape.has_mean = 1
+        shape.mean_batch, shape.mean_head, shape.mean_last = strides(mean, 3)
+    if packed_k.signs is not None:
+        shape.has_residual = 1
+        packed("kAttentionKeySigns", "key_signs", packed_k.signs, 4)
+        packed("kAttentionResidualNorms", "residual_norms", packed_k.residual_norms, 2)
+    for name, tokens in (("first", first), ("tail", tail)):
+        if tokens is None or tokens[0].shape[2] == 0:
+            continue
+        k, v = (as_numpy(x.astype(dtype)) if isinstance(x, mx.array) else x for x in tokens)
+        setattr(shape, f"n_{name}", k.shape[2])
+        vectors(f"kAttention{name.capitalize()}Keys", f"{name}_keys", k)
+        vectors(f"kAttention{name.capitalize()}Values", f"{name}_values", v)
+    if mask is not None and not isinstance(mask, str):
+        array = as_numpy(mask if mask.dtype in (mx.bool_, np.bool_) else mask.astype(mx.float32))
+        n_keys = shape.n_first + n_coded + shape.n_tail
+        array = np.broadcast_to(array, (batch, n_q_heads, n_queries, n_keys))
+        shape.mask_kind = ENUM["kMaskBool"] if array.dtype == np.bool_ else ENUM["kMaskFloat"]
+        vectors("kAttentionMask", "mask", array)
+    for name, array, kind in (
+        ("Sinks", sinks, mx.float32),
+        ("LeftPadding", left_padding, mx.int32),
+        ("Lengths", lengths, mx.int32),
+    ):
+        if array is not None:
+            bind(f"kAttention{name}", as_numpy(array.astype(kind) if isinstance(array, mx.array) else array))
+    shape.has_sinks, shape.has_left_padding, shape.has_lengths = (
+        sinks is not None,
+        left_padding is not None,
+        lengths is not None,
+    )
+
+    out = sim.Output((batch, n_q_heads, n_queries, value_dim), _numpy_type(dtype))
+    if out.array.size == 0:
+        return _to_mx(out.array, dtype)
+    plan, params = plan_attention(lib, shape)
+    parts, states = _empty(plan["part_numbers"]), _empty(plan["state_numbers"])
+    buffers[ENUM["kAttentionParams"]] = params
+    for step, dispatch in enumerate(plan["dispatches"]):
+        last = step + 1 == len(plan["dispatches"])
+        scratch = (parts.array, states.array) if step else (parts, states)
+        buffers |= {ENUM["kAttentionParts"]: scratch[0], ENUM["kAttentionStates"]: scratch[1]}
+        if last:
+            buffers[ENUM["kAttentionOut"]] = out
+        device.dispatch(dispatch, buffers)
+    return _to_mx(out.array, dtype)
+
+
+def _encode(device, op, vectors_or_codes, dtype, head_dim, bits, *, params=None, mean=None, flags=0, outputs=(), unit=None):
+    """Runs one kernel of turboquant_encode.metal on [B, H, n, last]; outputs: (buffer name, Output)."""
+    lib, shape = plans(), EncodeShape()
+    source = packed_input(device, vectors_or_codes) if params is not None else as_numpy(vectors_or_codes)
+    shape.type, shape.head_dim, shape.bits = TYPES.index(dtype), head_dim, bits
+    shape.batch, shape.n_heads, shape.n_tokens = source.shape[:3]
+    shape.in_ = strides(source, 4)
+    buffers = {ENUM["kEncodeIn"]: buffer_of(source)} if source.size else {}
+    if params is not None:
+        array = packed_input(device, params)
+        shape.in_params = strides(array, 3, unit)
+        if array.size:
+            buffers[ENUM["kEncodeInParams"]] = buffer_of(array)
+    if mean is not None:
+        array = np.broadcast_to(as_numpy(mean.astype(mx.float32)), (*source.shape[:2], head_dim))
+        shape.mean_batch, shape.mean_head, shape.mean_last = strides(array, 3)
+        buffers[ENUM["kEncodeMeanVector"]] = buffer_of(array)
+        flags |= ENUM["kEncodeMean"]
+    shape.flags = flags
+    blob = np.zeros(lib.tq_sizeof_encode_params(), np.uint8)
+    kind = ["quantize_keys", "quantize_values", "dequantize_keys", "dequantize_values", "rotate"].index(op)
+    plan = json.loads(lib.tq_plan_encode(kind, ctypes.byref(shape), blob.ctypes.data_as(ctypes.c_void_p)))
+    if not source.size:
+        return
+    buffers |= {ENUM[name]: out for name, out in outputs} | {ENUM["kEncodeParams"]: blob}
+    device.dispatch(plan, buffers)
+
+
+def padded(dim: int) -> int:
+    return (dim + 31) // 32 * 32
+
+
+def _rotation_flag(rotation: str) -> int:
+    return ENUM["kEncodeHadamard"] if rotation == "hadamard" else 0
+
+
+def quantize_keys(device, k, *, bits=3, mean=None, qjl=False, rotation="hadamard"):
+    """codes, norms, and with `qjl` signs and residual norms."""
+    lead, dim = k.shape[:3], padded(k.shape[3])
+    outputs = [
+        ("kEncodeOut", sim.Output((*lead, dim * bits // 32), np.uint32)),
+        ("kEncodeOutParams", sim.Output((*lead, 1), np.float16)),
+    ]
+    if qjl:
+        outputs += [
+            ("kEncodeSigns", sim.Output((*lead, dim // 32), np.uint32)),
+            ("kEncodeResidualNorms", sim.Output((*lead, 1), np.float16)),
+        ]
+    flags = _rotation_flag(rotation) | (ENUM["kEncodeResidual"] if qjl else 0)
+    _encode(device, "quantize_keys", k, k.dtype, k.shape[3], bits, mean=mean, flags=flags, outputs=outputs)
+    return [mx.array(out.array) for _, out in outputs]
+
+
+def quantize_values(device, v, *, bits=2, rotation="hadamard"):
+    """codes, params."""
+    lead, dim = v.shape[:3], padded(v.shape[3])
+    outputs = [
+        ("kEncodeOut", sim.Output((*lead, dim * bits // 32), np.uint32)),
+        ("kEncodeOutParams", sim.Output((*lead, dim // 16), np.float16)),
+    ]
+    _encode(device, "quantize_values", v, v.dtype, v.shape[3], bits, flags=_rotation_flag(rotation), outputs=outputs)
+    return [mx.array(out.array) for _, out in outputs]
+
+
+def dequantize(device, packed, *, rotated=False, dtype=mx.float32):
+    """`tqext.dequantize` for rotations "hadamard" and "none"."""
+    keys = hasattr(packed, "norms")
+    head_dim = packed.head_dim or packed.codes.shape[-1] * 32 // packed.bits
+    width = padded(head_dim) if rotated else head_dim
+    out = sim.Output((*packed.codes.shape[:3], width), _numpy_type(dtype))
+    _encode(
+        device,
+        "dequantize_keys" if keys else "dequantize_values",
+        packed.codes,
+        dtype,
+        width,
+        packed.bits,
+        params=packed.norms if keys else packed.params,
+        mean=None if rotated or not keys else packed.mean,
+        flags=0 if rotated else _rotation_flag(packed.rotation),
+        outputs=[("kEncodeOut", out)],
+        unit=2 if keys else 4,
+    )
+    return _to_mx(out.array, dtype)
+
+
+def rotate(device, x, inverse=False):
+    """`tqext.rotate` of the Hadamard kind, for [B, H, n, dim]."""
+    out = sim.Output(x.shape, _numpy_type(x.dtype))
+    flags = ENUM["kEncodeInverse"] if inverse else 0
+    _encode(device, "rotate", x, x.dtype, x.shape[-1], 0, flags=flags, outputs=[("kEncodeOut", out)])
+    return _to_mx(out.array, x.dtype)
+
+
+# --- 1-bit weights -----------------------------------------------------------------------------------------------------
+
+
+def _q1(device, op, dtype, sizes, buffers):
+    """sizes: n_inputs, n_rows, n_groups, x_stride, weight_stride, scale_stride."""
+    params = np.array(sizes, np.int32)
+    kind = ["matmul", "quantize", "dequantize"].index(op)
+    plan = json.loads(plans().tq_plan_q1(kind, TYPES.index(dtype), params.ctypes.data_as(ctypes.c_void_p)))
+    if 0 in plan["grid"]:
+        return
+    device.dispatch(plan, {ENUM[name]: value for name, value in buffers.items()} | {ENUM["kQ1Params"]: params})
+
+
+def _rows(device, x) -> np.ndarray:
+    """[n, last] with a contiguous last axis, as metal/q1_matmul.cpp makes it."""
+    array = as_numpy(x)
+    if array.ndim == 2 and (array.shape[1] == 1 or array.strides[1] == array.itemsize) and array.strides[0] >= 0:
+        return array
+    return np.ascontiguousarray(array).reshape(int(np.prod(array.shape[:-1])), array.shape[-1])
+
+
+def q1_matmul(device, x, weight, scales):
+    """`tqext.q1_matmul`."""
+    rows, words, halves = _rows(device, x), _rows(device, weight), _rows(device, scales)
+    out = sim.Output((*x.shape[:-1], weight.shape[0]), _numpy_type(x.dtype))
+    if out.array.size:
+        steps = [y.strides[0] // y.itemsize for y in (rows, words, halves)]
+        names = {"kQ1X": rows, "kQ1Weight": words, "kQ1Scales": halves}
+        buffers = {name: buffer_of(y) for name, y in names.items() if y.size} | {"kQ1Out": out}
+        _q1(device, "matmul", x.dtype, [rows.shape[0], words.shape[0], halves.shape[1], *steps], buffers)
+    return _to_mx(out.array, x.dtype)
+
+
+def q1_quantize(device, w):
+    """`tqext.q1_quantize`."""
+    rows, cols = _rows(device, w), w.shape[-1]
+    words = sim.Output((*w.shape[:-1], cols // 32), np.uint32)
+    scales = sim.Output((*w.shape[:-1], cols // 128), np.float16)
+    if rows.size:
+        buffers = {"kQ1X": buffer_of(rows), "kQ1Weight": words, "kQ1Scales": scales}
+        _q1(device, "quantize", w.dtype, [0, rows.shape[0], cols // 128, rows.strides[0] // rows.itemsize, 0, 0], buffers)
+    return mx.array(words.array), mx.array(scales.array)
+
+
+def q1_dequantize(device, weight, scales, *, dtype=mx.float32):
+    """`tqext.q1_dequantize`."""
+    words, halves = _rows(device, weight), _rows(device, scales)
+    out = sim.Output((*weight.shape[:-1], weight.shape[-1] * 32), _numpy_type(dtype))
+    if out.array.size:
+        steps = [y.strides[0] // y.itemsize for y in (words, halves)]
+        buffers = {"kQ1Weight": buffer_of(words), "kQ1Scales": buffer_of(halves), "kQ1Out": out}
+        _q1(device, "dequantize", dtype, [0, words.shape[0], halves.shape[1], 0, *steps], buffers)
+    return _to_mx(out.array, dtype)

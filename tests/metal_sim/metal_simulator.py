@@ -1,0 +1,284 @@
+"""Builds .metal sources for the simulated GPU and runs their kernels from NumPy arrays.
+
+A source is preprocessed with our `metal_*` headers, translated to C++ (`msl_translate`), compiled by
+clang 19 and linked with `runtime.cpp`. Two builds exist: `fast`, and `check`, which reports races,
+accesses out of bounds, reads of uninitialised memory, divergence and unwritten outputs by file and line.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msl_translate
+import numpy as np
+
+HERE = Path(__file__).resolve().parent
+INCLUDE = HERE / "include"
+RUNTIME = HERE / "runtime.cpp"
+CLANG = os.environ.get("TQEXT_CLANG", "clang++-19")
+BUILD = Path(os.environ.get("TQEXT_METAL_SIM_BUILD", Path(tempfile.gettempdir()) / f"tqext_metal_sim_{os.getuid()}"))
+
+# Excess precision off: every half and bfloat operation is rounded, as on the GPU.
+COMMON_FLAGS = [
+    "-std=c++20",
+    "-fPIC",
+    "-fno-exceptions",
+    "-fno-rtti",
+    "-ffp-contract=off",
+    "-Xclang",
+    "-ffloat16-excess-precision=none",
+    "-Xclang",
+    "-fbfloat16-excess-precision=none",
+    "-fno-strict-aliasing",
+    "-march=x86-64-v3",
+    "-Wno-everything",
+    "-gdwarf-4",
+    "-gline-tables-only",
+    "-fvisibility=hidden",
+    "-fno-threadsafe-statics",
+    f"-I{INCLUDE}",
+]
+MODE_FLAGS = {
+    "fast": ["-O2"],
+    "count": ["-O1", "-DMSL_COUNTING"],
+    "check": [
+        "-O1",
+        "-fsanitize=thread",
+        "-fsanitize=bounds,alignment,null,integer-divide-by-zero,shift-exponent",
+        "-fno-vectorize",
+        "-fno-slp-vectorize",
+    ],
+}
+STRICT_FLAGS = [
+    "-std=c++20",
+    "-fsyntax-only",
+    "-nostdinc++",
+    "-fno-exceptions",
+    "-fno-rtti",
+    f"-I{INCLUDE}",
+    "-Wno-everything",
+    "-Wdouble-promotion",
+    "-Werror=double-promotion",
+    "-Wvla",
+    "-Werror=vla",
+    "-ferror-limit=40",
+]
+
+# Scheduling options of a dispatch (runtime.cpp).
+IN_ORDER, RANDOM, REVERSE, PREEMPT = 0, 2, 4, 8
+
+
+class Fault(AssertionError):
+    """The checker reported an error; the text holds the reports."""
+
+
+class Output:
+    """An output buffer: its content is undefined before the dispatch and must be written completely."""
+
+    def __init__(self, shape, dtype):
+        self.array = np.zeros(shape, dtype)
+
+
+@dataclass
+class Stats:
+    """Counters of one dispatch. Byte counters exist in `check` builds only."""
+
+    device_read: int = 0
+    device_written: int = 0
+    threadgroup_read: int = 0
+    threadgroup_written: int = 0
+    simd_operations: int = 0
+    barriers: int = 0
+    switches: int = 0
+    threads: int = 0
+    threadgroup_bytes: int = 0
+    unwritten: int = 0
+    reports: int = 0
+    seconds: float = 0.0
+    report: str = ""
+    buffer_read: list[int] = field(default_factory=list)
+    buffer_written: list[int] = field(default_factory=list)
+
+
+class _Buffer(ctypes.Structure):
+    _fields_ = [
+        ("index", ctypes.c_int),
+        ("out", ctypes.c_int),
+        ("data", ctypes.c_void_p),
+        ("n_bytes", ctypes.c_ulong),
+    ]
+
+
+class _Stats(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_ulong) for name in list(Stats.__dataclass_fields__)[:11]] + [("seconds", ctypes.c_double)]
+
+
+def require_clang() -> None:
+    """Raises RuntimeError when clang 19 is missing: the Metal tests fail then, they never skip."""
+    if shutil.which(CLANG) is None:
+        raise RuntimeError(f"{CLANG} not found: the Metal tests need clang 19 (apt-get install clang-19)")
+
+
+def _run(command: list[str]) -> str:
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise RuntimeError(" ".join(command) + "\n" + result.stderr[:6000])
+    return result.stdout
+
+
+def _digest(*parts: str) -> str:
+    shim = "".join(path.read_text() for path in sorted(INCLUDE.rglob("*")) if path.is_file())
+    return hashlib.sha256("\0".join([*parts, shim]).encode()).hexdigest()[:16]
+
+
+def _runtime_object() -> Path:
+    out = BUILD / f"runtime.{hashlib.sha256(RUNTIME.read_bytes()).hexdigest()[:16]}.o"
+    if not out.exists():
+        part = out.with_suffix(f".{os.getpid()}.o")
+        _run([CLANG, "-std=c++20", "-O2", "-fPIC", "-fno-exceptions", "-g1", "-c", str(RUNTIME), "-o", str(part)])
+        part.replace(out)
+    return out
+
+
+def build(source: str | Path, *, includes=(), defines=(), mode: str = "fast") -> Library:
+    """Returns the compiled kernels of a .metal file, or of source text.
+
+    Args:
+        source: path of the file, or the text itself.
+        includes: folders of included headers.
+        defines: macros, `NAME=VALUE`.
+        mode: `fast`, `check`, or `count` (counts FMA and exp2 in `Library.counter`).
+    """
+    require_clang()
+    BUILD.mkdir(parents=True, exist_ok=True)
+    text = msl_translate.convert(_as_file(source), includes, defines, "exec", CLANG, INCLUDE / "msl_pp")
+    runtime = _runtime_object()
+    key = _digest(text, mode, str(COMMON_FLAGS), str(MODE_FLAGS[mode]), runtime.name)
+    library = BUILD / f"kernels.{mode}.{key}.so"
+    if not library.exists():
+        cpp = BUILD / f"kernels.{mode}.{key}.{os.getpid()}.cpp"
+        obj, part = cpp.with_suffix(".o"), cpp.with_suffix(".so")
+        cpp.write_text(text)
+        _run([CLANG, *COMMON_FLAGS, *MODE_FLAGS[mode], "-c", str(cpp), "-o", str(obj)])
+        _run([CLANG, "-shared", "-Wl,-Bsymbolic", str(obj), str(runtime), "-o", str(part), "-lm", "-lstdc++"])
+        part.replace(library)
+        obj.unlink()
+    if library not in _loaded:
+        _loaded[library] = Library(library)
+    return _loaded[library]
+
+
+_loaded: dict[Path, Library] = {}
+
+
+def loaded(mode: str) -> list[Library]:
+    """Libraries of a mode that this process has built, the latest first."""
+    return [lib for path, lib in reversed(_loaded.items()) if path.name.startswith(f"kernels.{mode}.")]
+
+
+def _as_file(source: str | Path) -> Path:
+    if isinstance(source, Path):
+        return source
+    path = BUILD / f"source.{hashlib.sha256(source.encode()).hexdigest()[:16]}.metal"
+    if not path.exists():
+        part = path.with_suffix(f".{os.getpid()}")
+        part.write_text(source)
+        part.replace(path)
+    return path
+
+
+def strict_errors(source: str | Path, *, includes=(), defines=()) -> list[str]:
+    """Errors of a syntax check in which address spaces are types and vectors are the compiler's own."""
+    require_clang()
+    BUILD.mkdir(parents=True, exist_ok=True)
+    try:
+        text = msl_translate.convert(_as_file(source), includes, defines, "strict", CLANG, INCLUDE / "msl_pp")
+    except msl_translate.TranslationError as error:
+        return [str(error)]
+    path = BUILD / f"strict.{os.getpid()}.cpp"
+    path.write_text(text)
+    result = subprocess.run([CLANG, *STRICT_FLAGS, str(path)], capture_output=True, text=True, check=False)
+    return [line for line in result.stderr.splitlines() if " error: " in line or "fatal" in line]
+
+
+class Library:
+    """Kernels of one source, ready to be dispatched on the simulated GPU."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._lib = ctypes.CDLL(str(path))
+        self._lib.msl_name.restype = ctypes.c_char_p
+        self.kernels = [self._lib.msl_name(i).decode() for i in range(self._lib.msl_count())]
+
+    def run(
+        self, kernel, buffers, grid, group, *, constants=None, threadgroup_memory=None, seed=0, schedule=IN_ORDER, check=True
+    ) -> Stats:
+        """Runs one dispatch and returns its counters.
+
+        Args:
+            kernel: its host name.
+            buffers: buffer index -> array, NumPy scalar or `Output`. Arrays the kernel may write are changed in place.
+            grid: threadgroups, up to three axes.
+            group: threads per threadgroup, up to three axes.
+            constants: function-constant id -> value. All constants of the source must be given.
+            threadgroup_memory: index -> bytes of a threadgroup argument.
+            seed: seed of the random schedules.
+            schedule: IN_ORDER or a sum of RANDOM, REVERSE, PREEMPT.
+            check: raise `Fault` when the checker reports something.
+        """
+        for index, value in (constants or {}).items():
+            if self._lib.msl_set_fc(int(index), ctypes.c_double(float(value))):
+                raise KeyError(f"function constant {index}")
+        args, keep = (_Buffer * max(1, len(buffers)))(), []
+        for n, (index, value) in enumerate(sorted(buffers.items())):
+            is_output = isinstance(value, Output)
+            array = value.array if is_output else np.atleast_1d(value)
+            if not array.flags.c_contiguous:
+                raise ValueError(f"buffer {index}: expected a contiguous array")
+            keep.append(array)
+            args[n] = _Buffer(index, int(is_output), array.ctypes.data, array.nbytes)
+        memory = (ctypes.c_uint * 32)()
+        for index, n_bytes in (threadgroup_memory or {}).items():
+            memory[index] = n_bytes
+        stats, report = _Stats(), ctypes.create_string_buffer(1 << 16)
+        three = [(ctypes.c_uint * 3)(*((*tuple(int(x) for x in size), 1, 1, 1))[:3]) for size in (grid, group)]
+        code = self._lib.msl_dispatch(
+            kernel.encode(),
+            args,
+            len(buffers),
+            memory,
+            *three,
+            ctypes.c_ulong(seed),
+            schedule,
+            ctypes.byref(stats),
+            report,
+            ctypes.c_size_t(1 << 16),
+        )
+        out = Stats(**{name: getattr(stats, name) for name, _ in _Stats._fields_})
+        out.report = self._symbolize(report.value.decode())
+        read, written = (ctypes.c_ulong * 32)(), (ctypes.c_ulong * 32)()
+        self._lib.msl_buffer_bytes(read, written)
+        out.buffer_read, out.buffer_written = list(read), list(written)
+        if code < 0 or (check and out.report):
+            raise Fault(f"{kernel}:\n{out.report}")
+        return out
+
+    def counter(self, name: str) -> int:
+        """Operations of a `count` build since it was loaded: `fma` or `exp2`, over all lanes."""
+        return ctypes.c_ulong.in_dll(self._lib, f"msl_counter_{name}").value
+
+    def _symbolize(self, report: str) -> str:
+        addresses = sorted(set(re.findall(r"^@([0-9a-f]+) ", report, re.M)))
+        if not addresses:
+            return report
+        lines = _run(["addr2line", "-e", str(self.path), *("0x" + a for a in addresses)]).splitlines()
+        names = dict(zip(addresses, (re.sub(r".*/([^/]+)$", r"\1", line) for line in lines), strict=True))
+        return re.sub(r"^@([0-9a-f]+) ", lambda m: names[m.group(1)] + " ", report, flags=re.M)

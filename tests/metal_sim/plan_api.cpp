@@ -1,0 +1,82 @@
+// C entry points of metal/dispatch_plan.h for the tests: a plan as JSON, the kernel's parameter struct as bytes.
+#include <cstring>
+#include <sstream>
+
+#include "dispatch_plan.h"
+
+using namespace tqext;
+using namespace tqext::metal;
+
+namespace {
+
+thread_local std::string text;
+
+void write(std::ostringstream& out, const Dispatch& d) {
+  out << "{\"kernel\":\"" << d.kernel << "\",\"source\":\"" << d.source << "\",\"instance\":\"";
+  for (char c : d.instance) out << (c == '"' ? "\\\"" : std::string(1, c));
+  out << "\",\"grid\":[" << d.grid[0] << "," << d.grid[1] << "," << d.grid[2] << "],\"threads\":" << d.threads
+      << ",\"constants\":{";
+  for (size_t i = 0; i < d.constants.size(); i++) {
+    out << (i ? "," : "") << "\"" << d.constants[i].id << "\":" << d.constants[i].value;
+  }
+  out << "},\"threadgroup_bytes\":[";
+  for (size_t i = 0; i < d.threadgroup_bytes.size(); i++) out << (i ? "," : "") << d.threadgroup_bytes[i];
+  out << "]}";
+}
+
+template <class Params>
+const char* finish(std::ostringstream& out, const Params& params, unsigned char* bytes) {
+  std::memcpy(bytes, &params, sizeof(params));
+  text = out.str();
+  return text.c_str();
+}
+
+}  // namespace
+
+extern "C" {
+
+int tq_sizeof_attention_shape() { return sizeof(AttentionShape); }
+int tq_sizeof_attention_params() { return sizeof(AttentionParams); }
+int tq_sizeof_encode_shape() { return sizeof(EncodeShape); }
+int tq_sizeof_encode_params() { return sizeof(EncodeParams); }
+
+int tq_has_attention_kernel(int n_queries, int head_dim, int value_dim, int hadamard, int max_queries) {
+  return has_attention_kernel(n_queries, head_dim, value_dim, hadamard, max_queries);
+}
+
+const char* tq_plan_attention(const AttentionShape* shape, unsigned char* params) {
+  const AttentionPlan plan = plan_attention(*shape);
+  std::ostringstream out;
+  out << "{\"dispatches\":[";
+  for (size_t i = 0; i < plan.dispatches.size(); i++) {
+    if (i) out << ",";
+    write(out, plan.dispatches[i]);
+  }
+  out << "],\"n_parts\":" << plan.params.n_parts << ",\"n_ranges\":" << plan.params.n_ranges
+      << ",\"part_numbers\":" << plan.n_part_numbers << ",\"state_numbers\":" << plan.n_state_numbers << "}";
+  return finish(out, plan.params, params);
+}
+
+const char* tq_plan_encode(int op, const EncodeShape* shape, unsigned char* params) {
+  const EncodePlan plan = plan_encode(EncodeOp(op), *shape);
+  std::ostringstream out;
+  write(out, plan.dispatch);
+  return finish(out, plan.params, params);
+}
+
+const char* tq_plan_compact(int item_bytes, int batch, int n_heads, int n_tokens, int last, const Strides4* strides,
+                            unsigned char* params) {
+  const EncodePlan plan = plan_compact(item_bytes, batch, n_heads, n_tokens, last, *strides);
+  std::ostringstream out;
+  write(out, plan.dispatch);
+  return finish(out, plan.params, params);
+}
+
+const char* tq_plan_q1(int op, int type, const Q1MatmulParams* params) {
+  std::ostringstream out;
+  write(out, plan_q1(Q1Op(op), Type(type), *params));
+  text = out.str();
+  return text.c_str();
+}
+
+}  // extern "C"

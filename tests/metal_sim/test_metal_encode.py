@@ -1,0 +1,87 @@
+"""Packing, unpacking and rotating on the simulated Metal kernels: the CPU's bytes, and the CPU backend's own tests."""
+
+import metal_ops
+import mlx.core as mx
+import pytest
+
+import test_quantize
+import test_rotate
+import tqext
+
+# What the kernels cannot show: argument checks, compilation, and what the op composes.
+OP_ONLY = (
+    *("compile", "reject", "bad_", "reference_hadamard", "dense_matrix", "none_changes_nothing", "nothing_gives_nothing"),
+    *("distortion", "unbiased", "closer"),  # averages over many tokens: the bytes are compared instead
+)
+
+for _module in (test_quantize, test_rotate):
+    for _name, _test in vars(_module).items():
+        if _name.startswith("test_") and not any(part in _name for part in OP_ONLY):
+            globals()[_name] = _test
+
+
+def SELECTION(name, params):
+    """(a kernel exists for these parameters, they run by default)."""
+    dim = params.get("head_dim", params.get("dim", 64))
+    composed = params.get("rotation") == "orthogonal" or not tqext.format.hadamard_factor(metal_ops.padded(dim))
+    few = params.get("dtype", "float32") == "float32" or dim in (96, 128) or ("head_dim" not in params and "dim" not in params)
+    return not composed, few and params.get("rotation") != "none"
+
+
+@pytest.fixture(autouse=True)
+def on_the_simulated_gpu(request, scheduled, monkeypatch):
+    """The operators of tqext, replaced by those on the simulated GPU where a kernel exists."""
+    launched = []
+
+    def replace(name, simulated, has_kernel):
+        original = getattr(tqext, name)
+
+        def call(*arguments, stream=None, **options):
+            if not has_kernel(*arguments, **options):
+                return original(*arguments, **options)
+            launched.append(name)
+            return simulated(*arguments, **options)
+
+        monkeypatch.setattr(tqext, name, call)
+
+    def hadamard(x, *_, rotation="hadamard", **__):
+        return rotation in ("hadamard", "none") and _has_factor(x.shape[-1])
+
+    def keys(k, *, bits=3, mean=None, qjl=False, rotation="hadamard"):
+        parts = metal_ops.quantize_keys(scheduled, k, bits=bits, mean=mean, qjl=qjl, rotation=rotation)
+        signs = parts[2:] if qjl else (None, None)
+        return tqext.PackedKeys(parts[0], parts[1], mean, *signs, bits, k.shape[-1], rotation)
+
+    def values(v, *, bits=2, rotation="hadamard"):
+        return tqext.PackedValues(
+            *metal_ops.quantize_values(scheduled, v, bits=bits, rotation=rotation), bits, v.shape[-1], rotation
+        )
+
+    def rotate(x, inverse=False, *, rotation="hadamard"):
+        # The host code counts rows the same way (metal/turboquant_encode.cpp).
+        rows = x if x.ndim == 4 else x.reshape(1, 1, -1, x.shape[-1])
+        return metal_ops.rotate(scheduled, rows, inverse).reshape(x.shape)
+
+    replace("quantize_keys", keys, hadamard)
+    replace("quantize_values", values, hadamard)
+    replace(
+        "dequantize",
+        lambda packed, **options: metal_ops.dequantize(scheduled, packed, **options),
+        lambda packed, rotated=False, **_: (
+            packed.codes.size and (rotated or (packed.rotation == "hadamard" and _has_factor(packed.head_dim)))
+        ),
+    )
+    replace(
+        "rotate",
+        rotate,
+        lambda x, *_, rotation="hadamard", **__: rotation == "hadamard" and x.size and _has_factor(x.shape[-1]),
+    )
+    before = mx.default_device()
+    mx.set_default_device(mx.cpu)
+    yield
+    mx.set_default_device(before)
+    assert launched, "the test never reached the kernels"
+
+
+def _has_factor(dim):
+    return bool(tqext.format.hadamard_factor(metal_ops.padded(dim)))

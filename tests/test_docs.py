@@ -1,0 +1,59 @@
+"""Every code block of the README and the documentation runs; every block says what it is."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+# python and bash blocks are executed here; console and text blocks are transcripts (other machines, hardware, installing).
+LANGUAGES = {"python", "bash", "console", "text", "json"}
+# The set-up commands are what .ci/run executes, in a fresh virtual environment.
+SET_UP = "python3 -m venv"
+
+
+def blocks(page, language):
+    return [code for found, code in FENCE.findall(page.read_text()) if found.strip() == language]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
+def test_docs_blocks_name_a_known_language(page):
+    assert {language.strip() for language, _ in FENCE.findall(page.read_text())} <= LANGUAGES
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=lambda p: p.stem)
+def test_docs_python_blocks_run(page, tmp_path):
+    script = tmp_path / "blocks.py"
+    script.write_text("\n".join(blocks(page, "python")))
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, cwd=tmp_path, timeout=500)
+    assert done.returncode == 0, done.stderr
+
+
+COMMANDS = [
+    (page.stem, line)
+    for page in PAGES
+    for block in blocks(page, "bash")
+    for line in block.replace("\\\n", " ").splitlines()
+    if line.strip() and not line.startswith(SET_UP)
+]
+
+
+@pytest.mark.parametrize(("page", "line"), COMMANDS, ids=[f"{page}-{line[:40]}" for page, line in COMMANDS])
+def test_docs_commands_run(page, line, tmp_path):
+    words = shlex.split(line)
+    assert words[0] == "tqext", f"{page}: expected a tqext command or a set-up command, got {line}"
+    done = subprocess.run(
+        [sys.executable, "-m", "tqext", *words[1:]], capture_output=True, text=True, cwd=tmp_path, timeout=500
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_docs_links_lead_somewhere():
+    for page in PAGES:
+        for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
