@@ -72,43 +72,24 @@ const CodecKernels& codec_kernels() {
   return kernels;
 }
 
-}  // namespace
-
-void hadamard(float* x, int dim) {
+// H x or H^T x: the matrices of order 12, 20 and 28 are not symmetric.
+void hadamard(float* x, int dim, bool transposed) {
   const int factor = hadamard_factor(dim), n = dim / factor;
   for (int start = 0; start < dim; start += n) codec_kernels().walsh(x + start, n);
-  if (factor > 1) {
-    const uint32_t* rows = hadamard_rows(factor);
-    float column[28];
-    for (int j = 0; j < n; j++) {
-      for (int i = 0; i < factor; i++) column[i] = x[i * n + j];
-      for (int i = 0; i < factor; i++) {
-        float sum = 0;
-        for (int k = 0; k < factor; k++) sum += (rows[i] >> k & 1) ? -column[k] : column[k];
-        x[i * n + j] = sum;
+  if (factor == 1) return;
+  const uint32_t* rows = hadamard_rows(factor);
+  float column[28];
+  for (int j = 0; j < n; j++) {
+    for (int i = 0; i < factor; i++) column[i] = x[i * n + j];
+    for (int i = 0; i < factor; i++) {
+      float sum = 0;
+      for (int k = 0; k < factor; k++) {
+        const bool negative = transposed ? rows[k] >> i & 1 : rows[i] >> k & 1;
+        sum += negative ? -column[k] : column[k];
       }
+      x[i * n + j] = sum;
     }
   }
-}
-
-namespace {
-
-// H^T x: the matrices of order 12, 20 and 28 are not symmetric.
-void hadamard_transposed(float* x, int dim) {
-  const int factor = hadamard_factor(dim), n = dim / factor;
-  if (factor > 1) {
-    const uint32_t* rows = hadamard_rows(factor);
-    float column[28];
-    for (int j = 0; j < n; j++) {
-      for (int i = 0; i < factor; i++) column[i] = x[i * n + j];
-      for (int i = 0; i < factor; i++) {
-        float sum = 0;
-        for (int k = 0; k < factor; k++) sum += (rows[k] >> i & 1) ? -column[k] : column[k];
-        x[i * n + j] = sum;
-      }
-    }
-  }
-  for (int start = 0; start < dim; start += n) codec_kernels().walsh(x + start, n);
 }
 
 }  // namespace
@@ -116,11 +97,11 @@ void hadamard_transposed(float* x, int dim) {
 void rotate_row(float* x, int dim, uint32_t seed, bool inverse) {
   const float scale = 1.0f / std::sqrt(float(dim));
   if (inverse) {
-    hadamard_transposed(x, dim);
+    hadamard(x, dim, true);
     codec_kernels().apply_signs(x, dim, seed, scale);
   } else {
     codec_kernels().apply_signs(x, dim, seed, scale);
-    hadamard(x, dim);
+    hadamard(x, dim, false);
   }
 }
 

@@ -41,9 +41,7 @@ inline float signed_sum(const uint32_t* signs, const float* x, int dim) {
   return sum;
 }
 
-// In place, dim a power of two times hadamard_factor(dim); fp32.
-void hadamard(float* x, int dim);
-// rotate(x) or its inverse, in place, with the signs of the seed.
+// rotate(x) or its inverse, in place, with the signs of the seed; dim a power of two times hadamard_factor(dim).
 void rotate_row(float* x, int dim, uint32_t seed, bool inverse);
 
 // x: one key in the rotated space. Writes code_words() words, the norm and the chosen levels.
