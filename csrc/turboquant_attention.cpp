@@ -24,7 +24,8 @@ void check_exact(const ExactTokens& tokens, const Shapes& n, const char* name) {
   const std::string keys = std::string(name) + "[0]", values = std::string(name) + "[1]";
   check_activation(k, kOp, keys.c_str());
   check_activation(v, kOp, values.c_str());
-  check(k.ndim() == 4, "[", kOp, "] ", keys, ": expected 4 axes [batch, n_kv_heads, n_tokens, head_dim], got shape ", k.shape());
+  check(k.ndim() == 4, "[", kOp, "] ", keys, ": expected 4 axes [batch, n_kv_heads, n_tokens, head_dim], got shape ",
+        k.shape());
   check_shape(k, {n.batch, n.n_kv_heads, k.shape(2), n.head_dim}, kOp, keys.c_str());
   check_shape(v, {n.batch, n.n_kv_heads, k.shape(2), n.value_dim}, kOp, values.c_str());
 }
@@ -50,7 +51,8 @@ Shapes check_inputs(const mx::array& q, const PackedKeys& k, const PackedValues&
     check_shape(*k.signs, {n.batch, n.n_kv_heads, n.n_coded, sign_words(dim)}, kOp, "packed_k.signs");
     check_dtype(*k.residual_norms, mx::float16, kOp, "packed_k.residual_norms");
     check_shape(*k.residual_norms, {n.batch, n.n_kv_heads, n.n_coded, 1}, kOp, "packed_k.residual_norms");
-    check(hadamard_factor(dim), "[", kOp, "] packed_k.signs: expected a head dimension with a Hadamard matrix, got ", n.head_dim);
+    check(hadamard_factor(dim), "[", kOp, "] packed_k.signs: expected a head dimension with a Hadamard matrix, got ",
+          n.head_dim);
   }
   if (options.first) {
     check_exact(*options.first, n, "first");
@@ -88,11 +90,12 @@ mx::array check_mask(const mx::array& mask, const Shapes& n, mx::Stream stream) 
   const mx::Shape full{n.batch, n.n_q_heads, n.n_queries, n.n_keys()};
   bool fits = mask.ndim() <= 4;
   for (int i = 1; fits && i <= int(mask.ndim()); i++) fits = mask.shape(-i) == 1 || mask.shape(-i) == full[4 - i];
-  check(fits, "[", kOp, "] mask: expected a shape that broadcasts to ", full, " [batch, n_q_heads, n_queries, n_keys], got shape ",
-        mask.shape());
+  check(fits, "[", kOp, "] mask: expected a shape that broadcasts to ", full,
+        " [batch, n_q_heads, n_queries, n_keys], got shape ", mask.shape());
   mx::array x = mask.dtype() == mx::bool_ ? mask : mx::astype(mask, mx::float32, stream);
   while (x.ndim() < 4) x = mx::expand_dims(x, 0, stream);
-  // Shapeless compilation keeps the shape of broadcast_to, which depends on the tokens: the CPU and CUDA broadcast when they read.
+  // Shapeless compilation keeps the shape of broadcast_to, which depends on the tokens: the CPU and CUDA broadcast when they
+  // read.
   return mx::metal::is_available() ? mx::broadcast_to(x, full, stream) : x;
 }
 
@@ -114,8 +117,8 @@ std::optional<mx::array> column_mask(const AttentionOptions& options, const Shap
       const mx::array length =
           mx::reshape(mx::slice(*options.lengths, {0, part}, {n.batch, part + 1}, s), {n.batch, 1, 1, 1}, s);
       const mx::array stored = mx::less(columns, mx::add(length, mx::array(begins[part]), s), s);
-      const mx::array elsewhere =
-          mx::logical_or(mx::less(columns, mx::array(begins[part]), s), mx::greater_equal(columns, mx::array(ends[part]), s), s);
+      const mx::array elsewhere = mx::logical_or(mx::less(columns, mx::array(begins[part]), s),
+                                                 mx::greater_equal(columns, mx::array(ends[part]), s), s);
       restrict(mx::logical_or(stored, elsewhere, s));
     }
   }
@@ -194,7 +197,7 @@ mx::array turboquant_attention(const mx::array& q, const PackedKeys& k, const Pa
     inner.tail = turn_tokens(options.tail);
     inner.scale = scale;
     mx::array out = turboquant_attention(turn(q, dim, key_rotation), inner_k, inner_v, inner, stream);
-    out = value_rotation == Rotation::kHadamard    ? rotate(out, true, "hadamard", stream)
+    out = value_rotation == Rotation::kHadamard     ? rotate(out, true, "hadamard", stream)
           : value_rotation == Rotation::kOrthogonal ? apply_orthogonal(out, value_dim, true, stream)
                                                     : out;
     if (value_dim != n.value_dim) {
@@ -203,9 +206,9 @@ mx::array turboquant_attention(const mx::array& q, const PackedKeys& k, const Pa
     return mx::astype(out, q.dtype(), stream);
   }
 
-  TurboQuantAttention::State state{scale,  options.mask_mode == "causal", key_rotation == Rotation::kHadamard,
-                                   k.bits, v.bits,                        n.head_dim,
-                                   n.value_dim, k.signs ? 1u << kSigns : 0u};
+  TurboQuantAttention::State state{
+      scale,       options.mask_mode == "causal", key_rotation == Rotation::kHadamard, k.bits, v.bits, n.head_dim,
+      n.value_dim, k.signs ? 1u << kSigns : 0u};
   if (stream.device == mx::Device::gpu && !gpu_has_kernel(state, q, k.codes)) {
     return composed_attention(q, k, v, options, n, scale, stream);
   }

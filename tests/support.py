@@ -10,8 +10,9 @@ import tqext
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
+
 class _KernelTolerance(dict):
-    """By dtype and MLX's default device. Of NVIDIA GPUs the softmax weights enter fp16 tensor cores, whatever the query's type."""
+    """By dtype and default device. On NVIDIA GPUs the softmax weights enter fp16 tensor cores, whatever the query's type."""
 
     def __getitem__(self, dtype):
         on_cuda = mx.default_device() == mx.gpu and not mx.metal.is_available()

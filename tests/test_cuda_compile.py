@@ -17,7 +17,9 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the CUDA kernel
 
 def compiler():
     spec = importlib.util.find_spec("nvidia")
-    found = [path for root in (spec.submodule_search_locations if spec else []) for path in Path(root).glob("*/lib/libnvrtc.so.13")]
+    found = [
+        path for root in (spec.submodule_search_locations if spec else []) for path in Path(root).glob("*/lib/libnvrtc.so.13")
+    ]
     assert found, "pip install 'nvidia-cuda-nvrtc==13.0.*'"
     for builtins in found[0].parent.glob("libnvrtc-builtins.so.13*"):
         ctypes.CDLL(str(builtins), mode=ctypes.RTLD_GLOBAL)

@@ -341,7 +341,8 @@ class Fp32Attention {
         multiply<R, kAtOnce>(a, a_stride, b + p * panel_stride, panel_stride, n, c + p * kPanel, c_stride, keep);
       }
     }
-    for (; p < n_panels; p++) multiply<R, 1>(a, a_stride, b + p * panel_stride, panel_stride, n, c + p * kPanel, c_stride, keep);
+    for (; p < n_panels; p++)
+      multiply<R, 1>(a, a_stride, b + p * panel_stride, panel_stride, n, c + p * kPanel, c_stride, keep);
   }
 
   void attend_tile(int t0, int n) {
@@ -393,8 +394,8 @@ class Fp32Attention {
     if (poisoned_) {
       for (int i = 0; i < R; i++) add_values_carefully(r0 + i, scores_ + i * kTile, n, keep[i]);
     } else {
-      multiply_panels<R>(scores_, kTile, values_, ptrdiff_t(kPanel) * kTile, n, out_dim_ / kPanel, out_ + ptrdiff_t(r0) * out_dim_,
-                         out_dim_, keep);
+      multiply_panels<R>(scores_, kTile, values_, ptrdiff_t(kPanel) * kTile, n, out_dim_ / kPanel,
+                         out_ + ptrdiff_t(r0) * out_dim_, out_dim_, keep);
     }
     return R;
   }
