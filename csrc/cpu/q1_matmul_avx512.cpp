@@ -179,9 +179,14 @@ TQ_AVX512 void run(const Q1Matrix& m, const float* x, ptrdiff_t x_stride, int ro
 #pragma GCC unroll 8
           for (int i = 0; i < n_inputs; ++i) acc[0][i] = acc[1][i] = _mm512_setzero_ps();
           for (int g = g_begin; g < g_end; ++g) {
-            if (n_inputs == 1 && full && g % 4 == 0)  // a cache line holds four groups
-              for (int r = 0; r < kTile; ++r)
-                _mm_prefetch(reinterpret_cast<const char*>(weight + (kTile + r) * stride + g * kWords), _MM_HINT_T0);
+            // The next tile's rows one after the other, as they lie in memory: line by line over all rows was 17 % slower
+            // (matrices beyond the last-level cache, Cascade Lake).
+            if (n_inputs == 1 && full) {
+              const int n_ahead = (kTile + n_groups - 1) / n_groups;
+              for (int r = g * n_ahead; r < std::min(kTile, (g + 1) * n_ahead); ++r)
+                for (int word = 0; word < n_groups * kWords; word += 16)
+                  _mm_prefetch(reinterpret_cast<const char*>(weight + (kTile + r) * stride + word), _MM_HINT_T1);
+            }
             __m512 sum[2][n_inputs];
             tile_group<n_inputs>(weight + g * kWords, stride, tables + g * kLookups * n_inputs * kTable, sum);
             const float* const scale = scales + g * kTurn + tile - turn;
