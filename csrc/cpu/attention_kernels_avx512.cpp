@@ -187,7 +187,8 @@ class IntegerAttention {
         n_groups_(shape.value_dim / kGroup),
         straddle_((shape.value_dim & (shape.value_dim - 1)) != 0),
         n_patterns_(value_dim_ <= 128 ? 1 : value_dim_ / 128),
-        out_size_(n_chunks_ * n_slots_ * 16) {
+        out_size_(n_chunks_ * n_slots_ * 16),
+        natural_(head.key_stride == key_words_ && head.value_stride == value_words_ && head.param_stride == 2 * n_groups_) {
     const int n_sets = (rows.n_rows + kSet - 1) / kSet;
     const size_t per_row = out_size_ + 16 * n_groups_ + 16;
     char* next = static_cast<char*>(scratch(
@@ -201,8 +202,7 @@ class IntegerAttention {
     planes_ = words(size_t(key_dim_ / 8) * kBlock);
     norms_ = floats(kBlock);
     values_ = reinterpret_cast<uint8_t*>(take(size_t(n_chunks_) * kQuads * 64));
-    scales_ = floats(size_t(n_groups_) * kBlock);
-    biases_ = floats(size_t(n_groups_) * kBlock);
+    params_ = reinterpret_cast<uint16_t*>(take(size_t(n_groups_) * kBlock * 4));
     scores_ = floats(kSet * kBlock);
     weights_ = reinterpret_cast<int8_t*>(take(weight_bytes()));
     group_of_ = reinterpret_cast<int32_t*>(words(out_size_));
@@ -243,7 +243,7 @@ class IntegerAttention {
       for (int r = 0; r < rows_.n_rows; r++) last = rows_.end[r] > last ? rows_.end[r] : last;
       if (last <= t0) break;
       load_block(t0, n);
-      look_ahead(t0 + kBlock, end);
+      ahead_ = t0 + kBlock < end && natural_;
       for (int r = 0; r < rows_.n_rows; r += kSet) {
         switch (smaller(kSet, rows_.n_rows - r)) {
           case 1:
@@ -258,7 +258,7 @@ class IntegerAttention {
           default:
             attend_set<4>(r, t0, n);
         }
-        look_ahead(end, end);  // once a block
+        ahead_ = false;  // once a block
       }
     }
   }
@@ -335,49 +335,58 @@ class IntegerAttention {
     for (int p = 0; p < N; p++) query_offset_[r * N + p] = -128 * _mm512_reduce_add_epi32(sums[p]);  // the table holds level + 128
   }
 
-  // ---- the next block: its lines are asked for while this one is computed on (18 of 36 ns without)
+  // ---- lines asked for ahead: this block's values while it is scored, the next block's keys while values are summed
 
   struct Stream {
     const char* next;
     ptrdiff_t step;  // 64, or 0: nothing to ask for
   };
 
-  void look_ahead(int t0, int end) {
-    const bool natural = head_.key_stride == key_words_ && head_.value_stride == value_words_ && head_.param_stride == 2 * n_groups_;
-    ahead_ = natural && t0 < end ? t0 : -1;
-    keys_ahead_ = stream(head_.key_codes + t0 * head_.key_stride);
+  Stream stream(const void* base, ptrdiff_t offset, ptrdiff_t size) const {
+    if (!ahead_ || offset >= size) return {reinterpret_cast<const char*>(scores_), 0};
+    return {static_cast<const char*>(base) + offset, 64};
   }
-  Stream stream(const void* p) const { return ahead_ < 0 ? Stream{reinterpret_cast<const char*>(scores_), 0} : Stream{static_cast<const char*>(p), 64}; }
-
-  // What the i-th pass over the block's values asks for: first all of the next values, then their parameters.
-  Stream values_ahead(int i) const {
-    constexpr int kBytes = kQuads * 64;
-    const int value_passes = kBlock * value_words_ * 4 / kBytes, param_passes = kBlock * n_groups_ * 4 / kBytes;
-    if (i < value_passes) return stream(reinterpret_cast<const char*>(head_.value_codes + ahead_ * head_.value_stride) + i * kBytes);
-    if (i - value_passes > param_passes) return {reinterpret_cast<const char*>(scores_), 0};
-    return stream(reinterpret_cast<const char*>(head_.value_params + ahead_ * head_.param_stride) + (i - value_passes) * kBytes);
+  Stream values_ahead(ptrdiff_t offset) const {
+    const ptrdiff_t size = ptrdiff_t(kBlock) * value_words_ * 4;
+    if (offset < size) return stream(head_.value_codes + block_ * head_.value_stride, offset, size);
+    return stream(head_.value_params + block_ * head_.param_stride, offset - size, ptrdiff_t(kBlock) * n_groups_ * 4);
+  }
+  Stream keys_ahead(ptrdiff_t offset) const {
+    return stream(head_.key_codes + (block_ + kBlock) * head_.key_stride, offset, ptrdiff_t(kBlock) * key_words_ * 4);
   }
 
   // ---- one block of tokens, for all rows
 
+  // Values and their parameters wait until the scores are there, to be in the cache once only.
   void load_block(int t0, int n) {
+    block_ = t0;
     n_padded_ = round_up(n, 16);
-    n_bad_ = 0;
+    n_bad_keys_ = 0;
+    values_loaded_ = false;
     const int whole = n / 16 * 16;
     const uint32_t* keys = head_.key_codes + t0 * head_.key_stride;
-    const uint32_t* values = head_.value_codes + t0 * head_.value_stride;
-    const uint16_t* params = head_.value_params + t0 * head_.param_stride;
-    if (whole < n) copy_tail(keys, values, params, whole, n);
+    if (whole < n) copy_tail(t0, whole, n);
     for (int t = 0; t < whole; t += 16) load_keys(keys + t * head_.key_stride, head_.key_stride, t);
     if (whole < n) load_keys(tail_keys_, key_words_, whole);
     load_norms(t0, n);
-    for (int g = 0; g < n_groups_; g += 4) load_params(params, g, whole, n);
+  }
+
+  void load_block_values(int n) {
+    if (values_loaded_) return;
+    values_loaded_ = true;
+    n_bad_ = 0;
+    const int whole = n / 16 * 16;
+    const uint32_t* values = head_.value_codes + block_ * head_.value_stride;
+    for (int g = 0; g < n_groups_; g += 4) load_params(head_.value_params + block_ * head_.param_stride, g, whole, n);
     for (int t = 0; t < whole; t += 4) load_values(values + t * head_.value_stride, head_.value_stride, t / 4);
     for (int t = whole; t < n_padded_; t += 4) load_values(tail_values_ + (t - whole) * value_words_, value_words_, t / 4);
   }
 
   // The last, incomplete 16 tokens, filled up with zeros.
-  void copy_tail(const uint32_t* keys, const uint32_t* values, const uint16_t* params, int from, int n) {
+  void copy_tail(int t0, int from, int n) {
+    const uint32_t* keys = head_.key_codes + t0 * head_.key_stride;
+    const uint32_t* values = head_.value_codes + t0 * head_.value_stride;
+    const uint16_t* params = head_.value_params + t0 * head_.param_stride;
     for (int i = 0; i < 16; i++) {
       const int t = from + i;
       for (int w = 0; w < key_words_; w++) tail_keys_[i * key_words_ + w] = t < n ? keys[t * head_.key_stride + w] : 0;
@@ -440,14 +449,14 @@ class IntegerAttention {
       if (__builtin_expect(bad != 0, 0)) {
         half = _mm256_maskz_mov_epi16(__mmask16(~bad), half);
         for (int i = 0; i < 16; i++) {
-          if (bad >> i & 1) bad_[n_bad_++] = t + i;
+          if (bad >> i & 1) bad_keys_[n_bad_keys_++] = t + i;
         }
       }
       _mm512_store_ps(norms_ + t, _mm512_cvtph_ps(half));
     }
   }
 
-  // Scales and biases of groups g .. g + 3 with the token as the lane, and the largest scale of each.
+  // Scales and biases of groups g .. g + 3 as [group][16 scales, 16 biases], and the largest scale of each.
   void load_params(const uint16_t* params, int g, int whole, int n) {
     const int n_words = smaller(4, n_groups_ - g);
     const __m512i split = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15));
@@ -464,8 +473,7 @@ class IntegerAttention {
       for (int i = 0; i < n_words; i++) {
         const __m512i y = _mm512_permutexvar_epi64(gather, _mm512_shuffle_epi8(x[i], split));
         top[i] = _mm512_max_epu16(top[i], _mm512_and_si512(y, magnitude));
-        _mm512_store_ps(scales_ + (g + i) * kBlock + t, _mm512_cvtph_ps(_mm512_castsi512_si256(y)));
-        _mm512_store_ps(biases_ + (g + i) * kBlock + t, _mm512_cvtph_ps(_mm512_extracti64x4_epi64(y, 1)));
+        _mm512_store_si512(params_ + 2 * ((g + i) * kBlock + t), y);
       }
     }
     for (int i = 0; i < n_words; i++) {
@@ -480,17 +488,27 @@ class IntegerAttention {
   }
 
   void clear_bad_params(int g, int n) {
-    float* scale = scales_ + g * kBlock;
-    float* bias = biases_ + g * kBlock;
-    scale_top_[g] = 0;
-    for (int t = 0; t < n; t++) {
-      if (scale[t] - scale[t] != 0 || bias[t] - bias[t] != 0) {
-        scale[t] = bias[t] = 0;
-        if (n_bad_ < kMaxBad) bad_[n_bad_++] = t;
+    __m512 top = _mm512_setzero_ps();
+    for (int t = 0; t < n_padded_; t += 16) {
+      const __m512 s = scale(g, t), b = bias(g, t);
+      const __m512 size = _mm512_max_ps(_mm512_abs_ps(s), _mm512_abs_ps(b));
+      const __mmask16 good = _mm512_cmp_ps_mask(_mm512_add_ps(_mm512_sub_ps(s, s), _mm512_sub_ps(b, b)), size, _CMP_LE_OQ);
+      for (int i = 0; i < 16 && t + i < n; i++) {
+        if (!(good >> i & 1)) bad_[n_bad_++] = t + i;
       }
-      const float size = __builtin_fabsf(scale[t]);
-      scale_top_[g] = size > scale_top_[g] ? size : scale_top_[g];
+      uint16_t* x = params_ + 2 * (g * kBlock + t);
+      const __mmask32 both = __mmask32(good) | __mmask32(good) << 16;
+      _mm512_store_si512(x, _mm512_maskz_mov_epi16(both, _mm512_load_si512(x)));
+      top = _mm512_max_ps(top, _mm512_maskz_mov_ps(good, _mm512_abs_ps(s)));
     }
+    scale_top_[g] = _mm512_reduce_max_ps(top);
+  }
+
+  __m512 scale(int g, int t) const {
+    return _mm512_cvtph_ps(_mm256_load_si256(reinterpret_cast<const __m256i*>(params_ + 2 * (g * kBlock + t))));
+  }
+  __m512 bias(int g, int t) const {
+    return _mm512_cvtph_ps(_mm256_load_si256(reinterpret_cast<const __m256i*>(params_ + 2 * (g * kBlock + t) + 16)));
   }
 
   // Words of four tokens -> chunks of four words: lane 4w + j = byte j of word w of the four tokens.
@@ -551,6 +569,10 @@ class IntegerAttention {
       float* to = sums_ + 16 * (r + h);
       _mm512_store_ps(to, _mm512_fmadd_ps(_mm512_load_ps(to), _mm512_set1_ps(factors[h]), _mm512_mul_ps(sum, _mm512_set1_ps(factors[8 + h]))));
     }
+    load_block_values(n);
+    for (int i = 0; i < n_bad_; i++) {
+      for (int h = 0; h < H; h++) nan_[r + h] |= scores_[h * kBlock + bad_[i]] != 0;
+    }
     add_biases<H>(r, factors);
     split_weights<H>();
     if (value_bits_ == 2) {
@@ -566,8 +588,8 @@ class IntegerAttention {
     constexpr int V = H * N <= 3 ? 4 : 2;  // registers of 16 tokens at a time
     const int32_t* query = query_ + size_t(r / kSet) * kSet * key_dim_ / 4 * N;
     const __m512i nibble = _mm512_set1_epi32(0x0f0f0f0f), table = table_;
-    Stream ahead = keys_ahead_;
     for (int t = 0; t < n_padded_; t += 16 * V) {
+      Stream ahead = values_ahead(ptrdiff_t(t) * key_dim_ / 2);
       __m512i acc[H][N][V];
       for (int h = 0; h < H; h++) {
         for (int p = 0; p < N; p++) {
@@ -614,7 +636,7 @@ class IntegerAttention {
       }
     }
     for (int t = limit < 0 ? 0 : limit; t < n_padded_; t++) s[t] = kNegInf;
-    for (int i = 0; i < n_bad_; i++) nan_[r] |= s[bad_[i]] != kNegInf;
+    for (int i = 0; i < n_bad_keys_; i++) nan_[r] |= s[bad_keys_[i]] != kNegInf;
     __m512 top = _mm512_set1_ps(kNegInf);
     for (int t = 0; t < n_padded_; t += 16) top = _mm512_max_ps(top, _mm512_load_ps(s + t));
     return _mm512_reduce_max_ps(top);
@@ -626,8 +648,8 @@ class IntegerAttention {
       __m512 acc[H];
       for (int h = 0; h < H; h++) acc[h] = _mm512_setzero_ps();
       for (int t = 0; t < n_padded_; t += 16) {
-        const __m512 bias = _mm512_load_ps(biases_ + g * kBlock + t);
-        for (int h = 0; h < H; h++) acc[h] = _mm512_fmadd_ps(bias, _mm512_load_ps(scores_ + h * kBlock + t), acc[h]);
+        const __m512 b = bias(g, t);
+        for (int h = 0; h < H; h++) acc[h] = _mm512_fmadd_ps(b, _mm512_load_ps(scores_ + h * kBlock + t), acc[h]);
       }
       for (int h = 0; h < H; h++) {
         float* to = bias_sums_ + (size_t(r + h) * n_groups_ + g) * 16;
@@ -651,12 +673,12 @@ class IntegerAttention {
         group[j] = straddle_ ? smaller(4 * set + j, n_groups_ - 1) : value_dim_ >= 128 ? value_dim_ / 128 * j + set : j * value_dim_ / 128;
       }
       for (int t = 0; t < n_padded_; t += 16) {
-        __m512 scale[4];
-        for (int j = 0; j < 4; j++) scale[j] = _mm512_mul_ps(_mm512_load_ps(scales_ + group[j] * kBlock + t), _mm512_set1_ps(inverse[group[j]]));
+        __m512 factor[4];
+        for (int j = 0; j < 4; j++) factor[j] = _mm512_mul_ps(scale(group[j], t), _mm512_set1_ps(inverse[group[j]]));
         for (int h = 0; h < H; h++) {
           const __m512 p = _mm512_load_ps(scores_ + h * kBlock + t);
           __m512i x[4], piece[N];
-          for (int j = 0; j < 4; j++) x[j] = _mm512_castps_si512(_mm512_fmadd_ps(p, scale[j], magic));
+          for (int j = 0; j < 4; j++) x[j] = _mm512_castps_si512(_mm512_fmadd_ps(p, factor[j], magic));
           split_bytes(x, piece);
           for (int i = 0; i < N; i++) {
             if (straddle_) {
@@ -741,7 +763,7 @@ class IntegerAttention {
     const int8_t* weights1 = weights_ + (kWeights == kPermute ? 0 : pattern(c, slot + 1) * H * N * kQuads * 16);
     const int element = (c * n_slots_ + slot) * 16;
     const __m512i group0 = _mm512_load_si512(group_of_ + element), group1 = _mm512_load_si512(group_of_ + element + 16);
-    const Stream ahead = values_ahead(c * n_slots_ / 2 + slot / 2);
+    const Stream ahead = keys_ahead(ptrdiff_t(c * n_slots_ + slot) / 2 * kQuads * 64);
     for (int quad = 0; quad < n_padded_ / 4; quad++) {
       _mm_prefetch(ahead.next + quad * ahead.step, _MM_HINT_T0);
       const __m512i y = _mm512_load_si512(codes + quad * 64);
@@ -780,7 +802,7 @@ class IntegerAttention {
     }
   }
 
-  static constexpr int kMaxBad = kBlock * (kMaxDim / kGroup + 1);
+  static constexpr int kMaxBad = kBlock * (kMaxDim / kGroup);
 
   const CodedHead& head_;
   const QueryRows& rows_;
@@ -788,13 +810,17 @@ class IntegerAttention {
   const bool straddle_;  // a run of words crosses the groups' borders, which then differ from word to word
   const int n_patterns_, out_size_;
   int n_padded_ = 0, n_bad_ = 0;
-  int ahead_ = -1;  // first token of the next block, -1: none
-  Stream keys_ahead_;
+  int block_ = 0;               // its first token
+  const bool natural_;          // tokens follow each other without a gap
+  bool ahead_ = false;          // ask for lines ahead
+  bool values_loaded_ = false;  // of this block
   float scale_top_[kMaxDim / kGroup];
-  int bad_[kMaxBad];  // tokens of the block with a norm, scale or bias that is not finite; those were replaced by zero
+  int n_bad_keys_ = 0, bad_keys_[kBlock];  // tokens of the block with a norm that is not finite, replaced by zero
+  int bad_[kMaxBad];                       // the same of scales and biases
   __m512i table_;
   uint32_t *planes_, *tail_keys_, *tail_values_, *tail_params_;
-  float *norms_, *scales_, *biases_, *scores_, *out_, *bias_sums_, *sums_, *query_step_, *max_;
+  uint16_t* params_;
+  float *norms_, *scores_, *out_, *bias_sums_, *sums_, *query_step_, *max_;
   uint8_t* values_;
   int8_t* weights_;
   int32_t *group_of_, *query_, *query_offset_;

@@ -370,7 +370,7 @@ void time(const Kernels& isa) {
       std::vector<double> seconds;
       const bool slow = std::string(isa.name) == "portable";
       if (slow && shape) continue;
-      for (int i = 0; i < (slow ? 2 : c.rows > 8 ? 3 : one ? 400 : 40); i++) {
+      for (int i = 0; i < (slow ? 2 : c.rows > 8 ? 3 : one ? 60 : 40); i++) {
         const double a = cpu_seconds();
         for (auto& p : heads) isa.k.attend_coded(p.head, p.shape, p.rows, 0, c.n, got.data());
         seconds.push_back(cpu_seconds() - a);
