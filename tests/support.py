@@ -1,9 +1,12 @@
 """What several test files share: tolerances, conversions, random attention problems and their float64 answer."""
 
+import os
+import shutil
 from dataclasses import dataclass, field
 
 import mlx.core as mx
 import numpy as np
+import pytest
 
 import reference
 import tqext
@@ -23,6 +26,17 @@ class _KernelTolerance(dict):
 KERNEL_TOLERANCE = _KernelTolerance({mx.float32: 1e-5, mx.float16: 2e-3, mx.bfloat16: 1.2e-2})
 # One rounding to the result's type, relative to the largest output: rotate and dequantise.
 ROUNDING_TOLERANCE = {mx.float32: 2e-6, mx.float16: 6e-4, mx.bfloat16: 5e-3}
+
+
+def tool(*names):
+    """Path of the first of these programs that is installed; without any the test fails in CI and is skipped elsewhere."""
+    for name in names:
+        if path := shutil.which(name):
+            return path
+    message = f"not installed: {' or '.join(names)}"
+    if os.environ.get("CI"):
+        pytest.fail(message)
+    pytest.skip(message)
 
 
 def to_numpy(x):

@@ -9,7 +9,6 @@ import json
 import os
 import pathlib
 import platform
-import shutil
 import subprocess
 import sys
 
@@ -18,6 +17,7 @@ import pytest
 
 import make_golden
 import tqext
+from support import tool
 
 ROOT = pathlib.Path(__file__).parent.parent
 NATIVE = ROOT / "tests" / "native"
@@ -37,17 +37,6 @@ def run(command, *, isa=None, **options):
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500, cwd=ROOT, **options)
     assert done.returncode == 0, f"exit {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     return done.stdout
-
-
-def tool(*names):
-    """Path of the first of these programs that is installed."""
-    for name in names:
-        if path := shutil.which(name):
-            return path
-    message = f"not installed: {' or '.join(names)}"
-    if os.environ.get("CI"):
-        pytest.fail(message)
-    pytest.skip(message)
 
 
 # ---- this machine -------------------------------------------------------------------------------

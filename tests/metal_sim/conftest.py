@@ -6,6 +6,8 @@ import metal_ops
 import metal_simulator as sim
 import pytest
 
+from support import tool
+
 # The simulator switches threads in x86-64 assembly; on a Mac the operator tests use the real GPU.
 if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
     collect_ignore_glob = ["test_*.py"]
@@ -31,6 +33,12 @@ def pytest_collection_modifyitems(config, items):
         config.hook.pytest_deselected(items=dropped)
         gone = set(dropped)
         items[:] = [item for item in items if item not in gone]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def clang():
+    """The compiler that the simulator needs."""
+    return tool(sim.CLANG)
 
 
 @pytest.fixture(scope="session")
