@@ -81,7 +81,6 @@ def make_model(n_layers: int, dtype: Any) -> Any:
 
 def make_affine(model: Any, dtype: Any) -> None:
     """MLX's own layers on the same words; in place."""
-    import mlx.core as mx
     import mlx.nn
     from mlx.utils import tree_flatten, tree_unflatten
 

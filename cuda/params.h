@@ -26,7 +26,7 @@ struct AttentionLayout {
   int key_row, value_row, param_row, sign_row;  // bytes per token
   int value_at, param_at, norm_at, sign_at, residual_at, stage;
   // Over the last stage, which the prologue's prefetch leaves free: what only the prologue needs.
-  int query_stride;  // floats between rows; no multiple of 32 banks
+  int query_stride;                // floats between rows; no multiple of 32 banks
   int rotated_at, exact_query_at;  // the first is also the exact tokens' weights
   // Behind all that: what the main loop needs.
   int int8_at, residual_int8_at, row_scale_at, row_offset_at, residual_scale_at, state_at, barrier_at, total;
@@ -63,24 +63,24 @@ struct AttentionLayout {
 
 // Strides in elements; pointers are at the first element of the array's view.
 struct AttentionParams {
-  const void* q;                                            // [B, n_q_heads, L, head_dim]
-  const uint32_t* key_codes;                                // [B, n_kv_heads, n_coded, words]
-  const uint16_t* key_norms;                                // [B, n_kv_heads, n_coded, 1]
-  const uint32_t* value_codes;                              // [B, n_kv_heads, n_coded, words]
-  const uint16_t* value_params;                             // [B, n_kv_heads, n_coded, 2 * groups]
-  const uint32_t* signs;                                    // [B, n_kv_heads, n_coded, words]
-  const uint16_t* residual_norms;                           // [B, n_kv_heads, n_coded, 1]
-  const float* mean;                                        // [B, n_kv_heads, head_dim], or null
-  const void *first_keys, *first_values;                    // [B, n_kv_heads, n_first, head_dim], or null
-  const void *tail_keys, *tail_values;                      // [B, n_kv_heads, n_tail, head_dim], or null
-  const void* mask;                                         // [B, n_q_heads, L, n_keys] bool or fp32, or null
-  const float* sinks;                                       // [n_q_heads], or null
-  const int32_t* left_padding;                              // [B], or null
-  const int32_t* lengths;                                   // [B, 3], or null
-  void* out;                                                // [B, n_q_heads, L, value_dim], contiguous
-  float* partial_out;                                       // [heads, row tiles, slots, rows, padded value_dim]
-  float* partial_state;                                     // [heads, row tiles, slots, rows, 2]: max, sum
-  uint32_t* counters;                                       // [heads, row tiles], zero before and after
+  const void* q;                          // [B, n_q_heads, L, head_dim]
+  const uint32_t* key_codes;              // [B, n_kv_heads, n_coded, words]
+  const uint16_t* key_norms;              // [B, n_kv_heads, n_coded, 1]
+  const uint32_t* value_codes;            // [B, n_kv_heads, n_coded, words]
+  const uint16_t* value_params;           // [B, n_kv_heads, n_coded, 2 * groups]
+  const uint32_t* signs;                  // [B, n_kv_heads, n_coded, words]
+  const uint16_t* residual_norms;         // [B, n_kv_heads, n_coded, 1]
+  const float* mean;                      // [B, n_kv_heads, head_dim], or null
+  const void *first_keys, *first_values;  // [B, n_kv_heads, n_first, head_dim], or null
+  const void *tail_keys, *tail_values;    // [B, n_kv_heads, n_tail, head_dim], or null
+  const void* mask;                       // [B, n_q_heads, L, n_keys] bool or fp32, or null
+  const float* sinks;                     // [n_q_heads], or null
+  const int32_t* left_padding;            // [B], or null
+  const int32_t* lengths;                 // [B, 3], or null
+  void* out;                              // [B, n_q_heads, L, value_dim], contiguous
+  float* partial_out;                     // [heads, row tiles, slots, rows, padded value_dim]
+  float* partial_state;                   // [heads, row tiles, slots, rows, 2]: max, sum
+  uint32_t* counters;                     // [heads, row tiles], zero before and after
   int64_t q_stride[4], key_code_stride[4], key_norm_stride[3], value_code_stride[4], value_param_stride[4];
   int64_t sign_stride[4], residual_norm_stride[3], mean_stride[3];
   int64_t first_key_stride[4], first_value_stride[4], tail_key_stride[4], tail_value_stride[4], mask_stride[4];
@@ -89,8 +89,8 @@ struct AttentionParams {
   int32_t n_exact_blocks;  // blocks 0 ... n_exact_blocks - 1 of a head take an exact chunk first; each warp has its own result
   int32_t exact_tiles;     // coded tiles that take as long as an exact chunk: what such a block takes less
   int32_t causal, hadamard, exact_aligned;  // exact_aligned: 16-byte loads of exact keys are possible
-  float scale;             // times log2(e)
-  uint32_t codebook[4];    // 16 int8 levels
+  float scale;                              // times log2(e)
+  uint32_t codebook[4];                     // 16 int8 levels
   // 2^16 and 2^(32 - shift of value codes): shifts as multiplications, for which the compiler may not know the factor. They
   // run beside the logic and permutations that bound the kernel.
   uint32_t two_16, two_up;

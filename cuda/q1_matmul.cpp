@@ -22,9 +22,10 @@ int type_code(mx::Dtype type) {
 }
 
 std::string build(int operation, mx::Dtype type, int row_tiles, int column_tiles, int device) {
-  return compile("q1_matmul.cu",
-                 {{"OPERATION", operation}, {"TYPE", type_code(type)}, {"ROW_TILES", row_tiles}, {"COLUMN_TILES", column_tiles}}, true,
-                 device);
+  return compile(
+      "q1_matmul.cu",
+      {{"OPERATION", operation}, {"TYPE", type_code(type)}, {"ROW_TILES", row_tiles}, {"COLUMN_TILES", column_tiles}}, true,
+      device);
 }
 
 Kernel find_kernel(mx::Dtype type, int row_tiles, int column_tiles, int device) {
@@ -60,8 +61,9 @@ Matrix as_matrix(const mx::array& x, const char* op, const char* name) {
     if (m.n_rows == 1) {
       m.row_stride = x.strides(axis);
     } else if (x.strides(axis) != m.row_stride * m.n_rows) {
-      throw std::runtime_error(std::string("[") + op + "] " + name +
-                               ": expected axes that follow each other in memory on CUDA (use mx.contiguous), got strides that do not");
+      throw std::runtime_error(
+          std::string("[") + op + "] " + name +
+          ": expected axes that follow each other in memory on CUDA (use mx.contiguous), got strides that do not");
     }
     m.n_rows *= x.shape(axis);
   }
@@ -69,7 +71,8 @@ Matrix as_matrix(const mx::array& x, const char* op, const char* name) {
 }
 
 int as_int(int64_t x) {
-  if (x != int32_t(x)) throw std::runtime_error("[tqext] input: expected sizes and strides below 2^31 on CUDA, got " + std::to_string(x));
+  if (x != int32_t(x))
+    throw std::runtime_error("[tqext] input: expected sizes and strides below 2^31 on CUDA, got " + std::to_string(x));
   return int(x);
 }
 
@@ -110,9 +113,10 @@ void Q1Matmul::eval_gpu(const std::vector<mx::array>& inputs, mx::array& out) {
   for (const mx::array& input : inputs) encoder.set_input_array(input);
   encoder.set_output_array(out);
   void* arguments[] = {&p};
-  encoder.add_kernel_node_raw(kernel.function,
-                              {unsigned((row_blocks + row_tiles - 1) / row_tiles), unsigned((p.n_inputs + per_block - 1) / per_block), 1},
-                              {32 * kQ1Warps, 1, 1}, {1, 1, 1}, kernel.shared_bytes, arguments);
+  encoder.add_kernel_node_raw(
+      kernel.function,
+      {unsigned((row_blocks + row_tiles - 1) / row_tiles), unsigned((p.n_inputs + per_block - 1) / per_block), 1},
+      {32 * kQ1Warps, 1, 1}, {1, 1, 1}, kernel.shared_bytes, arguments);
 }
 
 void Q1Quantize::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
@@ -126,7 +130,8 @@ void Q1Quantize::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::
   const Matrix rows = as_matrix(w, "q1_quantize", "w");
   const int n_groups = w.shape(-1) / kQ1Group, blocks = as_int((rows.n_rows * n_groups + kQ1Warps - 1) / kQ1Warps);
   run_allocating("q1_quantize", find_binary(cuda::kQ1Quantize, w.dtype(), device), inputs, outputs,
-                 {as_int(rows.n_rows), n_groups, as_int(rows.row_stride), as_int(rows.stride)}, blocks, 32 * kQ1Warps, stream());
+                 {as_int(rows.n_rows), n_groups, as_int(rows.row_stride), as_int(rows.stride)}, blocks, 32 * kQ1Warps,
+                 stream());
 }
 
 void Q1Dequantize::eval_gpu(const std::vector<mx::array>& inputs, mx::array& out) {
@@ -137,7 +142,8 @@ void Q1Dequantize::eval_gpu(const std::vector<mx::array>& inputs, mx::array& out
     allocate_output(out, device);
     return;
   }
-  const Matrix words = as_matrix(inputs[0], "q1_dequantize", "weight"), halves = as_matrix(inputs[1], "q1_dequantize", "scales");
+  const Matrix words = as_matrix(inputs[0], "q1_dequantize", "weight"),
+               halves = as_matrix(inputs[1], "q1_dequantize", "scales");
   const int n_groups = inputs[1].shape(-1), blocks = as_int((words.n_rows * n_groups + kQ1Warps - 1) / kQ1Warps);
   run_allocating("q1_dequantize", find_binary(cuda::kQ1Dequantize, out.dtype(), device), inputs, outputs,
                  {as_int(words.n_rows), n_groups, as_int(words.row_stride), as_int(words.stride), as_int(halves.row_stride),

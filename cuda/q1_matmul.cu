@@ -1,9 +1,10 @@
 // 1-bit weights (format.h): q1_matmul, q1_quantize, q1_dequantize.
 //
 // q1_matmul: a block takes 16 * ROW_TILES rows of the weight and 8 * COLUMN_TILES columns; its eight warps share them as
-// ROW_TILES tiles of rows times 8 / ROW_TILES shares of the groups. A weight bit in place in a 16-bit half is an fp16 subnormal,
-// a power of two, and the factor of its place goes into x: one AND makes two fp16 factors of a tensor-core product, nothing is
-// unpacked. Per row and group of 128, x is scaled by a power of two; an fp32 row takes two columns, its fp16 part and the rest.
+// ROW_TILES tiles of rows times 8 / ROW_TILES shares of the groups. A weight bit in place in a 16-bit half is an fp16
+// subnormal, a power of two, and the factor of its place goes into x: one AND makes two fp16 factors of a tensor-core product,
+// nothing is unpacked. Per row and group of 128, x is scaled by a power of two; an fp32 row takes two columns, its fp16 part
+// and the rest.
 //
 // Compile-time: OPERATION, TYPE, ROW_TILES, COLUMN_TILES.
 #include "device.cuh"
@@ -77,7 +78,8 @@ extern "C" __global__ void __launch_bounds__(kThreads) q1_matmul(const __grid_co
     // A warp prepares a row of x for one group: lane 8 k + t takes columns 32 k + 2 t, + 1, + 16, + 17, step t of lane k.
     for (int unit = warp; unit < n_inputs * n; unit += kWarps) {
       const int input = unit / n, group = unit % n, k = lane >> 3, t = lane & 7;
-      const int64_t at = int64_t(input0 + input) * p.x_stride[0] + int64_t(128 * (first + group) + 32 * k + 2 * t) * p.x_stride[1];
+      const int64_t at =
+          int64_t(input0 + input) * p.x_stride[0] + int64_t(128 * (first + group) + 32 * k + 2 * t) * p.x_stride[1];
       const int offsets[4] = {0, 1, 16, 17};
       float x[4], top = 0;
 #pragma unroll
@@ -198,7 +200,8 @@ extern "C" __global__ void __launch_bounds__(kThreads) q1_matmul(const __grid_co
 
 // A warp per group of 128 weights: lane l holds columns 32 i + l.
 #if OPERATION == 1
-extern "C" __global__ void q1_quantize(const void* w, uint32_t* weight, uint16_t* scales, int n_rows, int n_groups, int s0, int s1) {
+extern "C" __global__ void q1_quantize(const void* w, uint32_t* weight, uint16_t* scales, int n_rows, int n_groups, int s0,
+                                       int s1) {
   const int lane = threadIdx.x & 31;
   const int64_t unit = int64_t(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32;
   if (unit >= int64_t(n_rows) * n_groups) return;
@@ -219,8 +222,8 @@ extern "C" __global__ void q1_quantize(const void* w, uint32_t* weight, uint16_t
 #endif
 
 #if OPERATION == 2
-extern "C" __global__ void q1_dequantize(const uint32_t* weight, const uint16_t* scales, void* out, int n_rows, int n_groups, int w0,
-                                         int w1, int s0, int s1) {
+extern "C" __global__ void q1_dequantize(const uint32_t* weight, const uint16_t* scales, void* out, int n_rows, int n_groups,
+                                         int w0, int w1, int s0, int s1) {
   const int lane = threadIdx.x & 31;
   const int64_t unit = int64_t(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32;
   if (unit >= int64_t(n_rows) * n_groups) return;

@@ -84,6 +84,7 @@ struct Scalar {
   Scalar(float x) : is_float(true), integer(0), real(x) {}
 };
 void run_allocating(const char* name, const std::string& binary, const std::vector<mx::array>& inputs,
-                    std::vector<mx::array>& outputs, const std::vector<Scalar>& scalars, int blocks, int threads, mx::Stream stream);
+                    std::vector<mx::array>& outputs, const std::vector<Scalar>& scalars, int blocks, int threads,
+                    mx::Stream stream);
 
 }  // namespace tqext::cuda

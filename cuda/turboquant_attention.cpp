@@ -134,19 +134,25 @@ void TurboQuantAttention::eval_gpu(const std::vector<mx::array>& inputs, mx::arr
   p.hadamard = state_.hadamard;
   p.scale = state_.scale * float(M_LOG2E);
 
-  Variant variant{padded_dim(p.head_dim), padded_dim(p.value_dim), state_.key_bits, state_.value_bits, 8,
+  Variant variant{padded_dim(p.head_dim),
+                  padded_dim(p.value_dim),
+                  state_.key_bits,
+                  state_.value_bits,
+                  8,
                   q.dtype() == mx::float32   ? int(kTypeFloat32)
                   : q.dtype() == mx::float16 ? int(kTypeFloat16)
                                              : int(kTypeBFloat16),
-                  !mask                       ? int(kMaskNone)
+                  !mask                        ? int(kMaskNone)
                   : mask->dtype() == mx::bool_ ? int(kMaskBool)
                                                : int(kMaskFloat),
-                  signs != nullptr, false};
+                  signs != nullptr,
+                  false};
   const int n_rows = p.n_repeats * p.n_queries;
   if (n_rows <= 4) variant.rows = 4;
   if (n_rows > 8 && std::max(variant.key_dim, variant.value_dim) <= 128) variant.rows = 16;
-  variant.strided = p.n_coded > 0 && !(rows_follow(key_codes) && rows_follow(key_norms) && rows_follow(value_codes) &&
-                                       rows_follow(value_params) && (!signs || (rows_follow(*signs) && rows_follow(*residual_norms))));
+  variant.strided =
+      p.n_coded > 0 && !(rows_follow(key_codes) && rows_follow(key_norms) && rows_follow(value_codes) &&
+                         rows_follow(value_params) && (!signs || (rows_follow(*signs) && rows_follow(*residual_norms))));
   const Kernel kernel = find_kernel(variant, device);
 
   p.q = device_pointer(q);
@@ -171,7 +177,7 @@ void TurboQuantAttention::eval_gpu(const std::vector<mx::array>& inputs, mx::arr
   }
   p.exact_aligned = true;
   auto set_exact = [&](const mx::array* keys, const mx::array* values, const void*& key_data, const void*& value_data,
-                       int64_t(&key_stride)[4], int64_t(&value_stride)[4]) {
+                       int64_t (&key_stride)[4], int64_t (&value_stride)[4]) {
     if (!keys) return;
     key_data = device_pointer(*keys);
     value_data = device_pointer(*values);
@@ -211,7 +217,8 @@ void TurboQuantAttention::eval_gpu(const std::vector<mx::array>& inputs, mx::arr
   const int resident = device_info(device).n_multiprocessors * kernel.blocks_per_multiprocessor;
   const int splits = count_splits(n_heads * row_tiles, n_tiles, p.n_exact_blocks, resident);
   const size_t results = size_t(n_heads) * row_tiles * (splits + p.n_exact_blocks * kAttentionWarps) * variant.rows;
-  const Workspace scratch = workspace(stream(), sizeof(uint32_t) * n_heads * row_tiles, results * (variant.value_dim + 2) * sizeof(float));
+  const Workspace scratch =
+      workspace(stream(), sizeof(uint32_t) * n_heads * row_tiles, results * (variant.value_dim + 2) * sizeof(float));
   char* memory = static_cast<char*>(device_pointer(scratch.memory));
   p.counters = reinterpret_cast<uint32_t*>(memory);
   p.partial_out = reinterpret_cast<float*>(memory + scratch.zeroed);
@@ -222,8 +229,8 @@ void TurboQuantAttention::eval_gpu(const std::vector<mx::array>& inputs, mx::arr
   encoder.set_output_array(out);
   encoder.set_output_array(scratch.memory);
   void* arguments[] = {&p};
-  encoder.add_kernel_node_raw(kernel.function, {unsigned(splits), unsigned(n_heads), unsigned(row_tiles)}, {32 * kAttentionWarps, 1, 1},
-                              {1, 1, 1}, kernel.shared_bytes, arguments);
+  encoder.add_kernel_node_raw(kernel.function, {unsigned(splits), unsigned(n_heads), unsigned(row_tiles)},
+                              {32 * kAttentionWarps, 1, 1}, {1, 1, 1}, kernel.shared_bytes, arguments);
 }
 
 }  // namespace tqext

@@ -77,11 +77,13 @@ TQ_DEVICE void copy_words_strided(uint32_t to, const char* from, const int64_t* 
   const uint32_t* words = reinterpret_cast<const uint32_t*>(from);
   for (int i = tid; i < kStageTokens * kWords; i += kThreads) {
     const bool there = i / kWords < n;
-    copy_async_word(to + 4 * i, there ? words + (first + i / kWords) * stride[2] + i % kWords * stride[3] : words, there ? 4 : 0);
+    copy_async_word(to + 4 * i, there ? words + (first + i / kWords) * stride[2] + i % kWords * stride[3] : words,
+                    there ? 4 : 0);
   }
 }
 template <int kHalves>
-TQ_DEVICE void copy_halves_strided(char* to, const char* from, int64_t token_stride, int64_t stride, int first, int n, int tid) {
+TQ_DEVICE void copy_halves_strided(char* to, const char* from, int64_t token_stride, int64_t stride, int first, int n,
+                                   int tid) {
   const uint16_t* halves = reinterpret_cast<const uint16_t*>(from);
   for (int i = tid; i < kStageTokens * kHalves; i += kThreads) {
     reinterpret_cast<uint16_t*>(to)[i] =
@@ -128,8 +130,8 @@ TQ_DEVICE void copy_stage(const AttentionParams& p, const Head& head, char* stag
   if constexpr (kStrided) {
     copy_words_strided<kKeyWords>(to, head.keys, p.key_code_stride, first, n, tid);
     copy_words_strided<kValueWords>(to + kLayout.value_at, head.values, p.value_code_stride, first, n, tid);
-    copy_halves_strided<2 * kGroups>(stage + kLayout.param_at, head.params, p.value_param_stride[2], p.value_param_stride[3], first,
-                                     n, tid);
+    copy_halves_strided<2 * kGroups>(stage + kLayout.param_at, head.params, p.value_param_stride[2], p.value_param_stride[3],
+                                     first, n, tid);
     copy_halves_strided<1>(stage + kLayout.norm_at, head.norms, p.key_norm_stride[2], 0, first, n, tid);
     if constexpr (kSigns) {
       copy_words_strided<kSignWords>(to + kLayout.sign_at, head.signs, p.sign_stride, first, n, tid);
@@ -152,7 +154,8 @@ TQ_DEVICE void copy_stage_bulk(const AttentionParams& p, const Head& head, uint3
   auto bytes = [&](int row, int lead) { return uint32_t(row % 16 == 0 ? n * row : (n * row + lead + 15) & ~15); };
   const uint32_t keys = bytes(kLayout.key_row, head.key_lead), values = bytes(kLayout.value_row, head.value_lead);
   const uint32_t params = bytes(kLayout.param_row, head.param_lead), norms = bytes(2, head.norm_lead);
-  const uint32_t signs = kSigns ? bytes(kLayout.sign_row, head.sign_lead) : 0, residuals = kSigns ? bytes(2, head.residual_lead) : 0;
+  const uint32_t signs = kSigns ? bytes(kLayout.sign_row, head.sign_lead) : 0,
+                 residuals = kSigns ? bytes(2, head.residual_lead) : 0;
   barrier_expect(barrier, keys + values + params + norms + signs + residuals);
   copy_bulk(to, head.keys + int64_t(first) * kLayout.key_row, keys, barrier);
   copy_bulk(to + kLayout.value_at, head.values + int64_t(first) * kLayout.value_row, values, barrier);
@@ -244,9 +247,9 @@ TQ_DEVICE uint32_t take_codes(uint32_t pair, uint32_t pair_shifted, int bit) {
 
 // ---- The main loop over a block's share of the coded tokens ----
 
-// A lane's part of a warp's softmax state: max of row g (of each row tile; with four rows, row g % 4), the products of dimensions
-// 16 i + g, 16 i + 8 + g with columns 2 j, 2 j + 1; bias: of the groups' biases with these columns, then the columns' sums, as
-// products with ones, so that they are sums of the same rounded weights.
+// A lane's part of a warp's softmax state: max of row g (of each row tile; with four rows, row g % 4), the products of
+// dimensions 16 i + g, 16 i + 8 + g with columns 2 j, 2 j + 1; bias: of the groups' biases with these columns, then the
+// columns' sums, as products with ones, so that they are sums of the same rounded weights.
 struct Rows {
   float max[kRowTiles];
   float acc[kRowTiles][kValueDim / 16][4];
@@ -254,10 +257,10 @@ struct Rows {
 };
 
 struct Share {
-  int begin, end;   // tiles of this block
-  int n_requests;   // steps that are requested in the main loop
-  int first_token;  // tokens below are not attended
-  int last_token;   // nor those from here on, by any row
+  int begin, end;            // tiles of this block
+  int n_requests;            // steps that are requested in the main loop
+  int first_token;           // tokens below are not attended
+  int last_token;            // nor those from here on, by any row
   int whole_begin, n_whole;  // tiles of which every row attends to every token
   TQ_DEVICE int steps() const { return (end - begin + kWarps - 1) / kWarps; }
 };
@@ -341,8 +344,8 @@ TQ_DEVICE uint4 query_fragment(const int8_t* rows, int row, int unit, int s) {
 }
 
 template <class RowEnd>
-TQ_DEVICE void attend_coded(const AttentionParams& p, const Head& head, const Share& share, const Ring& ring,
-                            RowEnd row_end, float shift, Rows& x, int lane, int row0, int b, int h) {
+TQ_DEVICE void attend_coded(const AttentionParams& p, const Head& head, const Share& share, const Ring& ring, RowEnd row_end,
+                            float shift, Rows& x, int lane, int row0, int b, int h) {
   const int g = lane >> 2, j = lane & 3;
   const char* shared = ring.shared;
   const int row_of_lane = kFour ? g & 3 : g;
@@ -458,7 +461,8 @@ TQ_DEVICE void attend_coded(const AttentionParams& p, const Head& head, const Sh
             for (int t = 0; t < kRowTiles; t++) {
 #pragma unroll
               for (int s = 0; s < 4; s++) {
-                multiply_int8(rest[t], query_fragment(residual8, 8 * t + row_of_lane, j + 4 * lu, s), levels[2 * s], levels[2 * s + 1]);
+                multiply_int8(rest[t], query_fragment(residual8, 8 * t + row_of_lane, j + 4 * lu, s), levels[2 * s],
+                              levels[2 * s + 1]);
               }
             }
           }
@@ -595,7 +599,8 @@ TQ_DEVICE void attend_coded(const AttentionParams& p, const Head& head, const Sh
           }
         } else {
 #pragma unroll
-          for (int set = 0; set < kScaleSets; set++) scales[n][set] = q[kFour ? min(set + kScaleSets * (g >> 2), kGroups - 1) : set];
+          for (int set = 0; set < kScaleSets; set++)
+            scales[n][set] = q[kFour ? min(set + kScaleSets * (g >> 2), kGroups - 1) : set];
         }
       }
 #pragma unroll
@@ -685,8 +690,9 @@ TQ_DEVICE void prefetch_exact(const AttentionParams& p, int begin, int tid, int 
   }
 }
 
-TQ_DEVICE void attend_exact(const AttentionParams& p, const float* query, int begin, int n, const int (&lengths)[3], int padding,
-                            bool own, float* weight, float* partial_out, float* partial_state, int lane, int row0, int b, int h) {
+TQ_DEVICE void attend_exact(const AttentionParams& p, const float* query, int begin, int n, const int (&lengths)[3],
+                            int padding, bool own, float* weight, float* partial_out, float* partial_state, int lane, int row0,
+                            int b, int h) {
   const int n_keys = p.n_first + p.n_coded + p.n_tail, n_rows = p.n_repeats * p.n_queries;
   const bool causal = p.causal && !own;
   const int first_own = p.n_tail - p.n_queries;
@@ -696,7 +702,8 @@ TQ_DEVICE void attend_exact(const AttentionParams& p, const float* query, int be
     const int e = begin + t;
     const bool is_first = e < p.n_first;
     const int index = is_first ? e : e - p.n_first, column = is_first ? e : e + p.n_coded;
-    return t < n && column >= padding && ((own && !is_first && index >= first_own) || index < (is_first ? length_first : length_tail));
+    return t < n && column >= padding &&
+           ((own && !is_first && index >= first_own) || index < (is_first ? length_first : length_tail));
   };
 #pragma unroll 1
   for (int t0 = 0; t0 < n; t0 += 8) {
@@ -747,8 +754,8 @@ TQ_DEVICE void attend_exact(const AttentionParams& p, const float* query, int be
       if (!attended) s = -INFINITY;
       if constexpr (kMask != kMaskNone) {
         if (attended) {
-          const int64_t m = b * p.mask_stride[0] + (h * p.n_repeats + row / p.n_queries) * p.mask_stride[1] + i * p.mask_stride[2] +
-                            column * p.mask_stride[3];
+          const int64_t m = b * p.mask_stride[0] + (h * p.n_repeats + row / p.n_queries) * p.mask_stride[1] +
+                            i * p.mask_stride[2] + column * p.mask_stride[3];
           if constexpr (kMask == kMaskBool) {
             if (!static_cast<const bool*>(p.mask)[m]) s = -INFINITY;
           } else {
@@ -790,7 +797,8 @@ TQ_DEVICE void attend_exact(const AttentionParams& p, const float* query, int be
 #pragma unroll
       for (int k = 0; k < kValueDim / 32; k++) {
         const int d = lane + 32 * k;
-        v[i][k] = there && d < p.value_dim ? load_element<kType>(is_first ? p.first_values : p.tail_values, at + d * stride(3)) : 0.0f;
+        v[i][k] = there && d < p.value_dim ? load_element<kType>(is_first ? p.first_values : p.tail_values, at + d * stride(3))
+                                           : 0.0f;
       }
     }
 #pragma unroll
@@ -913,7 +921,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM)
 #pragma unroll
   for (int i = 0; i < kWarpRows; i++) {
     const int r = warp + kWarps * i;
-    float(&x)[kKeyDim / 32] = query_rows[i];
+    float (&x)[kKeyDim / 32] = query_rows[i];
     float* scratch = rotated + r * kLayout.query_stride;
 #pragma unroll
     for (int k = 0; k < kKeyDim / 32; k++) x[k] *= p.scale;
@@ -957,8 +965,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM)
   if (split < p.n_exact_blocks) {
     const int n = min(kExactTokens, p.n_first + p.n_tail - split * kExactTokens), per = (n + kWarps - 1) / kWarps;
     const int slot = n_splits + split * kWarps + warp;
-    attend_exact(p, exact_query, split * kExactTokens + warp * per, clamp(n - warp * per, 0, per), lengths, padding, own, rotated + warp * 32 * kRows,
-                 partial_out + slot * kRows * kValueDim, partial_state + slot * kRows * 2, lane, row0, b, h);
+    attend_exact(p, exact_query, split * kExactTokens + warp * per, clamp(n - warp * per, 0, per), lengths, padding, own,
+                 rotated + warp * 32 * kRows, partial_out + slot * kRows * kValueDim, partial_state + slot * kRows * 2, lane,
+                 row0, b, h);
   }
   // Everybody has read the queries: the last stage is free for the main loop.
   if constexpr (kBulk) copy_engine_fence();
@@ -1055,9 +1064,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM)
     __syncthreads();
   }
 
-  float* total = reinterpret_cast<float*>(shared);                       // [kRows][kValueDim + 4], rotated space
-  float* factors = total + kRows * kJoinStride;                          // [kFactorSlots][kRows]
-  float* inverse = factors + kMaxSlots * kRows;                          // [kRows]
+  float* total = reinterpret_cast<float*>(shared);  // [kRows][kValueDim + 4], rotated space
+  float* factors = total + kRows * kJoinStride;     // [kFactorSlots][kRows]
+  float* inverse = factors + kMaxSlots * kRows;     // [kRows]
   for (int r = warp; r < kRows; r += kWarps) {
     const int row = row0 + r, q_head = h * p.n_repeats + row / p.n_queries;
     const float sink = p.sinks && r < n_rows ? p.sinks[q_head * p.sinks_stride] * kLog2e : kEmptyMax;

@@ -20,7 +20,8 @@ int type_code(mx::Dtype type) {
   return type == mx::float32 ? int(kTypeFloat32) : type == mx::float16 ? int(kTypeFloat16) : int(kTypeBFloat16);
 }
 
-const std::string& find_binary(int operation, int dim, int bits, mx::Dtype type, int hadamard, bool mean, bool signs, int device) {
+const std::string& find_binary(int operation, int dim, int bits, mx::Dtype type, int hadamard, bool mean, bool signs,
+                               int device) {
   static std::mutex mutex;
   static std::map<std::vector<int>, std::string> binaries;
   const std::vector<int> key{operation, dim, bits, type_code(type), hadamard, mean, signs, device};
@@ -63,9 +64,7 @@ void add_levels(std::vector<Scalar>& scalars, const Codebook& book) {
 struct Rows {
   int count, heads, tokens;
 };
-Rows rows_of(const mx::array& x) {
-  return {as_int(int64_t(x.shape(0)) * x.shape(1) * x.shape(2)), x.shape(1), x.shape(2)};
-}
+Rows rows_of(const mx::array& x) { return {as_int(int64_t(x.shape(0)) * x.shape(1) * x.shape(2)), x.shape(1), x.shape(2)}; }
 
 void run(const char* name, const std::string& binary, const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs,
          const std::vector<Scalar>& scalars, int n_rows, mx::Stream stream) {
@@ -101,8 +100,8 @@ void QuantizeKeys::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx
   const Codebook book = codebook(bits_, dim);
   add_levels(scalars, book);
   scalars.push_back(book.scale);
-  run("quantize_keys", find_binary(kQuantizeKeys, dim, bits_, k.dtype(), hadamard_, mean, qjl_, device), inputs, outputs, scalars,
-      rows.count, stream());
+  run("quantize_keys", find_binary(kQuantizeKeys, dim, bits_, k.dtype(), hadamard_, mean, qjl_, device), inputs, outputs,
+      scalars, rows.count, stream());
 }
 
 void QuantizeValues::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
@@ -113,8 +112,9 @@ void QuantizeValues::eval_gpu(const std::vector<mx::array>& inputs, std::vector<
   const Rows rows = rows_of(v);
   std::vector<Scalar> scalars{rows.count, rows.heads, rows.tokens, v.shape(3)};
   add_strides(scalars, v, 4);
-  run("quantize_values", find_binary(kQuantizeValues, padded_dim(v.shape(3)), bits_, v.dtype(), hadamard_, false, false, device),
-      inputs, outputs, scalars, rows.count, stream());
+  run("quantize_values",
+      find_binary(kQuantizeValues, padded_dim(v.shape(3)), bits_, v.dtype(), hadamard_, false, false, device), inputs, outputs,
+      scalars, rows.count, stream());
 }
 
 void Dequantize::eval_gpu(const std::vector<mx::array>& inputs, mx::array& out) {
@@ -135,8 +135,9 @@ void Dequantize::eval_gpu(const std::vector<mx::array>& inputs, mx::array& out) 
     scalars.insert(scalars.end(), 3, 0);
   }
   add_levels(scalars, codebook(keys_ ? bits_ : 3, dim));
-  run("dequantize", find_binary(keys_ ? kDequantizeKeys : kDequantizeValues, dim, bits_, out.dtype(), hadamard_, mean, false, device),
-      inputs, outputs, scalars, rows.count, stream());
+  run("dequantize",
+      find_binary(keys_ ? kDequantizeKeys : kDequantizeValues, dim, bits_, out.dtype(), hadamard_, mean, false, device), inputs,
+      outputs, scalars, rows.count, stream());
 }
 
 void Rotate::eval_gpu(const std::vector<mx::array>& inputs, mx::array& out) {
@@ -163,8 +164,8 @@ void Rotate::eval_gpu(const std::vector<mx::array>& inputs, mx::array& out) {
   const int count = as_int(int64_t(shape[0]) * shape[1] * shape[2]);
   std::vector<Scalar> scalars{count, shape[1], shape[2]};
   for (int64_t s : stride) scalars.push_back(as_int(s));
-  run("rotate", find_binary(kRotate, shape[3], 1, x.dtype(), inverse_ ? 2 : 1, false, false, device), inputs, outputs, scalars, count,
-      stream());
+  run("rotate", find_binary(kRotate, shape[3], 1, x.dtype(), inverse_ ? 2 : 1, false, false, device), inputs, outputs, scalars,
+      count, stream());
 }
 
 }  // namespace tqext

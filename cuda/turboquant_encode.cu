@@ -103,7 +103,8 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps)
   const float square = sum_products(y, y, lane), length = sqrtf(square), unit = length == 0 ? 1.0f : length;
   float boundary[kLevels - 1];
 #pragma unroll
-  for (int i = 0; i + 1 < kLevels; i++) boundary[i] = 0.5f * (level[i] + level[i + 1]) / float(kCodebookTop) * book_scale * unit;
+  for (int i = 0; i + 1 < kLevels; i++)
+    boundary[i] = 0.5f * (level[i] + level[i + 1]) / float(kCodebookTop) * book_scale * unit;
 #pragma unroll
   for (int i = 0; i < kSlots; i++) {
     int c = 0;
@@ -154,8 +155,8 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps)
 
 #if OPERATION == 1
 extern "C" __global__ void __launch_bounds__(32 * kWarps)
-    quantize_values(const void* v, uint32_t* codes, uint16_t* params, int n_rows, int n_heads, int n_tokens, int head_dim, int s0,
-                    int s1, int s2, int s3) {
+    quantize_values(const void* v, uint32_t* codes, uint16_t* params, int n_rows, int n_heads, int n_tokens, int head_dim,
+                    int s0, int s1, int s2, int s3) {
   __shared__ float scratch[kWarps][kDim];
   __shared__ uint8_t code[kWarps][kDim];
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
@@ -212,8 +213,8 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps)
 #if MEAN
                const float* mean,
 #endif
-               void* out, int n_rows, int n_heads, int n_tokens, int head_dim, int c0, int c1, int c2, int c3, int p0, int p1, int p2,
-               int p3, int m0, int m1, int m2, int levels0, int levels1, int levels2, int levels3) {
+               void* out, int n_rows, int n_heads, int n_tokens, int head_dim, int c0, int c1, int c2, int c3, int p0, int p1,
+               int p2, int p3, int m0, int m1, int m2, int levels0, int levels1, int levels2, int levels3) {
   __shared__ float scratch[kWarps][kDim];
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const int64_t row = int64_t(blockIdx.x) * kWarps + warp;

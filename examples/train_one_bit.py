@@ -1,4 +1,4 @@
-"""Trains a small language model with 1-bit weights by the straight-through estimator, saves it, and runs it on a compressed cache.
+"""Trains a small language model with 1-bit weights (straight-through estimator), saves it, runs it on a compressed cache.
 
     python examples/train_one_bit.py --out tiny-one-bit
     tqext generate --model tiny-one-bit --kv bonsai --kv-first-last 0 --ignore-chat-template --prompt "The " --temp 0.5
@@ -114,7 +114,8 @@ def forward(p: dict[str, mx.array], tokens: mx.array, config: dict[str, Any]) ->
         y = norm(x, f"{at}.input_layernorm")
         q = rope(norm(heads(linear(y, f"{at}.self_attn.q_proj"), n_heads), f"{at}.self_attn.q_norm"))
         k = rope(norm(heads(linear(y, f"{at}.self_attn.k_proj"), n_kv_heads), f"{at}.self_attn.k_norm"))
-        k, v = (mx.repeat(z, n_heads // n_kv_heads, axis=1) for z in (k, heads(linear(y, f"{at}.self_attn.v_proj"), n_kv_heads)))
+        v = heads(linear(y, f"{at}.self_attn.v_proj"), n_kv_heads)
+        k, v = (mx.repeat(z, n_heads // n_kv_heads, axis=1) for z in (k, v))
         weights = mx.softmax(product(q * head_dim**-0.5, k.swapaxes(-1, -2)) + mask, axis=-1)
         y = product(weights, v).swapaxes(1, 2).reshape(batch, length, -1)
         x = x + linear(y, f"{at}.self_attn.o_proj")
