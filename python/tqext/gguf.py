@@ -106,7 +106,7 @@ def read(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
         ImportError: The package ``gguf`` is not installed.
     """
     try:
-        import gguf  # type: ignore[import-untyped]
+        import gguf
     except ImportError as error:
         raise ImportError("GGUF files are read with the package gguf: run `pip install 'tqext[gguf]'`") from error
     try:
@@ -251,6 +251,7 @@ def _write_tokenizer(metadata: dict[str, Any], folder: Path) -> None:
     if kind != "gpt2":
         raise ValueError(f"[gguf] tokenizer.ggml.model: expected 'gpt2' (byte-level BPE), got {kind!r}")
     digits = pre_tokenizers.Digits(individual_digits=True)
+    words: pre_tokenizers.PreTokenizer
     if pre in _SPLITS:
         split = pre_tokenizers.Split(Regex(_SPLITS[pre]), "isolated")
         words = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
@@ -282,6 +283,6 @@ def _write_tokenizer(metadata: dict[str, Any], folder: Path) -> None:
     for kind in ("bos", "eos", "unknown", "padding"):
         if (number := metadata.get(f"tokenizer.ggml.{kind}_token_id")) is not None:
             config[{"unknown": "unk", "padding": "pad"}.get(kind, kind) + "_token"] = tokens[int(number)]
-    if template := metadata.get("tokenizer.chat_template"):
-        config["chat_template"] = template
+    if chat_template := metadata.get("tokenizer.chat_template"):
+        config["chat_template"] = chat_template
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2))

@@ -124,7 +124,7 @@ def _support_shard_linear() -> None:
     Models hold shard_linear by name, so the two constructors that it looks up when it is called are the place to hook in.
     """
 
-    def extend(affine: Any, ours: type[Q1Linear], columns: bool) -> None:
+    def extend(affine: Any, ours: Any, columns: bool) -> None:
         previous = affine.from_quantized_linear
 
         def from_quantized_linear(
@@ -243,8 +243,8 @@ def quantize(model: nn.Module) -> Swap:
         if layer.weight.shape[1] % GROUP_SIZE:
             swap.kept[path] = f"weight: expected a multiple of {GROUP_SIZE} columns, got {layer.weight.shape[1]}"
             continue
-        kind = Q1Linear.from_linear if isinstance(layer, nn.Linear) else Q1Embedding.from_embedding
-        replaced.append((path, kind(layer)))
+        ours = Q1Linear.from_linear(layer) if isinstance(layer, nn.Linear) else Q1Embedding.from_embedding(layer)
+        replaced.append((path, ours))
         mx.eval(replaced[-1][1].parameters())
         swap.swapped.append(path)
     _replace(model, replaced)
@@ -286,7 +286,7 @@ def _leaves(model: nn.Module) -> list[tuple[str, Any]]:
 
 def _replace(model: nn.Module, layers: list[tuple[str, nn.Module]]) -> None:
     if layers:
-        model.update_modules(tree_unflatten(layers))  # type: ignore[arg-type]
+        model.update_modules(tree_unflatten(layers))
 
 
 def _halved(scales: mx.array) -> mx.array:

@@ -166,7 +166,8 @@ def main(argv: list[str]) -> None:
     swap.swapped += before
     if not swap.swapped:
         raise SystemExit(f"tqext quantize-1bit: no layer can be 1-bit; {swap}")
-    dtypes = [value.dtype for name, value in tree_flatten(model.parameters()) if name.endswith("norm.weight")]
+    parameters = dict(tree_flatten(model.parameters()))
+    dtypes = [value.dtype for name, value in parameters.items() if name.endswith("norm.weight")]
     names = [name for name, dtype in _FLOATS.items() if dtype in dtypes]
     save(options.out, model, {**config, "torch_dtype": names[0] if names else "float16"}, tokenizer)
     size = sum(file.stat().st_size for file in options.out.glob("*.safetensors"))
