@@ -35,8 +35,8 @@ def SELECTION(name, params):
         return not composed, dim == 80 and params["rotation"] == "hadamard"  # thousands of tokens
     if "golden" in name:
         kernel = bool(tqext.format.hadamard_factor(metal_ops.padded(params["case"]["head_dim"])))
-        return kernel, params["dtype"] == "float32"
-    few = params.get("dtype", "float32") == "float32" or dim in (96, 128) or ("head_dim" not in params and "dim" not in params)
+        return kernel, params["dtype"] == "float32" and params["case"]["head_dim"] in (64, 80, 96, 128)
+    few = dim == 128 or (params.get("dtype", "float32") == "float32" and dim in (32, 64, 80, 96, 160, 512))
     return not composed, few and params.get("rotation") != "none"
 
 
