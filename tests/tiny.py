@@ -79,3 +79,26 @@ def kl(expected: mx.array, got: mx.array) -> float:
     """Mean KL(expected || got) of logits."""
     p, q = (x - mx.logsumexp(x, axis=-1, keepdims=True) for x in (expected, got))
     return float((mx.exp(p) * (p - q)).sum(axis=-1).mean().item())
+
+
+TEMPLATE = (
+    "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant] {% endif %}"
+)
+
+
+def save_chat_folder(model: nn.Module, folder: Any, config: dict[str, Any] = CONFIG) -> Any:
+    """A folder with a tokenizer of one token per byte, for the commands and the server."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    save_folder(model, folder, config | {"eos_token_id": 256})
+    tokenizer = Tokenizer(
+        models.BPE(vocab={c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[])
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(name, special=True) for name in ("<end>", *(f"<{i}>" for i in range(43)))])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    words = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<end>", "chat_template": TEMPLATE}
+    (folder / "tokenizer_config.json").write_text(json.dumps(words))
+    return folder

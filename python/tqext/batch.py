@@ -136,10 +136,13 @@ class BatchTurboQuantKVCache:
     Args:
         left_padding: Padding of each sequence of the prompt to come.
         recipe: See `TurboQuantKVCache`.
+        shared: See `TurboQuantKVCache`.
     """
 
-    def __init__(self, left_padding: Sequence[int], recipe: Recipe | None = None) -> None:
+    def __init__(self, left_padding: Sequence[int], recipe: Recipe | None = None, *, shared: bool = False) -> None:
         self.recipe = recipe or Recipe()
+        self.shared = shared
+        self._last: Snapshot | None = None
         n = len(left_padding)
         self._codec: Codec | None = None
         self._mean: mx.array | None = None
@@ -166,6 +169,7 @@ class BatchTurboQuantKVCache:
         Returns:
             The same snapshot twice.
         """
+        self._last = None
         if self._codec is None:
             self._open(keys, values)
         self._flush()
@@ -182,6 +186,7 @@ class BatchTurboQuantKVCache:
         else:
             snapshot = self._extend_tail(tokens, skip.astype(np.int32), n_real.astype(np.int32))
         self._idx += n_new
+        self._last = snapshot if self.shared else None
         return snapshot, snapshot
 
     def _open(self, keys: mx.array, values: mx.array) -> None:
@@ -323,10 +328,11 @@ class BatchTurboQuantKVCache:
         return Snapshot(packed, first, tail.cut(0, n_tail + n_new), self._idx + n_queries, columns)
 
     def keys_and_values(self) -> tuple[Snapshot, Snapshot]:
-        """The snapshot of the present state, twice."""
+        """The snapshot of the last step, twice (see `TurboQuantKVCache.keys_and_values`)."""
         if self._tail is None:
             raise ValueError("[keys_and_values] cache: expected tokens, got an empty cache")
-        snapshot = self._snapshot(self._tail, 0, plain=True, n_queries=0)
+        self.shared = True
+        snapshot = self._last or self._snapshot(self._tail, 0, plain=True, n_queries=0)
         return snapshot, snapshot
 
     @property
@@ -367,6 +373,7 @@ class BatchTurboQuantKVCache:
     @property
     def state(self) -> list[mx.array]:
         """All arrays, for ``mx.eval``. Sequences are saved one by one, from `extract`."""
+        self._last = None
         if self._tail is None or self._first is None:
             return []
         mean = [] if self._mean is None else [self._mean]
@@ -484,7 +491,7 @@ class BatchTurboQuantKVCache:
 
     def extract(self, idx: int) -> TurboQuantKVCache:
         """The cache of one sequence, as if it had been alone."""
-        out = TurboQuantKVCache(self.recipe)
+        out = TurboQuantKVCache(self.recipe, shared=self.shared)
         if self._codec is None or self._tail is None or self._first is None:
             return out
         row = slice(idx, idx + 1)
@@ -574,7 +581,7 @@ def put_tokens(x: mx.array, index: mx.array, new: mx.array) -> mx.array:
 
 
 def _batch_of_one(cache: TurboQuantKVCache) -> BatchTurboQuantKVCache:
-    out = BatchTurboQuantKVCache([0], cache.recipe)
+    out = BatchTurboQuantKVCache([0], cache.recipe, shared=cache.shared)
     if cache._codec is None or cache._tail is None:
         return out
     batch, n_kv_heads = cache._tail.keys.shape[:2]

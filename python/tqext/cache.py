@@ -250,10 +250,12 @@ class TurboQuantKVCache:
 
     Args:
         recipe: What to store. Default: 3-bit keys, 2-bit values, the last 32 and the first 4 tokens exact.
+        shared: Other layers attend to these tokens too (`keys_and_values`), and find what this layer found.
     """
 
-    def __init__(self, recipe: Recipe | None = None) -> None:
+    def __init__(self, recipe: Recipe | None = None, *, shared: bool = False) -> None:
         self.recipe = recipe or Recipe()
+        self.shared = shared
         self._clear()
 
     def _clear(self) -> None:
@@ -262,6 +264,7 @@ class TurboQuantKVCache:
         self._packed: list[mx.array] = []
         self._first: Exact | None = None
         self._tail: Exact | None = None
+        self._last: Snapshot | None = None
         self.n_first = 0
         self.n_coded = 0
         self.n_tail = 0
@@ -278,6 +281,7 @@ class TurboQuantKVCache:
         Returns:
             The same snapshot twice. The L tokens themselves are exact in it.
         """
+        self._last = None
         if self._codec is None:
             self._open(keys, values)
         # Before this step, not after the last one: tokens that a draft got wrong were trimmed in between, and the
@@ -293,6 +297,7 @@ class TurboQuantKVCache:
         self._keep_first()
         if tokens.n_tokens > MAX_STEP_TOKENS:
             self._flush()  # at once: no layer keeps its prompt uncompressed while the next one runs
+        self._last = snapshot if self.shared else None
         return snapshot, snapshot
 
     def _draft_snapshot(self, tokens: Exact) -> Snapshot:
@@ -404,10 +409,14 @@ class TurboQuantKVCache:
         return Snapshot(packed, first, self._tail.cut(0, self.n_tail), self.offset)
 
     def keys_and_values(self) -> tuple[Snapshot, Snapshot]:
-        """The snapshot of the present state, twice (layers that share another layer's tokens ask for it)."""
+        """The snapshot of the last step, twice, for layers that share another layer's tokens.
+
+        Unless the cache is known to be `shared`, and after a trim or once the step was evaluated, that of the present state.
+        """
         if self._codec is None:
             raise ValueError("[keys_and_values] cache: expected tokens, got an empty cache")
-        snapshot = self._snapshot()
+        self.shared = True
+        snapshot = self._last or self._snapshot()
         return snapshot, snapshot
 
     @property
@@ -459,6 +468,7 @@ class TurboQuantKVCache:
 
     def trim(self, n: int) -> int:
         """Forget the last n tokens; returns how many were there to forget."""
+        self._last = None
         n = min(n, self.offset)
         from_tail = min(n, self.n_tail)
         from_coded = min(n - from_tail, self.n_coded)
@@ -474,6 +484,7 @@ class TurboQuantKVCache:
     @property
     def state(self) -> list[mx.array]:
         """Arrays that hold everything: the header, mean, first tokens, tail, and the packed arrays."""
+        self._last = None  # mlx-lm evaluates the state when a step is over
         if self._codec is None or self._tail is None:
             return [self._header(0, 0, 0)]
         tail = self._tail.cut(0, self.n_tail)

@@ -188,6 +188,7 @@ class Layer:
         reason: Why not, empty if it is.
         n_kv_heads: 0 for a cache without keys and values. So are `head_dim` and `value_dim`.
         dtype_size: Bytes of an element of its keys.
+        shared: Whether other layers attend to its tokens.
     """
 
     path: str
@@ -198,6 +199,7 @@ class Layer:
     head_dim: int = 0
     value_dim: int = 0
     dtype_size: int = 2
+    shared: bool = False
 
     @property
     def bytes_per_token(self) -> int:
@@ -285,6 +287,7 @@ class _ProbeCache(TurboQuantKVCache):
         self.path = path
         self.seen = seen
         self.tokens: list[_ProbeTokens] = []
+        self.asked = False
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> Any:
         self.seen.append(self.path)
@@ -295,6 +298,7 @@ class _ProbeCache(TurboQuantKVCache):
         return self.tokens[-1], self.tokens[-1]
 
     def keys_and_values(self) -> Any:
+        self.asked = True
         return self.tokens[-1], self.tokens[-1]
 
 
@@ -367,11 +371,11 @@ def _replaced(caches: Sequence[Any], new: Callable[[str, Any], Any], prefix: str
 
 
 def _compressed(stock: Sequence[Any], report: Report) -> list[Any]:
-    recipes = {layer.path: layer.recipe for layer in report.layers}
+    layers = {layer.path: layer for layer in report.layers}
 
     def new(path: str, cache: Any) -> Any:
-        recipe = recipes[path]
-        return cache if recipe is None else TurboQuantKVCache(recipe)
+        layer = layers[path]
+        return cache if layer.recipe is None else TurboQuantKVCache(layer.recipe, shared=layer.shared)
 
     return _replaced(stock, new)
 
@@ -415,7 +419,7 @@ def _judge(path: str, stock: Any, recipe: Recipe | None, reason: str | None, tri
     if any(dim % 8 or not 8 <= dim <= MAX_HEAD_DIM for dim in shape[1:3]):
         why = f"head dimensions {shape[1:3]} are not multiples of 8 up to {MAX_HEAD_DIM}"
         return Layer(path, cache, None, why, *shape)
-    return Layer(path, cache, recipe, "", *shape)
+    return Layer(path, cache, recipe, "", *shape, shared=tried.asked)
 
 
 # Path proof
@@ -445,8 +449,8 @@ def verify(model: Any, preset: str | Policy = DEFAULT_PRESET, *, n_tokens: int =
     policy = get_policy(preset, **overrides)
     report = probe(model, policy)
     cache = _compressed(stock_cache(model), report)
-    # A fixed linear congruence: a proof should not depend on a random state, nor change one.
-    prompt = mx.array([[(7919 * i + 13) % 251 + 1 for i in range(n_tokens)]])
+    # A fixed linear congruence: a proof should not depend on a random state, nor change one. No model has so few tokens.
+    prompt = mx.array([[(7919 * i + 13) % 61 + 1 for i in range(n_tokens)]])
     model(prompt, cache=cache)
     mx.eval([c.state for c in cache])
     expected = _next_logits(model, cache)
@@ -454,15 +458,18 @@ def verify(model: Any, preset: str | Policy = DEFAULT_PRESET, *, n_tokens: int =
     for path in paths:
         if _at(cache, path).n_coded == 0:
             raise PathError(f"[verify] layer {path}: nothing was encoded after {n_tokens} tokens")
-        if _same(_next_logits(model, cache, [path]), expected):
+        if _same(_next_logits(model, cache, [path]), expected, fp32=1e-6, half=1e-3):
             raise PathError(f"[verify] layer {path}: overwriting its codes leaves the logits as they were")
-    if not _same(_next_logits(model, cache, paths, attended=False), expected):
+    if not _same(_next_logits(model, cache, paths, attended=False), expected, fp32=1e-4, half=2e-2):
         raise PathError("[verify] a layer reads bytes that belong to no token")
     return report
 
 
-def _same(a: mx.array, b: mx.array) -> bool:
-    return bool(mx.array_equal(a, b, equal_nan=True).item())
+def _same(a: mx.array, b: mx.array, *, fp32: float, half: float) -> bool:
+    """Whether two runs differ by no more than a share of the largest logit: threads may sum in another order."""
+    tolerance = fp32 if a.dtype == mx.float32 else half
+    a, b = a.astype(mx.float32), b.astype(mx.float32)
+    return bool((mx.abs(a - b).max() <= tolerance * mx.abs(b).max()).item())
 
 
 def _at(cache: Sequence[Any], path: str) -> Any:

@@ -1,0 +1,123 @@
+"""The command line over mlx-lm's own commands, each in a process of its own."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tiny import make_llama, save_chat_folder
+from tqext import Recipe, cli, models, plan
+
+
+def tqext(*args, check=True):
+    command = [sys.executable, "-m", "tqext", *map(str, args)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_chat_folder(make_llama(), tmp_path_factory.mktemp("model"))
+
+
+def test_generate_prints_what_was_compressed(folder):
+    out = tqext("generate", "--model", folder, "--kv", "tq3", "--prompt", "hello " * 40, "-m", 8).stdout
+    packed, plain = 3 * 2 * Recipe().bytes_per_token(64), 3 * 2 * 2 * 64 * 2
+    assert f"KV cache tq3: 3 of 3 layers compressed, {packed} bytes per token in place of {plain} in fp16" in out
+    assert "tokens-per-sec" in out
+    assert "4 first and" in out
+
+
+def test_generate_options_reach_the_policy(folder):
+    args = ("--model", folder, "--kv", "tq4", "--kv-first-last", 1, "--kv-tail", 7, "--kv-report", "--prompt", "x", "-m", 2)
+    out = tqext("generate", *args).stdout
+    assert "KV cache tq4: 1 of 3 layers compressed" in out
+    assert "KVCache stays: left out by the policy" in out
+    assert "K4 V4, tail 7, first 4, 2 heads of 64/64" in out
+
+
+def test_generate_without_compression(folder):
+    assert "KV cache" not in tqext("generate", "--model", folder, "--kv", "none", "--prompt", "x", "-m", 2).stdout
+
+
+def test_cache_prompt_and_generate_from_the_file(folder, tmp_path):
+    file = tmp_path / "prompt.safetensors"
+    tqext("cache_prompt", "--model", folder, "--kv", "tq3", "--prompt", "a story " * 40, "--prompt-cache-file", file)
+    out = tqext("generate", "--prompt-cache-file", file, "--prompt", "and?", "-m", 4).stdout
+    assert "tokens-per-sec" in out
+
+
+def test_benchmark_in_a_batch(folder):
+    done = tqext("benchmark", "--model", folder, "--kv", "tq3", "-p", 80, "-g", 8, "-b", 2, "-n", 1)
+    assert "Averages" in done.stdout
+    assert "3 of 3 layers compressed" in done.stderr
+
+
+def test_chat_ends_with_its_input(folder):
+    command = [sys.executable, "-m", "tqext", "chat", "--model", str(folder), "--max-tokens", "4"]
+    done = subprocess.run(command, input="hi\nq\n", capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "3 of 3 layers compressed" in done.stderr
+
+
+def test_eval_writes_json(folder, tmp_path):
+    text, out = tmp_path / "text.txt", tmp_path / "out.json"
+    text.write_text("the quick brown fox jumps over the lazy dog. " * 30)
+    args = ("--text", text, "--window", 120, "--windows", 2, "--step", 8, "--json", out)
+    printed = tqext("eval", "--model", folder, "--kv", "tq4", *args).stdout
+    (row,) = json.loads(out.read_text())["quality"]
+    assert row["preset"] == "tq4"
+    assert row["n_tokens"] == 2 * 119
+    assert 0 < row["kl"] < 1
+    assert 0.5 < row["ratio"] < 2
+    assert "tq4" in printed
+
+
+def test_plan_and_doctor(folder):
+    out = tqext("plan", "--model", folder, "--memory", "64M", "--context", 4096).stdout
+    assert "none" in out
+    assert "fits" in out
+    out = tqext("doctor").stdout
+    assert "path proof        ok" in out
+    assert "attention         ok" in out
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("generate", "--kv", "tq5", "--model", "x"), "invalid choice: 'tq5'"),
+        (("generate", "--model", "x", "--kv-bits", "4"), "--kv-bits is for mlx-lm's own cache"),
+        (("server", "--model", "x", "--max-kv-size=10"), "--max-kv-size is for mlx-lm's own cache"),
+        (("generate", "--model", "nothing-here"), "expected a folder, a hub id"),
+        (("nonsense",), "unknown command 'nonsense'"),
+    ],
+)
+def test_wrong_commands_say_why(args, message):
+    done = tqext(*args, check=False)
+    assert done.returncode != 0
+    assert message in done.stderr
+
+
+def test_usage_and_version(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--help"])
+    assert stop.value.code == 0
+    assert "tq3-qjl" in capsys.readouterr().out
+    cli.main(["--version"])
+    assert capsys.readouterr().out.strip()
+
+
+def test_names_resolve(tmp_path, monkeypatch):
+    assert models.resolve(str(tmp_path)) == str(tmp_path)
+    assert models.resolve("mlx-community/some-model") == "mlx-community/some-model"
+    monkeypatch.setenv("TQEXT_CACHE", str(tmp_path))
+    assert models.cache_dir() == tmp_path
+
+
+@pytest.mark.parametrize(("text", "expected"), [("16G", 16 << 30), ("1.5k", 1536), ("77", 77)])
+def test_plan_reads_sizes(text, expected):
+    assert plan.parse_bytes(text) == expected
+    with pytest.raises(ValueError, match=r"\[plan\] memory: expected"):
+        plan.parse_bytes(text + "q")

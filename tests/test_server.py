@@ -1,0 +1,150 @@
+"""``tqext server``: concurrent requests answer as alone, prompts are reused, and rude clients do no harm."""
+
+import json
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from tiny import make_llama, save_chat_folder
+
+MAX_TOKENS = 24
+
+
+class Server:
+    def __init__(self, folder, *options):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        command = [sys.executable, "-m", "tqext", "server", "--model", str(folder), "--port", str(self.port), *options]
+        self.log = (folder / "server.log").open("w+")
+        self.process = subprocess.Popen(command, stdout=self.log, stderr=subprocess.STDOUT)
+        deadline = time.monotonic() + 120
+        while True:
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=5).read()
+                return
+            except (urllib.error.URLError, ConnectionError):
+                if self.process.poll() is not None or time.monotonic() > deadline:
+                    raise RuntimeError(self.text()) from None
+                time.sleep(0.2)
+
+    def text(self):
+        self.log.flush()
+        self.log.seek(0)
+        return self.log.read()
+
+    def request(self, messages, **options):
+        body = {"messages": messages, "max_tokens": MAX_TOKENS, "temperature": 0.0} | options
+        return urllib.request.Request(
+            f"http://127.0.0.1:{self.port}/v1/chat/completions",
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
+        )
+
+    def chat(self, messages, **options):
+        with urllib.request.urlopen(self.request(messages, **options), timeout=120) as reply:
+            return json.load(reply)
+
+    def answer(self, messages, **options):
+        return self.chat(messages, **options)["choices"][0]["message"]["content"]
+
+    def stream(self, messages, **options):
+        text = ""
+        with urllib.request.urlopen(self.request(messages, stream=True, **options), timeout=120) as reply:
+            for line in reply:
+                if line.startswith(b"data: {"):
+                    text += json.loads(line[6:])["choices"][0]["delta"].get("content") or ""
+        return text
+
+    def abort(self, messages):
+        """Hang up in the middle of an answer."""
+        reply = urllib.request.urlopen(self.request(messages, stream=True, max_tokens=400), timeout=120)
+        reply.read(10)
+        reply.close()
+
+    def close(self):
+        self.process.terminate()
+        self.process.wait(20)
+        self.log.close()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_chat_folder(make_llama(), tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def server(folder):
+    """Keeps no prompts: one that is reused is read as codes, where a new one attends to itself exactly."""
+    server = Server(folder, "--kv", "tq3", "--prompt-cache-size", "0")
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def keeping_server(folder):
+    server = Server(folder, "--kv", "tq3")
+    yield server
+    server.close()
+
+
+def history(i, n_turns=1):
+    turns = []
+    for turn in range(n_turns):
+        turns.append({"role": "user", "content": f"Question {turn} of client {i}: " + f"{i} times {turn}? " * (i % 5 + 1)})
+        turns.append({"role": "assistant", "content": f"Answer {i + turn}."})
+    return turns[:-1]
+
+
+def test_server_answers_are_the_same_alone_and_in_company(server):
+    histories = [history(i, n_turns=i % 3 + 1) for i in range(8)]
+    alone = [server.answer(h) for h in histories]
+    assert len(set(alone)) > 4, "the model says the same to everybody, so this shows nothing"
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(server.answer, histories * 2))
+        streamed = list(pool.map(server.stream, histories))
+    assert together == alone * 2
+    assert streamed == alone
+    assert "3 of 3 layers compressed" in server.text()
+
+
+def test_server_reuses_prompts_and_edited_histories(keeping_server):
+    server = keeping_server
+    first = history(77, n_turns=3)
+    server.chat(first)
+    longer = server.chat([*first, {"role": "assistant", "content": "Yes."}, {"role": "user", "content": "And then?"}])
+    usage = longer["usage"]
+    assert usage["prompt_tokens_details"]["cached_tokens"] > usage["prompt_tokens"] // 2
+    edited = [*first[:-1], {"role": "user", "content": "Something else at the end."}]
+    reused = server.chat(edited)
+    assert reused["usage"]["prompt_tokens_details"]["cached_tokens"] > 20
+    assert reused["choices"][0]["message"]["content"] is not None
+
+
+def test_server_survives_clients_that_hang_up_and_wrong_requests(server):
+    expected = server.answer(history(5))
+    with ThreadPoolExecutor(6) as pool:
+        aborted = [pool.submit(server.abort, history(20 + i, 2)) for i in range(3)]
+        answers = [pool.submit(server.answer, history(5)) for _ in range(3)]
+        for future in aborted:
+            future.result()
+        assert [f.result() for f in answers] == [expected] * 3
+    with pytest.raises(urllib.error.HTTPError):
+        server.chat("not a list of messages")
+    assert server.answer(history(5)) == expected
+
+
+def test_server_with_a_seed_goes_the_single_path(server):
+    """Requests that mlx-lm does not batch, one after another and between batched ones."""
+    alone = server.answer(history(3), seed=7)
+    with ThreadPoolExecutor(3) as pool:
+        seeded = [pool.submit(server.answer, history(3), seed=7) for _ in range(2)]
+        batched = pool.submit(server.answer, history(4))
+        assert [f.result() for f in seeded] == [alone] * 2
+    assert batched.result() == server.answer(history(4))
