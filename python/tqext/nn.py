@@ -64,7 +64,8 @@ class Q1Linear(_Q1Module):
         Raises:
             ValueError: input_dims is not a multiple of 128.
         """
-        return cls(*q1_quantize(linear.weight), linear.get("bias"))
+        weight, scales = q1_quantize(linear.weight)
+        return cls(weight, scales, linear.get("bias"))
 
 
 class Q1Embedding(_Q1Module):
@@ -95,7 +96,8 @@ class Q1Embedding(_Q1Module):
         Raises:
             ValueError: dims is not a multiple of 128.
         """
-        return cls(*q1_quantize(embedding.weight), dtype=embedding.weight.dtype)
+        weight, scales = q1_quantize(embedding.weight)
+        return cls(weight, scales, embedding.weight.dtype)
 
 
 class Q1AllToShardedLinear(Q1Linear):
