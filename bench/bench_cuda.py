@@ -1,7 +1,7 @@
 """NVIDIA GPUs: attention and 1-bit products against MLX's own, and a model of the shape of Qwen3-8B end to end.
 
-Several calls are evaluated as one graph that was built before the clock starts, as a model's layers are: one evaluation alone has a
-floor of about 25 us. The arrays rotate among several sets, together larger than the last-level cache.
+Several calls are evaluated as one graph that was built before the clock starts, as a model's layers are: one evaluation
+alone has a floor of about 25 us. The arrays rotate among several sets, together larger than the last-level cache.
 
     python bench/bench_cuda.py --json bench/results/cuda_h200.json [--only attention q1 scores model]
 """
@@ -44,8 +44,12 @@ def words(*shape):
 def packed(batch, heads, keys):
     k = tqext.PackedKeys(codes=words(batch, heads, keys, DIM // 32 * 3), bits=3, head_dim=DIM,
                          norms=(mx.random.uniform(shape=(batch, heads, keys, 1)) + 0.5).astype(mx.float16))  # fmt: skip
-    v = tqext.PackedValues(codes=words(batch, heads, keys, DIM // 32 * 2), bits=2, head_dim=DIM,
-                           params=(mx.random.uniform(shape=(batch, heads, keys, DIM // 16)) - 0.5).astype(mx.float16))  # fmt: skip
+    v = tqext.PackedValues(
+        codes=words(batch, heads, keys, DIM // 32 * 2),
+        bits=2,
+        head_dim=DIM,
+        params=(mx.random.uniform(shape=(batch, heads, keys, DIM // 16)) - 0.5).astype(mx.float16),
+    )
     mx.eval(k.codes, k.norms, v.codes, v.params)
     return k, v
 
@@ -136,6 +140,7 @@ def scores():
 
 def make_model(kind):
     from mlx_lm.models import qwen3
+
     from tqext.nn import Q1Linear
 
     arguments = qwen3.ModelArgs(
