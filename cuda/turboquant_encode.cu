@@ -8,7 +8,6 @@ namespace tqext::cuda {
 namespace {
 
 constexpr int kDim = DIM, kBits = BITS, kType = TYPE, kSlots = kDim / 32, kWarps = kEncodeWarps;
-constexpr bool kHadamard = HADAMARD, kMean = MEAN, kSigns = SIGNS;
 constexpr int kWords = kDim / 32 * kBits;
 
 // A token: vector [B, H, n, head_dim] with strides, or row `row` of contiguous arrays.
@@ -88,7 +87,7 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps)
     if (d < head_dim) x[i] -= mean[int64_t(token.b) * m0 + int64_t(token.h) * m1 + int64_t(d) * m2];
   }
 #endif
-  if constexpr (kHadamard) Hadamard<kDim>::template rotate<TQ_ROTATION_SEED>(x, lane, scratch[warp]);
+  if constexpr (HADAMARD) Hadamard<kDim>::template rotate<TQ_ROTATION_SEED>(x, lane, scratch[warp]);
 
   constexpr int kLevels = 1 << kBits;
   const int packed[4] = {levels0, levels1, levels2, levels3};
@@ -165,7 +164,7 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps)
   const Token token(row, n_heads, n_tokens);
   float x[kSlots];
   load_vector(x, v, token.at(s0, s1, s2), s3, head_dim, lane);
-  if constexpr (kHadamard) Hadamard<kDim>::template rotate<TQ_ROTATION_SEED>(x, lane, scratch[warp]);
+  if constexpr (HADAMARD) Hadamard<kDim>::template rotate<TQ_ROTATION_SEED>(x, lane, scratch[warp]);
   constexpr float kTop = float((1 << kBits) - 1);
 #pragma unroll
   for (int group = 0; group < kSlots; group++) {
@@ -244,7 +243,7 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps)
     x[i] = half_to_float(parameters[int64_t(2 * i) * p3]) * float(code) + half_to_float(parameters[int64_t(2 * i + 1) * p3]);
 #endif
   }
-  if constexpr (kHadamard) Hadamard<kDim>::template rotate_back<TQ_ROTATION_SEED>(x, lane, scratch[warp]);
+  if constexpr (HADAMARD) Hadamard<kDim>::template rotate_back<TQ_ROTATION_SEED>(x, lane, scratch[warp]);
 #pragma unroll
   for (int i = 0; i < kSlots; i++) {
     const int d = lane + 32 * i;

@@ -41,6 +41,8 @@ def compile_kernel(name, architecture, **defines):
     source = (ROOT / "cuda" / name).read_text().encode()
     assert nvrtc.nvrtcCreateProgram(ctypes.byref(program), source, name.encode(), len(headers), texts, names) == 0
     options = [f"--gpu-architecture={architecture}", "--std=c++17", "--device-as-default-execution-space", "--ptxas-options=-v"]
+    # One file holds several operations: each leaves some helpers unused.
+    options += ["-diag-suppress=177"]
     options += [f"-D{key}={value}" for key, value in defines.items()]
     result = nvrtc.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*[x.encode() for x in options]))
     size = ctypes.c_size_t()
