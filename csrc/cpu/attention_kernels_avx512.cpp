@@ -5,12 +5,13 @@
 //      scale of the group; the biases are one multiply-add per group
 //   4. values: words of four tokens, transposed twice, so that a lane is one dimension of four tokens; vpdpbusd with the
 //      weights; a code is masked where it stands, not shifted down
-// A query element and a weight are 2 bytes for fp16 and bf16 queries (error 3e-4 of the largest output), 3 bytes for fp32
-// queries (7e-6). A token of 4 rows, dims 128, 3-bit keys and 2-bit values: 98 bytes, 32 or 48 vpdpbusd (two a cycle at best)
-// and about 30 other vector operations; 24 and 27 ns measured (Xeon 2.5 GHz, Cascade Lake, one thread, gcc 12), against 8 and
-// 12 ns for the vpdpbusd alone at that machine's 4 per ns. Up to 4 rows share a pass; more rows share step 1 and the loads.
-// Value dims that are not a power of two need one vpermd per vpdpbusd, since their slots cross the groups' borders.
-// Residual signs (rare) go through the fp32 tile kernel, as exact tokens do.
+// A query element and a weight are 3 bytes (error up to 1.4e-5 of the largest output); fp32 queries take the fp32 tile kernel.
+// Two bytes for fp16 and bf16 queries are the faster variant of the template. A token of 4 rows, dims 128, 3-bit keys and 2-bit
+// values: 98 bytes, 32 or 48 vpdpbusd (two a cycle at best) and about 30 other vector operations; 24 and 27 ns measured
+// (Xeon 2.5 GHz, Cascade Lake, one thread, gcc 12), against 8 and 12 ns for the vpdpbusd alone at that machine's 4 per ns. Up
+// to 4 rows share a pass; more rows share step 1 and the loads. Value dims that are not a power of two need one vpermd per
+// vpdpbusd, since their slots cross the groups' borders. Residual signs (rare) go through the fp32 tile kernel, as exact tokens
+// do.
 #if defined(__x86_64__)
 
 #if defined(__GNUC__) && !defined(__clang__)
@@ -125,10 +126,11 @@ struct Avx512 {
 
 // ---------------------------------------------------------------- integer kernel
 
-constexpr int kBlock = 128;         // tokens per update of the softmax state; 64 was 6 % slower, 96 no faster
-constexpr int kQuads = kBlock / 4;  // a 32-bit lane of the value pass is one dimension of four tokens
-constexpr int kSet = 4;             // rows that share a pass over a block's decoded codes
-constexpr float kNegligible = 48;   // a block whose weights are all below 2^-48 of the largest so far changes nothing in fp32
+constexpr int kBlock = 128;             // tokens per update of the softmax state; 64 was 6 % slower, 96 no faster
+constexpr int kQuads = kBlock / 4;      // a 32-bit lane of the value pass is one dimension of four tokens
+constexpr int kSet = 4;                 // rows that share a pass over a block's decoded codes
+constexpr float kLeastWeight = 1e-30f;  // products below it, of weights relative to 1, add nothing in fp32
+constexpr float kNegligible = 48;  // a block whose weights are all below 2^-48 of the largest so far changes nothing in fp32
 
 // acc += sum of four u8 * s8. As asm because gcc 12 copies every accumulator of the intrinsic.
 inline __attribute__((always_inline)) void dot(__m512i& acc, __m512i u8, __m512i s8) {
@@ -470,7 +472,7 @@ class IntegerAttention {
     }
   }
 
-  // Scales and biases of groups g .. g + 3 as [group][16 scales, 16 biases], and the largest scale of each.
+  // Scales and biases of groups g .. g + 3 as [group][16 scales, 16 biases].
   void load_params(const uint16_t* params, int g, int whole, int n) {
     const int n_words = smaller(4, n_groups_ - g);
     const __m512i split = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15));
@@ -495,15 +497,11 @@ class IntegerAttention {
       const __m256i both = _mm256_max_epu16(_mm512_castsi512_si256(top[i]), _mm512_extracti64x4_epi64(top[i], 1));
       if (__builtin_expect(_mm256_cmpgt_epi16_mask(both, _mm256_set1_epi16(0x7bff)) != 0, 0)) {
         clear_bad_params(g + i, n);
-        continue;
       }
-      const __m256i scale = _mm512_castsi512_si256(top[i]);
-      scale_top_[g + i] = _mm512_reduce_max_ps(_mm512_cvtph_ps(scale));
     }
   }
 
   void clear_bad_params(int g, int n) {
-    __m512 top = _mm512_setzero_ps();
     for (int t = 0; t < n_padded_; t += 16) {
       const __m512 s = scale(g, t), b = bias(g, t);
       const __m512 size = _mm512_max_ps(_mm512_abs_ps(s), _mm512_abs_ps(b));
@@ -514,9 +512,7 @@ class IntegerAttention {
       uint16_t* x = params_ + 2 * (g * kBlock + t);
       const __mmask32 both = __mmask32(good) | __mmask32(good) << 16;
       _mm512_store_si512(x, _mm512_maskz_mov_epi16(both, _mm512_load_si512(x)));
-      top = _mm512_max_ps(top, _mm512_maskz_mov_ps(good, _mm512_abs_ps(s)));
     }
-    scale_top_[g] = _mm512_reduce_max_ps(top);
   }
 
   __m512 scale(int g, int t) const {
@@ -676,12 +672,26 @@ class IntegerAttention {
     }
   }
 
-  // Weight times scale of four groups as integers relative to the group's largest scale in this block, in bytes:
+  // Weight times scale of four groups as integers relative to the largest such product of the row and group in this block (the
+  // largest scale alone may belong to a token that is hardly attended, and leave no bits to the others), in bytes:
   // [row][piece][quad][group][token of the quad].
   template <int H>
   void split_weights() {
-    alignas(64) float inverse[16];
-    for (int g = 0; g < n_groups_; g++) inverse[g] = scale_top_[g] > 0 ? Pieces<N>::kWeightTop / scale_top_[g] : 0.0f;
+    __m512 inverse[H][kMaxDim / kGroup];
+    for (int g = 0; g < n_groups_; g++) {
+      __m512 top[H];
+      for (int h = 0; h < H; h++) top[h] = _mm512_setzero_ps();
+      for (int t = 0; t < n_padded_; t += 16) {
+        const __m512 s = _mm512_abs_ps(scale(g, t));
+        for (int h = 0; h < H; h++) top[h] = _mm512_max_ps(top[h], _mm512_mul_ps(_mm512_load_ps(scores_ + h * kBlock + t), s));
+      }
+      for (int h = 0; h < H; h++) {
+        const float largest = _mm512_reduce_max_ps(top[h]);
+        const bool counts = largest > kLeastWeight;
+        weight_step_[h][g] = counts ? largest / Pieces<N>::kWeightTop : 0.0f;
+        inverse[h][g] = _mm512_set1_ps(counts ? Pieces<N>::kWeightTop / largest : 0.0f);
+      }
+    }
     const int n_sets = straddle_ ? (n_groups_ + 3) / 4 : n_patterns_;
     const __m512 magic = _mm512_set1_ps(12582912.0f + Pieces<N>::kBias);
     for (int set = 0; set < n_sets; set++) {
@@ -693,11 +703,13 @@ class IntegerAttention {
       }
       for (int t = 0; t < n_padded_; t += 16) {
         __m512 factor[4];
-        for (int j = 0; j < 4; j++) factor[j] = _mm512_mul_ps(scale(group[j], t), _mm512_set1_ps(inverse[group[j]]));
+        for (int j = 0; j < 4; j++) factor[j] = scale(group[j], t);
         for (int h = 0; h < H; h++) {
           const __m512 p = _mm512_load_ps(scores_ + h * kBlock + t);
           __m512i x[4], piece[N];
-          for (int j = 0; j < 4; j++) x[j] = _mm512_castps_si512(_mm512_fmadd_ps(p, factor[j], magic));
+          for (int j = 0; j < 4; j++) {
+            x[j] = _mm512_castps_si512(_mm512_fmadd_ps(_mm512_mul_ps(p, factor[j]), inverse[h][group[j]], magic));
+          }
           split_bytes(x, piece);
           for (int i = 0; i < N; i++) {
             if (straddle_) {
@@ -741,16 +753,14 @@ class IntegerAttention {
 
   template <int H, int kBits>
   void values(int r, const float* factors) {
-    alignas(64) float steps[16];
-    for (int g = 0; g < 16; g++) steps[g] = g < n_groups_ ? scale_top_[g] / Pieces<N>::kWeightTop : 0.0f;
     for (int c = 0; c < n_chunks_; c++) {
       for (int slot = 0; slot < n_slots_; slot += 2) {
         if (straddle_) {
-          values<H, kBits, kPermute>(r, factors, steps, c, slot);
+          values<H, kBits, kPermute>(r, factors, c, slot);
         } else if (pattern(c, slot) == pattern(c, slot + 1)) {
-          values<H, kBits, kShared>(r, factors, steps, c, slot);
+          values<H, kBits, kShared>(r, factors, c, slot);
         } else {
-          values<H, kBits, kSeparate>(r, factors, steps, c, slot);
+          values<H, kBits, kSeparate>(r, factors, c, slot);
         }
       }
     }
@@ -764,7 +774,7 @@ class IntegerAttention {
   // Sum over the block of weight * code for slots `slot` and `slot` + 1 of chunk c. A code is not shifted down: it counts
   // 2^(kBits * slot)-fold, which the last multiplication takes back.
   template <int H, int kBits, Weights kWeights>
-  void values(int r, const float* factors, const float* steps, int c, int slot) {
+  void values(int r, const float* factors, int c, int slot) {
     __m512i acc[2][H][N];
     // Unrolled early, or gcc keeps the sums in memory.
 #pragma GCC unroll 2
@@ -814,9 +824,9 @@ class IntegerAttention {
 #pragma GCC unroll 2
     for (int i = 0; i < 2; i++) {
       const __m512 unit = _mm512_set1_ps(1.0f / float(1 << (kBits * (slot + i))));
-      const __m512 step = _mm512_mul_ps(_mm512_permutexvar_ps(i ? group1 : group0, _mm512_load_ps(steps)), unit);
 #pragma GCC unroll 4
       for (int h = 0; h < H; h++) {
+        const __m512 step = _mm512_mul_ps(_mm512_permutexvar_ps(i ? group1 : group0, _mm512_load_ps(weight_step_[h])), unit);
         float* to = out_ + size_t(r + h) * out_size_ + element + 16 * i;
         const __m512 old = _mm512_mul_ps(_mm512_load_ps(to), _mm512_set1_ps(factors[h]));
         const __m512 factor = _mm512_mul_ps(step, _mm512_set1_ps(factors[8 + h]));
@@ -837,7 +847,7 @@ class IntegerAttention {
   const bool natural_;          // tokens follow each other without a gap
   bool ahead_ = false;          // ask for lines ahead
   bool values_loaded_ = false;  // of this block
-  float scale_top_[kMaxDim / kGroup];
+  alignas(64) float weight_step_[4][16] = {};
   int n_bad_keys_ = 0, bad_keys_[kBlock];  // tokens of the block with a norm that is not finite, replaced by zero
   int bad_[kMaxBad];                       // the same of scales and biases
   __m512i table_;
@@ -854,12 +864,10 @@ class IntegerAttention {
 
 void attend_coded_avx512(const CodedHead& head, const CodecShape& shape, const QueryRows& rows, int begin, int end,
                          Partial* partials) {
-  if (head.key_signs || head.param_stride % 2) {
+  // The integer kernel's errors reach 1.4e-5 of the largest output, where an fp32 query is promised 1e-5 (1000 keys, or equal
+  // scores); with two bytes they reach 2.03e-3, where fp16 is promised 2e-3 (head dimension 80, sizes that differ widely).
+  if (head.key_signs || head.param_stride % 2 || !shape.half_query) {
     Fp32Attention<Avx512>::attend_coded(head, shape, rows, begin, end, partials);
-  } else if (shape.half_query) {
-    IntegerAttention<2> attention(head, shape, rows);
-    attention.attend(begin, end);
-    attention.finish(partials);
   } else {
     IntegerAttention<3> attention(head, shape, rows);
     attention.attend(begin, end);
