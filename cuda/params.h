@@ -26,7 +26,7 @@ struct AttentionLayout {
   int key_row, value_row, param_row, sign_row;  // bytes per token
   int value_at, param_at, norm_at, sign_at, residual_at, stage;
   // Over the last stage, which the prologue's prefetch leaves free: what only the prologue needs.
-  int query_stride;                // floats between rows; no multiple of 32 banks
+  int query_stride;  // floats between rows; no multiple of 32 banks
   int rotated_at, exact_query_at;
   // Behind all that: what the main loop needs.
   int int8_at, residual_int8_at, row_scale_at, row_offset_at, residual_scale_at, state_at, barrier_at, total;

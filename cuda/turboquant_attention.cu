@@ -691,8 +691,8 @@ TQ_DEVICE void prefetch_exact(const AttentionParams& p, int begin, int tid, int 
 }
 
 // Four lanes per token with the weights in shared memory took 7 us more at 8 KV heads x 1024 keys (H200).
-TQ_DEVICE void attend_exact(const AttentionParams& p, const float* query, int begin, int n, const int (&lengths)[3], int padding,
-                            bool own, float* partial_out, float* partial_state, int lane, int row0, int b, int h) {
+TQ_DEVICE void attend_exact(const AttentionParams& p, const float* query, int begin, int n, const int (&lengths)[3],
+                            int padding, bool own, float* partial_out, float* partial_state, int lane, int row0, int b, int h) {
   const int n_keys = p.n_first + p.n_coded + p.n_tail, n_rows = p.n_repeats * p.n_queries;
   const bool causal = p.causal && !own;
   const int e = begin + lane;
@@ -744,8 +744,8 @@ TQ_DEVICE void attend_exact(const AttentionParams& p, const float* query, int be
     float s = attended ? score[r] : -INFINITY;
     if constexpr (kMask != kMaskNone) {
       if (attended) {
-        const int64_t m = b * p.mask_stride[0] + (h * p.n_repeats + row / p.n_queries) * p.mask_stride[1] + i * p.mask_stride[2] +
-                          column * p.mask_stride[3];
+        const int64_t m = b * p.mask_stride[0] + (h * p.n_repeats + row / p.n_queries) * p.mask_stride[1] +
+                          i * p.mask_stride[2] + column * p.mask_stride[3];
         if constexpr (kMask == kMaskBool) {
           if (!static_cast<const bool*>(p.mask)[m]) s = -INFINITY;
         } else {
@@ -774,7 +774,8 @@ TQ_DEVICE void attend_exact(const AttentionParams& p, const float* query, int be
     for (int i = 0; i < kBatch; i++) {
       const int t = min(t0 + i, n - 1);
       const bool token_there = __shfl_sync(kAllLanes, there, t) && t0 + i < n, from_first = begin + t < p.n_first;
-      const int64_t at = __shfl_sync(kAllLanes, value_at, t), step = from_first ? p.first_value_stride[3] : p.tail_value_stride[3];
+      const int64_t at = __shfl_sync(kAllLanes, value_at, t),
+                    step = from_first ? p.first_value_stride[3] : p.tail_value_stride[3];
       const void* from = from_first ? p.first_values : p.tail_values;
 #pragma unroll
       for (int k = 0; k < kValueDim / 32; k++) {
