@@ -655,13 +655,16 @@ class IntegerAttention {
     return _mm512_reduce_max_ps(top);
   }
 
+  // Codes count from the middle of their range (`values`), and biases with them: a group's values lie around zero, and the
+  // two sums would otherwise cancel each other to the last digits.
   template <int H>
   void add_biases(int r, const float* factors) {
+    const __m512 middle = _mm512_set1_ps(0.5f * float((1 << value_bits_) - 1));
     for (int g = 0; g < n_groups_; g++) {
       __m512 acc[H];
       for (int h = 0; h < H; h++) acc[h] = _mm512_setzero_ps();
       for (int t = 0; t < n_padded_; t += 16) {
-        const __m512 b = bias(g, t);
+        const __m512 b = _mm512_fmadd_ps(scale(g, t), middle, bias(g, t));
         for (int h = 0; h < H; h++) acc[h] = _mm512_fmadd_ps(b, _mm512_load_ps(scores_ + h * kBlock + t), acc[h]);
       }
       for (int h = 0; h < H; h++) {
@@ -701,6 +704,10 @@ class IntegerAttention {
                    : value_dim_ >= 128 ? value_dim_ / 128 * j + set
                                        : j * value_dim_ / 128;
       }
+      __m512i total[H][4];
+      for (int h = 0; h < H; h++) {
+        for (int j = 0; j < 4; j++) total[h][j] = _mm512_setzero_si512();
+      }
       for (int t = 0; t < n_padded_; t += 16) {
         __m512 factor[4];
         for (int j = 0; j < 4; j++) factor[j] = scale(group[j], t);
@@ -709,6 +716,7 @@ class IntegerAttention {
           __m512i x[4], piece[N];
           for (int j = 0; j < 4; j++) {
             x[j] = _mm512_castps_si512(_mm512_fmadd_ps(_mm512_mul_ps(p, factor[j]), inverse[h][group[j]], magic));
+            total[h][j] = _mm512_add_epi32(total[h][j], x[j]);
           }
           split_bytes(x, piece);
           for (int i = 0; i < N; i++) {
@@ -724,6 +732,21 @@ class IntegerAttention {
           }
         }
       }
+      const uint32_t magics = uint32_t(n_padded_) * (0x4b400000u + Pieces<N>::kBias);  // the bits of `magic`, once a token
+      for (int h = 0; h < H; h++) {
+        for (int j = 0; j < 4; j++) set_middle(h, group[j], int32_t(uint32_t(_mm512_reduce_add_epi32(total[h][j])) - magics));
+      }
+    }
+  }
+
+  // Minus the sum of a group's weights times the middle of the codes' range, 2^(bits - 1) - 1/2, for the first and the last piece.
+  void set_middle(int h, int g, int32_t total) {
+    const int twice = (1 << value_bits_) - 1;
+    if constexpr (N == 3) {
+      middle_first_[h][g] = -twice * (total >> 17);  // a unit is 2^16
+      middle_last_[h][g] = -twice * (total & 0x1ffff);
+    } else {
+      middle_last_[h][g] = int32_t(-uint32_t(twice) * uint32_t(total));
     }
   }
 
@@ -775,6 +798,8 @@ class IntegerAttention {
   // 2^(kBits * slot)-fold, which the last multiplication takes back.
   template <int H, int kBits, Weights kWeights>
   void values(int r, const float* factors, int c, int slot) {
+    const int element = (c * n_slots_ + slot) * 16;
+    const __m512i group0 = _mm512_load_si512(group_of_ + element), group1 = _mm512_load_si512(group_of_ + element + 16);
     __m512i acc[2][H][N];
     // Unrolled early, or gcc keeps the sums in memory.
 #pragma GCC unroll 2
@@ -782,7 +807,13 @@ class IntegerAttention {
 #pragma GCC unroll 4
       for (int h = 0; h < H; h++) {
 #pragma GCC unroll 3
-        for (int p = 0; p < N; p++) acc[i][h][p] = _mm512_setzero_si512();
+        for (int p = 1; p < N - 1; p++) acc[i][h][p] = _mm512_setzero_si512();
+        const __m512i group = i ? group1 : group0;
+        const __m512i last = _mm512_permutexvar_epi32(group, _mm512_load_si512(middle_last_[h]));
+        acc[i][h][N - 1] = _mm512_srai_epi32(_mm512_slli_epi32(last, kBits * (slot + i)), 1);
+        acc[i][h][0] = N == 2 ? _mm512_setzero_si512()
+                              : _mm512_slli_epi32(_mm512_permutexvar_epi32(group, _mm512_load_si512(middle_first_[h])),
+                                                  kBits * (slot + i));
       }
     }
     const int code = (1 << kBits) - 1;
@@ -791,8 +822,6 @@ class IntegerAttention {
     const uint8_t* codes = values_ + size_t(c) * kQuads * 64;
     const int8_t* weights0 = weights_ + (kWeights == kPermute ? 0 : pattern(c, slot) * H * N * kQuads * 16);
     const int8_t* weights1 = weights_ + (kWeights == kPermute ? 0 : pattern(c, slot + 1) * H * N * kQuads * 16);
-    const int element = (c * n_slots_ + slot) * 16;
-    const __m512i group0 = _mm512_load_si512(group_of_ + element), group1 = _mm512_load_si512(group_of_ + element + 16);
     const Stream ahead = keys_ahead(ptrdiff_t(c * n_slots_ + slot) / 2 * kQuads * 64);
     for (int quad = 0; quad < n_padded_ / 4; quad++) {
       _mm_prefetch(ahead.next + quad * ahead.step, _MM_HINT_T0);
@@ -847,7 +876,8 @@ class IntegerAttention {
   const bool natural_;          // tokens follow each other without a gap
   bool ahead_ = false;          // ask for lines ahead
   bool values_loaded_ = false;  // of this block
-  alignas(64) float weight_step_[4][16] = {};
+  alignas(64) float weight_step_[kSet][16] = {};
+  alignas(64) int32_t middle_first_[kSet][16] = {}, middle_last_[kSet][16] = {};
   int n_bad_keys_ = 0, bad_keys_[kBlock];  // tokens of the block with a norm that is not finite, replaced by zero
   int bad_[kMaxBad];                       // the same of scales and biases
   __m512i table_;
@@ -860,18 +890,24 @@ class IntegerAttention {
   bool* nan_;
 };
 
+template <int N>
+void attend_in_integers(const CodedHead& head, const CodecShape& shape, const QueryRows& rows, int begin, int end,
+                        Partial* partials) {
+  IntegerAttention<N> attention(head, shape, rows);
+  attention.attend(begin, end);
+  attention.finish(partials);
+}
+
 }  // namespace
 
 void attend_coded_avx512(const CodedHead& head, const CodecShape& shape, const QueryRows& rows, int begin, int end,
                          Partial* partials) {
-  // The integer kernel's errors reach 1.4e-5 of the largest output, where an fp32 query is promised 1e-5 (1000 keys, or equal
-  // scores); with two bytes they reach 2.03e-3, where fp16 is promised 2e-3 (head dimension 80, sizes that differ widely).
-  if (head.key_signs || head.param_stride % 2 || !shape.half_query) {
+  if (head.key_signs || head.param_stride % 2) {
     Fp32Attention<Avx512>::attend_coded(head, shape, rows, begin, end, partials);
+  } else if (shape.half_query) {
+    attend_in_integers<2>(head, shape, rows, begin, end, partials);
   } else {
-    IntegerAttention<3> attention(head, shape, rows);
-    attention.attend(begin, end);
-    attention.finish(partials);
+    attend_in_integers<3>(head, shape, rows, begin, end, partials);
   }
 }
 
