@@ -1,17 +1,17 @@
 // AVX-512 with VNNI, without VBMI (Cascade Lake on). Coded tokens are attended in integers, in four steps a block:
 //   1. load_keys: 16 tokens' words, transposed, so that a lane is a token; nothing but codes left in every nibble
 //   2. scores: nibble -> level + 128 by vpshufb, vpdpbusd with the query in bytes; no horizontal sum
-//   3. softmax relative to the block's maximum; weight times scale as an integer in bytes, relative to the block's largest
-//      scale of the group; the biases are one multiply-add per group
+//   3. softmax relative to the block's maximum; weight times scale as an integer in bytes, relative to the row's largest such
+//      product in the block; the biases, moved to the middle of the codes' range, are one multiply-add per group
 //   4. values: words of four tokens, transposed twice, so that a lane is one dimension of four tokens; vpdpbusd with the
-//      weights; a code is masked where it stands, not shifted down
-// A query element and a weight are 3 bytes (error up to 1.4e-5 of the largest output); fp32 queries take the fp32 tile kernel.
-// Two bytes for fp16 and bf16 queries are the faster variant of the template. A token of 4 rows, dims 128, 3-bit keys and 2-bit
-// values: 98 bytes, 32 or 48 vpdpbusd (two a cycle at best) and about 30 other vector operations; 24 and 27 ns measured
-// (Xeon 2.5 GHz, Cascade Lake, one thread, gcc 12), against 8 and 12 ns for the vpdpbusd alone at that machine's 4 per ns. Up
-// to 4 rows share a pass; more rows share step 1 and the loads. Value dims that are not a power of two need one vpermd per
-// vpdpbusd, since their slots cross the groups' borders. Residual signs (rare) go through the fp32 tile kernel, as exact tokens
-// do.
+//      weights; a code is masked where it stands, not shifted down, and counts from the middle of the range
+// A query element and a weight are 2 bytes for fp16 and bf16 queries, 3 for fp32: errors to 1.9e-4 and 3.0e-6 of the largest
+// output (tests/native/attention_kernels_check.cpp). A token of 4 rows, dims 128, 3-bit keys and 2-bit values: 98 bytes, 32 or
+// 48 vpdpbusd (two a cycle at best) and about 35 other vector operations; 24 and 29 ns measured (Xeon 2.5 GHz, Cascade Lake,
+// one thread, gcc 12), against 8 and 12 ns for the vpdpbusd alone at that machine's 4 per ns. A third of the time goes to
+// unpacking (steps 1 and 4's transpositions), half to vpdpbusd. Up to 4 rows share a pass; more rows share step 1 and the
+// loads. Value dims that are not a power of two need one vpermd per vpdpbusd, since their slots cross the groups' borders.
+// Residual signs (rare) go through the fp32 tile kernel, as exact tokens do.
 #if defined(__x86_64__)
 
 #if defined(__GNUC__) && !defined(__clang__)
@@ -61,18 +61,16 @@ struct Avx512 {
   }
   static float sum(F v) { return _mm512_reduce_add_ps(v); }
   static float max_lane(F v) { return _mm512_reduce_max_ps(v); }
-  // 2^x for x <= 0, relative error 1e-7; 0 below -100, NaN stays.
+  // 2^x for x <= 0, relative error 1e-7; 0 below -100 (no subnormal numbers, which are slow), NaN stays.
   static F exp2(F x) {
-    const F n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), f = _mm512_sub_ps(x, n);
+    const F f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     F y = _mm512_set1_ps(1.3276471781512866e-3f);
     y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(9.67554133276717e-3f));
     y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(5.55071327415071e-2f));
     y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(2.40221197238820e-1f));
     y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(6.93146967064360e-1f));
     y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(1.0000000716546738f));
-    const __mmask16 keep = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-100.0f), _CMP_NLT_UQ);
-    return _mm512_castsi512_ps(
-        _mm512_maskz_add_epi32(keep, _mm512_castps_si512(y), _mm512_slli_epi32(_mm512_cvtps_epi32(n), 23)));
+    return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, _mm512_set1_ps(-100.0f), _CMP_NLT_UQ), y, _mm512_sub_ps(x, f));
   }
 
   static I load_int(const uint32_t* p) { return _mm512_loadu_si512(p); }
@@ -207,7 +205,7 @@ class IntegerAttention {
     const int n_sets = (rows.n_rows + kSet - 1) / kSet;
     const size_t per_row = out_size_ + 16 * n_groups_ + 16;
     char* next = static_cast<char*>(scratch(
-        sizeof(float) * (size_t(key_dim_ / 8) * kBlock + 2 * kBlock + size_t(n_chunks_) * kQuads * 16 + 2 * n_groups_ * kBlock +
+        sizeof(float) * (size_t(key_dim_ / 8) * kBlock + 3 * kBlock + size_t(n_chunks_) * kQuads * 16 + 2 * n_groups_ * kBlock +
                          kSet * kBlock + size_t(out_size_) + rows.n_rows * per_row + size_t(n_sets) * key_dim_ * N + 64) +
         weight_bytes() + 16 * sizeof(uint32_t) * (size_t(key_words_) + value_words_ + n_groups_ + 1) +
         size_t(rows.n_rows) * (N + 3) * 64 + 64 * 32));
@@ -217,7 +215,9 @@ class IntegerAttention {
     planes_ = words(size_t(key_dim_ / 8) * kBlock);
     norms_ = floats(kBlock);
     values_ = reinterpret_cast<uint8_t*>(take(size_t(n_chunks_) * kQuads * 64));
-    params_ = reinterpret_cast<uint16_t*>(take(size_t(n_groups_) * kBlock * 4));
+    scales_ = floats(size_t(n_groups_) * kBlock);
+    biases_ = floats(size_t(n_groups_) * kBlock);
+    largest_scales_ = floats(kBlock);
     scores_ = floats(kSet * kBlock);
     weights_ = reinterpret_cast<int8_t*>(take(weight_bytes()));
     group_of_ = reinterpret_cast<int32_t*>(words(out_size_));
@@ -472,13 +472,13 @@ class IntegerAttention {
     }
   }
 
-  // Scales and biases of groups g .. g + 3 as [group][16 scales, 16 biases].
+  // Scales of groups g .. g + 3, and biases moved to the middle of the codes' range, from which `values` counts: a group's
+  // values lie around zero, and their two sums would otherwise cancel each other to the last digits.
   void load_params(const uint16_t* params, int g, int whole, int n) {
     const int n_words = smaller(4, n_groups_ - g);
     const __m512i split = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15));
-    const __m512i gather = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7), magnitude = _mm512_set1_epi16(0x7fff);
-    __m512i top[4];
-    for (int i = 0; i < 4; i++) top[i] = _mm512_setzero_si512();
+    const __m512i gather = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
+    const __m512 middle = _mm512_set1_ps(0.5f * float((1 << value_bits_) - 1)), zero = _mm512_setzero_ps();
     for (int t = 0; t < n_padded_; t += 16) {
       __m512i x[4];
       if (t < whole) {
@@ -487,39 +487,26 @@ class IntegerAttention {
       } else {
         load_4x16(tail_params_ + g, n_groups_, n_words, x);
       }
+      __m512 largest = g ? _mm512_load_ps(largest_scales_ + t) : zero;
       for (int i = 0; i < n_words; i++) {
         const __m512i y = _mm512_permutexvar_epi64(gather, _mm512_shuffle_epi8(x[i], split));
-        top[i] = _mm512_max_epu16(top[i], _mm512_and_si512(y, magnitude));
-        _mm512_store_si512(params_ + 2 * ((g + i) * kBlock + t), y);
+        __m512 scale = _mm512_cvtph_ps(_mm512_castsi512_si256(y));
+        __m512 bias = _mm512_fmadd_ps(scale, middle, _mm512_cvtph_ps(_mm512_extracti64x4_epi64(y, 1)));
+        // Infinite or NaN parameters leave infinity or NaN in the bias: 0 * x == 0 holds for all other numbers.
+        const __mmask16 good = _mm512_cmp_ps_mask(_mm512_mul_ps(bias, zero), zero, _CMP_EQ_OQ);
+        if (__builtin_expect(good != 0xffff, 0)) {
+          scale = _mm512_maskz_mov_ps(good, scale);
+          bias = _mm512_maskz_mov_ps(good, bias);
+          for (int k = 0; k < 16 && t + k < n; k++) {
+            if (!(good >> k & 1)) bad_[n_bad_++] = t + k;
+          }
+        }
+        _mm512_store_ps(scales_ + (g + i) * kBlock + t, scale);
+        _mm512_store_ps(biases_ + (g + i) * kBlock + t, bias);
+        largest = _mm512_max_ps(largest, _mm512_abs_ps(scale));
       }
+      _mm512_store_ps(largest_scales_ + t, largest);
     }
-    for (int i = 0; i < n_words; i++) {
-      const __m256i both = _mm256_max_epu16(_mm512_castsi512_si256(top[i]), _mm512_extracti64x4_epi64(top[i], 1));
-      if (__builtin_expect(_mm256_cmpgt_epi16_mask(both, _mm256_set1_epi16(0x7bff)) != 0, 0)) {
-        clear_bad_params(g + i, n);
-      }
-    }
-  }
-
-  void clear_bad_params(int g, int n) {
-    for (int t = 0; t < n_padded_; t += 16) {
-      const __m512 s = scale(g, t), b = bias(g, t);
-      const __m512 size = _mm512_max_ps(_mm512_abs_ps(s), _mm512_abs_ps(b));
-      const __mmask16 good = _mm512_cmp_ps_mask(_mm512_add_ps(_mm512_sub_ps(s, s), _mm512_sub_ps(b, b)), size, _CMP_LE_OQ);
-      for (int i = 0; i < 16 && t + i < n; i++) {
-        if (!(good >> i & 1)) bad_[n_bad_++] = t + i;
-      }
-      uint16_t* x = params_ + 2 * (g * kBlock + t);
-      const __mmask32 both = __mmask32(good) | __mmask32(good) << 16;
-      _mm512_store_si512(x, _mm512_maskz_mov_epi16(both, _mm512_load_si512(x)));
-    }
-  }
-
-  __m512 scale(int g, int t) const {
-    return _mm512_cvtph_ps(_mm256_load_si256(reinterpret_cast<const __m256i*>(params_ + 2 * (g * kBlock + t))));
-  }
-  __m512 bias(int g, int t) const {
-    return _mm512_cvtph_ps(_mm256_load_si256(reinterpret_cast<const __m256i*>(params_ + 2 * (g * kBlock + t) + 16)));
   }
 
   // Words of four tokens -> chunks of four words: lane 4w + j = byte j of word w of the four tokens.
@@ -568,25 +555,28 @@ class IntegerAttention {
     }
     if (negligible) return;
     _mm512_store_ps(factors, Avx512::exp2(_mm512_load_ps(factors)));
+    load_block_values(n);
+    float largest_product[H];
     for (int h = 0; h < H; h++) {
       float* s = scores_ + h * kBlock;
       const __m512 top = _mm512_set1_ps(reference[h]);
-      __m512 sum = _mm512_setzero_ps();
+      __m512 sum = _mm512_setzero_ps(), largest = sum;
       for (int t = 0; t < n_padded_; t += 16) {
         const __m512 p = Avx512::exp2(_mm512_sub_ps(_mm512_load_ps(s + t), top));
         _mm512_store_ps(s + t, p);
         sum = _mm512_add_ps(sum, p);
+        largest = _mm512_max_ps(largest, _mm512_mul_ps(p, _mm512_load_ps(largest_scales_ + t)));
       }
+      largest_product[h] = _mm512_reduce_max_ps(largest);
       float* to = sums_ + 16 * (r + h);
       _mm512_store_ps(to, _mm512_fmadd_ps(_mm512_load_ps(to), _mm512_set1_ps(factors[h]),
                                           _mm512_mul_ps(sum, _mm512_set1_ps(factors[8 + h]))));
     }
-    load_block_values(n);
     for (int i = 0; i < n_bad_; i++) {
       for (int h = 0; h < H; h++) nan_[r + h] |= scores_[h * kBlock + bad_[i]] != 0;
     }
     add_biases<H>(r, factors);
-    split_weights<H>();
+    split_weights<H>(largest_product);
     if (value_bits_ == 2) {
       values<H, 2>(r, factors);
     } else {
@@ -655,16 +645,13 @@ class IntegerAttention {
     return _mm512_reduce_max_ps(top);
   }
 
-  // Codes count from the middle of their range (`values`), and biases with them: a group's values lie around zero, and the
-  // two sums would otherwise cancel each other to the last digits.
   template <int H>
   void add_biases(int r, const float* factors) {
-    const __m512 middle = _mm512_set1_ps(0.5f * float((1 << value_bits_) - 1));
     for (int g = 0; g < n_groups_; g++) {
       __m512 acc[H];
       for (int h = 0; h < H; h++) acc[h] = _mm512_setzero_ps();
       for (int t = 0; t < n_padded_; t += 16) {
-        const __m512 b = _mm512_fmadd_ps(scale(g, t), middle, bias(g, t));
+        const __m512 b = _mm512_load_ps(biases_ + g * kBlock + t);
         for (int h = 0; h < H; h++) acc[h] = _mm512_fmadd_ps(b, _mm512_load_ps(scores_ + h * kBlock + t), acc[h]);
       }
       for (int h = 0; h < H; h++) {
@@ -675,25 +662,16 @@ class IntegerAttention {
     }
   }
 
-  // Weight times scale of four groups as integers relative to the largest such product of the row and group in this block (the
-  // largest scale alone may belong to a token that is hardly attended, and leave no bits to the others), in bytes:
+  // Weight times scale of four groups as integers relative to the row's largest such product in this block (the largest scale
+  // alone may belong to a token that is hardly attended, and leave no bits to the others), in bytes:
   // [row][piece][quad][group][token of the quad].
   template <int H>
-  void split_weights() {
-    __m512 inverse[H][kMaxDim / kGroup];
-    for (int g = 0; g < n_groups_; g++) {
-      __m512 top[H];
-      for (int h = 0; h < H; h++) top[h] = _mm512_setzero_ps();
-      for (int t = 0; t < n_padded_; t += 16) {
-        const __m512 s = _mm512_abs_ps(scale(g, t));
-        for (int h = 0; h < H; h++) top[h] = _mm512_max_ps(top[h], _mm512_mul_ps(_mm512_load_ps(scores_ + h * kBlock + t), s));
-      }
-      for (int h = 0; h < H; h++) {
-        const float largest = _mm512_reduce_max_ps(top[h]);
-        const bool counts = largest > kLeastWeight;
-        weight_step_[h][g] = counts ? largest / Pieces<N>::kWeightTop : 0.0f;
-        inverse[h][g] = _mm512_set1_ps(counts ? Pieces<N>::kWeightTop / largest : 0.0f);
-      }
+  void split_weights(const float* largest_product) {
+    __m512 inverse[H];
+    for (int h = 0; h < H; h++) {
+      const bool counts = largest_product[h] > kLeastWeight;
+      weight_step_[h] = counts ? largest_product[h] / Pieces<N>::kWeightTop : 0.0f;
+      inverse[h] = _mm512_set1_ps(counts ? Pieces<N>::kWeightTop / largest_product[h] : 0.0f);
     }
     const int n_sets = straddle_ ? (n_groups_ + 3) / 4 : n_patterns_;
     const __m512 magic = _mm512_set1_ps(12582912.0f + Pieces<N>::kBias);
@@ -710,12 +688,12 @@ class IntegerAttention {
       }
       for (int t = 0; t < n_padded_; t += 16) {
         __m512 factor[4];
-        for (int j = 0; j < 4; j++) factor[j] = scale(group[j], t);
+        for (int j = 0; j < 4; j++) factor[j] = _mm512_load_ps(scales_ + group[j] * kBlock + t);
         for (int h = 0; h < H; h++) {
-          const __m512 p = _mm512_load_ps(scores_ + h * kBlock + t);
+          const __m512 p = _mm512_mul_ps(_mm512_load_ps(scores_ + h * kBlock + t), inverse[h]);
           __m512i x[4], piece[N];
           for (int j = 0; j < 4; j++) {
-            x[j] = _mm512_castps_si512(_mm512_fmadd_ps(_mm512_mul_ps(p, factor[j]), inverse[h][group[j]], magic));
+            x[j] = _mm512_castps_si512(_mm512_fmadd_ps(p, factor[j], magic));
             total[h][j] = _mm512_add_epi32(total[h][j], x[j]);
           }
           split_bytes(x, piece);
@@ -733,20 +711,32 @@ class IntegerAttention {
         }
       }
       const uint32_t magics = uint32_t(n_padded_) * (0x4b400000u + Pieces<N>::kBias);  // the bits of `magic`, once a token
-      for (int h = 0; h < H; h++) {
-        for (int j = 0; j < 4; j++) set_middle(h, group[j], int32_t(uint32_t(_mm512_reduce_add_epi32(total[h][j])) - magics));
-      }
+      for (int h = 0; h < H; h++) set_middle(h, group, _mm_sub_epi32(sums(total[h]), _mm_set1_epi32(int32_t(magics))));
     }
   }
 
-  // Minus the sum of a group's weights times the middle of the codes' range, 2^(bits - 1) - 1/2, for the first and the last piece.
-  void set_middle(int h, int g, int32_t total) {
-    const int twice = (1 << value_bits_) - 1;
+  // The sums of four registers' lanes.
+  static __m128i sums(const __m512i x[4]) {
+    const __m512i a = _mm512_add_epi32(_mm512_unpacklo_epi32(x[0], x[1]), _mm512_unpackhi_epi32(x[0], x[1]));
+    const __m512i b = _mm512_add_epi32(_mm512_unpacklo_epi32(x[2], x[3]), _mm512_unpackhi_epi32(x[2], x[3]));
+    const __m512i c = _mm512_add_epi32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
+    const __m256i d = _mm256_add_epi32(_mm512_castsi512_si256(c), _mm512_extracti64x4_epi64(c, 1));
+    return _mm_add_epi32(_mm256_castsi256_si128(d), _mm256_extracti128_si256(d, 1));
+  }
+
+  // Minus the sums of four groups' weights times the middle of the codes' range, (2^bits - 1) / 2: what the sums of the first
+  // and the last piece start with. The half is left to `values`.
+  void set_middle(int h, const int group[4], __m128i total) {
+    const __m128i times = _mm_set1_epi32(1 - (1 << value_bits_));
+    alignas(16) int32_t first[4], last[4];
     if constexpr (N == 3) {
-      middle_first_[h][g] = -twice * (total >> 17);  // a unit is 2^16
-      middle_last_[h][g] = -twice * (total & 0x1ffff);
-    } else {
-      middle_last_[h][g] = int32_t(-uint32_t(twice) * uint32_t(total));
+      _mm_store_si128(reinterpret_cast<__m128i*>(first), _mm_mullo_epi32(times, _mm_srai_epi32(total, 17)));  // 2^16 / 2 a unit
+      total = _mm_and_si128(total, _mm_set1_epi32(0x1ffff));
+    }
+    _mm_store_si128(reinterpret_cast<__m128i*>(last), _mm_mullo_epi32(times, total));
+    for (int j = 0; j < 4; j++) {
+      if constexpr (N == 3) middle_first_[h][group[j]] = first[j];
+      middle_last_[h][group[j]] = last[j];
     }
   }
 
@@ -796,8 +786,9 @@ class IntegerAttention {
 
   // Sum over the block of weight * code for slots `slot` and `slot` + 1 of chunk c. A code is not shifted down: it counts
   // 2^(kBits * slot)-fold, which the last multiplication takes back.
+  // Not inlined: with the caller's state gcc keeps the sums in memory.
   template <int H, int kBits, Weights kWeights>
-  void values(int r, const float* factors, int c, int slot) {
+  __attribute__((noinline)) void values(int r, const float* factors, int c, int slot) {
     const int element = (c * n_slots_ + slot) * 16;
     const __m512i group0 = _mm512_load_si512(group_of_ + element), group1 = _mm512_load_si512(group_of_ + element + 16);
     __m512i acc[2][H][N];
@@ -852,13 +843,12 @@ class IntegerAttention {
     }
 #pragma GCC unroll 2
     for (int i = 0; i < 2; i++) {
-      const __m512 unit = _mm512_set1_ps(1.0f / float(1 << (kBits * (slot + i))));
+      const float unit = 1.0f / float(1 << (kBits * (slot + i)));
 #pragma GCC unroll 4
       for (int h = 0; h < H; h++) {
-        const __m512 step = _mm512_mul_ps(_mm512_permutexvar_ps(i ? group1 : group0, _mm512_load_ps(weight_step_[h])), unit);
         float* to = out_ + size_t(r + h) * out_size_ + element + 16 * i;
         const __m512 old = _mm512_mul_ps(_mm512_load_ps(to), _mm512_set1_ps(factors[h]));
-        const __m512 factor = _mm512_mul_ps(step, _mm512_set1_ps(factors[8 + h]));
+        const __m512 factor = _mm512_set1_ps(weight_step_[h] * unit * factors[8 + h]);
         _mm512_store_ps(to, _mm512_fmadd_ps(join<N>(acc[i][h], 1), factor, old));
       }
     }
@@ -876,13 +866,13 @@ class IntegerAttention {
   const bool natural_;          // tokens follow each other without a gap
   bool ahead_ = false;          // ask for lines ahead
   bool values_loaded_ = false;  // of this block
-  alignas(64) float weight_step_[kSet][16] = {};
+  float weight_step_[kSet] = {};
   alignas(64) int32_t middle_first_[kSet][16] = {}, middle_last_[kSet][16] = {};
   int n_bad_keys_ = 0, bad_keys_[kBlock];  // tokens of the block with a norm that is not finite, replaced by zero
   int bad_[kMaxBad];                       // the same of scales and biases
   __m512i table_;
   uint32_t *planes_, *tail_keys_, *tail_values_, *tail_params_;
-  uint16_t* params_;
+  float *scales_, *biases_, *largest_scales_;  // [group][token of the block]; per token, of all groups
   float *norms_, *scores_, *out_, *bias_sums_, *sums_, *query_step_, *max_;
   uint8_t* values_;
   int8_t* weights_;
