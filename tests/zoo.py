@@ -47,6 +47,25 @@ SIZES: dict[str, Any] = {
     "attn_logit_softcapping": 50.0,
     "final_logit_softcapping": 30.0,
 }
+# Two layers that keep keys and values, one of them in a window, and two that attend to theirs.
+SHARED_KV: dict[str, Any] = {
+    "num_kv_shared_layers": 2,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "vocab_size_per_layer_input": 128,
+    "hidden_size_per_layer_input": 32,
+}
+GEMMA3N: dict[str, Any] = {
+    **SIZES,
+    **SHARED_KV,
+    "model_type": "gemma3n",
+    "activation_sparsity_pattern": [0.5] * 4,
+    "altup_num_inputs": 4,
+    "altup_coef_clip": 1.0,
+    "altup_correct_scale": True,
+    "altup_active_idx": 0,
+    "laurel_rank": 8,
+}
+GEMMA4: dict[str, Any] = {**SHARED_KV, "model_type": "gemma4_text", "global_head_dim": 64}
 MLA = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
 
 # Kind: (compressed layers, what the config needs beside SIZES).
@@ -94,6 +113,9 @@ SPECIAL: dict[str, tuple[int, dict[str, Any]]] = {
         },
     ),
     "gemma3_text": (2, {}),
+    "gemma3n": (1, {"text_config": GEMMA3N}),
+    "gemma4_text": (1, GEMMA4),
+    "gemma4": (1, {"text_config": {**SIZES, **GEMMA4}}),
     "cohere2": (2, {"head_dim": 16}),
     "exaone4": (2, {"rope_scaling": None, "sliding_window_pattern": "LG"}),
     "olmo3": (1, {}),

@@ -180,6 +180,10 @@ class Snapshot:
         self.columns = columns
         self.earlier: tuple[Snapshot, ...] = ()
 
+    def __deepcopy__(self, memo: Any) -> Snapshot:
+        """Itself: a cache that is copied within a step holds one, and nothing can change it."""
+        return self
+
     @property
     def ndim(self) -> int:
         return 4
