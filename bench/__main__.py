@@ -19,6 +19,7 @@ BENCHES = {
     "memory": "bench_memory.py",
     "generate": "bench_generate.py",
     "quality": "bench_quality.py",
+    "key_bias": "bench_key_bias.py",
     "server": "bench_server.py",
     "peers": "bench_peers.py",
     "gpu": "bench_gpu.py",

@@ -164,6 +164,7 @@ def main() -> None:
         "1-bit matrices": other("q1_matmul"),
         "An 8B-shaped 1-bit model": other("bonsai_shape"),
         "Generation": other("generate"),
+        "Large key biases": other("key_bias"),
         "Serving": other("server"),
     }
     for name, text in (
