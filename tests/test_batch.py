@@ -22,11 +22,24 @@ class Batch:
 
     def step(self, lengths, *, mask="own", window=None):
         """Append `lengths` tokens to the rows, padded on the right, and compare the attention of each."""
-        n = max(lengths)
-        padding = [n - length for length in lengths]
+        self.prepare(lengths)
+        self.feed(max(lengths), [0] * len(lengths), lengths, mask=mask, window=window)
+        self.finalize()
+
+    def prepare(self, lengths):
+        """Announce a prompt of so many tokens for each row, padded on the right."""
+        padding = [max(lengths) - length for length in lengths]
         if any(padding):
             for cache in (self.cache, self.stock):
                 cache.prepare(lengths=list(lengths), right_padding=padding)
+
+    def finalize(self):
+        for cache in (self.cache, self.stock):
+            cache.finalize()
+        self.check()
+
+    def feed(self, n, skip, lengths, *, mask="own", window=None):
+        """One call of the model with `n` columns: `skip` of padding, then `lengths` tokens, then padding, for each row."""
         new = [tokens(n, self.seed + 17 * i) for i in range(len(lengths))]
         self.seed += 1000
         k, v, q = (mx.array(np.stack([x[part] for x in new])) for part in range(3))
@@ -44,15 +57,10 @@ class Batch:
         assert snapshot.shape[2] == chosen.shape[-1]
         got = snapshot.attend(q, D**-0.5, chosen)
         assert mx.isfinite(got).all()
-        for i, length in enumerate(lengths):
+        for i, (begin, length) in enumerate(zip(skip, lengths, strict=True)):
             if length:
-                attended = self.rows[i].append(new[i][0][:, :length], new[i][1][:, :length])
-                expected = attention(new[i][2][:, :length], *attended, D**-0.5, window=window)
-                close(got[i, :, :length], expected)
-        if any(padding):
-            self.cache.finalize()
-            self.stock.finalize()
-        self.check()
+                k, v, q = (x[:, begin : begin + length] for x in new[i])
+                close(got[i, :, begin : begin + length], attention(q, *self.rows[i].append(k, v), D**-0.5, window=window))
 
     def check(self):
         counts = [[r.n_first, r.n_coded, r.n_tail] for r in self.rows]
@@ -62,11 +70,12 @@ class Batch:
         assert self.cache.size() == self.stock.size()
         assert self.cache.offset.tolist() == [r.n_tokens for r in self.rows]
 
-    def filter(self, keep):
+    def filter(self, keep, *, check=True):
         self.cache.filter(keep)
-        self.stock.filter(keep)
+        self.stock.filter(mx.array(keep))
         self.rows = [self.rows[i] for i in keep]
-        self.check()
+        if check:
+            self.check()
 
     def extend(self, other):
         self.cache.extend(other.cache)

@@ -172,13 +172,13 @@ class BatchTurboQuantKVCache:
         self._last = None
         if self._codec is None:
             self._open(keys, values)
-        self._flush()
         n_new = keys.shape[2]
         skip = np.minimum(self._skip, n_new)
         n_real = n_new - skip
         if self._remaining is not None:
             n_real = np.minimum(n_real, self._remaining)
             self._remaining = self._remaining - n_real
+        self._flush(n_real > 0)
         self._skip = self._skip - skip
         tokens = Exact(keys, values)
         if n_new == 1 and (n_real == 1).all() and (self._n_missing_first() == 0).all():
@@ -240,11 +240,11 @@ class BatchTurboQuantKVCache:
         self._move_tail(joined, columns, n_flushed, left)
         return snapshot
 
-    def _flush(self) -> None:
-        """Encode the oldest tokens of each sequence whose tail is full."""
+    def _flush(self, rows: npt.NDArray[np.bool_]) -> None:
+        """Encode the oldest tokens of each of these sequences whose tail is full."""
         assert self._tail is not None
         n_tail = self._counts[:, TAIL].copy()
-        n_flushed = self._n_to_flush(n_tail)
+        n_flushed = np.where(rows, self._n_to_flush(n_tail), 0).astype(np.int32)
         if not n_flushed.any():
             return
         zeros = np.zeros_like(n_tail)
