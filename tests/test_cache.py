@@ -38,9 +38,9 @@ def close(got, expected):
 
 
 def answer(reference, k, v, q, sinks=None, window=None):
-    """Append tokens; what their queries find. A few tokens find what they would find one by one."""
+    """Append tokens; what their queries find. A few tokens after others find what they would find one by one."""
     n = k.shape[1]
-    if not 1 < n <= STEP:
+    if not 1 < n <= STEP or reference.n_tokens == 0:
         return attention(q, *reference.append(k, v), D**-0.5, sinks, window)
     alone, rows = copy.deepcopy(reference), []
     for i in range(n):

@@ -292,7 +292,9 @@ class TurboQuantKVCache:
         # step before no longer holds the packed buffers.
         self._flush()
         tokens = Exact(keys, values)
-        if 1 < tokens.n_tokens <= MAX_STEP_TOKENS and self.n_tail + tokens.n_tokens > self._flush_at:
+        # The first tokens of all are a prompt, however short: a batch cannot tell them from longer ones either.
+        is_draft = 1 < tokens.n_tokens <= MAX_STEP_TOKENS and self.offset > 0
+        if is_draft and self.n_tail + tokens.n_tokens > self._flush_at:
             snapshot = self._draft_snapshot(tokens)
             self._append(tokens)
         else:
@@ -487,16 +489,21 @@ class TurboQuantKVCache:
 
     @property
     def state(self) -> list[mx.array]:
-        """Arrays that hold everything: the header, mean, first tokens, tail, and the packed arrays."""
+        """Arrays that hold everything: the header, mean, first tokens, tail, and the packed arrays.
+
+        The header ends in a checksum of itself and the arrays, so that a damaged file is no other cache.
+        """
         self._last = None  # mlx-lm evaluates the state when a step is over
         if self._codec is None or self._tail is None:
-            return [self._header(0, 0, 0)]
+            header = self._header(0, 0, 0)
+            return [_with_checksum(header, [])]
         tail = self._tail.cut(0, self.n_tail)
         first = tail.cut(0, 0) if self._first is None else self._first.cut(0, self.n_first)
         batch, n_kv_heads = tail.keys.shape[:2]
         mean = mx.zeros((batch, n_kv_heads, 0)) if self._mean is None else self._mean
         header = self._header(self._codec.head_dim, self._codec.value_dim, batch)
-        return [header, mean, *first, *tail, *(x[:, :, : self.n_coded] for x in self._packed)]
+        arrays = [mean, *first, *tail, *(x[:, :, : self.n_coded] for x in self._packed)]
+        return [_with_checksum(header, arrays), *arrays]
 
     @state.setter
     def state(self, arrays: Sequence[mx.array]) -> None:
@@ -505,9 +512,12 @@ class TurboQuantKVCache:
         self._clear()
         if len(arrays) == 1:
             _check_state(sum(header.counts) == 0, "no tokens without arrays", header.counts)
+            _check_checksum(arrays)
             return
-        self._codec = Codec(self.recipe, header.head_dim, header.value_dim)
-        _check_arrays(arrays, header, self._codec)
+        codec = Codec(self.recipe, header.head_dim, header.value_dim)
+        _check_arrays(arrays, header, codec)
+        _check_checksum(arrays)
+        self._codec = codec
         mean, first_keys, first_values, tail_keys, tail_values, *packed = arrays[1:]
         self.n_first, self.n_coded, self.n_tail = header.counts
         self._mean = mean if mean.size else None
@@ -516,13 +526,13 @@ class TurboQuantKVCache:
         if self.recipe.sinks:
             self._first = Exact(first_keys, first_values).resized(self.recipe.sinks)
 
-    def _header(self, head_dim: int, value_dim: int, batch: int) -> mx.array:
+    def _header(self, head_dim: int, value_dim: int, batch: int) -> list[int]:
         r = self.recipe
         rotation = ROTATIONS.index(r.rotation)
         recipe = [r.key_bits, r.value_bits, int(r.qjl), rotation, int(r.mean), r.tail, r.sinks, r.flush]
         counts = [self.n_first, self.n_coded, self.n_tail]
         head = [STATE_MAGIC, STATE_VERSION, packed_format.VERSION]
-        return mx.array([*head, *recipe, head_dim, value_dim, batch, *counts], dtype=mx.int32)
+        return [*head, *recipe, head_dim, value_dim, batch, *counts]
 
     @property
     def meta_state(self) -> str:
@@ -562,7 +572,7 @@ class _Header(NamedTuple):
     counts: tuple[int, int, int]
 
 
-_HEADER_INTS = 17
+_HEADER_INTS = 18  # with the checksum
 
 
 def _check_state(ok: bool, expected: str, got: object) -> None:
@@ -572,18 +582,41 @@ def _check_state(ok: bool, expected: str, got: object) -> None:
 
 def _read_header(arrays: Any) -> _Header:
     _check_state(isinstance(arrays, (list, tuple)) and len(arrays) > 0, "a list of arrays", type(arrays).__name__)
+    for x in arrays:
+        _check_state(isinstance(x, mx.array), "a list of arrays", f"one with {type(x).__name__} in it")
     first = arrays[0]
-    _check_state(isinstance(first, mx.array) and first.dtype == mx.int32, "an int32 header first", type(first).__name__)
-    ints = first.flatten().tolist()
+    _check_state(first.dtype == mx.int32 and first.ndim == 1, "an int32 header first", f"{first.shape} of {first.dtype}")
+    ints: Any = first.tolist()
     _check_state(len(ints) >= 3 and ints[0] == STATE_MAGIC, "a tqext cache", "arrays of something else")
     versions = (STATE_VERSION, packed_format.VERSION)
     _check_state((ints[1], ints[2]) == versions, f"state and format versions {versions}", (ints[1], ints[2]))
     _check_state(len(ints) == _HEADER_INTS, f"a header of {_HEADER_INTS} numbers", len(ints))
-    key_bits, value_bits, qjl, rotation, mean, tail, sinks, flush, head_dim, value_dim, batch, *counts = ints[3:]
+    key_bits, value_bits, qjl, rotation, mean, tail, sinks, flush, head_dim, value_dim, batch, *counts = ints[3:-1]
     _check_state(rotation in range(len(ROTATIONS)), "a known rotation", rotation)
     _check_state(min(counts) >= 0, "counts of tokens", counts)
+    _check_state(min(head_dim, value_dim, batch) >= 0, "sizes of at least 0", (head_dim, value_dim, batch))
     recipe = Recipe(key_bits, value_bits, bool(qjl), ROTATIONS[rotation], bool(mean), tail, sinks, flush)
     return _Header(recipe, head_dim, value_dim, batch, (counts[0], counts[1], counts[2]))
+
+
+def _checksum(header: Sequence[int], arrays: Sequence[mx.array]) -> mx.array:
+    """uint32 ``[1]``: all words, each array's and each number's times another odd number, modulo 2**32."""
+    total = mx.array([sum((2 * i + 1) * n for i, n in enumerate(header)) % 2**32], mx.uint32)
+    for i, x in enumerate(arrays):
+        words = x.view(mx.uint32 if x.dtype.size == 4 else mx.uint16)
+        total = total + words.astype(mx.uint32).sum() * mx.array(2 * i + 1, mx.uint32)
+    return total
+
+
+def _with_checksum(header: Sequence[int], arrays: Sequence[mx.array]) -> mx.array:
+    return mx.concatenate([mx.array(list(header), mx.int32), _checksum(header, arrays).view(mx.int32)])
+
+
+def _check_checksum(arrays: Sequence[mx.array]) -> None:
+    numbers: Any = arrays[0].tolist()
+    *header, stored = numbers
+    found = _checksum(header, arrays[1:]).view(mx.int32).item()
+    _check_state(found == stored, f"arrays with the checksum {stored} (the file is damaged)", found)
 
 
 def _check_arrays(arrays: Sequence[mx.array], header: _Header, codec: Codec) -> None:
@@ -593,6 +626,7 @@ def _check_arrays(arrays: Sequence[mx.array], header: _Header, codec: Codec) -> 
     tail_keys = arrays[4]
     _check_state(tail_keys.ndim == 4, "tail keys with 4 axes", tail_keys.shape)
     n_kv_heads, dtype = tail_keys.shape[1], tail_keys.dtype
+    _check_state(dtype in (mx.float32, mx.float16, mx.bfloat16), "tail keys of a float type", dtype)
     n_first, n_coded, n_tail = header.counts
     rows = (header.batch, n_kv_heads)
     mean_dim = header.head_dim if header.recipe.mean and n_coded else 0

@@ -89,6 +89,7 @@ def convert(path: str | Path, folder: str | Path, dtype: mx.Dtype = mx.float16) 
     weights: dict[str, mx.array] = {}
     for name, tensor in tensors.items():
         weights.update(_convert_tensor(name, tensor, config, dtype))
+    _check_layers(tensors, config["num_hidden_layers"])
     if not one_bit.one_bit_paths(weights):
         raise ValueError(f"[gguf] {path}: expected Q1_0 tensors (type 41), got none")
     one_bit.check_tensors(weights)
@@ -125,7 +126,21 @@ def read(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
             f"[gguf] {path}: expected plain weights, got Hadamard-folded ones ('Bonsai 2', {folded[0]}); their inputs must be "
             "rotated before every product, which this version does not do, and without it the model would answer nonsense"
         )
+    _check_places(path, reader)
     return {tensor.name: tensor for tensor in reader.tensors}, metadata
+
+
+def _check_places(path: str | Path, reader: Any) -> None:
+    """Raise a ValueError unless the tensors fill the file one after the other, as ggml's own reader wants them."""
+    end = int(reader.data_offset)
+    for tensor in reader.tensors:
+        begin = -(-end // reader.alignment) * reader.alignment
+        if tensor.data_offset != begin:
+            raise ValueError(f"[gguf] {path}: expected {tensor.name} at byte {begin}, got {tensor.data_offset}")
+        end = begin + int(tensor.n_bytes)
+    size = Path(path).stat().st_size
+    if not end <= size <= -(-end // reader.alignment) * reader.alignment:
+        raise ValueError(f"[gguf] {path}: expected tensors up to byte {end}, got a file of {size} bytes")
 
 
 def _convert_tensor(name: str, tensor: Any, config: dict[str, Any], dtype: mx.Dtype) -> dict[str, mx.array]:
@@ -169,6 +184,21 @@ def _plain(tensor: Any, name: str) -> np.ndarray:
     except NotImplementedError:
         kind = tensor.tensor_type.name
         raise ValueError(f"[gguf] {name}: expected Q1_0 or a type that the gguf package decodes, got {kind}") from None
+
+
+def _check_layers(tensors: dict[str, Any], n_layers: int) -> None:
+    """Raise a ValueError unless every layer has the tensors of the first, and there are as many as the metadata says."""
+    layers: dict[str, set[str]] = {}
+    for name in tensors:
+        if name.startswith("blk."):
+            _, layer, part = name.split(".", 2)
+            layers.setdefault(layer, set()).add(part)
+    if layers.keys() != {str(i) for i in range(n_layers)}:
+        raise ValueError(f"[gguf] block_count: expected the tensors of {n_layers} layers, got those of {sorted(layers)}")
+    for layer, parts in layers.items():
+        if parts != layers["0"]:
+            odd = ", ".join(sorted(parts ^ layers["0"]))
+            raise ValueError(f"[gguf] blk.{layer}: expected the tensors of blk.0, got others: {odd}")
 
 
 def _mlx_name(name: str) -> str:

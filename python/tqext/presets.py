@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 ROTATIONS = ("hadamard", "orthogonal")
+# Room for exact tokens is set aside at once: a number from a damaged file must not ask for more than a machine has.
+MAX_EXACT_TOKENS = 1 << 20
 
 
 def _padded(head_dim: int) -> int:
@@ -46,9 +48,9 @@ class Recipe:
         _check(self.key_bits in (2, 3, 4), "key_bits", "2, 3 or 4", self.key_bits)
         _check(self.value_bits in (2, 4), "value_bits", "2 or 4", self.value_bits)
         _check(self.rotation in ROTATIONS, "rotation", f"one of {ROTATIONS}", self.rotation)
-        _check(self.tail >= 0, "tail", "at least 0", self.tail)
-        _check(self.sinks >= 0, "sinks", "at least 0", self.sinks)
-        _check(self.flush >= 1, "flush", "at least 1", self.flush)
+        for name, least in (("tail", 0), ("sinks", 0), ("flush", 1)):
+            n = getattr(self, name)
+            _check(least <= n <= MAX_EXACT_TOKENS, name, f"{least} to {MAX_EXACT_TOKENS}", n)
 
     def bytes_per_token(self, key_dim: int, value_dim: int | None = None) -> int:
         """Packed bytes of one token of one KV head (what a coded token costs)."""
