@@ -81,10 +81,18 @@ def convert(path: str | Path, folder: str | Path, dtype: mx.Dtype = mx.float16) 
         ValueError: The file is not one that can be converted; the message says why.
         ImportError: The package ``gguf`` is not installed.
     """
+    tensors, metadata = read(path)
+    try:
+        _convert(path, Path(folder), tensors, metadata, dtype)
+    except (ValueError, OSError):
+        raise
+    except Exception as error:  # of whatever kind tokenizers or a metadata entry of another type make
+        raise ValueError(f"[gguf] {path}: expected sound metadata, got {type(error).__name__}: {error}") from error
+
+
+def _convert(path: str | Path, folder: Path, tensors: dict[str, Any], metadata: dict[str, Any], dtype: mx.Dtype) -> None:
     from tqext import one_bit
 
-    folder = Path(folder)
-    tensors, metadata = read(path)
     config = {**_config(metadata, tensors), "torch_dtype": str(dtype).rpartition(".")[2]}
     weights: dict[str, mx.array] = {}
     for name, tensor in tensors.items():
