@@ -87,7 +87,7 @@ def main() -> None:
     import mlx.core as mx
 
     import tqext
-    from timing import machine, measure, read_bandwidth, save, table
+    from timing import machine, measure_in_turns, read_bandwidth, save, table
 
     mx.set_default_device(mx.cpu)
     n_threads = tqext.num_threads()
@@ -95,10 +95,9 @@ def main() -> None:
     print(f"{machine()['cpu']}, {n_threads} threads, isa {tqext.isa()}, reads {bandwidth:.1f} GB/s")
     rows = []
     for n_keys in args.n_keys:
-        for name, dtype, n_bytes, call in lines(args, n_keys):
-            if not any(part in name for part in args.only):
-                continue
-            timing = measure(call, seconds=args.seconds)
+        chosen = [line for line in lines(args, n_keys) if any(part in line[0] for part in args.only)]
+        timings = measure_in_turns([line[3] for line in chosen], seconds=args.seconds)
+        for (name, dtype, n_bytes, _), timing in zip(chosen, timings, strict=True):
             rate = n_bytes / timing.median / 1e6
             rows.append({
                 "attention": name, "query": dtype, "n_keys": n_keys, "ms": timing.median, "least": timing.least,

@@ -9,7 +9,7 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -30,21 +30,39 @@ class Timing:
     runs: int
 
 
-def measure(
-    call: Callable[[], Any], *, seconds: float = 1.0, warm_up: int = 2, least_runs: int = 5, most_runs: int = 300
-) -> Timing:
-    """Times `call`, which must finish its own work, for about `seconds` after `warm_up` calls."""
-    for _ in range(warm_up):
-        call()
-    times: list[float] = []
-    start = time.perf_counter()
-    while len(times) < least_runs or (time.perf_counter() - start < seconds and len(times) < most_runs):
-        begin = time.perf_counter()
-        call()
-        times.append((time.perf_counter() - begin) * 1e3)
+def measure_in_turns(
+    calls: Sequence[Callable[[], Any]], *, seconds: float = 1.0, warm_up: int = 2, turns: int = 5, most_runs: int = 300
+) -> list[Timing]:
+    """Times calls that must finish their own work, each for about `seconds` in all and at least once per turn.
+
+    They take turns, so that a machine that changes its speed on the way slows all of them down, and their ratios stay.
+    """
+    for call in calls:
+        for _ in range(warm_up):
+            call()
+    times: list[list[float]] = [[] for _ in calls]
+    for _ in range(turns):
+        for call, found in zip(calls, times, strict=True):
+            start, most = time.perf_counter(), len(found) + max(1, most_runs // turns)
+            while True:
+                begin = time.perf_counter()
+                call()
+                end = time.perf_counter()
+                found.append((end - begin) * 1e3)
+                if end - start >= seconds / turns or len(found) >= most:
+                    break
+    return [_timing(found) for found in times]
+
+
+def _timing(times: list[float]) -> Timing:
     median = statistics.median(times)
-    deciles = statistics.quantiles(times, n=10)
+    deciles = statistics.quantiles(times, n=10) if len(times) > 1 else times
     return Timing(median, min(times), 50 * (deciles[-1] - deciles[0]) / median, len(times))
+
+
+def measure(call: Callable[[], Any], *, seconds: float = 1.0, warm_up: int = 2, least_runs: int = 5) -> Timing:
+    """Times one call, which must finish its own work, for about `seconds`."""
+    return measure_in_turns([call], seconds=seconds, warm_up=warm_up, turns=least_runs)[0]
 
 
 def read_bandwidth(n_threads: int, *, megabytes: int = 256, repeats: int = 7) -> float:
