@@ -106,10 +106,11 @@ def main() -> None:
         for row in rows:
             base = [r for r in rows if (r["attention"], r["query"], r["n_keys"]) == ("mx.fast", row["query"], row["n_keys"])]
             row["times"] = base[0]["ms"] / row["ms"] if base else None
+            row["times least"] = base[0]["least"] / row["least"] if base else None
     columns = {"attention": "", "query": "", "n_keys": "d", "ms": ".3f", "least": ".3f", "spread": ".0f", "runs": "d"}
-    columns |= {"MB": ".1f", "GB/s": ".2f", "share": ".1%", "times": ".1f"}
+    columns |= {"MB": ".1f", "GB/s": ".2f", "share": ".1%", "times": ".1f", "times least": ".1f"}
     print(table(rows, columns))
-    print("spread in percent; times: mx.fast with the same query type, over this line")
+    print("spread in percent; times: mx.fast with the same query type over this line, of the medians and of the least times")
     if args.json:
         names = ("n_keys", "n_queries", "n_q_heads", "n_kv_heads", "head_dim", "key_bits", "value_bits")
         settings = {"bench": "turboquant_attention", **{name: getattr(args, name) for name in names}}

@@ -89,7 +89,8 @@ def attention() -> str:
         columns = {"attention": "", "n_keys": "d", "ms": ".3f", "spread": ".0f", "MB": ".1f", "GB/s": ".2f", "share": ".1%",
                    "times": ".1f"}  # fmt: skip
         parts.append(
-            markdown(rows, columns) + "\n\nspread in percent; times: MLX's attention with the same query type, over this line\n"
+            markdown(rows, columns)
+            + "\n\nspread in percent; times: MLX's attention with the same query type over this line, of the medians and of the least times\n"
         )
     return "\n".join(parts)
 

@@ -7,7 +7,7 @@
 //      weights; a code is masked where it stands, not shifted down, and counts from the middle of the range
 // A query element and a weight are 2 bytes for fp16 and bf16 queries, 3 for fp32: errors to 1.9e-4 and 3.0e-6 of the largest
 // output (tests/native/attention_kernels_check.cpp). A token of 4 rows, dims 128, 3-bit keys and 2-bit values: 98 bytes, 32 or
-// 48 vpdpbusd (two a cycle at best) and about 35 other vector operations; 24 and 29 ns measured (Xeon 2.5 GHz, Cascade Lake,
+// 48 vpdpbusd (two a cycle at best) and about 35 other vector operations; 21 and 25 ns measured (Xeon 2.5 GHz, Cascade Lake,
 // one thread, gcc 12), against 8 and 12 ns for the vpdpbusd alone at that machine's 4 per ns. A third of the time goes to
 // unpacking (steps 1 and 4's transpositions), half to vpdpbusd. Up to 4 rows share a pass; more rows share step 1 and the
 // loads. Value dims that are not a power of two need one vpermd per vpdpbusd, since their slots cross the groups' borders.
@@ -374,14 +374,15 @@ class IntegerAttention {
   // Values and their parameters wait until the scores are there, to be in the cache once only.
   void load_block(int t0, int n) {
     block_ = t0;
+    n_ = n;
     n_padded_ = round_up(n, 16);
     n_bad_keys_ = 0;
     values_loaded_ = false;
     const int whole = n / 16 * 16;
-    const uint32_t* keys = head_.key_codes + t0 * head_.key_stride;
     if (whole < n) copy_tail(t0, whole, n);
-    for (int t = 0; t < whole; t += 16) load_keys(keys + t * head_.key_stride, head_.key_stride, t);
-    if (whole < n) load_keys(tail_keys_, key_words_, whole);
+    if (rows_.n_rows > kSet) {
+      for (int t = 0; t < n_padded_; t += 16) load_keys(t, n, t);
+    }
     load_norms(t0, n);
   }
 
@@ -414,8 +415,36 @@ class IntegerAttention {
     }
   }
 
+  // Three words of 3-bit codes to four planes; the fourth's bits are the tops of the nibbles.
+  static void store_3_bit(__m512i w0, __m512i w1, __m512i w2, uint32_t* to) {
+    const __m512i code = _mm512_set1_epi32(0x77777777);
+    const __m512i a = _mm512_srli_epi32(w0, 3), b = _mm512_srli_epi32(w1, 2), c = _mm512_srli_epi32(w2, 1);
+    __m512i last = _mm512_ternarylogic_epi32(_mm512_set1_epi32(0x11111111), a, b, 0xca);  // bit 0 of a, else b
+    last = _mm512_ternarylogic_epi32(_mm512_set1_epi32(0x44444444), c, last, 0xca);
+    _mm512_store_si512(to, _mm512_and_si512(w0, code));
+    _mm512_store_si512(to + kBlock, _mm512_and_si512(w1, code));
+    _mm512_store_si512(to + 2 * kBlock, _mm512_and_si512(w2, code));
+    _mm512_store_si512(to + 3 * kBlock, _mm512_and_si512(last, code));
+  }
+
   // Words of 16 tokens -> planes: plane 4u + i, lane t, nibble k = code of dimension 32u + 8i + k, no other bits.
+  // Tokens t .. t + 15 of a block of n to lanes `at` on.
+  void load_keys(int t, int n, int at) {
+    const bool whole = t + 16 <= n;
+    load_keys(whole ? head_.key_codes + (block_ + t) * head_.key_stride : tail_keys_, whole ? head_.key_stride : key_words_,
+              at);
+  }
+
   void load_keys(const uint32_t* keys, ptrdiff_t stride, int t) {
+    if (key_bits_ == 3 && key_dim_ % 128 == 0) {
+      uint32_t* to = planes_ + t;
+      for (int w = 0; w < key_words_; w += 12, to += 16 * kBlock) {
+        __m512i x[12];
+        for (int i = 0; i < 3; i++) load_4x16(keys + w + 4 * i, stride, 4, x + 4 * i);
+        for (int i = 0; i < 4; i++) store_3_bit(x[3 * i], x[3 * i + 1], x[3 * i + 2], to + 4 * i * kBlock);
+      }
+      return;
+    }
     alignas(64) uint32_t words[kMaxDim / 8][16];
     for (int w = 0; w < key_words_; w += 4) {
       // The last load may overlap the one before, to stay within the token.
@@ -428,15 +457,7 @@ class IntegerAttention {
     for (int unit = 0; unit < key_dim_ / kUnit; unit++, to += 4 * kBlock) {
       const uint32_t (*word)[16] = words + unit * key_bits_;
       if (key_bits_ == 3) {
-        const __m512i w0 = _mm512_load_si512(word[0]), w1 = _mm512_load_si512(word[1]), w2 = _mm512_load_si512(word[2]),
-                      code = _mm512_set1_epi32(0x77777777);
-        const __m512i a = _mm512_srli_epi32(w0, 3), b = _mm512_srli_epi32(w1, 2), c = _mm512_srli_epi32(w2, 1);
-        __m512i last = _mm512_ternarylogic_epi32(_mm512_set1_epi32(0x11111111), a, b, 0xca);  // bit 0 of a, else b
-        last = _mm512_ternarylogic_epi32(_mm512_set1_epi32(0x44444444), c, last, 0xca);
-        _mm512_store_si512(to, _mm512_and_si512(w0, code));
-        _mm512_store_si512(to + kBlock, _mm512_and_si512(w1, code));
-        _mm512_store_si512(to + 2 * kBlock, _mm512_and_si512(w2, code));
-        _mm512_store_si512(to + 3 * kBlock, _mm512_and_si512(last, code));
+        store_3_bit(_mm512_load_si512(word[0]), _mm512_load_si512(word[1]), _mm512_load_si512(word[2]), to);
       } else if (key_bits_ == 2) {
         const __m512i code = _mm512_set1_epi32(0x33333333);
         for (int i = 0; i < 2; i++) {
@@ -589,6 +610,8 @@ class IntegerAttention {
   void scores(int r) {
     constexpr int V = H * N <= 3 ? 4 : 2;  // registers of 16 tokens at a time
     const int32_t* query = query_ + size_t(r / kSet) * kSet * key_dim_ / 4 * N;
+    // One set of rows unpacks keys where it needs them, so that they stay in the first-level cache.
+    const bool fused = rows_.n_rows <= kSet;
     const __m512i nibble = _mm512_set1_epi32(0x0f0f0f0f), table = table_;
     for (int t = 0; t < n_padded_; t += 16 * V) {
       Stream ahead = values_ahead(ptrdiff_t(t) * key_dim_ / 2);
@@ -598,7 +621,10 @@ class IntegerAttention {
           for (int v = 0; v < V; v++) acc[h][p][v] = _mm512_set1_epi32(query_offset_[(r + h) * N + p]);
         }
       }
-      const uint32_t* plane = planes_ + t;
+      if (fused) {
+        for (int v = 0; v < V && t + 16 * v < n_padded_; v++) load_keys(t + 16 * v, n_, 16 * v);
+      }
+      const uint32_t* plane = planes_ + (fused ? 0 : t);
       const int32_t* q = query;
       for (int j = 0; j < key_dim_ / 8; j++, plane += kBlock, q += 2 * H * N) {
         for (int i = 0; i < V; i++, ahead.next += ahead.step) _mm_prefetch(ahead.next, _MM_HINT_T0);
@@ -861,7 +887,7 @@ class IntegerAttention {
   const int key_dim_, value_dim_, key_bits_, value_bits_, key_words_, value_words_, n_chunks_, n_slots_, n_groups_;
   const bool straddle_;  // a run of words crosses the groups' borders, which then differ from word to word
   const int n_patterns_, out_size_;
-  int n_padded_ = 0, n_bad_ = 0;
+  int n_ = 0, n_padded_ = 0, n_bad_ = 0;
   int block_ = 0;               // its first token
   const bool natural_;          // tokens follow each other without a gap
   bool ahead_ = false;          // ask for lines ahead
