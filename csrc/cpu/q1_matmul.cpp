@@ -19,7 +19,7 @@ namespace {
 
 // Rows of the weight that one task takes: few enough to share work evenly, and enough that its lookup tables (as costly as
 // some ten rows) are paid for.
-constexpr int kMinRows = 256, kMaxRows = 4096, kRowStep = 32;
+constexpr int kMinRows = 256, kMaxRows = 4096, kRowStep = 64;
 
 cpu::Q1MatmulKernel q1_kernel() {
   switch (cpu::active_isa()) {

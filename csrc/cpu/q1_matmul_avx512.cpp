@@ -1,18 +1,27 @@
 #if defined(__x86_64__)
 
 #include <immintrin.h>
+#include <stdint.h>
 #include <string.h>
 
 #include <algorithm>
 
 #include "q1_matmul_kernels.h"
+#include "scratch.h"
 
 #define TQ_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,f16c,fma")))
-#define TQ_AVX512_INLINE __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,f16c,fma"), always_inline)) inline
+#define TQ_AVX512_LAMBDA __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,f16c,fma"), always_inline))
+#define TQ_AVX512_INLINE TQ_AVX512_LAMBDA inline
 
 // A register of 16 floats is a table of the 16 signed sums of four inputs, and vpermps looks 16 rows up in it at
 // once: lane = row, and the low four bits of a lane are the sign bits of its next four columns. One lookup and one
 // addition serve 64 weights (a masked addition serves 16 and needs a mask register loaded for each).
+//
+// One row of x: 16 rows of 128 columns are 288 bytes, 32 lookups, 32 additions, 28 shifts and 20 shuffles, on two ports
+// 21 ns at 2.7 GHz; with the lines moved from memory and L2 it takes 41 ns, where the machine reads as many bytes in
+// 26 ns on one thread (Cascade Lake). Tried and not faster: five columns a lookup (vpermt2ps), unaligned loads in place
+// of shifts, tables held in L1, a word transposed between the lookups of another. vpdpbusd on activations in three
+// bytes needs five operations for 64 weights instead of three.
 
 namespace tqext::cpu {
 namespace {
@@ -46,37 +55,53 @@ TQ_AVX512_INLINE Words load_words(const uint32_t* w, ptrdiff_t stride) {
            _mm512_unpacklo_epi64(ab_high, cd_high), _mm512_unpackhi_epi64(ab_high, cd_high)}};
 }
 
-// out[g * out_stride + r] = scale of row r, group g; 16 rows, up to 16 groups.
-TQ_AVX512_INLINE void transpose_scales(const uint16_t* scales, ptrdiff_t stride, int n_groups, float* out, int out_stride) {
-  const __mmask16 mask = static_cast<__mmask16>((1u << n_groups) - 1);
-  __m512 v[16], t[16];
+// out[c]: 32-bit word c of 16 rows that are `stride` bytes apart, lane = row; load(p) reads a row.
+template <class Load>
+TQ_AVX512_INLINE void transpose(const void* rows, ptrdiff_t stride, const Load& load, __m512i (&out)[16]) {
+  __m512i v[16], t[16];
 #pragma GCC unroll 16
-  for (int r = 0; r < 16; ++r) v[r] = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, scales + r * stride));
+  for (int r = 0; r < 16; ++r) v[r] = load(static_cast<const char*>(rows) + r * stride);
 #pragma GCC unroll 8
   for (int i = 0; i < 8; ++i) {
-    t[2 * i] = _mm512_unpacklo_ps(v[2 * i], v[2 * i + 1]);
-    t[2 * i + 1] = _mm512_unpackhi_ps(v[2 * i], v[2 * i + 1]);
+    t[2 * i] = _mm512_unpacklo_epi32(v[2 * i], v[2 * i + 1]);
+    t[2 * i + 1] = _mm512_unpackhi_epi32(v[2 * i], v[2 * i + 1]);
   }
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i)
+#pragma GCC unroll 2
     for (int h = 0; h < 2; ++h) {
-      const __m512d a = _mm512_castps_pd(t[4 * i + h]), b = _mm512_castps_pd(t[4 * i + 2 + h]);
-      v[4 * i + 2 * h] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
-      v[4 * i + 2 * h + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+      v[4 * i + 2 * h] = _mm512_unpacklo_epi64(t[4 * i + h], t[4 * i + 2 + h]);
+      v[4 * i + 2 * h + 1] = _mm512_unpackhi_epi64(t[4 * i + h], t[4 * i + 2 + h]);
     }
-  // v[4i + j], 128-bit lane l: group 4l + j of rows 4i..4i+3.
+  // v[4i + j], 128-bit lane l: word 4l + j of rows 4i..4i+3.
 #pragma GCC unroll 4
   for (int j = 0; j < 4; ++j) {
-    const __m512 low01 = _mm512_shuffle_f32x4(v[j], v[4 + j], 0x44), low23 = _mm512_shuffle_f32x4(v[8 + j], v[12 + j], 0x44);
-    const __m512 high01 = _mm512_shuffle_f32x4(v[j], v[4 + j], 0xee), high23 = _mm512_shuffle_f32x4(v[8 + j], v[12 + j], 0xee);
-    t[j] = _mm512_shuffle_f32x4(low01, low23, 0x88);
-    t[4 + j] = _mm512_shuffle_f32x4(low01, low23, 0xdd);
-    t[8 + j] = _mm512_shuffle_f32x4(high01, high23, 0x88);
-    t[12 + j] = _mm512_shuffle_f32x4(high01, high23, 0xdd);
+    const __m512i low01 = _mm512_shuffle_i32x4(v[j], v[4 + j], 0x44), low23 = _mm512_shuffle_i32x4(v[8 + j], v[12 + j], 0x44);
+    const __m512i high01 = _mm512_shuffle_i32x4(v[j], v[4 + j], 0xee), high23 = _mm512_shuffle_i32x4(v[8 + j], v[12 + j], 0xee);
+    out[j] = _mm512_shuffle_i32x4(low01, low23, 0x88);
+    out[4 + j] = _mm512_shuffle_i32x4(low01, low23, 0xdd);
+    out[8 + j] = _mm512_shuffle_i32x4(high01, high23, 0x88);
+    out[12 + j] = _mm512_shuffle_i32x4(high01, high23, 0xdd);
   }
+}
+
+// Scales of 16 rows and two groups: [group % 2][row], fp16.
+using ScalePair = uint16_t[2][16];
+
+// out[g / 2 * out_stride][g % 2][r] = scale of row r, group g; 16 rows, up to 32 groups.
+TQ_AVX512 void transpose_scales(const uint16_t* scales, ptrdiff_t stride, int n_groups, ScalePair* out, int out_stride) {
+  const __mmask32 mask = static_cast<__mmask32>((uint64_t{1} << n_groups) - 1);
+  const __m512i even_odd = _mm512_set_epi16(31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1,  //
+                                            30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+  __m512i v[16];
+  transpose(scales, stride * 2, [&](const void* p) TQ_AVX512_LAMBDA { return _mm512_maskz_loadu_epi16(mask, p); }, v);
 #pragma GCC unroll 16
-  for (int g = 0; g < 16; ++g)
-    if (g < n_groups) _mm512_storeu_ps(out + g * out_stride, t[g]);
+  for (int c = 0; c < 16; ++c)
+    if (2 * c < n_groups) _mm512_store_si512(out[c * out_stride], _mm512_permutexvar_epi16(even_odd, v[c]));
+}
+
+TQ_AVX512_INLINE __m512 load_scales(const ScalePair& pair, int group) {
+  return _mm512_cvtph_ps(_mm256_load_si256(reinterpret_cast<const __m256i*>(pair[group % 2])));
 }
 
 TQ_AVX512 void build_tables(const float* x, int n_lookups, float* table, ptrdiff_t step) {
@@ -134,12 +159,9 @@ template <int n_inputs>
 TQ_AVX512 void run(const Q1Matrix& m, const float* x, ptrdiff_t x_stride, int row_begin, int row_end, float* out,
                    ptrdiff_t out_stride) {
   constexpr int kPanelGroups = kPanelTables / n_inputs;
-  // Alone, an input's tables stream from L2 and a tile runs through its whole panel; several inputs keep one group's
-  // tables in L1 while many rows use them.
-  constexpr int kTurn = n_inputs == 1 ? kTile : 256;
-  constexpr int kGroupStep = n_inputs == 1 ? kPanelGroups : 1;
+  constexpr int kTurn = 256;  // rows that use a group's tables while these are in L1
   alignas(64) float tables[kPanelGroups * kLookups * n_inputs * kTable];
-  alignas(64) float scales[kPanelGroups * kTurn];
+  alignas(64) ScalePair scales[(kPanelGroups + 1) / 2][kTurn / 16];
   uint32_t padded_weight[kTile * kPanelGroups * kWords];
   uint16_t padded_scales[kTile * kPanelGroups];
 
@@ -162,45 +184,31 @@ TQ_AVX512 void run(const Q1Matrix& m, const float* x, ptrdiff_t x_stride, int ro
       }
       for (int tile = turn; tile < turn_end; tile += kTile)
         for (int half = 0; half < kTile; half += 16)
-          for (int g = 0; g < n_groups; g += 16) {
+          for (int g = 0; g < n_groups; g += 32) {
             const bool full = tile < last_tile;
             const uint16_t* from =
                 full ? m.scales + (tile + half) * m.scale_stride + panel + g : padded_scales + half * kPanelGroups + g;
-            transpose_scales(from, full ? m.scale_stride : kPanelGroups, std::min(16, n_groups - g),
-                             scales + g * kTurn + tile - turn + half, kTurn);
+            transpose_scales(from, full ? m.scale_stride : kPanelGroups, std::min(32, n_groups - g),
+                             &scales[g / 2][(tile - turn + half) / 16], kTurn / 16);
           }
-      for (int g_begin = 0; g_begin < n_groups; g_begin += kGroupStep) {
-        const int g_end = std::min(g_begin + kGroupStep, n_groups);
+      for (int g = 0; g < n_groups; ++g) {
         for (int tile = turn; tile < turn_end; tile += kTile) {
           const bool full = tile < last_tile;
           const ptrdiff_t stride = full ? m.weight_stride : kPanelGroups * kWords;
           const uint32_t* weight = full ? m.weight + tile * stride + panel * kWords : padded_weight;
           __m512 acc[2][n_inputs];
+          tile_group<n_inputs>(weight + g * kWords, stride, tables + g * kLookups * n_inputs * kTable, acc);
+          const ScalePair* const scale = scales[g / 2] + (tile - turn) / 16;
+          const __m512 scale0 = load_scales(scale[0], g), scale1 = load_scales(scale[1], g);
 #pragma GCC unroll 8
-          for (int i = 0; i < n_inputs; ++i) acc[0][i] = acc[1][i] = _mm512_setzero_ps();
-          for (int g = g_begin; g < g_end; ++g) {
-            // The next tile's rows one after the other, as they lie in memory: line by line over all rows was 17 % slower
-            // (matrices beyond the last-level cache, Cascade Lake).
-            if (n_inputs == 1 && full) {
-              const int n_ahead = (kTile + n_groups - 1) / n_groups;
-              for (int r = g * n_ahead; r < std::min(kTile, (g + 1) * n_ahead); ++r)
-                for (int word = 0; word < n_groups * kWords; word += 16)
-                  _mm_prefetch(reinterpret_cast<const char*>(weight + (kTile + r) * stride + word), _MM_HINT_T1);
-            }
-            __m512 sum[2][n_inputs];
-            tile_group<n_inputs>(weight + g * kWords, stride, tables + g * kLookups * n_inputs * kTable, sum);
-            const float* const scale = scales + g * kTurn + tile - turn;
-            const __m512 scale0 = _mm512_load_ps(scale), scale1 = _mm512_load_ps(scale + 16);
-#pragma GCC unroll 8
-            for (int i = 0; i < n_inputs; ++i) {
-              acc[0][i] = _mm512_fmadd_ps(scale0, sum[0][i], acc[0][i]);
-              acc[1][i] = _mm512_fmadd_ps(scale1, sum[1][i], acc[1][i]);
-            }
+          for (int i = 0; i < n_inputs; ++i) {
+            acc[0][i] = _mm512_mul_ps(scale0, acc[0][i]);
+            acc[1][i] = _mm512_mul_ps(scale1, acc[1][i]);
           }
           const int n_rows = std::min(kTile, turn_end - tile);
           const __mmask16 mask0 = static_cast<__mmask16>(n_rows >= 16 ? 0xffff : (1 << n_rows) - 1);
           const __mmask16 mask1 = static_cast<__mmask16>(n_rows >= 16 ? (1 << (n_rows - 16)) - 1 : 0);
-          const bool first = panel == 0 && g_begin == 0;
+          const bool first = panel == 0 && g == 0;
 #pragma GCC unroll 8
           for (int i = 0; i < n_inputs; ++i) {
             float* const y = out + i * out_stride + tile;
@@ -217,12 +225,123 @@ TQ_AVX512 void run(const Q1Matrix& m, const float* x, ptrdiff_t x_stride, int ro
   }
 }
 
+constexpr int kTallTile = 64;    // rows that share each table that is loaded
+constexpr int kTallGroups = 96;  // groups whose tables are built at a time: 192 KiB of L2
+constexpr int kLineGroups = 4;   // groups of a row in a cache line
+
+// Reads ahead, line by line and row after row as they lie in memory; line by line over all rows was 17 % slower, two
+// groups' lines at once 18 % (matrices beyond the last-level cache, Cascade Lake).
+template <int kGroupBytes>  // of a row
+struct Ahead {
+  const char* row;
+  ptrdiff_t at = 0, width, stride;  // bytes
+
+  Ahead(const void* rows, int n_groups, ptrdiff_t stride)
+      : row(static_cast<const char*>(rows) + kTallTile * stride), width(n_groups * kGroupBytes), stride(stride) {}
+
+  void fetch() {  // a tile's share of a group
+    constexpr int kLines = kTallTile * kGroupBytes / 64;
+    if (stride == width) {
+#pragma GCC unroll 1  // sixteen back to back were 7 % slower
+      for (int i = 0; i < kLines; ++i) _mm_prefetch(row + 64 * i, _MM_HINT_T1);
+      row += 64 * kLines;
+    } else {  // two lines more: rows do not start or end with a line
+      for (int i = 0; i < kLines + 2; ++i) {
+        _mm_prefetch(row + at, _MM_HINT_T1);
+        if ((at += 64) >= width) at = 0, row += stride;
+      }
+    }
+  }
+};
+
+// Up to 16 words of 16 rows, to[c]: word c. A function of its own: with the lookups it would not fit the cache of
+// decoded instructions (inline it was 2 % slower).
+TQ_AVX512 __attribute__((noinline)) void stage_line(const uint32_t* weight, ptrdiff_t stride, int n_words,
+                                                    uint32_t (*to)[kTallTile]) {
+  __m512i v[16];
+  if (n_words >= 16) {
+    transpose(weight, stride * 4, [&](const void* p) TQ_AVX512_LAMBDA { return _mm512_loadu_si512(p); }, v);
+  } else {
+    const __mmask16 mask = static_cast<__mmask16>((1 << n_words) - 1);
+    transpose(weight, stride * 4, [&](const void* p) TQ_AVX512_LAMBDA { return _mm512_maskz_loadu_epi32(mask, p); }, v);
+  }
+#pragma GCC unroll 16
+  for (int c = 0; c < 16; ++c) _mm512_store_si512(to[c], v[c]);
+}
+
+// One row of x, kTallTile rows of the weight or more.
+TQ_AVX512 void run_one(const Q1Matrix& m, const float* x, int row_begin, int row_end, float* out) {
+  constexpr int kParts = kTallTile / 16;
+  auto* const tables = static_cast<float*>(scratch(kTallGroups * kLookups * kTable * sizeof(float)));
+  alignas(64) uint32_t words[2][kLineGroups * kWords][kTallTile];  // of the line in use, and of the next
+  alignas(64) ScalePair scales[16][kParts];
+  for (int panel = 0; panel < m.n_groups; panel += kTallGroups) {
+    const int n_groups = std::min(kTallGroups, m.n_groups - panel);
+    build_tables(x + panel * kGroup, n_groups * kLookups, tables, kTable);
+    Ahead<kWords * 4> weight_ahead(m.weight + row_begin * m.weight_stride + panel * kWords, n_groups, m.weight_stride * 4);
+    Ahead<2> scales_ahead(m.scales + row_begin * m.scale_stride + panel, n_groups, m.scale_stride * 2);
+    for (int done = row_begin; done < row_end; done += kTallTile) {
+      const int tile = std::min(done, row_end - kTallTile);  // the last one may repeat rows
+      const uint32_t* const weight = m.weight + tile * m.weight_stride + panel * kWords;
+      const uint16_t* const scale = m.scales + tile * m.scale_stride + panel;
+      const auto stage = [&](int g, int part) TQ_AVX512_LAMBDA {
+        stage_line(weight + 16 * part * m.weight_stride + g * kWords, m.weight_stride, (n_groups - g) * kWords,
+                   reinterpret_cast<uint32_t (*)[kTallTile]>(words[g / kLineGroups % 2][0] + 16 * part));
+      };
+      __m512 total[kParts];
+#pragma GCC unroll 4
+      for (int t = 0; t < kParts; ++t) total[t] = _mm512_setzero_ps();
+      for (int t = 0; t < kParts; ++t) stage(0, t);
+      for (int g = 0; g < n_groups; ++g) {
+        if (g % 32 == 0)
+          for (int t = 0; t < kParts; ++t)
+            transpose_scales(scale + 16 * t * m.scale_stride + g, m.scale_stride, std::min(32, n_groups - g), &scales[0][t],
+                             kParts);
+        if (const int next = (g / kLineGroups + 1) * kLineGroups; next < n_groups) stage(next, g % kLineGroups);
+        weight_ahead.fetch();
+        scales_ahead.fetch();
+        const float* table = tables + g * kLookups * kTable;
+        __m512 acc[kParts];
+#pragma GCC unroll 4
+        for (int t = 0; t < kParts; ++t) acc[t] = _mm512_setzero_ps();
+#pragma GCC unroll 1
+        for (int k = 0; k < kWords; ++k) {
+          const uint32_t* const word = words[g / kLineGroups % 2][g % kLineGroups * kWords + k];
+          __m512i index[kParts];
+#pragma GCC unroll 4
+          for (int t = 0; t < kParts; ++t) index[t] = _mm512_load_si512(word + 16 * t);
+#pragma GCC unroll 8
+          for (int n = 0; n < 8; ++n, table += kTable) {
+            const __m512 sums = _mm512_load_ps(table);
+#pragma GCC unroll 4
+            for (int t = 0; t < kParts; ++t) {
+              acc[t] = _mm512_add_ps(acc[t], _mm512_permutexvar_ps(index[t], sums));
+              if (n < 7) index[t] = _mm512_srli_epi32(index[t], 4);
+              asm("" : "+v"(acc[t]));  // keeps gcc 12 from gathering the lookups, as in add_word
+            }
+          }
+        }
+#pragma GCC unroll 4
+        for (int t = 0; t < kParts; ++t) total[t] = _mm512_fmadd_ps(load_scales(scales[g % 32 / 2][t], g), acc[t], total[t]);
+      }
+#pragma GCC unroll 4
+      for (int t = 0; t < kParts; ++t) {
+        const __mmask16 fresh = static_cast<__mmask16>(0xffffu << std::clamp(done - tile - 16 * t, 0, 16));
+        float* const y = out + tile + 16 * t;
+        if (panel > 0) total[t] = _mm512_add_ps(total[t], _mm512_maskz_loadu_ps(fresh, y));
+        _mm512_mask_storeu_ps(y, fresh, total[t]);
+      }
+    }
+  }
+}
+
 }  // namespace
 
 void q1_matmul_avx512(const Q1Matrix& m, const float* x, ptrdiff_t x_stride, int n_inputs, int row_begin, int row_end,
                       float* out, ptrdiff_t out_stride) {
   switch (n_inputs) {
     case 1:
+      if (row_end - row_begin >= kTallTile) return run_one(m, x, row_begin, row_end, out);
       return run<1>(m, x, x_stride, row_begin, row_end, out, out_stride);
     case 2:
       return run<2>(m, x, x_stride, row_begin, row_end, out, out_stride);

@@ -1,7 +1,7 @@
 // Every q1_matmul kernel this machine can run against float64 over the same bits; no MLX, no Python, so that it also runs
 // cross-compiled under an emulator. Prints the worst relative errors; the exit status is the number of failures.
-//   g++ -std=c++20 -O3 -I csrc tests/native/q1_kernels_check.cpp csrc/cpu/q1_matmul_{portable,avx2,avx512,neon}.cpp -o check &&
-//   ./check
+//   g++ -std=c++20 -O3 -I csrc tests/native/q1_kernels_check.cpp csrc/cpu/{q1_matmul_{portable,avx2,avx512,neon},scratch}.cpp
+//   -o check && ./check
 #include <cmath>
 #include <cstdio>
 #include <limits>
@@ -58,10 +58,10 @@ double error_of(Q1MatmulKernel kernel, int rows, int row_begin, int cols, int n_
 int check(const char* name, Q1MatmulKernel kernel) {
   int failures = 0;
   double worst = 0;
-  for (int rows : {1, 7, 8, 9, 15, 17, 31, 32, 33, 65, 290})
-    for (int cols : {128, 384, 640, 4096, 4224})
+  for (int rows : {1, 7, 8, 9, 15, 17, 31, 32, 33, 65, 70, 290})
+    for (int cols : {128, 384, 640, 4096, 4224, 12288 + 384})
       for (int n_inputs = 1; n_inputs <= kQ1MaxInputs; n_inputs++) {
-        if (cols > 1000 && rows > 65) continue;
+        if (cols > 1000 && rows > 70) continue;
         const double error = error_of(kernel, rows, rows > 60 ? 5 : 0, cols, n_inputs);
         worst = std::fmax(worst, error);
         if (error <= kTolerance) continue;
