@@ -17,12 +17,12 @@ BENCHES = {
     "q1": "bench_q1_matmul.py",
     "bonsai": "bench_bonsai_shape.py",
     "memory": "bench_memory.py",
-    "generate": "bench_generate.py",
+    "decode": "bench_decode.py",
     "quality": "bench_quality.py",
     "key_bias": "bench_key_bias.py",
     "server": "bench_server.py",
     "peers": "bench_peers.py",
-    "gpu": "bench_gpu.py",
+    "cuda": "bench_cuda.py",
     "report": "report.py",
 }
 
@@ -40,7 +40,7 @@ def main(argv: list[str]) -> NoReturn:
             print(f"  {name:10} {title(path)}")
         raise SystemExit(0 if argv else 2)
     if argv[0] == "all":
-        chosen = [path for name, path in present.items() if name not in ("gpu", "report")]
+        chosen = [path for name, path in present.items() if name not in ("cuda", "report")]
         raise SystemExit(max(subprocess.call([sys.executable, str(path)]) for path in chosen))
     if argv[0] not in present:
         raise SystemExit(f"bench: expected one of {', '.join(present)} or all, got {argv[0]}")

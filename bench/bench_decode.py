@@ -1,67 +1,84 @@
-"""Decode speed of SmolLM2-135M after a long context, compressed and not, in one run.
+"""Decode speed of a model after long contexts, compressed and not, and the share of encoding in it.
 
-    python bench/bench_decode.py --context 8192 --json bench/results/decode_smollm2.json
+    python bench/bench_decode.py --n-tokens 1024 8192
 
-The context is random keys and values of unit variance: what they are does not change the work.
+The context is random keys and values of unit variance: what they are does not change the work. Encoding happens once every
+`flush` tokens; its time per token is that of all layers' blocks over their length.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
-import time
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
 import tqext
-from tqext.doctor import backend, versions
+from timing import RESULTS, machine, measure_in_turns, save, table
+from tqext.cache import Codec, Exact, TurboQuantKVCache
 from tqext.mlx_lm import stock_cache
 from tqext.models import load
 
 
-def filled(model: Any, context: int) -> list[Any]:
+def filled(model: Any, n_tokens: int) -> list[Any]:
     caches = stock_cache(model)
     args = model.args
-    shape = (1, args.num_key_value_heads, context, args.head_dim or args.hidden_size // args.num_attention_heads)
+    shape = (1, args.num_key_value_heads, n_tokens, args.head_dim or args.hidden_size // args.num_attention_heads)
     for cache in caches:
         cache.update_and_fetch(mx.random.normal(shape), mx.random.normal(shape))
         mx.eval(cache.state)
     return caches
 
 
+def encode_ms(caches: list[Any], seconds: float) -> float:
+    """Milliseconds of encoding per generated token, all layers."""
+    total = 0.0
+    for cache in caches:
+        if not isinstance(cache, TurboQuantKVCache):
+            continue
+        snapshot = cache.keys_and_values()[0]
+        n, keys, values = cache.recipe.flush, snapshot.packed_keys, snapshot.packed_values
+        n_heads = keys.codes.shape[1]
+        codec = Codec(cache.recipe, keys.head_dim, values.head_dim)
+        block = Exact(mx.random.normal((1, n_heads, n, keys.head_dim)), mx.random.normal((1, n_heads, n, values.head_dim)))
+        mx.eval(block.keys, block.values)
+        total += (
+            measure_in_turns(
+                [lambda codec=codec, block=block, mean=keys.mean: mx.eval(codec.encode(block, mean))],
+                seconds=seconds / len(caches),
+            )[0].median
+            / n
+        )
+    return total
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--context", type=int, default=8192)
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--n-tokens", type=int, nargs="+", default=[1024, 8192])
     parser.add_argument("--kv", default="tq3")
-    parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--seconds", type=float, default=10, help="time per line")
+    parser.add_argument("--json", type=Path, default=RESULTS / f"decode_{machine()['system'].lower()}.json")
     options = parser.parse_args()
-    model, _ = load("smollm2")
-    caches = {"uncompressed": filled(model, options.context)}
-    caches[options.kv] = tqext.upgrade(filled(model, options.context), options.kv)
-    seconds: dict[str, list[float]] = {name: [] for name in caches}
-    for i in range(options.steps + 2):
-        for name, cache in caches.items():  # taking turns: both see the same disturbance
-            start = time.perf_counter()
-            mx.eval(model(mx.array([[7]]), cache=cache))
-            if i >= 2:
-                seconds[name].append(time.perf_counter() - start)
-    rows = {}
-    for name, cache in caches.items():
-        median = statistics.median(seconds[name])
-        spread = (max(seconds[name]) - min(seconds[name])) / median
-        rows[name] = {
-            "ms_per_token": round(median * 1e3, 2),
-            "spread": round(spread, 3),
-            "cache_mb": round(sum(c.nbytes for c in cache) / 1e6, 2),
-        }
-        print(f"{name:<14} {median * 1e3:9.1f} ms/token  {rows[name]['cache_mb']:9.2f} MB")
-    if options.json:
-        data = {"machine": backend(), "versions": versions(), "context": options.context, "decode": rows}
-        options.json.write_text(json.dumps(data, indent=1) + "\n")
+    model, _ = load(options.model)
+    rows: list[dict[str, Any]] = []
+    for n in options.n_tokens:
+        caches = {"uncompressed": filled(model, n), options.kv: tqext.upgrade(filled(model, n), options.kv)}
+        timings = measure_in_turns(
+            [lambda c=c: mx.eval(model(mx.array([[7]]), cache=c)) for c in caches.values()], seconds=options.seconds
+        )
+        for (name, cache), t in zip(caches.items(), timings, strict=True):
+            row: dict[str, Any] = {"cache": name, "n_tokens": n, "ms per token": t.median, "least": t.least, "spread": t.spread}
+            row["times"] = timings[0].median / t.median
+            row["cache MB"] = sum(c.nbytes for c in cache) / 1e6
+            if encoding := encode_ms(cache, options.seconds / 5):
+                row |= {"encode ms per token": encoding, "encode share": encoding / t.median}
+            rows.append(row)
+    columns = {"cache": "", "n_tokens": "d", "ms per token": ".1f", "least": ".1f", "spread": ".0f", "times": ".2f"}
+    columns |= {"cache MB": ".1f", "encode ms per token": ".3f", "encode share": ".2%"}
+    print(table(rows, columns))
+    save(options.json, {"bench": "decode", "model": options.model, "kv": options.kv}, {}, rows)
 
 
 if __name__ == "__main__":
