@@ -79,6 +79,9 @@ struct Avx2 {
     return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(levels)));
   }
   static I look_up(I table, I index) { return _mm256_shuffle_epi8(table, index); }
+  static constexpr int kPick = 8;
+  // Lane `index` of the table, of which the three lowest bits count.
+  static F pick(F table, I index) { return _mm256_permutevar8x32_ps(table, index); }
   // Byte b of every lane, signed.
   template <int b>
   static F byte_to_float(I x) {

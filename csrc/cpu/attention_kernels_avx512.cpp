@@ -88,6 +88,9 @@ struct Avx512 {
     return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(levels)));
   }
   static I look_up(I table, I index) { return _mm512_shuffle_epi8(table, index); }
+  static constexpr int kPick = 16;
+  // Lane `index` of the table, of which the four lowest bits count.
+  static F pick(F table, I index) { return _mm512_permutexvar_ps(index, table); }
   // Byte b of every lane, signed.
   template <int b>
   static F byte_to_float(I x) {

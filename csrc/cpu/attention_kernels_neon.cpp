@@ -61,6 +61,8 @@ struct Neon {
   static I look_up(I table, I index) {
     return vreinterpretq_u32_u8(vqtbl1q_u8(vreinterpretq_u8_u32(table), vreinterpretq_u8_u32(index)));
   }
+  static constexpr int kPick = 0;
+  static F pick(F table, I) { return table; }  // never called
   // Byte b of every lane, signed.
   template <int b>
   static F byte_to_float(I x) {

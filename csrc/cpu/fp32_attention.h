@@ -5,8 +5,9 @@
 // Scores and output are then register-blocked matrix products of V::kRows rows with one panel, softmax in between, so a
 // chunk of many rows runs as a matrix product and one row as a dot product without a horizontal sum.
 //
-// A key and 4 rows at dim 128 need 1024 multiply-adds, 128 of them in an 8-wide register; decoding adds about 3.4
-// operations per vector of key codes and 4 per vector of value codes, once for all rows.
+// A key and 4 rows at dim 128 need 1024 multiply-adds, 128 of them in an 8-wide register; decoding adds about 3.4 operations
+// per vector of key codes and 4 per vector of value codes, once for all rows, and 2 and 3 where an instruction picks lanes of a
+// table by the low bits of another vector's (kPick lanes; 0: there is none).
 //
 // V: kWidth, kRows, kPanelsOne (panels that a single row works on at once), F, I and the operations used below.
 // Included by one translation unit per instruction set, inside its target pragma: everything here must have internal
@@ -30,6 +31,8 @@ class Fp32Attention {
   using F = typename V::F;
   using I = typename V::I;
   static constexpr int kWidth = V::kWidth, kPanel = 2 * kWidth;
+  // Between panels of values: a multiple of 4096 bytes would have a token's panels displace each other from the cache.
+  static constexpr ptrdiff_t kValuePanel = kPanel * (kTile + 1);
   static constexpr int kStagingRow = kMaxDim + kPanel;
   static_assert(kTile % kPanel == 0 && kGroup % kPanel == 0);
 
@@ -37,13 +40,12 @@ class Fp32Attention {
   static void attend_coded(const CodedHead& head, const CodecShape& shape, const QueryRows& rows, int begin, int end,
                            Partial* partials) {
     Fp32Attention self(rows, shape.key_dim, shape.value_dim, head.key_signs != nullptr);
-    self.table_ = V::load_table(shape.codebook);
+    self.load_levels(shape);
     for (int t0 = begin; t0 < end; t0 += kTile) {
       const int n = smaller(kTile, end - t0);
       if (!self.anyone_attends(t0)) continue;
       self.decode_keys(head, shape, t0, n);
-      self.decode_values(head, shape, t0, n);
-      self.attend_tile(t0, n);
+      self.attend_tile(t0, n, [&] { self.decode_values(head, shape, t0, n); });
     }
     self.finish(partials);
   }
@@ -54,7 +56,7 @@ class Fp32Attention {
       const int n = smaller(kTile, end - t0);
       if (!self.anyone_attends(t0)) continue;
       self.load_exact(head, t0, n);
-      self.attend_tile(t0, n);
+      self.attend_tile(t0, n, [] {});
     }
     self.finish(partials);
   }
@@ -62,7 +64,7 @@ class Fp32Attention {
  private:
   Fp32Attention(const QueryRows& rows, int key_dim, int value_dim, bool signs)
       : rows_(rows), key_dim_(key_dim), value_dim_(value_dim), out_dim_(round_up(value_dim, kPanel)), signs_(signs) {
-    const size_t tile_keys = size_t(key_dim) * kTile, tile_values = size_t(out_dim_) * kTile;
+    const size_t tile_keys = size_t(key_dim) * kTile, tile_values = size_t(out_dim_ / kPanel) * kValuePanel;
     const size_t staging = 4 * kStagingRow;
     float* next = static_cast<float*>(
         scratch(sizeof(float) * (tile_keys * (signs ? 2 : 1) + tile_values + staging + (V::kRows + 2) * size_t(kTile) +
@@ -94,8 +96,34 @@ class Fp32Attention {
 
   // ---- decoding
 
+  void load_levels(const CodecShape& shape) {
+    table_ = V::load_table(shape.codebook);
+    const int n_levels = 1 << shape.key_bits;
+    if constexpr (V::kPick > 0) {
+      pick_levels_ = n_levels <= V::kPick;
+      alignas(64) float x[V::kPick];
+      for (int i = 0; i < V::kPick; i++) x[i] = shape.codebook[i % n_levels];
+      levels_ = V::load(x);
+      for (int i = 0; i < V::kPick; i++) x[i] = float(i % 4);
+      steps_ = V::load(x);
+    }
+  }
+
   // Levels of dimensions d .. d + 7, whose codes are the low bits of the nibbles of `word`; nibbles hold no other bits.
   void store_levels(I word, float* to) const {
+    if constexpr (V::kPick > 0) {
+      if (pick_levels_) {
+        V::store(to + 0 * kPanel, V::pick(levels_, word));
+        V::store(to + 1 * kPanel, V::pick(levels_, V::template shift_right<4>(word)));
+        V::store(to + 2 * kPanel, V::pick(levels_, V::template shift_right<8>(word)));
+        V::store(to + 3 * kPanel, V::pick(levels_, V::template shift_right<12>(word)));
+        V::store(to + 4 * kPanel, V::pick(levels_, V::template shift_right<16>(word)));
+        V::store(to + 5 * kPanel, V::pick(levels_, V::template shift_right<20>(word)));
+        V::store(to + 6 * kPanel, V::pick(levels_, V::template shift_right<24>(word)));
+        V::store(to + 7 * kPanel, V::pick(levels_, V::template shift_right<28>(word)));
+        return;
+      }
+    }
     const I low = V::look_up(table_, V::bit_and(word, V::set1_int(0x0f0f0f0f)));
     const I high = V::look_up(table_, V::bit_and(V::template shift_right<4>(word), V::set1_int(0x0f0f0f0f)));
     V::store(to + 0 * kPanel, V::template byte_to_float<0>(low));
@@ -114,7 +142,7 @@ class Fp32Attention {
     for (int t = 0; t < round_up(n, kWidth); t += kWidth) {
       float* to = keys_ + t / kPanel * kPanel * key_dim_ + t % kPanel;
       for (int unit = 0; unit < key_dim_ / kUnit; unit++, to += kUnit * kPanel) {
-        I w[4] = {};
+        I w[4] = {V::set1_int(0), V::set1_int(0), V::set1_int(0), V::set1_int(0)};
         V::load_words(codes + unit * bits, head.key_stride, t, n, bits, w);
         if (bits == 4) {
           for (int i = 0; i < 4; i++) store_levels(w[i], to + 8 * i * kPanel);
@@ -148,7 +176,7 @@ class Fp32Attention {
   void decode_signs(const CodedHead& head, int t0, int t, int n) {
     float* to = sign_keys_ + t / kPanel * kPanel * key_dim_ + t % kPanel;
     for (int unit = 0; unit < key_dim_ / 32; unit++) {
-      I w[4] = {};
+      I w[4] = {V::set1_int(0), V::set1_int(0), V::set1_int(0), V::set1_int(0)};
       V::load_words(head.key_signs + t0 * head.sign_stride + unit, head.sign_stride, t, n, 1, w);
       for (int b = 31; b >= 0; b--) {
         V::store(to + (32 * unit + b) * kPanel, V::sign_of_top_bit(w[0]));
@@ -171,9 +199,10 @@ class Fp32Attention {
     for (int t = 0; t < n; t++) {
       const uint32_t* w = head.value_codes + (t0 + t) * head.value_stride;
       const uint16_t* params = head.value_params + (t0 + t) * head.param_stride;
-      for (int i = 0; i < n_params; i++) half[i] = params[i];
+      const int direct = n_params / kWidth * kWidth;
+      for (int i = direct; i < n_params; i++) half[i] = params[i];
       for (int i = 0; i < n_params; i += kWidth) {
-        const F x = V::load_half(half + i);
+        const F x = V::load_half((i < direct ? params : half) + i);
         poison = V::fma(x, V::set1(0), poison);
         V::store(param + i, x);
       }
@@ -187,11 +216,28 @@ class Fp32Attention {
         const int vectors = part ? n_words / kWidth : 1;  // of a slot
         float* to = values_ + t * kPanel;
         I x = V::load_int(w);
-        for (int g = 0, i = 0; g < value_dim_ / kGroup; g++, to += kGroup / kPanel * kPanel * kTile) {
-          const F scale = V::set1(param[2 * g]), bias = V::set1(param[2 * g + 1]);
+        if (V::kPick > 0 && bits == 2 && vectors == 1) {
+          const I next = V::set1_int(step);
+          for (int g = 0; g < value_dim_ / kGroup; g++, to += kGroup / kPanel * kValuePanel) {
+            const F four = V::fma(steps_, V::set1(param[2 * g]), V::set1(param[2 * g + 1]));
+#pragma GCC unroll 4
+            for (int j = 0; j < kGroup / kWidth; j++) {
+              V::store(to + j / 2 * kValuePanel + j % 2 * kWidth, V::pick(four, V::shift_right_lanes(x, shift)));
+              shift = V::add_int(shift, next);
+            }
+          }
+          continue;
+        }
+        for (int g = 0, i = 0; g < value_dim_ / kGroup; g++, to += kGroup / kPanel * kValuePanel) {
+          const F scale = V::set1(param[2 * g]), bias = V::set1(param[2 * g + 1]), four = V::fma(steps_, scale, bias);
           for (int j = 0; j < kGroup / kWidth; j++) {
-            const I code = V::bit_and(V::shift_right_lanes(x, shift), mask);
-            V::store(to + j / 2 * (kPanel * kTile) + j % 2 * kWidth, V::fma(V::to_float(code), scale, bias));
+            const I code = V::shift_right_lanes(x, shift);
+            float* element = to + j / 2 * kValuePanel + j % 2 * kWidth;
+            if (V::kPick > 0 && bits == 2) {
+              V::store(element, V::pick(four, code));  // the next code's bit does not matter: the table repeats
+            } else {
+              V::store(element, V::fma(V::to_float(V::bit_and(code, mask)), scale, bias));
+            }
             if (vectors == 1) {
               shift = V::add_int(shift, V::set1_int(step));
               continue;
@@ -224,7 +270,7 @@ class Fp32Attention {
     clear_tokens(n);
   }
 
-  float* value_at(int t, int d) const { return values_ + d / kPanel * kPanel * kTile + t * kPanel + d % kPanel; }
+  float* value_at(int t, int d) const { return values_ + d / kPanel * kValuePanel + t * kPanel + d % kPanel; }
   void clear_values(int t, int from) const {
     for (int d = from; d < out_dim_; d++) *value_at(t, d) = 0;
   }
@@ -345,31 +391,35 @@ class Fp32Attention {
       multiply<R, 1>(a, a_stride, b + p * panel_stride, panel_stride, n, c + p * kPanel, c_stride, keep);
   }
 
-  void attend_tile(int t0, int n) {
+  // decode_values is called once the first rows are scored: the keys then make room for the values in the first-level cache.
+  template <class DecodeValues>
+  void attend_tile(int t0, int n, const DecodeValues& decode_values) {
+    values_ready_ = false;
     int r = 0;
-    while (r < rows_.n_rows) r += attend_rows(r, t0, n);
+    while (r < rows_.n_rows) r += attend_rows(r, t0, n, decode_values);
   }
 
   // The largest block of rows that fits; returns its size.
-  int attend_rows(int r, int t0, int n) {
+  template <class DecodeValues>
+  int attend_rows(int r, int t0, int n, const DecodeValues& decode_values) {
     const int left = rows_.n_rows - r;
     if constexpr (V::kRows >= 12) {
-      if (left >= 12) return attend_rows<12>(r, t0, n);
+      if (left >= 12) return attend_rows<12>(r, t0, n, decode_values);
     }
     if constexpr (V::kRows >= 8) {
-      if (left >= 8) return attend_rows<8>(r, t0, n);
+      if (left >= 8) return attend_rows<8>(r, t0, n, decode_values);
     }
     if constexpr (V::kRows >= 6) {
-      if (left >= 6) return attend_rows<6>(r, t0, n);
+      if (left >= 6) return attend_rows<6>(r, t0, n, decode_values);
     }
-    if (left >= 4) return attend_rows<4>(r, t0, n);
-    if (left == 3) return attend_rows<3>(r, t0, n);
-    if (left == 2) return attend_rows<2>(r, t0, n);
-    return attend_rows<1>(r, t0, n);
+    if (left >= 4) return attend_rows<4>(r, t0, n, decode_values);
+    if (left == 3) return attend_rows<3>(r, t0, n, decode_values);
+    if (left == 2) return attend_rows<2>(r, t0, n, decode_values);
+    return attend_rows<1>(r, t0, n, decode_values);
   }
 
-  template <int R>
-  int attend_rows(int r0, int t0, int n) {
+  template <int R, class DecodeValues>
+  int attend_rows(int r0, int t0, int n, const DecodeValues& decode_values) {
     bool any = false;
     for (int r = r0; r < r0 + R; r++) any |= rows_.end[r] > t0;
     if (!any) return R;
@@ -391,11 +441,13 @@ class Fp32Attention {
     }
     float keep[R];
     for (int i = 0; i < R; i++) keep[i] = softmax(r0 + i, scores_ + i * kTile, t0, n, n_padded);
+    if (!values_ready_) decode_values();
+    values_ready_ = true;
     if (poisoned_) {
       for (int i = 0; i < R; i++) add_values_carefully(r0 + i, scores_ + i * kTile, n, keep[i]);
     } else {
-      multiply_panels<R>(scores_, kTile, values_, ptrdiff_t(kPanel) * kTile, n, out_dim_ / kPanel,
-                         out_ + ptrdiff_t(r0) * out_dim_, out_dim_, keep);
+      multiply_panels<R>(scores_, kTile, values_, kValuePanel, n, out_dim_ / kPanel, out_ + ptrdiff_t(r0) * out_dim_, out_dim_,
+                         keep);
     }
     return R;
   }
@@ -466,8 +518,11 @@ class Fp32Attention {
   const QueryRows& rows_;
   const int key_dim_, value_dim_, out_dim_;
   const bool signs_;
-  bool poisoned_ = false;  // a value of this tile is not finite
+  bool values_ready_ = false;
+  bool poisoned_ = false;     // a value of this tile is not finite
+  bool pick_levels_ = false;  // levels_ holds all levels
   I table_;
+  F levels_ = V::set1(0), steps_ = V::set1(0);  // 0 1 2 3, again and again
   float *keys_, *sign_keys_, *values_, *staging_, *scores_, *norms_, *residual_norms_, *out_, *max_, *sum_;
 };
 
