@@ -14,6 +14,7 @@ from typing import NoReturn
 HERE = Path(__file__).resolve().parent
 BENCHES = {
     "attention": "bench_turboquant_attention.py",
+    "threads": "bench_threads.py",
     "q1": "bench_q1_matmul.py",
     "bonsai": "bench_bonsai_shape.py",
     "memory": "bench_memory.py",

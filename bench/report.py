@@ -160,6 +160,7 @@ def main() -> None:
         guide += quality_table(data, data["quality"]) + "\n" + pareto(data, f"quality_{i}") + "\n\n" + passkey_table(data)
     sections = {
         "Attention": attention(),
+        "Threads": other("threads"),
         "Memory": memory(),
         "Beside other packages": peers(),
         "1-bit matrices": other("q1_matmul"),
