@@ -1,6 +1,8 @@
 """``tqext server``: concurrent requests answer as alone, prompts are reused, and rude clients do no harm."""
 
 import json
+import os
+import random
 import socket
 import subprocess
 import sys
@@ -8,6 +10,7 @@ import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -61,6 +64,19 @@ class Server:
                 if line.startswith(b"data: {"):
                     text += json.loads(line[6:])["choices"][0]["delta"].get("content") or ""
         return text
+
+    def complete(self, text, **options):
+        """What follows a text as it stands, without the chat template."""
+        body = {"prompt": text, "max_tokens": MAX_TOKENS, "temperature": 0.0} | options
+        url = f"http://127.0.0.1:{self.port}/v1/completions"
+        request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=120) as reply:
+            return json.load(reply)["choices"][0]["text"]
+
+    def resident(self):
+        """Bytes of the server in memory."""
+        pages = Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]
+        return int(pages) * os.sysconf("SC_PAGE_SIZE")
 
     def abort(self, messages):
         """Hang up in the middle of an answer."""
@@ -148,3 +164,75 @@ def test_server_with_a_seed_goes_the_single_path(server):
         batched = pool.submit(server.answer, history(4))
         assert [f.result() for f in seeded] == [alone] * 2
     assert batched.result() == server.answer(history(4))
+
+
+@pytest.mark.parametrize("seed", [0, 5])
+def test_server_with_a_draft_model(server, folder, tmp_path, seed):
+    """A draft that is always right, and one that is mostly wrong; a request may also bring its own."""
+    draft = save_chat_folder(make_llama(seed), tmp_path / "draft")
+    histories = [history(i, n_turns=i % 3 + 1) for i in range(4)]
+    expected = [server.answer(h) for h in histories]
+    options = ("--kv", "tq3", "--prompt-cache-size", "0", "--draft-model", str(draft), "--num-draft-tokens", "4")
+    drafting = Server(folder, *options)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            assert list(pool.map(drafting.answer, histories)) == expected
+        assert drafting.stream(histories[2]) == expected[2]
+        assert drafting.text().count("3 of 3 layers compressed") >= 1
+        asked = [server.answer(h, draft_model=str(draft), num_draft_tokens=2) for h in histories]
+        assert asked == expected
+        assert [server.answer(h) for h in histories] == expected
+    finally:
+        drafting.close()
+
+
+SOAK_CLIENTS, SOAK_REQUESTS = 8, 25
+
+
+def soak_text(client, i):
+    """A prompt of its own: fewer tokens in common with any other than stay exact, so that reuse changes nothing."""
+    tag = 26 * client + i
+    return chr(97 + tag % 26) + chr(65 + tag // 26) + f" {client}-{i} " * (10 + 7 * (tag % 9))
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory is read from /proc")
+def test_server_soak(server, keeping_server):
+    """200 mixed requests from 8 clients: no error, no leak, and every greedy answer is what it is alone."""
+    reference, server = server, keeping_server
+    alone = {(c, i): reference.complete(soak_text(c, i)) for c in range(SOAK_CLIENTS) for i in range(0, SOAK_REQUESTS, 5)}
+    assert len(set(alone.values())) > len(alone) // 2, "the model says the same to everybody, so this shows nothing"
+
+    def client(number, rounds):
+        rng = random.Random(number)
+        turns = history(100 + number)
+        for i in rounds:
+            kind = ("whole", "follow-up", "stream", "hang up", "seed" if rng.random() < 0.5 else "edit")[i % 5]
+            if kind == "whole":
+                assert server.complete(soak_text(number, i)) == alone[number, i]
+            elif kind == "follow-up":
+                answer = server.answer(turns)
+                turns = [*turns, {"role": "assistant", "content": answer}, {"role": "user", "content": f"And {i}?"}][-9:]
+            elif kind == "stream":
+                assert server.stream(turns)
+            elif kind == "hang up":
+                server.abort(turns)
+            elif kind == "seed":
+                assert server.answer(turns, seed=i, temperature=1.0)
+            else:
+                assert server.answer([*turns[:-1], {"role": "user", "content": f"No, {i}."}])
+        return len(rounds)
+
+    def run(rounds):
+        with ThreadPoolExecutor(SOAK_CLIENTS) as pool:
+            assert sum(pool.map(lambda n: client(n, rounds), range(SOAK_CLIENTS))) == SOAK_CLIENTS * len(rounds)
+        time.sleep(0.5)  # the last aborted request is found out about at its next token
+        return server.resident()
+
+    warm = run(range(SOAK_REQUESTS * 2 // 5))
+    grown = run(range(SOAK_REQUESTS * 2 // 5, SOAK_REQUESTS)) - warm
+    assert server.process.poll() is None
+    text = server.text()
+    hung_up = text.count("BrokenPipeError: ") + text.count("ConnectionResetError: ")
+    assert text.count("Traceback") == hung_up, text
+    # A request's caches take 0.4 MB; 120 of them kept would be 48 MB.
+    assert grown < 24e6, f"{grown / 1e6:.1f} MB more than after the first half"
