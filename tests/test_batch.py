@@ -6,7 +6,7 @@ import pytest
 from mlx_lm.models.cache import BatchKVCache, KVCache
 
 from sequence import Sequence, attention
-from test_cache import DV, HQ, RECIPES, D, H, close, tokens
+from test_cache import DV, HQ, RECIPES, D, H, answer, close, tokens
 from tqext import BatchTurboQuantKVCache, Recipe, TurboQuantKVCache
 
 
@@ -60,7 +60,7 @@ class Batch:
         for i, (begin, length) in enumerate(zip(skip, lengths, strict=True)):
             if length:
                 k, v, q = (x[:, begin : begin + length] for x in new[i])
-                close(got[i, :, begin : begin + length], attention(q, *self.rows[i].append(k, v), D**-0.5, window=window))
+                close(got[i, :, begin : begin + length], answer(self.rows[i], k, v, q, window=window))
 
     def check(self):
         counts = [[r.n_first, r.n_coded, r.n_tail] for r in self.rows]
@@ -103,6 +103,17 @@ def test_batch_decode_over_every_phase_of_the_schedule():
     for _ in range(130):
         batch.step((1,) * 4)
     assert len({row.n_coded for row in batch.rows}) > 1
+
+
+@pytest.mark.parametrize("mask", ["own", "stock", "additive"])
+@pytest.mark.parametrize("window", [None, 30])
+def test_batch_follow_ups_of_a_few_tokens_are_as_if_alone(mask, window):
+    """A block of some rows is encoded within the new tokens, whatever the others get."""
+    batch = Batch(Recipe(), 4)
+    batch.step((100, 37, 250, 61), mask=mask)
+    for lengths in ((5, 2, 8, 7), (8, 8, 8, 8), (3, 20, 1, 6), (7, 0, 8, 2), (8, 5, 5, 8), (6, 8, 0, 40)):
+        batch.step(lengths, mask=mask, window=window)
+        batch.step((1, 1, 1, 1), mask=mask, window=window)
 
 
 @pytest.mark.parametrize("short", [0, 1, 2, 3])

@@ -1,5 +1,7 @@
 """The hooks, the probe, the path proof, and generation through mlx-lm's own functions."""
 
+import copy
+
 import mlx.core as mx
 import mlx_lm.models.cache as stock
 import mlx_lm.utils
@@ -162,6 +164,21 @@ def test_batch_generate_with_different_lengths_of_answers(model):
         assert greedy(model, full[fed : fed + 1], 5, cache=cache) == full[fed + 1 : fed + 6]
         assert n > 0
     tqext.detach(model)
+
+
+@pytest.mark.parametrize("preset", ["tq3", "tq3-plain"])
+def test_batch_follow_ups_equal_alone(model, preset):
+    """Kept caches go on with prompts of a few tokens, within some of which a block is encoded."""
+    tqext.attach(model, preset)
+    histories = [prompt(n, seed=i) for i, n in enumerate((94, 96, 97, 66, 20, 130))]
+    follow_ups = [prompt(n, seed=40 + i) for i, n in enumerate((9, 5, 2, 7, 3, 8))]
+    caches = [stock.make_prompt_cache(model) for _ in histories]
+    for history, cache in zip(histories, caches, strict=True):
+        logits_after(model, cache, history)
+    alone = [greedy(model, f, N_NEW, cache=copy.deepcopy(c)) for f, c in zip(follow_ups, caches, strict=True)]
+    together = batch_generate(model, Words(), follow_ups, caches, max_tokens=N_NEW, return_token_ids=True)
+    tqext.detach(model)
+    assert together.token_ids == alone
 
 
 @pytest.mark.parametrize("draft_seed", [0, 1])

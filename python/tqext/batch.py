@@ -13,10 +13,12 @@ import numpy.typing as npt
 from tqext.cache import (
     GROWTH,
     MAX_STEP_TOKENS,
+    Alone,
     Codec,
     Exact,
     Snapshot,
     TurboQuantKVCache,
+    crosses_block,
     flush_at,
     n_for_mean,
     resize_tokens,
@@ -82,8 +84,7 @@ class Columns:
 
     def translate(self, mask: mx.array | str | None, n_queries: int) -> tuple[mx.array | str | None, mx.array | None]:
         """The mask and lengths for attention of a mask in mlx-lm's columns."""
-        own = mask is not None and mask is _last_mask.mask and _last_mask.key == self.mask_key(n_queries)
-        if self.plain and (mask is None or own or isinstance(mask, str)):
+        if self.plain and (mask is None or self.is_own(mask, n_queries) or isinstance(mask, str)):
             # One query sees its own token and all before; without own columns its token is counted in the tail.
             causal = mask is not None and self.n_new > 0
             lengths = self.counts
@@ -93,6 +94,10 @@ class Columns:
         if not isinstance(mask, mx.array):
             raise ValueError("[attend] mask: expected an array for a batch padded on the left, got " + str(mask))
         return self._gather(mask), None
+
+    def is_own(self, mask: Any, n_queries: int) -> bool:
+        """Whether a mask is the one that `BatchTurboQuantKVCache.make_mask` made for this step."""
+        return mask is _last_mask.mask and mask is not None and _last_mask.key == self.mask_key(n_queries)
 
     def mask_key(self, n_queries: int) -> tuple[Any, ...]:
         return (n_queries, self.n_stock, self.left_padding.tobytes())
@@ -228,6 +233,7 @@ class BatchTurboQuantKVCache:
         width = int(n_tail.max())
         joined = self._tail.cut(0, width).then(tokens)
         snapshot = self._snapshot(joined, tokens.n_tokens, plain=not skip.any(), n_queries=tokens.n_tokens)
+        snapshot.alone = self._alone(tokens, skip, n_real)
         n_held = n_tail + n_real
         n_first = np.minimum(self._n_missing_first(), n_held)
         if n_first.any():
@@ -239,6 +245,22 @@ class BatchTurboQuantKVCache:
         left = rest - n_flushed
         self._move_tail(joined, columns, n_flushed, left)
         return snapshot
+
+    def _alone(self, tokens: Exact, skip: Ints, n_real: Ints) -> tuple[Alone, ...]:
+        """Sequences that a block is encoded for within a few new tokens; each token finds what it would find alone."""
+        goes_on = self._counts.sum(axis=1) > 0
+        rows = np.flatnonzero(goes_on & crosses_block(n_real, self._counts[:, TAIL], self._flush_at))
+        out = []
+        for row in rows.tolist():
+            begin, end = int(skip[row]), int(skip[row] + n_real[row])
+            own = Exact(*(x[row : row + 1, :, begin:end] for x in tokens))
+            out.append(Alone(row, begin, end, self._view(row)._draft_snapshot(own)))
+        return tuple(out)
+
+    @property
+    def _flush_at(self) -> Ints:
+        """The tail's length, for each sequence, at which its oldest tokens are encoded."""
+        return np.where(self._has_mean, flush_at(self.recipe, True), flush_at(self.recipe, False)).astype(np.int32)
 
     def _flush(self, rows: npt.NDArray[np.bool_]) -> None:
         """Encode the oldest tokens of each of these sequences whose tail is full."""
@@ -254,8 +276,7 @@ class BatchTurboQuantKVCache:
 
     def _n_to_flush(self, n_tail: Ints) -> Ints:
         r = self.recipe
-        at = np.where(self._has_mean, flush_at(r, True), flush_at(r, False))
-        return np.where(n_tail >= at, (n_tail - r.tail) // r.flush * r.flush, 0).astype(np.int32)
+        return np.where(n_tail >= self._flush_at, (n_tail - r.tail) // r.flush * r.flush, 0).astype(np.int32)
 
     def _keep_first(self, joined: Exact, n_tail: Ints, width: int, skip: Ints, n_first: Ints) -> None:
         assert self._first is not None
@@ -489,8 +510,8 @@ class BatchTurboQuantKVCache:
         if parts is not None:
             self._codec, self._mean, self._first, self._tail, self._packed = parts
 
-    def extract(self, idx: int) -> TurboQuantKVCache:
-        """The cache of one sequence, as if it had been alone."""
+    def _view(self, idx: int) -> TurboQuantKVCache:
+        """The cache of one sequence, on the arrays of the batch."""
         out = TurboQuantKVCache(self.recipe, shared=self.shared)
         if self._codec is None or self._tail is None or self._first is None:
             return out
@@ -498,10 +519,18 @@ class BatchTurboQuantKVCache:
         out._codec = self._codec
         out.n_first, out.n_coded, out.n_tail = (int(n) for n in self._counts[idx])
         out._mean = self._mean[row] if self._mean is not None and self._has_mean[idx] else None
-        out._packed = [resize_tokens(x[row, :, : out.n_coded], out.n_coded) for x in self._packed]
-        out._tail = Exact(*(x[row, :, : out.n_tail] for x in self._tail)).resized(max(out.n_tail, out._tail_room))
+        out._packed = [x[row, :, : out.n_coded] for x in self._packed]
+        out._tail = Exact(*(x[row, :, : out.n_tail] for x in self._tail))
         if self.recipe.sinks:
             out._first = Exact(*(x[row, :, : out.n_first] for x in self._first)).resized(self.recipe.sinks)
+        return out
+
+    def extract(self, idx: int) -> TurboQuantKVCache:
+        """The cache of one sequence, as if it had been alone."""
+        out = self._view(idx)
+        out._packed = [resize_tokens(x, out.n_coded) for x in out._packed]
+        if out._tail is not None:
+            out._tail = out._tail.resized(max(out.n_tail, out._tail_room))
         return out
 
     @classmethod

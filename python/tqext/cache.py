@@ -88,6 +88,11 @@ def flush_at(recipe: Recipe, has_mean: bool) -> int:
     return max(least, MEAN_TOKENS[0]) if recipe.mean and not has_mean else least
 
 
+def crosses_block(n_new: Any, n_tail: Any, least: Any) -> Any:
+    """Whether a few tokens (numbers, or arrays of them) would have a block encoded between them if they came one by one."""
+    return (n_new > 1) & (n_new <= MAX_STEP_TOKENS) & (n_tail + n_new > least)
+
+
 def n_for_mean(n_tokens: int) -> int:
     """Tokens to take the mean of, of so many at hand. In whole steps: a few more from a draft change nothing."""
     least, most = MEAN_TOKENS
@@ -160,9 +165,10 @@ class Snapshot:
         shape: ``(B, n_kv_heads, n_tokens, D)``, as the keys would have it.
         columns: None, or how a batch's mask columns and lengths are told (`tqext.batch.Columns`).
         earlier: What the step's earlier tokens attend to, where a block was encoded in between.
+        alone: Sequences of a batch for which a block is encoded within the step, and what their tokens attend to.
     """
 
-    __slots__ = ("columns", "dtype", "earlier", "first", "packed_keys", "packed_values", "shape", "tail")
+    __slots__ = ("alone", "columns", "dtype", "earlier", "first", "packed_keys", "packed_values", "shape", "tail")
 
     def __init__(
         self,
@@ -179,6 +185,7 @@ class Snapshot:
         self.dtype = tail.keys.dtype
         self.columns = columns
         self.earlier: tuple[Snapshot, ...] = ()
+        self.alone: tuple[Alone, ...] = ()
 
     def __deepcopy__(self, memo: Any) -> Snapshot:
         """Itself: a cache that is copied within a step holds one, and nothing can change it."""
@@ -198,7 +205,21 @@ class Snapshot:
         """softmax(scale q k^T + mask) v of the queries ``[B, n_q_heads, L, D]`` over all tokens of the snapshot."""
         if self.earlier:
             return self._attend_in_parts(queries, scale, mask, sinks)
-        return self._attend_whole(queries, scale, mask, sinks)
+        out = self._attend_whole(queries, scale, mask, sinks)
+        for one in self.alone:
+            rows = slice(one.row, one.row + 1), slice(None), slice(one.begin, one.end)
+            out[rows] = one.snapshot.attend(queries[rows], scale, self._mask_alone(one, mask), sinks)
+        return out
+
+    def _mask_alone(self, one: Alone, mask: mx.array | str | None) -> mx.array | str | None:
+        """A batch's mask as the sequence would have it alone: its columns follow its padding."""
+        assert self.columns is not None
+        if not isinstance(mask, mx.array) or self.columns.is_own(mask, self.columns.n_queries):
+            return "causal"
+        begin = int(self.columns.left_padding[one.row])
+        own = mask[..., begin : begin + one.snapshot.shape[2]]
+        own = own[..., one.begin : one.end, :] if mask.ndim > 1 and mask.shape[-2] > 1 else own
+        return own[one.row : one.row + 1] if mask.ndim == 4 and mask.shape[0] > 1 else own
 
     def _attend_whole(self, queries: mx.array, scale: float, mask: mx.array | str | None, sinks: mx.array | None) -> mx.array:
         lengths = None
@@ -232,6 +253,15 @@ class Snapshot:
             outs.append(part._attend_whole(rows, scale, own, sinks))
             begin = end
         return mx.concatenate(outs, axis=2)
+
+
+class Alone(NamedTuple):
+    """The step's tokens ``begin`` to ``end`` of the sequence ``row`` of a batch."""
+
+    row: int
+    begin: int
+    end: int
+    snapshot: Snapshot
 
 
 def create_mask(n_new: int, offset: int, return_array: bool = False, window_size: int | None = None) -> mx.array | str | None:
@@ -292,9 +322,8 @@ class TurboQuantKVCache:
         # step before no longer holds the packed buffers.
         self._flush()
         tokens = Exact(keys, values)
-        # The first tokens of all are a prompt, however short: a batch cannot tell them from longer ones either.
-        is_draft = 1 < tokens.n_tokens <= MAX_STEP_TOKENS and self.offset > 0
-        if is_draft and self.n_tail + tokens.n_tokens > self._flush_at:
+        # The first tokens of all are a prompt, however short.
+        if self.offset > 0 and crosses_block(tokens.n_tokens, self.n_tail, self._flush_at):
             snapshot = self._draft_snapshot(tokens)
             self._append(tokens)
         else:
