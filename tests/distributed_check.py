@@ -1,23 +1,42 @@
-"""What test_distributed.py launches twice: a tensor-parallel model on compressed caches; rank 0 writes its tokens."""
+"""What test_distributed.py launches twice: a model in two parts on compressed caches; rank 0 writes its tokens.
+
+``PART FILE`` are the arguments: ``tensor`` parts are KV heads, ``pipeline`` parts are layers.
+"""
 
 import json
 import sys
 
 import mlx.core as mx
+from mlx_lm.generate import batch_generate
 
 import tqext
-from tiny import greedy, make_llama, prompt
+from test_mlx_lm import Words
+from tiny import greedy, make_llama, make_qwen2, prompt
 
+part, file = sys.argv[1:]
 group = mx.distributed.init(strict=True)
 assert group.size() == 2
-model = make_llama()
-model.shard(group)
-tqext.attach(model, "tq3")
+model = make_llama() if part == "tensor" else make_qwen2()
+if part == "tensor":
+    model.shard(group)
+else:
+    model.model.pipeline(group)
+# Layers of the middle only: a stage must know where in the whole model its layers are.
+tqext.attach(model, "tq3", first_last=0 if part == "tensor" else 1)
 cache = model.make_cache()
 tokens = greedy(model, prompt(120), 24, cache=cache)
-assert cache[0].keys.shape[1] == 1, "one KV head for each process"
-assert cache[0].n_coded > 0
+if part == "tensor":
+    assert cache[0].keys.shape[1] == 1, "one KV head for each process"
+    assert cache[0].n_coded > 0
+else:
+    kinds = [type(c).__name__ for c in cache]
+    assert kinds == (["KVCache"] if group.rank() else ["TurboQuantKVCache", "KVCache"]), kinds
+    tqext.attach(model, "tq3")
+    cache = model.make_cache()
+    tokens = greedy(model, prompt(120), 24, cache=cache)
+    assert [c.n_coded > 0 for c in cache] == [True] * len(cache)
+batch = batch_generate(model, Words(), [prompt(120), prompt(40, 1)], max_tokens=24, return_token_ids=True).token_ids
 mx.eval(mx.distributed.all_sum(mx.array(1), group=group))
 if group.rank() == 0:
-    with open(sys.argv[1], "w") as file:
-        json.dump(tokens, file)
+    with open(file, "w") as out:
+        json.dump([tokens, *batch], out)

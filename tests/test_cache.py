@@ -216,14 +216,15 @@ def test_cache_keeps_nothing_but_its_own_bytes():
         cache.update_and_fetch(k, v)
         mx.eval(cache.state)
     mx.synchronize()
-    assert mx.get_active_memory() - before <= 1.01 * cache.nbytes + 4096
+    page = 4096  # what malloc may add to each array
+    assert mx.get_active_memory() - before <= cache.nbytes + page * len(cache.state)
     batch = TurboQuantKVCache.merge([cache])
     mx.eval(batch.state)
     cache = batch.extract(0)
     del batch
     mx.eval(cache.state)
     mx.synchronize()
-    assert mx.get_active_memory() - before <= 1.01 * cache.nbytes + 4096
+    assert mx.get_active_memory() - before <= cache.nbytes + page * len(cache.state)
 
 
 def test_cache_is_not_taken_for_mlx_lms_own_quantised_one():

@@ -1,22 +1,26 @@
-"""Tensor parallelism under mlx.launch, two processes on one machine over the ring backend."""
+"""Tensor and pipeline parallelism under mlx.launch, two processes on one machine over the ring backend."""
 
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import tqext
-from tiny import greedy, make_llama, prompt
+from tiny import greedy, make_llama, make_qwen2, prompt
 
 
-def test_two_processes_give_the_tokens_of_one(tmp_path):
+@pytest.mark.parametrize("part", ["tensor", "pipeline"])
+def test_two_processes_give_the_tokens_of_one(tmp_path, part):
+    """For one prompt and for a batch."""
     here, out = Path(__file__).parent, tmp_path / "tokens.json"
     launch = [sys.executable, str(Path(sys.executable).with_name("mlx.launch")), "--backend", "ring", "-n", "2"]
     where = ["--env", f"PYTHONPATH={here}", "--python", sys.executable]
-    command = [*launch, *where, str(here / "distributed_check.py"), str(out)]
+    command = [*launch, *where, str(here / "distributed_check.py"), part, str(out)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert out.exists(), done.stdout + done.stderr
-    model = make_llama()
-    alone = greedy(model, prompt(120), 24, cache=tqext.make_prompt_cache(model))
+    model = make_llama() if part == "tensor" else make_qwen2()
+    alone = [greedy(model, p, 24, cache=tqext.make_prompt_cache(model)) for p in (prompt(120), prompt(40, 1))]
     tqext.uninstall()
-    assert json.loads(out.read_text()) == alone
+    assert json.loads(out.read_text()) == [alone[0], *alone]

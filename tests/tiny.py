@@ -38,6 +38,13 @@ def make_llama(seed: int = 0, **changes: Any) -> nn.Module:
     return sharpen(llama.Model(llama.ModelArgs.from_dict(CONFIG | changes)), seed)
 
 
+def make_qwen2(seed: int = 0, **changes: Any) -> nn.Module:
+    """A model that mlx-lm can split into pipeline stages (llama it cannot)."""
+    mx.random.seed(seed)
+    args = qwen2.ModelArgs.from_dict(CONFIG | {"model_type": "qwen2", "rope_theta": 1e4} | changes)
+    return sharpen(qwen2.Model(args), seed)
+
+
 def make_biased_qwen2(bias_norm: float, gain: float = 1.6) -> nn.Module:
     """Keys with a large constant part, as Qwen2.5 has them; all else is the same for every `bias_norm`.
 

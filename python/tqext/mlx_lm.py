@@ -289,6 +289,15 @@ class _ProbeCache(TurboQuantKVCache):
         self.tokens: list[_ProbeTokens] = []
         self.asked = False
 
+    @property
+    def keys(self) -> mx.array:
+        """Something for a pipeline to hang a dependency on."""
+        return mx.zeros(1)
+
+    @keys.setter
+    def keys(self, value: mx.array) -> None:
+        pass
+
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> Any:
         self.seen.append(self.path)
         if keys.ndim != 4 or values.ndim != 4:
@@ -383,9 +392,10 @@ def _compressed(stock: Sequence[Any], report: Report) -> list[Any]:
 def _layer_range(model: Any, n_caches: int) -> tuple[int, int]:
     """The index of the first cache's layer in the whole model, and the whole model's layers (pipelines hold a part)."""
     inner = getattr(model, "model", model)
-    first = getattr(inner, "start_idx", 0) or 0
     total = getattr(getattr(model, "args", None), "num_hidden_layers", None)
-    return (first, total) if isinstance(total, int) and first else (0, n_caches)
+    if getattr(inner, "pipeline_size", 1) == 1 or not isinstance(total, int):
+        return 0, n_caches
+    return int(inner.start_idx), total
 
 
 def _dry_run(model: Any, reasons: dict[str, str]) -> tuple[dict[str, Any], tuple[str, str] | None]:
@@ -503,9 +513,10 @@ def upgrade(cache: list[Any], preset: str | Policy = DEFAULT_PRESET, *, model: A
     policy = get_policy(preset, **overrides)
     hook()
     allowed = None if model is None else {layer.path for layer in probe(model, policy).compressed}
+    first, n_layers = (0, len(cache)) if model is None else _layer_range(model, len(cache))
 
     def new(path: str, member: Any) -> Any:
-        recipe = policy.of_layer(int(path.split(".")[0]), len(cache))
+        recipe = policy.of_layer(first + int(path.split(".")[0]), n_layers)
         if type(member) is not mlx_lm_cache.KVCache or recipe is None or (allowed is not None and path not in allowed):
             return member
         return _encoded(member, recipe)
