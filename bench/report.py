@@ -162,6 +162,7 @@ def main() -> None:
         "Attention": attention(),
         "Threads": other("threads"),
         "Memory": memory(),
+        "Memory of a prompt": other("prompt_memory"),
         "Beside other packages": peers(),
         "1-bit matrices": other("q1_matmul"),
         "An 8B-shaped 1-bit model": other("bonsai_shape"),
