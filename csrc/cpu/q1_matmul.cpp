@@ -5,13 +5,8 @@
 #include <memory>
 #include <vector>
 
-#include "format.h"
-#include "isa.h"
-#include "mlx/allocator.h"
-#include "mlx/backend/cpu/encoder.h"
-#include "parallel.h"
+#include "eval.h"
 #include "q1_matmul_kernels.h"
-#include "rows.h"
 
 namespace tqext {
 
@@ -20,22 +15,6 @@ namespace {
 // Rows of the weight that one task takes: few enough to share work evenly, and enough that its lookup tables (as costly as
 // some ten rows) are paid for.
 constexpr int kMinRows = 256, kMaxRows = 4096, kRowStep = 64;
-
-cpu::Q1MatmulKernel q1_kernel() {
-  switch (cpu::active_isa()) {
-#if defined(__x86_64__)
-    case cpu::Isa::kAvx2:
-      return cpu::q1_matmul_avx2;
-    case cpu::Isa::kAvx512:
-      return cpu::q1_matmul_avx512;
-#elif defined(__aarch64__)
-    case cpu::Isa::kNeon:
-      return cpu::q1_matmul_neon;
-#endif
-    default:
-      return cpu::q1_matmul_portable;
-  }
-}
 
 // Without branches, so that the baseline instruction set vectorises it; half.h's functions take one number at a time.
 void load_halves(const uint16_t* from, int n, float* to) {
@@ -103,10 +82,7 @@ struct Work {
     if (x.type != mx::float32 || x.strides.back() != 1 || n_inputs > 1) {
       converted.reset(new float[size_t(n_inputs) * n_cols]);
       constexpr int kRows = 16;
-      cpu::parallel_for(cpu::row_blocks(n_inputs, kRows), [&](int block) {
-        for (int i = block * kRows; i < std::min(n_inputs, (block + 1) * kRows); i++)
-          load_input(x, i, n_cols, converted.get() + ptrdiff_t(i) * n_cols);
-      });
+      cpu::for_rows(n_inputs, kRows, [&](size_t i) { load_input(x, i, n_cols, converted.get() + i * n_cols); });
       input = converted.get();
     }
 
@@ -114,7 +90,7 @@ struct Work {
     const int tile = (n_inputs + n_tiles - 1) / n_tiles;
     const int share = n_rows / (2 * cpu::num_threads()) / kRowStep * kRowStep;
     const int rows = std::clamp(share, kMinRows, kMaxRows), n_chunks = cpu::row_blocks(n_rows, rows);
-    const cpu::Q1MatmulKernel kernel = q1_kernel();
+    cpu::Q1MatmulKernel* const kernel = cpu::q1_matmul_kernel_of(cpu::active_isa());
     // Neighbouring tasks share their weights, which then come from a cache.
     cpu::parallel_for(n_chunks * n_tiles, [&](int task) {
       const int first = task % n_tiles * tile, count = std::min(tile, n_inputs - first);
@@ -143,10 +119,7 @@ struct Work {
 }  // namespace
 
 void Q1Matmul::eval_cpu(const std::vector<mx::array>& inputs, mx::array& out) {
-  out.set_data(mx::allocator::malloc(out.nbytes()));
-  auto& encoder = mx::cpu::get_command_encoder(stream());
-  for (const auto& input : inputs) encoder.set_input_array(input);
-  encoder.set_output_array(out);
+  auto& encoder = cpu::prepare(stream(), inputs, {out});
   encoder.dispatch(
       [work = Work{cpu::View(inputs[0]), cpu::View(inputs[1]), cpu::View(inputs[2]), out.data<void>()}] { work.run(); });
 }

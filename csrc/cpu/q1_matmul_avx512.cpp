@@ -339,25 +339,8 @@ TQ_AVX512 void run_one(const Q1Matrix& m, const float* x, int row_begin, int row
 
 void q1_matmul_avx512(const Q1Matrix& m, const float* x, ptrdiff_t x_stride, int n_inputs, int row_begin, int row_end,
                       float* out, ptrdiff_t out_stride) {
-  switch (n_inputs) {
-    case 1:
-      if (row_end - row_begin >= kTallTile) return run_one(m, x, row_begin, row_end, out);
-      return run<1>(m, x, x_stride, row_begin, row_end, out, out_stride);
-    case 2:
-      return run<2>(m, x, x_stride, row_begin, row_end, out, out_stride);
-    case 3:
-      return run<3>(m, x, x_stride, row_begin, row_end, out, out_stride);
-    case 4:
-      return run<4>(m, x, x_stride, row_begin, row_end, out, out_stride);
-    case 5:
-      return run<5>(m, x, x_stride, row_begin, row_end, out, out_stride);
-    case 6:
-      return run<6>(m, x, x_stride, row_begin, row_end, out, out_stride);
-    case 7:
-      return run<7>(m, x, x_stride, row_begin, row_end, out, out_stride);
-    default:
-      return run<8>(m, x, x_stride, row_begin, row_end, out, out_stride);
-  }
+  if (n_inputs == 1 && row_end - row_begin >= kTallTile) return run_one(m, x, row_begin, row_end, out);
+  with_inputs(n_inputs, [&]<int n>() { run<n>(m, x, x_stride, row_begin, row_end, out, out_stride); });
 }
 
 }  // namespace tqext::cpu

@@ -4,6 +4,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "isa.h"
+
 namespace tqext::cpu {
 
 // Rows of sign bits with one fp16 scale per 128 columns; strides are in elements of the pointed-to type.
@@ -20,16 +22,19 @@ constexpr int kQ1MaxInputs = 8;
 // out[i * out_stride + r] = sum over columns c of scale(r, c / 128) * (bit(r, c) ? x : -x)[i * x_stride + c]
 // for the rows r in [row_begin, row_end) and the inputs i in [0, n_inputs), 1 <= n_inputs <= kQ1MaxInputs.
 // Accumulates in fp32. Everything is read and written with unaligned accesses.
-using Q1MatmulKernel = void (*)(const Q1Matrix& w, const float* x, ptrdiff_t x_stride, int n_inputs, int row_begin, int row_end,
-                                float* out, ptrdiff_t out_stride);
+using Q1MatmulKernel = void(const Q1Matrix& w, const float* x, ptrdiff_t x_stride, int n_inputs, int row_begin, int row_end,
+                            float* out, ptrdiff_t out_stride);
 
-void q1_matmul_portable(const Q1Matrix& w, const float* x, ptrdiff_t x_stride, int n_inputs, int row_begin, int row_end,
-                        float* out, ptrdiff_t out_stride);
-void q1_matmul_avx2(const Q1Matrix& w, const float* x, ptrdiff_t x_stride, int n_inputs, int row_begin, int row_end, float* out,
-                    ptrdiff_t out_stride);
-void q1_matmul_avx512(const Q1Matrix& w, const float* x, ptrdiff_t x_stride, int n_inputs, int row_begin, int row_end,
-                      float* out, ptrdiff_t out_stride);
-void q1_matmul_neon(const Q1Matrix& w, const float* x, ptrdiff_t x_stride, int n_inputs, int row_begin, int row_end, float* out,
-                    ptrdiff_t out_stride);
+Q1MatmulKernel q1_matmul_portable, q1_matmul_avx2, q1_matmul_avx512, q1_matmul_neon;
+
+Q1MatmulKernel* q1_matmul_kernel_of(Isa isa);
+
+// Calls run.operator()<n_inputs>(), 1 <= n_inputs <= most.
+template <int most = kQ1MaxInputs, class Run>
+void with_inputs(int n_inputs, const Run& run) {
+  if constexpr (most > 1)
+    if (n_inputs < most) return with_inputs<most - 1>(n_inputs, run);
+  run.template operator()<most>();
+}
 
 }  // namespace tqext::cpu

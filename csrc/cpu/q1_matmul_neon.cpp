@@ -105,16 +105,7 @@ void q1_matmul_neon(const Q1Matrix& m, const float* x, ptrdiff_t x_stride, int n
   // Four inputs' twelve sums fit the registers; eight inputs read the weights, then in L1 or L2, twice.
   for (; n_inputs > 4; n_inputs -= 4, x += 4 * x_stride, out += 4 * out_stride)
     run<4>(m, x, x_stride, row_begin, row_end, out, out_stride);
-  switch (n_inputs) {
-    case 1:
-      return run<1>(m, x, x_stride, row_begin, row_end, out, out_stride);
-    case 2:
-      return run<2>(m, x, x_stride, row_begin, row_end, out, out_stride);
-    case 3:
-      return run<3>(m, x, x_stride, row_begin, row_end, out, out_stride);
-    default:
-      return run<4>(m, x, x_stride, row_begin, row_end, out, out_stride);
-  }
+  with_inputs<4>(n_inputs, [&]<int n>() { run<n>(m, x, x_stride, row_begin, row_end, out, out_stride); });
 }
 
 }  // namespace tqext::cpu

@@ -55,24 +55,7 @@ void run(const Q1Matrix& m, const float* x, ptrdiff_t x_stride, int row_begin, i
 
 void q1_matmul_portable(const Q1Matrix& m, const float* x, ptrdiff_t x_stride, int n_inputs, int row_begin, int row_end,
                         float* out, ptrdiff_t out_stride) {
-  switch (n_inputs) {
-    case 1:
-      return run<1>(m, x, x_stride, row_begin, row_end, out, out_stride);
-    case 2:
-      return run<2>(m, x, x_stride, row_begin, row_end, out, out_stride);
-    case 3:
-      return run<3>(m, x, x_stride, row_begin, row_end, out, out_stride);
-    case 4:
-      return run<4>(m, x, x_stride, row_begin, row_end, out, out_stride);
-    case 5:
-      return run<5>(m, x, x_stride, row_begin, row_end, out, out_stride);
-    case 6:
-      return run<6>(m, x, x_stride, row_begin, row_end, out, out_stride);
-    case 7:
-      return run<7>(m, x, x_stride, row_begin, row_end, out, out_stride);
-    default:
-      return run<8>(m, x, x_stride, row_begin, row_end, out, out_stride);
-  }
+  with_inputs(n_inputs, [&]<int n>() { run<n>(m, x, x_stride, row_begin, row_end, out, out_stride); });
 }
 
 }  // namespace tqext::cpu

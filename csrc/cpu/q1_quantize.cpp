@@ -1,36 +1,15 @@
 #include "q1_quantize.h"
 
-#include <algorithm>
 #include <cmath>
 
+#include "eval.h"
 #include "format.h"
-#include "mlx/allocator.h"
-#include "mlx/backend/cpu/encoder.h"
-#include "parallel.h"
-#include "rows.h"
 
 namespace tqext {
 
 namespace {
 
 constexpr size_t kRowsPerTask = 16;
-
-mx::cpu::CommandEncoder& prepare(mx::Stream stream, const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
-  auto& encoder = mx::cpu::get_command_encoder(stream);
-  for (auto& x : inputs) encoder.set_input_array(x);
-  for (auto& x : outputs) {
-    x.set_data(mx::allocator::malloc(x.nbytes()));
-    encoder.set_output_array(x);
-  }
-  return encoder;
-}
-
-template <class Body>
-void for_rows(size_t n_rows, const Body& body) {
-  cpu::parallel_for(cpu::row_blocks(n_rows, kRowsPerTask), [&](int block) {
-    for (size_t r = block * kRowsPerTask; r < std::min(n_rows, (block + 1) * kRowsPerTask); r++) body(r);
-  });
-}
 
 // Sign bits of one group, and its scale.
 uint16_t encode_group(const float* x, uint32_t* words) {
@@ -51,11 +30,11 @@ uint16_t encode_group(const float* x, uint32_t* words) {
 }  // namespace
 
 void Q1Quantize::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
-  auto& encoder = prepare(stream(), inputs, outputs);
+  auto& encoder = cpu::prepare(stream(), inputs, outputs);
   encoder.dispatch([w = cpu::View(inputs[0]), words = outputs[0].data<uint32_t>(),
                     scales = reinterpret_cast<uint16_t*>(outputs[1].data<void>())] {
     const int n_groups = w.shape.back() / kQ1Group;
-    for_rows(w.n_rows(), [&](size_t r) {
+    cpu::for_rows(w.n_rows(), kRowsPerTask, [&](size_t r) {
       const ptrdiff_t start = cpu::row_start(w.shape, w.strides, r), stride = w.strides.back();
       for (int g = 0; g < n_groups; g++) {
         float x[kQ1Group];
@@ -67,11 +46,10 @@ void Q1Quantize::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::
 }
 
 void Q1Dequantize::eval_cpu(const std::vector<mx::array>& inputs, mx::array& out) {
-  std::vector<mx::array> outputs{out};
-  auto& encoder = prepare(stream(), inputs, outputs);
+  auto& encoder = cpu::prepare(stream(), inputs, {out});
   encoder.dispatch([weight = cpu::View(inputs[0]), scales = cpu::View(inputs[1]), to = out.data<void>(), type = out.dtype()] {
     const int n_groups = scales.shape.back();
-    for_rows(weight.n_rows(), [&](size_t r) {
+    cpu::for_rows(weight.n_rows(), kRowsPerTask, [&](size_t r) {
       const uint32_t* words = static_cast<const uint32_t*>(weight.data) + cpu::row_start(weight.shape, weight.strides, r);
       const uint16_t* half = static_cast<const uint16_t*>(scales.data) + cpu::row_start(scales.shape, scales.strides, r);
       for (int g = 0; g < n_groups; g++) {

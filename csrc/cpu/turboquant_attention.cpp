@@ -8,10 +8,7 @@
 
 #include "attention_kernels.h"
 #include "codec.h"
-#include "mlx/allocator.h"
-#include "mlx/backend/cpu/encoder.h"
-#include "parallel.h"
-#include "rows.h"
+#include "eval.h"
 #include "softmax.h"
 
 namespace tqext {
@@ -353,10 +350,7 @@ void Task::run() {
 }  // namespace
 
 void TurboQuantAttention::eval_cpu(const std::vector<mx::array>& inputs, mx::array& out) {
-  out.set_data(mx::allocator::malloc(out.nbytes()));
-  auto& encoder = mx::cpu::get_command_encoder(stream());
-  for (auto& x : inputs) encoder.set_input_array(x);
-  encoder.set_output_array(out);
+  auto& encoder = cpu::prepare(stream(), inputs, {out});
   auto get = [&](OptionalInput which) -> std::optional<Packed> {
     const mx::array* x = optional(inputs, which);
     return x ? std::optional<Packed>(*x) : std::nullopt;

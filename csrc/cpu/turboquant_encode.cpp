@@ -1,12 +1,7 @@
 #include "turboquant_encode.h"
 
-#include <algorithm>
-
 #include "codec.h"
-#include "mlx/allocator.h"
-#include "mlx/backend/cpu/encoder.h"
-#include "parallel.h"
-#include "rows.h"
+#include "eval.h"
 
 namespace tqext {
 
@@ -14,31 +9,13 @@ namespace {
 
 constexpr size_t kRows = 32;  // tokens per task
 
-mx::cpu::CommandEncoder& prepare(mx::Stream stream, const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
-  auto& encoder = mx::cpu::get_command_encoder(stream);
-  for (auto& x : inputs) encoder.set_input_array(x);
-  for (auto& x : outputs) {
-    x.set_data(mx::allocator::malloc(x.nbytes()));
-    encoder.set_output_array(x);
-  }
-  return encoder;
-}
-
-// Calls body(row) for every token, in parallel.
-template <class Body>
-void for_rows(size_t n_rows, const Body& body) {
-  cpu::parallel_for(cpu::row_blocks(n_rows, kRows), [&](int block) {
-    for (size_t i = block * kRows; i < std::min(n_rows, (block + 1) * kRows); i++) body(i);
-  });
-}
-
 // Row of mean [B, n_kv_heads, D] that belongs to token `row` of [B, n_kv_heads, n, D].
 size_t head_of(const mx::Shape& shape, size_t row) { return row / shape[2]; }
 
 }  // namespace
 
 void QuantizeKeys::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
-  auto& encoder = prepare(stream(), inputs, outputs);
+  auto& encoder = cpu::prepare(stream(), inputs, outputs);
   std::optional<cpu::View> mean;
   if (inputs.size() > 1) mean.emplace(inputs[1]);
   uint32_t* signs = qjl_ ? outputs[2].data<uint32_t>() : nullptr;
@@ -48,7 +25,7 @@ void QuantizeKeys::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx
                     hadamard = hadamard_] {
     const int head_dim = k.shape.back(), dim = padded_dim(head_dim);
     const Codebook book = codebook(bits, dim);
-    for_rows(k.n_rows(), [&](size_t i) {
+    cpu::for_rows(k.n_rows(), kRows, [&](size_t i) {
       float x[kMaxDim] = {}, levels[kMaxDim];
       k.load(i, head_dim, x);
       if (mean) {
@@ -68,11 +45,11 @@ void QuantizeKeys::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx
 }
 
 void QuantizeValues::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
-  auto& encoder = prepare(stream(), inputs, outputs);
+  auto& encoder = cpu::prepare(stream(), inputs, outputs);
   encoder.dispatch([v = cpu::View(inputs[0]), codes = outputs[0].data<uint32_t>(),
                     params = reinterpret_cast<uint16_t*>(outputs[1].data<void>()), bits = bits_, hadamard = hadamard_] {
     const int head_dim = v.shape.back(), dim = padded_dim(head_dim);
-    for_rows(v.n_rows(), [&](size_t i) {
+    cpu::for_rows(v.n_rows(), kRows, [&](size_t i) {
       float x[kMaxDim] = {};
       v.load(i, head_dim, x);
       if (hadamard) cpu::rotate_row(x, dim, TQ_ROTATION_SEED, false);
@@ -82,15 +59,14 @@ void QuantizeValues::eval_cpu(const std::vector<mx::array>& inputs, std::vector<
 }
 
 void Dequantize::eval_cpu(const std::vector<mx::array>& inputs, mx::array& out) {
-  std::vector<mx::array> outputs{out};
-  auto& encoder = prepare(stream(), inputs, outputs);
+  auto& encoder = cpu::prepare(stream(), inputs, {out});
   std::optional<cpu::View> mean;
   if (inputs.size() > 2) mean.emplace(inputs[2]);
   encoder.dispatch([codes = cpu::View(inputs[0]), params = cpu::View(inputs[1]), mean, to = out.data<void>(),
                     type = out.dtype(), keys = keys_, bits = bits_, head_dim = head_dim_, hadamard = hadamard_] {
     const int dim = padded_dim(head_dim), n_words = code_words(dim, bits), n_params = keys ? 1 : value_params(dim);
     const Codebook book = codebook(keys ? bits : 3, dim);
-    for_rows(codes.n_rows(), [&](size_t i) {
+    cpu::for_rows(codes.n_rows(), kRows, [&](size_t i) {
       uint32_t words[kMaxDim / 8];
       uint16_t half[2 * kMaxDim / kGroup];
       float x[kMaxDim];

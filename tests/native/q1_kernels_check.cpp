@@ -1,14 +1,17 @@
 // Every q1_matmul kernel this machine can run against float64 over the same bits; no MLX, no Python, so that it also runs
 // cross-compiled under an emulator. Prints the worst relative errors; the exit status is the number of failures.
-//   g++ -std=c++20 -O3 -I csrc tests/native/q1_kernels_check.cpp csrc/cpu/{q1_matmul_{portable,avx2,avx512,neon},scratch}.cpp
-//   -o check && ./check
+//   g++ -std=c++20 -O3 -I csrc tests/native/q1_kernels_check.cpp csrc/cpu/q1_matmul_*.cpp csrc/cpu/isa.cpp csrc/cpu/scratch.cpp
+//       -o check && ./check
+// Argument: N, to test every Nth case.
 #include <cmath>
 #include <cstdio>
+#include <cstdlib>
 #include <limits>
 #include <random>
 #include <vector>
 
 #include "cpu/half.h"
+#include "cpu/isa.h"
 #include "cpu/q1_matmul_kernels.h"
 
 using namespace tqext::cpu;
@@ -18,7 +21,7 @@ namespace {
 constexpr double kTolerance = 1e-5;
 constexpr float kUntouched = 777;
 
-double error_of(Q1MatmulKernel kernel, int rows, int row_begin, int cols, int n_inputs) {
+double error_of(Q1MatmulKernel* kernel, int rows, int row_begin, int cols, int n_inputs) {
   std::mt19937 random(rows * 31 + cols + n_inputs);
   std::normal_distribution<float> normal;
   const int words = cols / 32, groups = cols / 128, weight_stride = words + 3, scale_stride = groups + 1, x_stride = cols + 5,
@@ -55,13 +58,15 @@ double error_of(Q1MatmulKernel kernel, int rows, int row_begin, int cols, int n_
   return largest > 0 ? error / largest : error;
 }
 
-int check(const char* name, Q1MatmulKernel kernel) {
-  int failures = 0;
+int check(Isa isa, int every) {
+  const char* const name = isa_name(isa);
+  Q1MatmulKernel* const kernel = q1_matmul_kernel_of(isa);
+  int failures = 0, n = 0;
   double worst = 0;
   for (int rows : {1, 7, 8, 9, 15, 17, 31, 32, 33, 65, 70, 290})
     for (int cols : {128, 384, 640, 4096, 4224, 12288 + 384})
       for (int n_inputs = 1; n_inputs <= kQ1MaxInputs; n_inputs++) {
-        if (cols > 1000 && rows > 70) continue;
+        if ((cols > 1000 && rows > 70) || n++ % every != 0) continue;
         const double error = error_of(kernel, rows, rows > 60 ? 5 : 0, cols, n_inputs);
         worst = std::fmax(worst, error);
         if (error <= kTolerance) continue;
@@ -74,16 +79,8 @@ int check(const char* name, Q1MatmulKernel kernel) {
 
 }  // namespace
 
-int main() {
-  int failures = check("portable", q1_matmul_portable);
-#if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
-    failures += check("avx2", q1_matmul_avx2);
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512dq"))
-    failures += check("avx512", q1_matmul_avx512);
-#elif defined(__aarch64__)
-  failures += check("neon", q1_matmul_neon);  // needs the dot-product instructions, as every Apple Silicon chip has them
-#endif
+int main(int argc, char** argv) {
+  int failures = 0;
+  for (Isa isa : available_isas()) failures += check(isa, argc > 1 ? std::atoi(argv[1]) : 1);
   return failures;
 }
