@@ -103,6 +103,7 @@ print(digest.hexdigest())
 PROGRAMS = {
     "codec_golden": ["codec.cpp", "isa.cpp"],
     "attention_kernels_check": ["attention_kernels*.cpp", "codec.cpp", "isa.cpp", "scratch.cpp"],
+    "q1_kernels_check": ["q1_matmul_*.cpp", "isa.cpp", "scratch.cpp"],
 }
 
 
@@ -138,7 +139,7 @@ def check_golden(program, isa, *emulator):
     assert [line.strip() for line in lines] == answers
 
 
-def check_attention(program, isas, *emulator, every):
+def check_kernels(program, isas, *emulator, every):
     """Its exit status is the number of errors above the tolerance; it prints a line for each instruction set it ran."""
     lines = run([*emulator, program, str(every)]).splitlines()
     assert [line.split()[0] for line in lines] == isas
@@ -164,7 +165,8 @@ def arm(folder):
 
 def test_isa_kernels_of_this_machine(host):
     check_golden(host["codec_golden"], ISAS[-1])
-    check_attention(host["attention_kernels_check"], ISAS, every=1)
+    check_kernels(host["attention_kernels_check"], ISAS, every=1)
+    check_kernels(host["q1_kernels_check"], ISAS, every=3)
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -181,7 +183,8 @@ def test_isa_kernels_of_an_older_x86(host, cpu, isas):
     """An instruction that this processor lacks ends the program."""
     emulator = tool("qemu-x86_64", "qemu-x86_64-static"), "-cpu", cpu
     check_golden(host["codec_golden"], isas[-1], *emulator)
-    check_attention(host["attention_kernels_check"], isas, *emulator, every=40)
+    check_kernels(host["attention_kernels_check"], isas, *emulator, every=40)
+    check_kernels(host["q1_kernels_check"], isas, *emulator, every=11)
 
 
 @linux_x86
@@ -190,7 +193,8 @@ def test_isa_kernels_of_arm(arm, cpu, isas):
     """The Cortex-A53 has no dot-product instructions, which the NEON kernels need."""
     emulator = tool("qemu-aarch64", "qemu-aarch64-static"), "-cpu", cpu
     check_golden(arm["codec_golden"], isas[-1], *emulator)
-    check_attention(arm["attention_kernels_check"], isas, *emulator, every=30)
+    check_kernels(arm["attention_kernels_check"], isas, *emulator, every=30)
+    check_kernels(arm["q1_kernels_check"], isas, *emulator, every=11)
 
 
 def test_isa_golden_input_is_exact_in_every_dtype():

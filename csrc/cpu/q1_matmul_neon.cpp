@@ -7,7 +7,11 @@
 
 #include "q1_matmul_kernels.h"
 
+#if defined(__clang__)
 #define TQ_DOTPROD __attribute__((target("dotprod")))
+#else
+#define TQ_DOTPROD __attribute__((target("arch=armv8.2-a+dotprod")))
+#endif
 
 // Each group of an input is taken as 24-bit integers (relative to its largest value; about fp32's own precision) in
 // three planes of signed bytes. tbl and tst widen 16 sign bits to 16 bytes of 0 or -1, sdot sums a plane under them.
