@@ -2,7 +2,8 @@
 
     python bench/bench_quality.py --json bench/results/quality_smollm2.json
 
-One window of each text in texts.py, fed 8 tokens at a time, each of which finds what it would find alone.
+One window of each text in texts.py, fed 8 tokens at a time, each of which finds what it would find alone. A run goes on where
+the file ends: rows that it holds are not measured again.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=1024)
     parser.add_argument("--step", type=int, default=8)
     parser.add_argument("--only", nargs="*", help="names of presets")
-    parser.add_argument("--no-stock", action="store_true", help="leave mlx-lm's own quantised caches out")
+    parser.add_argument("--leave-out", nargs="*", choices=("quality", "mlx-lm", "passkeys"), default=[])
     parser.add_argument("--trials", type=int, help="passkey trials; default: the full number")
     parser.add_argument("--json", type=Path, required=True)
     options = parser.parse_args()
@@ -80,6 +81,12 @@ def main() -> None:
         "passkeys": [],
     }
 
+    if options.json.exists():  # go on where another run stopped
+        before = json.loads(options.json.read_text())
+        if [before[key] for key in ("model", "texts", "window")] == [data[key] for key in ("model", "texts", "window")]:
+            data |= {kind: before[kind] for kind in ("quality", "passkeys")}
+    done = {row["preset"] for row in data["quality"]}
+
     def save(kind: str, row: dict[str, Any]) -> None:
         data[kind].append(row)
         print(json.dumps(row), flush=True)
@@ -92,14 +99,17 @@ def main() -> None:
         seconds = round(time.perf_counter() - start)
         save("quality", asdict(q) | {"bits_per_element": round(bits, 3), "seconds": seconds})
 
-    reference = reference_logprobs(model, tokens)
-    for policy in chosen:
+    rows = [] if "quality" in options.leave_out else [p for p in chosen if p.name not in done]
+    stock = [] if "mlx-lm" in options.leave_out else [bits for bits in STOCK_BITS if f"mlx-lm {bits}-bit" not in done]
+    reference = reference_logprobs(model, tokens) if rows or stock else None
+    for policy in rows:
         quality(bits_per_element(policy, head_dim), options.step, preset=policy)
-    for bits in () if options.no_stock else STOCK_BITS:
+    for bits in stock:
         cache = stock_quantised(len(model.layers), bits)
         named = replace(get_policy(), name=f"mlx-lm {bits}-bit")
         quality(bits + 32 / 64, options.step, preset=named, cache=cache)
-    for n_keys in (1, 4):
+    data["passkeys"] = data["passkeys"] if "passkeys" in options.leave_out else []
+    for n_keys in () if "passkeys" in options.leave_out else (1, 4):
         presets = [None, *(p for p in chosen if p.name in PASSKEY_PRESETS)]
         for found in passkeys(model, tokenizer, prose["emma"], presets, n_keys=n_keys, trials=options.trials):
             save("passkeys", asdict(found))

@@ -95,6 +95,33 @@ def attention() -> str:
     return "\n".join(parts)
 
 
+def overview() -> None:
+    """The README's picture: time of an attention call and memory of the cache over the context."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
+    names = {
+        ("tqext", "fp32"): "tqext, fp32 query",
+        ("tqext", "fp16"): "tqext, fp16 query",
+        ("mx.fast", "fp32"): "MLX, fp32",
+        ("mx.fast", "fp16"): "MLX, fp16",
+        ("mlx-lm 4 bit", "fp32"): "mlx-lm, 4 bits",
+    }
+    _, run = max(runs("turboquant_attention"), key=lambda found: len({r["n_keys"] for r in found[1]["rows"]}))
+    for (attention, query), label in names.items():
+        points = [(r["n_keys"], r["ms"]) for r in run["rows"] if (r["attention"], r["query"]) == (attention, query)]
+        left.plot(*zip(*sorted(points), strict=True), marker="o", label=label)
+    left.set(xscale="log", yscale="log", xlabel="tokens of context", ylabel="ms per attention call", title="Time, Linux CPU")
+    _, run = runs("memory")[0]
+    for cache in ("fp16", "mlx-lm 4 bits", "tq3"):
+        points = [(r["n_tokens"], r["resident"] / 1e6) for r in run["rows"] if r["cache"] == cache]
+        right.plot(*zip(*sorted(points), strict=True), marker="o", label=cache)
+    layers = run["settings"]["layers"]
+    right.set(xlabel="tokens of context", ylabel=f"resident MB of {layers} layers", ylim=(0, None), title="Memory of the cache")
+    for axes in (left, right):
+        axes.grid(True, alpha=0.3)
+        axes.legend(fontsize=8)
+    save(figure, "overview")
+
+
 def memory() -> str:
     parts = []
     for i, (machine, run) in enumerate(runs("memory")):
@@ -152,6 +179,7 @@ def other(bench: str) -> str:
 
 def main() -> None:
     OUT.mkdir(parents=True, exist_ok=True)
+    overview()
     recipe, guide = "", ""
     for i, data in enumerate(quality()):
         by_name = {r["preset"]: r for r in data["quality"]}
