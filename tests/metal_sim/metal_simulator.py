@@ -20,6 +20,8 @@ from pathlib import Path
 import msl_translate
 import numpy as np
 
+from support import locked
+
 HERE = Path(__file__).resolve().parent
 INCLUDE = HERE / "include"
 RUNTIME = HERE / "runtime.cpp"
@@ -140,11 +142,13 @@ def _digest(*parts: str) -> str:
 
 
 def _runtime_object() -> Path:
-    out = BUILD / f"runtime.{hashlib.sha256(RUNTIME.read_bytes()).hexdigest()[:16]}.o"
-    if not out.exists():
-        part = out.with_suffix(f".{os.getpid()}.o")
-        _run([CLANG, "-std=c++20", "-O2", "-fPIC", "-fno-exceptions", "-g1", "-c", str(RUNTIME), "-o", str(part)])
-        part.replace(out)
+    out = BUILD / f"runtime.{_digest(RUNTIME.read_text())}.o"
+    with locked(out.with_suffix(".lock")):
+        if not out.exists():
+            part = out.with_suffix(f".{os.getpid()}.o")
+            flags = ["-std=c++20", "-O2", "-fPIC", "-fno-exceptions", "-g1", f"-I{INCLUDE}"]
+            _run([CLANG, *flags, "-c", str(RUNTIME), "-o", str(part)])
+            part.replace(out)
     return out
 
 
@@ -163,14 +167,15 @@ def build(source: str | Path, *, includes=(), defines=(), mode: str = "fast") ->
     runtime = _runtime_object()
     key = _digest(text, mode, str(COMMON_FLAGS), str(MODE_FLAGS[mode]), runtime.name)
     library = BUILD / f"kernels.{mode}.{key}.so"
-    if not library.exists():
-        cpp = BUILD / f"kernels.{mode}.{key}.{os.getpid()}.cpp"
-        obj, part = cpp.with_suffix(".o"), cpp.with_suffix(".so")
-        cpp.write_text(text)
-        _run([CLANG, *COMMON_FLAGS, *MODE_FLAGS[mode], "-c", str(cpp), "-o", str(obj)])
-        _run([CLANG, "-shared", "-Wl,-Bsymbolic", str(obj), str(runtime), "-o", str(part), "-lm", "-lstdc++"])
-        part.replace(library)
-        obj.unlink()
+    with locked(library.with_suffix(".lock")):
+        if not library.exists():
+            cpp = BUILD / f"kernels.{mode}.{key}.{os.getpid()}.cpp"
+            obj, part = cpp.with_suffix(".o"), cpp.with_suffix(".so")
+            cpp.write_text(text)
+            _run([CLANG, *COMMON_FLAGS, *MODE_FLAGS[mode], "-c", str(cpp), "-o", str(obj)])
+            _run([CLANG, "-shared", "-Wl,-Bsymbolic", str(obj), str(runtime), "-o", str(part), "-lm", "-lstdc++"])
+            part.replace(library)
+            obj.unlink()
     if library not in _loaded:
         _loaded[library] = Library(library)
     return _loaded[library]

@@ -109,10 +109,6 @@ def lint(text, own):
                 rep(i, BAN[v])
             if v == "long" and nx == "long":
                 rep(i, "long long is not a Metal type")
-            if v in ("function_constant",):
-                pass
-            if False:
-                pass
         if (
             (v == "[" and nx == "]" and pv in ("=", "(", ",", "return"))
             or (v == "[" and nx in ("&", "=") and i + 2 < len(toks) and toks[i + 2][1] == "]")

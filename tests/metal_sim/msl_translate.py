@@ -59,9 +59,6 @@ class Rewriter:
         self.i = 0
         self.kernels = {}  # name -> list of param descriptors
         self.uid = 0
-        self.fc = []
-        self.diag = []
-        self.sigs = []  # stack of {sig} per class scope, for address-space-only overloads
 
     # -- token helpers -------------------------------------------------
     def sig(self, i, step=1):
@@ -149,7 +146,7 @@ class Rewriter:
                         ),
                     )
 
-    def parse_params(self, a, b, auto=0):
+    def parse_params(self, a, b):
         """tokens a..b = inside of kernel parameter list -> descriptors; strips attributes in place"""
         params, start, d = [], a, 0
         i = a
@@ -231,8 +228,6 @@ class Rewriter:
             if v == "[[":
                 e = self.match(i, "[[", "]]")
                 is_k = "kernel" in self.flat(i, e)
-                if is_k:
-                    self.cur_attr = self.flat(i, e)
             if is_k:
                 j = i if k == "id" else self.match(i, "[[", "]]")
                 self.blank(i, j + 1)

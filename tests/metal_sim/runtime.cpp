@@ -12,25 +12,11 @@
 #include <map>
 #include <string>
 #include <vector>
+#include "msl/interface.h"
 typedef unsigned int uint;
 typedef unsigned long ulong;
 typedef unsigned short ushort;
-namespace msl {  // mirrors of runtime.h (kept free of the MSL types)
-struct Post {
-  void (*fn)(Post**, uint mask);
-  const void* in;
-  void* out;
-  uint arg;
-  uint line;
-  const char* file;
-  const char* name;
-};
-struct Param {
-  int kind;
-  int index;
-  bool (*cond)();
-  bool ro;
-};
+namespace msl {  // as in runtime.h, without the MSL types
 struct alignas(16) U3 {
   uint x, y, z, pad;
 };

@@ -38,7 +38,7 @@ def replace(source, kernel, old, new, nth=1):
 
 SIMD_BARRIER = "simdgroup_barrier(mem_flags::mem_threadgroup);"
 BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
-SPLIT, MATRIX, EXACT, COMBINE = (f"turboquant_attention_{x}" for x in ("split", "matrix", "exact", "combine"))
+SPLIT, MATRIX, COMBINE = (f"turboquant_attention_{x}" for x in ("split", "matrix", "combine"))
 
 # name -> (kernel function, text, replacement, occurrence, shape of the problem)
 SMALL = dict(n_kv_heads=1, n_coded=300, head_dim=64)

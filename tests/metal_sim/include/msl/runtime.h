@@ -1,23 +1,9 @@
 // Interface between translated kernels and the simulated GPU (runtime.cpp)
 #pragma once
+#include "msl/interface.h"
 #include "msl/types.h"
 namespace msl {
-struct Post {
-  void (*fn)(Post**, uint mask);
-  const void* in;
-  void* out;
-  uint arg;
-  uint line;
-  const char* file;
-  const char* name;
-};
 enum { MSL_BUF = 0, MSL_TG = 1, MSL_BUILTIN = 2 };
-struct Param {
-  int kind;
-  int index;
-  bool (*cond)();
-  bool ro;
-};
 struct Ctx {
   void* buf[32];
   void* tg[32];

@@ -2,39 +2,12 @@
 // Strict mode: address spaces are real types (clang address_space attribute), vectors are
 // ext_vector_type. Only declarations: used with -fsyntax-only.
 #pragma once
-typedef signed char schar;
-typedef unsigned char uchar;
-typedef unsigned short ushort;
-typedef unsigned int uint;
-typedef unsigned long ulong;
-typedef signed char int8_t;
-typedef unsigned char uint8_t;
-typedef short int16_t;
-typedef unsigned short uint16_t;
-typedef int int32_t;
-typedef unsigned int uint32_t;
-typedef long int64_t;
-typedef unsigned long uint64_t;
-typedef unsigned long size_t;
-typedef long ptrdiff_t;
-typedef unsigned long uintptr_t;
-typedef _Float16 half;
-typedef __bf16 bfloat;
+#include "msl/scalars.h"
 #define MSL_AS0
 #define MSL_AS1 __attribute__((address_space(1)))
 #define MSL_AS2 const __attribute__((address_space(2)))
 #define MSL_AS3 __attribute__((address_space(3)))
 namespace metal {
-using ::int16_t;
-using ::int32_t;
-using ::int64_t;
-using ::int8_t;
-using ::size_t;
-using ::uint16_t;
-using ::uint32_t;
-using ::uint64_t;
-using ::uint8_t;
-#include "msl/traits.inc"
 template <class T, int N>
 using vec = T __attribute__((ext_vector_type(N)));
 #define MSL_TY(t)                  \
