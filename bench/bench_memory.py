@@ -25,7 +25,7 @@ from typing import Any
 
 from timing import save, table
 
-LAYERS, N_KV_HEADS, N_Q_HEADS, HEAD_DIM, CHUNK = 4, 8, 32, 128, 2048
+LAYERS, N_KV_HEADS, HEAD_DIM, CHUNK = 4, 8, 128, 2048
 CACHES = ("fp16", "mlx-lm 4 bits", "tq3", "tq4")
 PROMPT_CACHES = ("fp32", "mlx-lm 4 bits", "tq3", "tq4")
 PROMPT_CHUNK = 256

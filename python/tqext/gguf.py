@@ -16,23 +16,10 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from tqext.models import BLOCK_NAMES, OUTER_NAMES
 from tqext.nn import GROUP_SIZE
 
 _BLOCK_BYTES = 2 + GROUP_SIZE // 8  # fp16 scale, then sign bits, low bit first
-_BLOCK_NAMES = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-_OUTER_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
 # Pre-tokenizers by their name in a GGUF, as the models' own tokenizer.json files have them.
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -213,10 +200,10 @@ def _mlx_name(name: str) -> str:
     stem, _, suffix = name.rpartition(".")
     parts = stem.split(".")
     if suffix in ("weight", "bias"):
-        if stem in _OUTER_NAMES:
-            return _OUTER_NAMES[stem]
-        if len(parts) == 3 and parts[0] == "blk" and parts[1].isdigit() and parts[2] in _BLOCK_NAMES:
-            return f"model.layers.{parts[1]}.{_BLOCK_NAMES[parts[2]]}"
+        if stem in OUTER_NAMES:
+            return OUTER_NAMES[stem]
+        if len(parts) == 3 and parts[0] == "blk" and parts[1].isdigit() and parts[2] in BLOCK_NAMES:
+            return f"model.layers.{parts[1]}.{BLOCK_NAMES[parts[2]]}"
     reason = " (rope factors of Llama 3.1 and later)" if stem == "rope_freqs" else ""
     raise ValueError(f"[gguf] {name}: expected a tensor of a plain llama or qwen3 model, got an unknown name{reason}")
 

