@@ -3,14 +3,27 @@ import random
 
 # MLX multiplies fp32 matrices in TF32 on NVIDIA GPUs: too coarse for a test of fp32.
 os.environ.setdefault("MLX_ENABLE_TF32", "0")
-# OpenBLAS would start a thread per core in every worker of the reference.
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+# OpenBLAS would start a thread per core in every worker, and in each of the reference's own.
+os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
+from support import locked
+from tqext import models
+
 HAS_GPU = mx.is_available(mx.gpu)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """The whole suite runs in two processes, file by file; parts of it run in this one, and so does all with ``-n 0``."""
+    options = config.option
+    whole = config.args_source is config.ArgsSource.TESTPATHS and not hasattr(config, "workerinput")
+    if whole and not options.usepdb and getattr(options, "numprocesses", 0) is None:
+        options.numprocesses, options.dist = 2, "loadfile"
+        options.loadscopereorder = False  # in the order of their names, the last files are short ones
 
 
 @pytest.fixture(params=["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
@@ -31,6 +44,14 @@ def pytest_collection_modifyitems(config, items):
     kept = [item for item in items if not item.get_closest_marker("gpu")]
     config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("gpu")])
     items[:] = kept
+
+
+@pytest.fixture(scope="session")
+def small_model():
+    """The folder of the small real model. The first of the workers that wants it makes it, the others wait."""
+    models.cache_dir().mkdir(parents=True, exist_ok=True)
+    with locked(models.cache_dir() / "smollm2.lock"):
+        return models.resolve("smollm2")
 
 
 @pytest.fixture(autouse=True)

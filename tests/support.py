@@ -1,8 +1,11 @@
 """What several test files share: tolerances, conversions, random attention problems and their float64 answer."""
 
+import contextlib
+import fcntl
 import os
 import shutil
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -37,6 +40,19 @@ def tool(*names):
     if os.environ.get("CI"):
         pytest.fail(message)
     pytest.skip(message)
+
+
+@contextlib.contextmanager
+def locked(path):
+    """One process at a time, among the workers of a test run and other runs."""
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def with_blas():
+    """The environment of a process that runs the small real model (tests/blas/sitecustomize.py)."""
+    return os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent / "blas"), os.environ.get("PYTHONPATH", "")])}
 
 
 def to_numpy(x):

@@ -8,6 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from support import with_blas
+
+pytestmark = pytest.mark.usefixtures("small_model")
+
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -15,6 +19,12 @@ FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 LANGUAGES = {"python", "bash", "console", "text", "json"}
 # The set-up commands are what .ci/run executes, in a fresh virtual environment.
 SET_UP = "python3 -m venv"
+
+
+def run(folder, *arguments):
+    command = [sys.executable, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=500, env=with_blas(), check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def blocks(page, language):
@@ -30,8 +40,7 @@ def test_docs_blocks_name_a_known_language(page):
 def test_docs_python_blocks_run(page, tmp_path):
     script = tmp_path / "blocks.py"
     script.write_text("\n".join(blocks(page, "python")))
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, cwd=tmp_path, timeout=500)
-    assert done.returncode == 0, done.stderr
+    run(tmp_path, str(script))
 
 
 COMMANDS = [
@@ -47,10 +56,7 @@ COMMANDS = [
 def test_docs_commands_run(page, line, tmp_path):
     words = shlex.split(line)
     assert words[0] == "tqext", f"{page}: expected a tqext command or a set-up command, got {line}"
-    done = subprocess.run(
-        [sys.executable, "-m", "tqext", *words[1:]], capture_output=True, text=True, cwd=tmp_path, timeout=500
-    )
-    assert done.returncode == 0, done.stderr
+    run(tmp_path, "-m", "tqext", *words[1:])
 
 
 def test_docs_links_lead_somewhere():

@@ -4,13 +4,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from support import with_blas
+
+pytestmark = pytest.mark.usefixtures("small_model")
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
 def run(name, *arguments):
-    done = subprocess.run(
-        [sys.executable, str(EXAMPLES / name), *arguments], capture_output=True, text=True, timeout=500, check=False
-    )
+    command = [sys.executable, str(EXAMPLES / name), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, env=with_blas(), check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -9,7 +9,7 @@ import mlx.nn as nn
 import numpy as np
 
 
-def _product(x: mx.array, weight: mx.array) -> mx.array:
+def product(x: mx.array, weight: mx.array) -> mx.array:
     rows = np.array(x.astype(mx.float32), copy=False).reshape(-1, x.shape[-1])
     out = rows @ np.array(weight, copy=False).T
     return mx.array(out.reshape(*x.shape[:-1], weight.shape[0])).astype(x.dtype)
@@ -17,13 +17,13 @@ def _product(x: mx.array, weight: mx.array) -> mx.array:
 
 class _BlasLinear(nn.Linear):
     def __call__(self, x: mx.array) -> mx.array:
-        out = _product(x, self.weight)
+        out = product(x, self.weight)
         return out + self.bias if "bias" in self else out
 
 
 class _BlasEmbedding(nn.Embedding):
     def as_linear(self, x: mx.array) -> mx.array:
-        return _product(x, self.weight)
+        return product(x, self.weight)
 
 
 _SUBSTITUTES: dict[type, type] = {nn.Linear: _BlasLinear, nn.Embedding: _BlasEmbedding}
