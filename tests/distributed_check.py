@@ -1,6 +1,7 @@
 """What test_distributed.py launches twice: a model in two parts on compressed caches; rank 0 writes its tokens.
 
-``PART FILE`` are the arguments: ``tensor`` parts are KV heads, ``pipeline`` parts are layers.
+``PART FILE`` are the arguments: ``tensor`` parts are KV heads, ``pipeline`` parts are layers; ``one-bit`` is ``tensor`` with
+1-bit weights.
 """
 
 import json
@@ -10,22 +11,24 @@ import mlx.core as mx
 from mlx_lm.generate import batch_generate
 
 import tqext
+from q1_models import make_one_bit
 from test_mlx_lm import Words
 from tiny import greedy, make_llama, make_qwen2, prompt
 
 part, file = sys.argv[1:]
 group = mx.distributed.init(strict=True)
 assert group.size() == 2
-model = make_llama() if part == "tensor" else make_qwen2()
-if part == "tensor":
+model = {"tensor": make_llama, "one-bit": make_one_bit, "pipeline": make_qwen2}[part]()
+by_head = part != "pipeline"
+if by_head:
     model.shard(group)
 else:
     model.model.pipeline(group)
 # Layers of the middle only: a stage must know where in the whole model its layers are.
-tqext.attach(model, "tq3", first_last=0 if part == "tensor" else 1)
+tqext.attach(model, "tq3", first_last=0 if by_head else 1)
 cache = model.make_cache()
 tokens = greedy(model, prompt(120), 24, cache=cache)
-if part == "tensor":
+if by_head:
     assert cache[0].keys.shape[1] == 1, "one KV head for each process"
     assert cache[0].n_coded > 0
 else:

@@ -9,6 +9,8 @@ from mlx.utils import tree_flatten
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.pre_tokenizers import ByteLevel
 
+from tqext import nn
+
 BYTES = sorted(ByteLevel.alphabet())
 SPECIAL = ["<|begin|>", "<|end|>"]
 TOKENS = [*BYTES, *SPECIAL]
@@ -44,6 +46,13 @@ def make_model(settings, seed=0):
     norms = [(name, value + 0.1 * mx.random.normal(value.shape)) for name, value in parameters(model) if "norm" in name]
     model.load_weights(norms, strict=False)
     mx.eval(model.parameters())
+    return model
+
+
+def make_one_bit():
+    """A model with 1-bit weights whose layers two processes can share: an even number of groups everywhere."""
+    model = make_model(config(intermediate_size=512, vocab_size=300))
+    nn.quantize(model)
     return model
 
 

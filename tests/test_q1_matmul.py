@@ -108,6 +108,15 @@ def test_q1_matmul_nan_reaches_its_row_only(n, rng):
     assert not np.isfinite(out[n // 2]).any() and np.isfinite(np.delete(out, n // 2, 0)).all()
 
 
+@pytest.mark.parametrize("n", [1, 3, 12])
+@pytest.mark.parametrize("special", [np.nan, np.inf])
+def test_q1_matmul_scale_that_is_not_finite_reaches_its_column_only(special, n, rng):
+    weight, scales = problem(rng, 70, 512)
+    scales[41, 2] = special
+    out = to_numpy(tqext.q1_matmul(mx.array(rng.normal(size=(n, 512)).astype(np.float32)), weight, scales))
+    assert not np.isfinite(out[:, 41]).any() and np.isfinite(np.delete(out, 41, 1)).all()
+
+
 @pytest.mark.parametrize("magnitude", [1e-20, 1e-6, 1e6, 1e20])
 def test_q1_matmul_any_magnitude(magnitude, rng):
     x = mx.array((rng.normal(size=(2, 512)) * magnitude).astype(np.float32))
