@@ -151,6 +151,22 @@ def test_shard_linear_splits_columns(rng):
         shard_linear(layer, "sharded-to-all", group=Group(0, 4))
 
 
+@pytest.mark.parametrize("segments", [2, [0.3]])
+def test_shard_linear_cuts_columns_at_groups(segments, rng):
+    layer = linear(rng, bias=False, columns=8 * 128)
+    x = mx.array(rng.normal(size=(3, 8 * 128)).astype(np.float32))
+    bounds = [0, 4, 8] if segments == 2 else [0, 2, 8]
+    total = 0
+    for r in range(2):
+        part = shard_linear(layer, "sharded-to-all", segments=segments, group=Group(r, 2))
+        groups = [a + (b - a) // 2 * r + i for a, b in pairwise(bounds) for i in range((b - a) // 2)]
+        mine = mx.concatenate([x[:, 128 * g : 128 * g + 128] for g in groups], axis=1)
+        total = total + tqext.q1_matmul(mine, part.weight, part.scales)
+    assert_close(total, to_numpy(layer(x)), 1e-5)
+    with pytest.raises(ValueError, match=error_line("shard_linear", "segments")):
+        shard_linear(layer, "sharded-to-all", segments=8, group=Group(0, 2))
+
+
 def test_model_shard_before_and_after_the_swap():
     """A group of one: every layer changes its class, the function stays."""
     group = mx.distributed.init()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import mlx.core as mx
@@ -148,15 +149,19 @@ def _shard_parameters(
 ) -> dict[str, mx.array | None]:
     size, rank = group.size(), group.rank()
     n = layer.scales.shape[1] if columns else layer.scales.shape[0]
+    unit = f"input groups of {GROUP_SIZE}" if columns else "output rows"
     if n % size:
-        unit = f"input groups of {GROUP_SIZE}" if columns else "output rows"
         raise ValueError(f"[shard_linear] group: expected a size that divides {n} {unit}, got {size}")
 
+    # In units, so that weight and scales are cut at the same groups; lists hold fractions, as MLX has them.
+    inner = [n * i // segments for i in range(1, segments)] if isinstance(segments, int) else [int(at * n) for at in segments]
+    lengths = [end - begin for begin, end in pairwise([0, *inner, n])]
+    if any(length % size for length in lengths) or (isinstance(segments, int) and n % segments):
+        raise ValueError(f"[shard_linear] segments: expected parts of {n} {unit} that divide by {size}, got {segments}")
+
     def part(x: mx.array, axis: int) -> mx.array:
-        if isinstance(segments, int):
-            pieces = mx.split(x, segments, axis=axis)
-        else:  # positions as fractions, as MLX has them
-            pieces = mx.split(x, [int(at * x.shape[axis]) for at in segments], axis=axis)
+        scale = x.shape[axis] // n
+        pieces = mx.split(x, [scale * at for at in inner], axis=axis)
         return mx.contiguous(mx.concatenate([mx.split(piece, size, axis=axis)[rank] for piece in pieces], axis=axis))
 
     axis = 1 if columns else 0
