@@ -174,6 +174,14 @@ class BatchTurboQuantKVCache:
         Returns:
             The same snapshot twice.
         """
+        before = {**vars(self), "_counts": self._counts.copy(), "_has_mean": self._has_mean.copy()}
+        try:
+            return self._update(keys, values)
+        except BaseException:  # as in TurboQuantKVCache
+            vars(self).update(before)
+            raise
+
+    def _update(self, keys: mx.array, values: mx.array) -> tuple[Snapshot, Snapshot]:
         self._last = None
         if self._codec is None:
             self._open(keys, values)

@@ -315,6 +315,14 @@ class TurboQuantKVCache:
         Returns:
             The same snapshot twice. The L tokens themselves are exact in it.
         """
+        before = dict(vars(self))
+        try:
+            return self._update(keys, values)
+        except BaseException:  # an interrupt, wherever it comes, leaves what was there: tokens past the counts are nobody's
+            vars(self).update(before)
+            raise
+
+    def _update(self, keys: mx.array, values: mx.array) -> tuple[Snapshot, Snapshot]:
         self._last = None
         if self._codec is None:
             self._open(keys, values)
