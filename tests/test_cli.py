@@ -1,5 +1,6 @@
 """The command line over mlx-lm's own commands, each in a process of its own."""
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -60,6 +61,36 @@ def test_chat_ends_with_its_input(folder):
     done = subprocess.run(command, input="hi\nq\n", capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "3 of 3 layers compressed" in done.stderr
+
+
+TASK = """
+task: echo
+dataset_path: json
+dataset_kwargs:
+  data_files: {{test: {data}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{text}}}}"
+doc_to_target: 0
+doc_to_choice: ["yes", "no"]
+metric_list:
+  - metric: acc
+"""
+
+
+def test_evaluate_runs_or_says_what_is_missing(folder, tmp_path):
+    """mlx-lm's evaluation harness is a package of its own."""
+    data, task = tmp_path / "data.jsonl", tmp_path / "echo.yaml"
+    data.write_text("".join(json.dumps({"text": f"Is {i} a number? "}) + "\n" for i in range(3)))
+    task.write_text(TASK.format(data=data))
+    args = ("evaluate", "--model", folder, "--kv", "tq3", "--tasks", task, "--output-dir", tmp_path)
+    done = tqext(*args, check=False)
+    if importlib.util.find_spec("lm_eval") is None:
+        assert done.returncode == 2
+        assert "mlx_lm.evaluate needs the package lm_eval" in done.stderr
+    else:
+        assert done.returncode == 0, done.stderr
+        assert "3 of 3 layers compressed" in done.stderr
 
 
 def test_eval_writes_json(folder, tmp_path):

@@ -99,7 +99,11 @@ def _run_mlx_lm(command: str, args: list[str]) -> None:
         mlx_lm.install(policy)
         mlx_lm.on_cache(witness.see)
     sys.argv = [f"tqext {command}", *rest]
-    importlib.import_module(f"mlx_lm.{command}").main()
+    try:
+        module = importlib.import_module(f"mlx_lm.{command}")
+    except ModuleNotFoundError as error:
+        parser.error(f"mlx_lm.{command} needs the package {error.name}, which is not installed")
+    module.main()
     witness.finish()
 
 
