@@ -180,3 +180,18 @@ def test_threads_generate_what_each_does_alone(model):
     for thread in threads:
         thread.join()
     assert [found.get(i) for i in range(len(prompts))] == alone
+
+
+@pytest.mark.parametrize("after", [1, 2, 33, 70])
+def test_a_consumer_that_raises_can_go_on(model, after):
+    """The loop is a step ahead of what it has handed out."""
+    tokens = prompt(150)
+    whole = tokens + greedy(model, tokens, 100, cache=tqext.make_prompt_cache(model))
+    cache = tqext.make_prompt_cache(model)
+    steps = generate_step(mx.array(tokens), model, max_tokens=80, prompt_cache=cache)
+    with pytest.raises(KeyboardInterrupt):
+        for i, _ in enumerate(steps, 1):
+            if i == after:
+                raise KeyboardInterrupt
+    (fed,) = {layer.offset for layer in cache}
+    assert greedy(model, whole[fed : fed + 1], 10, cache=cache) == whole[fed + 1 : fed + 11]
