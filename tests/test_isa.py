@@ -188,9 +188,11 @@ def test_isa_kernels_of_an_older_x86(host, cpu, isas):
 
 
 @linux_x86
-@pytest.mark.parametrize("cpu, isas", [("neoverse-n1", ["portable", "neon"]), ("cortex-a53", ["portable"])])
+@pytest.mark.parametrize(
+    "cpu, isas", [("neoverse-n1", ["portable", "neon", "neon_dotprod"]), ("cortex-a53", ["portable", "neon"])]
+)
 def test_isa_kernels_of_arm(arm, cpu, isas):
-    """The Cortex-A53 has no dot-product instructions, which the NEON kernels need."""
+    """The Cortex-A53 has no dot-product instructions."""
     emulator = tool("qemu-aarch64", "qemu-aarch64-static"), "-cpu", cpu
     check_golden(arm["codec_golden"], isas[-1], *emulator)
     check_kernels(arm["attention_kernels_check"], isas, *emulator, every=30)

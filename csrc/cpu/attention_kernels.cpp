@@ -12,6 +12,8 @@ AttentionKernels attention_kernels_of([[maybe_unused]] Isa isa) {
 #elif defined(__aarch64__)
     case Isa::kNeon:
       return {attend_coded_neon, attend_exact_neon};
+    case Isa::kNeonDotprod:
+      return {attend_coded_neon_dotprod, attend_exact_neon};
 #endif
     default:
       return {attend_coded_portable, attend_exact_portable};

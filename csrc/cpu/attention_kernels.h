@@ -74,6 +74,7 @@ void attend_exact_avx512(const ExactHead&, const QueryRows&, int begin, int end,
 #elif defined(__aarch64__)
 void attend_coded_neon(const CodedHead&, const CodecShape&, const QueryRows&, int begin, int end, Partial* partials);
 void attend_exact_neon(const ExactHead&, const QueryRows&, int begin, int end, Partial* partials);
+void attend_coded_neon_dotprod(const CodedHead&, const CodecShape&, const QueryRows&, int begin, int end, Partial* partials);
 #endif
 
 }  // namespace tqext::cpu

@@ -35,6 +35,7 @@
 #endif
 
 #include "fp32_attention.h"
+#include "integer_attention.h"
 
 namespace tqext::cpu {
 namespace {
@@ -127,26 +128,13 @@ struct Avx512 {
 
 // ---------------------------------------------------------------- integer kernel
 
-constexpr int kBlock = 128;             // tokens per update of the softmax state; 64 was 6 % slower, 96 no faster
-constexpr int kQuads = kBlock / 4;      // a 32-bit lane of the value pass is one dimension of four tokens
-constexpr int kSet = 4;                 // rows that share a pass over a block's decoded codes
-constexpr float kLeastWeight = 1e-30f;  // products below it, of weights relative to 1, add nothing in fp32
-constexpr float kNegligible = 48;  // a block whose weights are all below 2^-48 of the largest so far changes nothing in fp32
+constexpr int kBlock = 128;         // tokens per update of the softmax state; 64 was 6 % slower, 96 no faster
+constexpr int kQuads = kBlock / 4;  // a 32-bit lane of the value pass is one dimension of four tokens
 
 // acc += sum of four u8 * s8. As asm because gcc 12 copies every accumulator of the intrinsic.
 inline __attribute__((always_inline)) void dot(__m512i& acc, __m512i u8, __m512i s8) {
   asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(u8), "v"(s8));
 }
-
-// Pieces of a signed integer: the low ones hold a digit in [-128, 127] plus 128, so that a byte of x + bias is a digit.
-template <int N>
-struct Pieces {
-  static constexpr int kBias = N == 2 ? 0x80 : 0x8080;
-  // Rounding and the bias may not carry out of the top byte.
-  static constexpr float kQueryTop = N == 2 ? 32600.0f : 8355000.0f;
-  // Weights are integers in the mantissa of 1.5 * 2^23 + x: 23 bits.
-  static constexpr float kWeightTop = N == 2 ? 32600.0f : 4160000.0f;
-};
 
 // Sum of pieces, most significant first, `step` registers apart.
 template <int N>

@@ -8,6 +8,7 @@
 
 #include "attention_kernels.h"
 #include "fp32_attention.h"
+#include "neon_exp2.h"
 #include "scratch.h"
 #include "softmax.h"
 
@@ -33,18 +34,7 @@ struct Neon {
   static F load_bfloat(const uint16_t* p) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16)); }
   static float sum(F v) { return vaddvq_f32(v); }
   static float max_lane(F v) { return vmaxnmvq_f32(v); }
-  // 2^x for x <= 0, relative error 1e-7; 0 below -100, NaN stays.
-  static F exp2(F x) {
-    const F n = vrndnq_f32(x), f = vsubq_f32(x, n);
-    F y = vdupq_n_f32(1.3276471781512866e-3f);
-    y = vfmaq_f32(vdupq_n_f32(9.67554133276717e-3f), y, f);
-    y = vfmaq_f32(vdupq_n_f32(5.55071327415071e-2f), y, f);
-    y = vfmaq_f32(vdupq_n_f32(2.40221197238820e-1f), y, f);
-    y = vfmaq_f32(vdupq_n_f32(6.93146967064360e-1f), y, f);
-    y = vfmaq_f32(vdupq_n_f32(1.0000000716546738f), y, f);
-    const I bits = vaddq_u32(vreinterpretq_u32_f32(y), vreinterpretq_u32_s32(vshlq_n_s32(vcvtq_s32_f32(n), 23)));
-    return vreinterpretq_f32_u32(vbicq_u32(bits, vcltq_f32(x, vdupq_n_f32(-100.0f))));
-  }
+  static F exp2(F x) { return exp2_neon(x); }
 
   static I load_int(const uint32_t* p) { return vld1q_u32(p); }
   static I set1_int(int x) { return vdupq_n_u32(uint32_t(x)); }

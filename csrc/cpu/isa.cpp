@@ -7,6 +7,8 @@
 #include <cpuid.h>
 #elif defined(__linux__) && defined(__aarch64__)
 #include <sys/auxv.h>
+#elif defined(__APPLE__) && defined(__aarch64__)
+#include <sys/sysctl.h>
 #endif
 
 namespace tqext::cpu {
@@ -19,10 +21,31 @@ const char* isa_name(Isa isa) {
       return "avx512";
     case Isa::kNeon:
       return "neon";
+    case Isa::kNeonDotprod:
+      return "neon_dotprod";
     default:
       return "portable";
   }
 }
+
+#if defined(__aarch64__)
+namespace {
+
+bool has_dotprod() {
+#if defined(__APPLE__)
+  int value = 0;
+  size_t size = sizeof(value);
+  return sysctlbyname("hw.optional.arm.FEAT_DotProd", &value, &size, nullptr, 0) == 0 && value != 0;
+#elif defined(__linux__)
+  constexpr unsigned long kDotProduct = 1ul << 20;  // HWCAP_ASIMDDP
+  return (getauxval(AT_HWCAP) & kDotProduct) != 0;
+#else
+  return false;
+#endif
+}
+
+}  // namespace
+#endif
 
 std::vector<Isa> available_isas() {
   std::vector<Isa> isas{Isa::kPortable};
@@ -36,11 +59,9 @@ std::vector<Isa> available_isas() {
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni")) {
     isas.push_back(Isa::kAvx512);
   }
-#elif defined(__aarch64__) && defined(__APPLE__)
-  isas.push_back(Isa::kNeon);  // every Apple Silicon chip has the dot-product instructions
-#elif defined(__aarch64__) && defined(__linux__)
-  constexpr unsigned long kDotProduct = 1ul << 20;  // HWCAP_ASIMDDP
-  if (getauxval(AT_HWCAP) & kDotProduct) isas.push_back(Isa::kNeon);
+#elif defined(__aarch64__)
+  isas.push_back(Isa::kNeon);  // part of the baseline
+  if (has_dotprod()) isas.push_back(Isa::kNeonDotprod);
 #endif
   return isas;
 }

@@ -6,7 +6,7 @@
 
 namespace tqext::cpu {
 
-enum class Isa { kPortable, kAvx2, kAvx512, kNeon };
+enum class Isa { kPortable, kAvx2, kAvx512, kNeon, kNeonDotprod };
 
 const char* isa_name(Isa isa);
 

@@ -10,8 +10,8 @@ Q1MatmulKernel* q1_matmul_kernel_of([[maybe_unused]] Isa isa) {
     case Isa::kAvx512:
       return q1_matmul_avx512;
 #elif defined(__aarch64__)
-    case Isa::kNeon:
-      return q1_matmul_neon;
+    case Isa::kNeonDotprod:
+      return q1_matmul_neon_dotprod;
 #endif
     default:
       return q1_matmul_portable;

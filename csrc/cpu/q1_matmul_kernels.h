@@ -25,7 +25,7 @@ constexpr int kQ1MaxInputs = 8;
 using Q1MatmulKernel = void(const Q1Matrix& w, const float* x, ptrdiff_t x_stride, int n_inputs, int row_begin, int row_end,
                             float* out, ptrdiff_t out_stride);
 
-Q1MatmulKernel q1_matmul_portable, q1_matmul_avx2, q1_matmul_avx512, q1_matmul_neon;
+Q1MatmulKernel q1_matmul_portable, q1_matmul_avx2, q1_matmul_avx512, q1_matmul_neon_dotprod;
 
 Q1MatmulKernel* q1_matmul_kernel_of(Isa isa);
 

@@ -31,16 +31,19 @@ constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 struct Case {
   int key_dim = 128, value_dim = 128, key_bits = 3, value_bits = 2, rows = 4, begin = 0, n = 100;
   bool half = false, signs = false, bias = false, ends = false, offset = false, poison = false;
-  int padding = 0;   // extra elements between tokens
-  float spread = 1;  // standard deviation of the scores, natural logarithm
+  int padding = 0;     // extra elements between tokens
+  float spread = 1;    // standard deviation of the scores, natural logarithm
+  bool equal = false;  // all keys are one key, values lie around zero: the output is an average near zero
+  int octaves = 0;     // by which value scales differ between tokens and groups
 };
 
 std::string name(const Case& c) {
-  char text[200];
+  char text[240];
   std::snprintf(text, sizeof(text),
-                "D=%d/%d bits=%d/%d rows=%d [%d,%d) half=%d signs=%d bias=%d ends=%d offset=%d poison=%d padding=%d spread=%g",
+                "D=%d/%d bits=%d/%d rows=%d [%d,%d) half=%d signs=%d bias=%d ends=%d offset=%d poison=%d padding=%d spread=%g "
+                "equal=%d octaves=%d",
                 c.key_dim, c.value_dim, c.key_bits, c.value_bits, c.rows, c.begin, c.begin + c.n, c.half, c.signs, c.bias,
-                c.ends, c.offset, c.poison, c.padding, c.spread);
+                c.ends, c.offset, c.poison, c.padding, c.spread, c.equal, c.octaves);
   return text;
 }
 
@@ -76,11 +79,25 @@ struct Problem {
     fill(residual_norms, 1, 1 + pad,
          [&] { return float_to_half(std::sqrt(float(c.key_dim)) * 0.2f * (random() % 1000) / 1000); });
     bool scale = true;
+    float last_scale = 0;
     fill(params, np, np + pad, [&] {
-      const float x = scale ? (0.5f + (random() % 1000) / 1000.0f) * (random() % 16 ? 1 : -1) : -1.5f + 0.5f * normal(random);
+      float x;
+      if (scale) {
+        x = (0.5f + (random() % 1000) / 1000.0f) * (random() % 16 ? 1 : -1);
+        if (c.octaves) x *= std::exp2(-float(random() % (c.octaves + 1)));
+        last_scale = x;
+      } else if (c.equal || c.octaves) {
+        x = -0.5f * ((1 << c.value_bits) - 1) * last_scale * (1 + 0.1f * normal(random));
+      } else {
+        x = -1.5f + 0.5f * normal(random);
+      }
       scale = !scale;
       return float_to_half(x);
     });
+    for (int t = 1; c.equal && t < total; t++) {
+      std::copy_n(key_codes.begin(), kw, key_codes.begin() + size_t(t) * (kw + pad));
+      norms[size_t(t) * (1 + pad)] = norms[0];
+    }
     for (int i = 0; i < c.rows * c.key_dim; i++) q.push_back(normal(random) * c.spread / std::sqrt(float(c.key_dim)) * 1.4427f);
     for (int i = 0; i < c.rows * c.key_dim; i++) residual_q.push_back(q[i] * std::sqrt(float(M_PI / 2) / c.key_dim));
     for (int r = 0; r < c.rows; r++) {
@@ -319,6 +336,17 @@ void test(const Kernels& isa, int every) {
     for (float spread : {0.1f, 3.0f, 10.0f})
       for (int rows : {1, 4})
         cases.push_back({128, 128, 3, 2, rows, 0, 1000, half, false, false, false, false, false, 0, spread});
+    for (int dim : {64, 96, 128, 160, 256}) {  // 96: a head dimension of 80, padded
+      for (int vb : {2, 4}) {
+        for (int octaves : {0, 10})
+          for (bool equal : {false, true}) {
+            if (!octaves && !equal) continue;
+            cases.push_back({dim, dim, 3, vb, 4, 0, 1000, half});
+            cases.back().equal = equal;
+            cases.back().octaves = octaves;
+          }
+      }
+    }
     cases.push_back({128, 128, 3, 2, 4, 0, 5000, half, true, false, true, true, false, 4});
     cases.push_back({128, 128, 3, 2, 4, 0, 16384, half});
   }

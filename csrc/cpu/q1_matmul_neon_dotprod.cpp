@@ -104,8 +104,8 @@ TQ_DOTPROD void run(const Q1Matrix& m, const float* x, ptrdiff_t x_stride, int r
 
 }  // namespace
 
-void q1_matmul_neon(const Q1Matrix& m, const float* x, ptrdiff_t x_stride, int n_inputs, int row_begin, int row_end, float* out,
-                    ptrdiff_t out_stride) {
+void q1_matmul_neon_dotprod(const Q1Matrix& m, const float* x, ptrdiff_t x_stride, int n_inputs, int row_begin, int row_end,
+                            float* out, ptrdiff_t out_stride) {
   // Four inputs' twelve sums fit the registers; eight inputs read the weights, then in L1 or L2, twice.
   for (; n_inputs > 4; n_inputs -= 4, x += 4 * x_stride, out += 4 * out_stride)
     run<4>(m, x, x_stride, row_begin, row_end, out, out_stride);
