@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from support import locked
+from locking import locked
 from tqext import models
 
 HAS_GPU = mx.is_available(mx.gpu)

@@ -1,7 +1,5 @@
 """What several test files share: tolerances, conversions, random attention problems and their float64 answer."""
 
-import contextlib
-import fcntl
 import os
 import shutil
 from dataclasses import dataclass, field
@@ -40,14 +38,6 @@ def tool(*names):
     if os.environ.get("CI"):
         pytest.fail(message)
     pytest.skip(message)
-
-
-@contextlib.contextmanager
-def locked(path):
-    """One process at a time, among the workers of a test run and other runs."""
-    with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def with_blas():

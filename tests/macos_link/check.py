@@ -138,7 +138,7 @@ def self_test(build: Path) -> None:
 
 def check_embedded_sources(build: Path) -> None:
     """The kernels' texts in the module must stand alone: the run-time compiler takes ASCII and has no include path."""
-    sys.path.insert(0, str(HERE.parent / "metal_sim"))
+    sys.path[:0] = [str(HERE.parent / "metal_sim"), str(HERE.parent)]
     import metal_simulator
     from instances import INSTANCES
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import msl_translate
 import numpy as np
 
-from support import locked
+from locking import locked
 
 HERE = Path(__file__).resolve().parent
 INCLUDE = HERE / "include"
