@@ -897,24 +897,14 @@ class IntegerAttention {
   bool* nan_;
 };
 
-template <int N>
-void attend_in_integers(const CodedHead& head, const CodecShape& shape, const QueryRows& rows, int begin, int end,
-                        Partial* partials) {
-  IntegerAttention<N> attention(head, shape, rows);
-  attention.attend(begin, end);
-  attention.finish(partials);
-}
-
 }  // namespace
 
 void attend_coded_avx512(const CodedHead& head, const CodecShape& shape, const QueryRows& rows, int begin, int end,
                          Partial* partials) {
   if (head.key_signs || head.param_stride % 2) {
     Fp32Attention<Avx512>::attend_coded(head, shape, rows, begin, end, partials);
-  } else if (shape.half_query) {
-    attend_in_integers<2>(head, shape, rows, begin, end, partials);
   } else {
-    attend_in_integers<3>(head, shape, rows, begin, end, partials);
+    attend_in_integers<IntegerAttention>(head, shape, rows, begin, end, partials);
   }
 }
 

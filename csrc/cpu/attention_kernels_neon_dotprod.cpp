@@ -783,24 +783,14 @@ class DotAttention {
   bool* nan_;
 };
 
-template <int N>
-void attend_in_integers(const CodedHead& head, const CodecShape& shape, const QueryRows& rows, int begin, int end,
-                        Partial* partials) {
-  DotAttention<N> attention(head, shape, rows);
-  attention.attend(begin, end);
-  attention.finish(partials);
-}
-
 }  // namespace
 
 void attend_coded_neon_dotprod(const CodedHead& head, const CodecShape& shape, const QueryRows& rows, int begin, int end,
                                Partial* partials) {
   if (head.key_signs) {
     attend_coded_neon(head, shape, rows, begin, end, partials);
-  } else if (shape.half_query) {
-    attend_in_integers<2>(head, shape, rows, begin, end, partials);
   } else {
-    attend_in_integers<3>(head, shape, rows, begin, end, partials);
+    attend_in_integers<DotAttention>(head, shape, rows, begin, end, partials);
   }
 }
 

@@ -1,6 +1,9 @@
-// What the integer kernels of coded tokens share: how numbers become integers of a few bytes, and when a block counts.
+// What the integer kernels of coded tokens share: how numbers become integers of a few bytes, when a block
+// counts, and how many bytes a query type needs.
 // Included inside the target pragma of each: internal linkage only.
 #pragma once
+
+#include "attention_kernels.h"
 
 namespace tqext::cpu {
 namespace {
@@ -18,6 +21,24 @@ struct Pieces {
   // Weights are integers in the mantissa of 1.5 * 2^23 + x: 23 bits.
   static constexpr float kWeightTop = N == 2 ? 32600.0f : 4160000.0f;
 };
+
+template <class Attention>
+void attend_with(const CodedHead& head, const CodecShape& shape, const QueryRows& rows, int begin, int end, Partial* partials) {
+  Attention attention(head, shape, rows);
+  attention.attend(begin, end);
+  attention.finish(partials);
+}
+
+// Attention<N>: the kernel with N bytes for a query element and a weight.
+template <template <int> class Attention>
+void attend_in_integers(const CodedHead& head, const CodecShape& shape, const QueryRows& rows, int begin, int end,
+                        Partial* partials) {
+  if (shape.half_query) {
+    attend_with<Attention<2>>(head, shape, rows, begin, end, partials);
+  } else {
+    attend_with<Attention<3>>(head, shape, rows, begin, end, partials);
+  }
+}
 
 }  // namespace
 }  // namespace tqext::cpu
