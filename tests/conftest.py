@@ -10,6 +10,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+import tqext
 from locking import locked
 from tqext import models
 
@@ -52,6 +53,13 @@ def small_model():
     models.cache_dir().mkdir(parents=True, exist_ok=True)
     with locked(models.cache_dir() / "smollm2.lock"):
         return models.resolve("smollm2")
+
+
+@pytest.fixture
+def uninstalled():
+    """No hook of the test's is left behind."""
+    yield
+    tqext.uninstall()
 
 
 @pytest.fixture(autouse=True)

@@ -18,7 +18,6 @@ import tqext.mlx_lm
 from tqext import TurboQuantKVCache, nn, one_bit
 from tqext import gguf as loader
 
-pytest.importorskip("gguf")
 fuzz = settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 

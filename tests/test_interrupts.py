@@ -14,13 +14,8 @@ from test_cache import DV, D, H, close, step, tokens
 from tiny import greedy, kl, logits_after, make_llama, prompt
 from tqext import BatchTurboQuantKVCache, Recipe, TurboQuantKVCache
 
+pytestmark = pytest.mark.usefixtures("uninstalled")
 N_NEW = 30
-
-
-@pytest.fixture(autouse=True)
-def clean():
-    yield
-    tqext.uninstall()
 
 
 @pytest.fixture(scope="module")

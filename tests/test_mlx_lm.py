@@ -16,13 +16,8 @@ from tqext import BatchTurboQuantKVCache, Recipe, TurboQuantKVCache, get_policy
 from tqext.cache import Codec
 from tqext.mlx_lm import PathError, stock_cache
 
+pytestmark = pytest.mark.usefixtures("uninstalled")
 N_PROMPT, N_NEW = 150, 60
-
-
-@pytest.fixture(autouse=True)
-def clean():
-    yield
-    tqext.uninstall()
 
 
 @pytest.fixture(scope="module")

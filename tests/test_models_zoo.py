@@ -22,14 +22,9 @@ TOKENS = [37 * i % 127 + 1 for i in range(120)]
 N_PROMPT = 110
 AFTER = ((110, 114), (114, 115), (115, 120))  # a draft, a single token, a draft; no block is encoded in between
 # fp32 in another order. The largest found is 2e-6.
+pytestmark = pytest.mark.usefixtures("uninstalled")
 SAME_BYTES = 2e-5
 NOISE_DRAWS = 5
-
-
-@pytest.fixture(autouse=True)
-def clean():
-    yield
-    tqext.uninstall()
 
 
 def members(caches):

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+import gguf
 import mlx.core as mx
 import mlx_lm.utils
 import numpy as np
@@ -14,8 +15,6 @@ import tqext
 from support import assert_close, to_numpy
 from tqext import gguf as loader
 from tqext import nn, one_bit
-
-gguf = pytest.importorskip("gguf")
 
 GGUF_NAMES = {
     "model.embed_tokens": "token_embd",
