@@ -195,34 +195,31 @@ class IntegerAttention {
         natural_(head.key_stride == key_words_ && head.value_stride == value_words_ && head.param_stride == 2 * n_groups_) {
     const int n_sets = (rows.n_rows + kSet - 1) / kSet;
     const size_t per_row = out_size_ + 16 * n_groups_ + 16;
-    char* next = static_cast<char*>(scratch(
-        sizeof(float) * (size_t(key_dim_ / 8) * kBlock + 3 * kBlock + size_t(n_chunks_) * kQuads * 16 + 2 * n_groups_ * kBlock +
-                         kSet * kBlock + size_t(out_size_) + rows.n_rows * per_row + size_t(n_sets) * key_dim_ * N + 64) +
-        weight_bytes() + 16 * sizeof(uint32_t) * (size_t(key_words_) + value_words_ + n_groups_ + 1) +
-        size_t(rows.n_rows) * (N + 3) * 64 + 64 * 32));
-    auto take = [&next](size_t bytes) { return (next += (bytes + 63) / 64 * 64) - (bytes + 63) / 64 * 64; };
-    auto floats = [&](size_t n) { return reinterpret_cast<float*>(take(n * sizeof(float))); };
-    auto words = [&](size_t n) { return reinterpret_cast<uint32_t*>(take(n * sizeof(uint32_t))); };
-    planes_ = words(size_t(key_dim_ / 8) * kBlock);
-    norms_ = floats(kBlock);
-    values_ = reinterpret_cast<uint8_t*>(take(size_t(n_chunks_) * kQuads * 64));
-    scales_ = floats(size_t(n_groups_) * kBlock);
-    biases_ = floats(size_t(n_groups_) * kBlock);
-    largest_scales_ = floats(kBlock);
-    scores_ = floats(kSet * kBlock);
-    weights_ = reinterpret_cast<int8_t*>(take(weight_bytes()));
-    group_of_ = reinterpret_cast<int32_t*>(words(out_size_));
-    query_ = reinterpret_cast<int32_t*>(words(size_t(n_sets) * key_dim_ * N));
-    tail_keys_ = words(16 * size_t(key_words_));
-    tail_values_ = words(16 * size_t(value_words_));
-    tail_params_ = words(16 * size_t(n_groups_));
-    out_ = floats(size_t(rows.n_rows) * out_size_);
-    bias_sums_ = floats(size_t(rows.n_rows) * n_groups_ * 16);
-    sums_ = floats(size_t(rows.n_rows) * 16);
-    query_offset_ = reinterpret_cast<int32_t*>(words(size_t(rows.n_rows) * N));
-    query_step_ = floats(rows.n_rows);
-    max_ = floats(rows.n_rows);
-    nan_ = reinterpret_cast<bool*>(take(rows.n_rows));
+    Arrays arrays(sizeof(float) *
+                      (size_t(key_dim_ / 8) * kBlock + 3 * kBlock + size_t(n_chunks_) * kQuads * 16 + 2 * n_groups_ * kBlock +
+                       kSet * kBlock + size_t(out_size_) + rows.n_rows * per_row + size_t(n_sets) * key_dim_ * N + 64) +
+                  weight_bytes() + 16 * sizeof(uint32_t) * (size_t(key_words_) + value_words_ + n_groups_ + 1) +
+                  size_t(rows.n_rows) * (N + 3) * 64 + 64 * 32);
+    planes_ = arrays.take<uint32_t>(size_t(key_dim_ / 8) * kBlock);
+    norms_ = arrays.take<float>(kBlock);
+    values_ = arrays.take<uint8_t>(size_t(n_chunks_) * kQuads * 64);
+    scales_ = arrays.take<float>(size_t(n_groups_) * kBlock);
+    biases_ = arrays.take<float>(size_t(n_groups_) * kBlock);
+    largest_scales_ = arrays.take<float>(kBlock);
+    scores_ = arrays.take<float>(kSet * kBlock);
+    weights_ = arrays.take<int8_t>(weight_bytes());
+    group_of_ = arrays.take<int32_t>(out_size_);
+    query_ = arrays.take<int32_t>(size_t(n_sets) * key_dim_ * N);
+    tail_keys_ = arrays.take<uint32_t>(16 * size_t(key_words_));
+    tail_values_ = arrays.take<uint32_t>(16 * size_t(value_words_));
+    tail_params_ = arrays.take<uint32_t>(16 * size_t(n_groups_));
+    out_ = arrays.take<float>(size_t(rows.n_rows) * out_size_);
+    bias_sums_ = arrays.take<float>(size_t(rows.n_rows) * n_groups_ * 16);
+    sums_ = arrays.take<float>(size_t(rows.n_rows) * 16);
+    query_offset_ = arrays.take<int32_t>(size_t(rows.n_rows) * N);
+    query_step_ = arrays.take<float>(rows.n_rows);
+    max_ = arrays.take<float>(rows.n_rows);
+    nan_ = arrays.take<bool>(rows.n_rows);
 
     alignas(16) uint8_t levels[16];
     for (int i = 0; i < 16; i++) levels[i] = uint8_t(shape.codebook[i] + 128);
@@ -243,29 +240,11 @@ class IntegerAttention {
   }
 
   void attend(int begin, int end) {
-    for (int t0 = begin; t0 < end; t0 += kBlock) {
-      const int n = smaller(kBlock, end - t0);
-      int last = 0;
-      for (int r = 0; r < rows_.n_rows; r++) last = rows_.end[r] > last ? rows_.end[r] : last;
-      if (last <= t0) break;
-      load_block(t0, n);
+    const int last = last_attended(rows_);
+    for (int t0 = begin; t0 < end && t0 < last; t0 += kBlock) {
+      load_block(t0, smaller(kBlock, end - t0));
       ahead_ = t0 + kBlock < end && natural_;
-      for (int r = 0; r < rows_.n_rows; r += kSet) {
-        switch (smaller(kSet, rows_.n_rows - r)) {
-          case 1:
-            attend_set<1>(r, t0, n);
-            break;
-          case 2:
-            attend_set<2>(r, t0, n);
-            break;
-          case 3:
-            attend_set<3>(r, t0, n);
-            break;
-          default:
-            attend_set<4>(r, t0, n);
-        }
-        ahead_ = false;  // once a block
-      }
+      attend_sets(*this, rows_.n_rows);
     }
   }
 
@@ -282,16 +261,14 @@ class IntegerAttention {
         const float bias = _mm512_reduce_add_ps(_mm512_load_ps(bias_sums_ + (size_t(r) * n_groups_ + g) * 16));
         for (int d = 0; d < kGroup; d++) p.out[kGroup * g + d] += bias;
       }
-      const bool attended = p.max != kNegInf || p.sum != 0;
-      if (attended && (nan_[r] || p.sum != p.sum)) {
-        p.max = 0;
-        p.sum = __builtin_nanf("");
-        for (int d = 0; d < value_dim_; d++) p.out[d] = p.sum;
-      }
+      finish_row(p, nan_[r], value_dim_);
     }
   }
 
  private:
+  template <class Attention>
+  friend void attend_sets(Attention& attention, int n_rows);
+
   size_t weight_bytes() const { return size_t(kSet) * N * kQuads * (straddle_ ? 64 : 16 * n_patterns_); }
 
   // Dimension of element i of out_: -1 for the words that fill up the last chunk.
@@ -317,10 +294,7 @@ class IntegerAttention {
     const float offset = rows_.offset ? rows_.offset[r] : 0.0f;
     nan_[r] = !(_mm512_reduce_add_ps(check) == 0) || offset - offset != 0;
     const float largest = nan_[r] ? 0.0f : _mm512_reduce_max_ps(top);
-    const float inverse = largest > 0 ? Pieces<N>::kQueryTop / largest : 0.0f;
-    query_step_[r] = largest > 0 ? largest / Pieces<N>::kQueryTop / float(kCodebookTop) : 0.0f;
-    const bool tiny = !(inverse < 1e38f);  // all elements are subnormal or close to it: scores of zero
-    const __m512 factor = _mm512_set1_ps(nan_[r] || tiny ? 0.0f : inverse);
+    const __m512 factor = _mm512_set1_ps(query_factor<N>(largest, query_step_[r]));
     const __m128i order = _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
     __m512i sums[N];
     for (int p = 0; p < N; p++) sums[p] = _mm512_setzero_si512();
@@ -377,11 +351,11 @@ class IntegerAttention {
     load_norms(t0, n);
   }
 
-  void load_block_values(int n) {
+  void load_block_values() {
     if (values_loaded_) return;
     values_loaded_ = true;
     n_bad_ = 0;
-    const int whole = n / 16 * 16;
+    const int n = n_, whole = n / 16 * 16;
     const uint32_t* values = head_.value_codes + block_ * head_.value_stride;
     for (int g = 0; g < n_groups_; g += 4) load_params(head_.value_params + block_ * head_.param_stride, g, whole, n);
     for (int t = 0; t < whole; t += 4) load_values(values + t * head_.value_stride, head_.value_stride, t / 4);
@@ -546,8 +520,10 @@ class IntegerAttention {
 
   // ---- rows r .. r + H - 1 on the block
 
+  // Not inlined: four rows in three bytes are 5 % slower with the caller's state.
   template <int H>
-  void attend_set(int r, int t0, int n) {
+  __attribute__((noinline)) void attend_set(int r) {
+    ahead_ &= r == 0;  // once a block
     if (key_bits_ == 4) {
       scores<H, true>(r);
     } else {
@@ -557,17 +533,13 @@ class IntegerAttention {
     float reference[H];
     bool negligible = true;
     for (int h = 0; h < H; h++) {
-      const float block_max = finish_scores(r + h, scores_ + h * kBlock, t0, n);
-      const float old_max = max_[r + h], new_max = block_max > old_max ? block_max : old_max;
-      negligible &= block_max < old_max - kNegligible || block_max == kNegInf;
+      const float block_max = finish_scores(r + h, scores_ + h * kBlock);
+      negligible &= raise_max(block_max, max_[r + h], factors[h], factors[8 + h]);
       reference[h] = block_max == kNegInf ? 0.0f : block_max;
-      factors[h] = old_max == new_max ? 0.0f : old_max - new_max;
-      factors[8 + h] = block_max == new_max ? 0.0f : block_max - new_max;
-      max_[r + h] = new_max;
     }
     if (negligible) return;
     _mm512_store_ps(factors, Avx512::exp2(_mm512_load_ps(factors)));
-    load_block_values(n);
+    load_block_values();
     float largest_product[H];
     for (int h = 0; h < H; h++) {
       float* s = scores_ + h * kBlock;
@@ -645,10 +617,10 @@ class IntegerAttention {
   }
 
   // Applies what is particular to a row; returns the largest score.
-  float finish_scores(int r, float* s, int t0, int n) {
-    const int limit = smaller(n, rows_.end[r] - t0);
+  float finish_scores(int r, float* s) {
+    const int limit = smaller(n_, rows_.end[r] - block_);
     if (rows_.bias) {
-      const float* bias = rows_.bias[r] + t0;
+      const float* bias = rows_.bias[r] + block_;
       for (int t = 0; t < limit; t += 16) {
         const __mmask16 in = __mmask16(limit - t >= 16 ? 0xffff : (1 << (limit - t)) - 1);
         const __m512 b = _mm512_maskz_loadu_ps(in, bias + t), x = _mm512_add_ps(_mm512_load_ps(s + t), b);
@@ -686,12 +658,10 @@ class IntegerAttention {
   void split_weights(const float* largest_product) {
     __m512 inverse[H];
     for (int h = 0; h < H; h++) {
-      const bool counts = largest_product[h] > kLeastWeight;
-      weight_step_[h] = counts ? largest_product[h] / Pieces<N>::kWeightTop : 0.0f;
-      inverse[h] = _mm512_set1_ps(counts ? Pieces<N>::kWeightTop / largest_product[h] : 0.0f);
+      inverse[h] = _mm512_set1_ps(weight_factor<N>(largest_product[h], weight_step_[h]));
     }
     const int n_sets = straddle_ ? (n_groups_ + 3) / 4 : n_patterns_;
-    const __m512 magic = _mm512_set1_ps(12582912.0f + Pieces<N>::kBias);
+    const __m512 magic = _mm512_set1_ps(Pieces<N>::kMagic);
     for (int set = 0; set < n_sets; set++) {
       int group[4];
       for (int j = 0; j < 4; j++) {
@@ -727,7 +697,7 @@ class IntegerAttention {
           }
         }
       }
-      const uint32_t magics = uint32_t(n_padded_) * (0x4b400000u + Pieces<N>::kBias);  // the bits of `magic`, once a token
+      const uint32_t magics = uint32_t(n_padded_) * Pieces<N>::kMagicBits;  // once a token
       for (int h = 0; h < H; h++) set_middle(h, group, _mm_sub_epi32(sums(total[h]), _mm_set1_epi32(int32_t(magics))));
     }
   }

@@ -93,27 +93,25 @@ class DotAttention {
     const size_t n_rows = rows.n_rows, per_row = size_t(value_dim_) + 4 * n_groups_ + 4;
     const size_t weight_bytes = size_t(16) * kSet * N * kQuads, level_bytes = size_t(fused_ ? 4 : kBlock) * key_dim_;
     const size_t query_bytes = n_rows * key_dim_ * N;
-    char* next = static_cast<char*>(scratch(
-        level_bytes + size_t(kBlock) * value_words_ * 4 + weight_bytes * (n_patterns_ + (spread_ ? n_sets_ : 0)) +
-        sizeof(float) * ((2 * size_t(n_groups_) + 2 + kSet) * kBlock + n_rows * (per_row + 3)) + query_bytes + 32 * 64));
-    auto take = [&next](size_t bytes) { return (next += (bytes + 63) / 64 * 64) - (bytes + 63) / 64 * 64; };
-    auto floats = [&](size_t n) { return reinterpret_cast<float*>(take(n * sizeof(float))); };
-    levels_ = reinterpret_cast<int8_t*>(take(level_bytes));
-    values_ = reinterpret_cast<uint8_t*>(take(size_t(kBlock) * value_words_ * 4));
-    weights_ = reinterpret_cast<int8_t*>(take(weight_bytes * n_patterns_));
-    set_weights_ = spread_ ? reinterpret_cast<int8_t*>(take(weight_bytes * n_sets_)) : weights_;
-    query_ = reinterpret_cast<int8_t*>(take(query_bytes));
-    norms_ = floats(kBlock);
-    scales_ = floats(size_t(n_groups_) * kBlock);
-    biases_ = floats(size_t(n_groups_) * kBlock);
-    largest_scales_ = floats(kBlock);
-    scores_ = floats(kSet * kBlock);
-    out_ = floats(n_rows * per_row);
+    Arrays arrays(level_bytes + size_t(kBlock) * value_words_ * 4 + weight_bytes * (n_patterns_ + (spread_ ? n_sets_ : 0)) +
+                  sizeof(float) * ((2 * size_t(n_groups_) + 2 + kSet) * kBlock + n_rows * (per_row + 3)) + query_bytes +
+                  32 * 64);
+    levels_ = arrays.take<int8_t>(level_bytes);
+    values_ = arrays.take<uint8_t>(size_t(kBlock) * value_words_ * 4);
+    weights_ = arrays.take<int8_t>(weight_bytes * n_patterns_);
+    set_weights_ = spread_ ? arrays.take<int8_t>(weight_bytes * n_sets_) : weights_;
+    query_ = arrays.take<int8_t>(query_bytes);
+    norms_ = arrays.take<float>(kBlock);
+    scales_ = arrays.take<float>(size_t(n_groups_) * kBlock);
+    biases_ = arrays.take<float>(size_t(n_groups_) * kBlock);
+    largest_scales_ = arrays.take<float>(kBlock);
+    scores_ = arrays.take<float>(kSet * kBlock);
+    out_ = arrays.take<float>(n_rows * per_row);
     bias_sums_ = out_ + n_rows * value_dim_;
     sums_ = bias_sums_ + n_rows * n_groups_ * 4;
-    query_step_ = floats(n_rows);
-    max_ = floats(n_rows);
-    nan_ = reinterpret_cast<bool*>(take(n_rows));
+    query_step_ = arrays.take<float>(n_rows);
+    max_ = arrays.take<float>(n_rows);
+    nan_ = arrays.take<bool>(n_rows);
 
     for (int i = 0; i < 16; i++) {
       const int code = key_bits_ == 4 ? i : key_bits_ == 3 ? i & 7 : i & 3;
@@ -130,8 +128,7 @@ class DotAttention {
   }
 
   void attend(int begin, int end) {
-    int last = 0;
-    for (int r = 0; r < rows_.n_rows; r++) last = rows_.end[r] > last ? rows_.end[r] : last;
+    const int last = last_attended(rows_);
     for (int t0 = begin; t0 < end && t0 < last; t0 += kBlock) {
       block_ = t0;
       n_ = smaller(kBlock, end - t0);
@@ -139,21 +136,7 @@ class DotAttention {
       values_loaded_ = false;
       load_norms();
       for (int t = 0; t < n_padded_ && !fused_; t += 4) decode_keys(t, levels_ + size_t(t) * key_dim_);
-      for (int r = 0; r < rows_.n_rows; r += kSet) {
-        switch (smaller(kSet, rows_.n_rows - r)) {
-          case 1:
-            attend_set<1>(r);
-            break;
-          case 2:
-            attend_set<2>(r);
-            break;
-          case 3:
-            attend_set<3>(r);
-            break;
-          default:
-            attend_set<4>(r);
-        }
-      }
+      attend_sets(*this, rows_.n_rows);
     }
   }
 
@@ -172,16 +155,14 @@ class DotAttention {
         const float bias = vaddvq_f32(vld1q_f32(bias_sums_ + (size_t(r) * n_groups_ + g) * 4));
         for (int d = 0; d < kGroup; d++) p.out[kGroup * g + d] += bias;
       }
-      const bool attended = p.max != kNegInf || p.sum != 0;
-      if (attended && (nan_[r] || p.sum != p.sum)) {
-        p.max = 0;
-        p.sum = __builtin_nanf("");
-        for (int d = 0; d < value_dim_; d++) p.out[d] = p.sum;
-      }
+      finish_row(p, nan_[r], value_dim_);
     }
   }
 
  private:
+  template <class Attention>
+  friend void attend_sets(Attention& attention, int n_rows);
+
   // ---- query
 
   // Lanes of four levels in the order in which decode_key writes them; a lane's bytes are every second dimension.
@@ -233,13 +214,11 @@ class DotAttention {
     const float offset = rows_.offset ? rows_.offset[r] : 0.0f;
     nan_[r] = !(vaddvq_f32(check) == 0) || offset - offset != 0;
     const float largest = nan_[r] ? 0.0f : vmaxvq_f32(top);
-    float inverse = largest > 0 ? Pieces<N>::kQueryTop / largest : 0.0f;
-    query_step_[r] = largest > 0 ? largest / Pieces<N>::kQueryTop / float(kCodebookTop) : 0.0f;
-    if (nan_[r] || !(inverse < 1e38f)) inverse = 0;  // or all elements are subnormal or close to it: scores of zero
+    const float factor = query_factor<N>(largest, query_step_[r]);
     alignas(16) int32_t integers[kMaxDim];
     for (int d = 0; d < key_dim_; d += 4) {
       const float32x4_t x = nan_[r] ? vdupq_n_f32(0) : vld1q_f32(q + d);
-      vst1q_s32(integers + d, vcvtnq_s32_f32(vmulq_n_f32(x, inverse)));
+      vst1q_s32(integers + d, vcvtnq_s32_f32(vmulq_n_f32(x, factor)));
     }
     for (int i = 0; i < key_dim_; i += 16, to += n_set * N * 16) {
       for (int j = 0; j < 16; j++) {
@@ -450,20 +429,17 @@ class DotAttention {
 
   // ---- rows r .. r + H - 1 on the block
 
+  // Not inlined, and `score` is: fewer instructions than with the caller's state.
   template <int H>
-  void attend_set(int r) {
+  __attribute__((noinline)) void attend_set(int r) {
     scores<H>(r);
     float factors[8] = {};  // of the old state (0 ..) and of this block (4 ..)
     float reference[H];
     bool negligible = true;
     for (int h = 0; h < H; h++) {
       const float block_max = finish_scores(r + h, scores_ + h * kBlock);
-      const float old_max = max_[r + h], new_max = block_max > old_max ? block_max : old_max;
-      negligible &= block_max < old_max - kNegligible || block_max == kNegInf;
+      negligible &= raise_max(block_max, max_[r + h], factors[h], factors[4 + h]);
       reference[h] = block_max == kNegInf ? 0.0f : block_max;
-      factors[h] = old_max == new_max ? 0.0f : old_max - new_max;
-      factors[4 + h] = block_max == new_max ? 0.0f : block_max - new_max;
-      max_[r + h] = new_max;
     }
     if (negligible) return;
     for (int i = 0; i < 8; i += 4) vst1q_f32(factors + i, exp2_neon(vld1q_f32(factors + i)));
@@ -509,7 +485,7 @@ class DotAttention {
 
   // Integer dot products of four tokens with rows h0 .. h0 + R - 1 of the set, times norm.
   template <int H, int R>
-  void score(const int8_t* levels, const int8_t* query, int r, int h0, int t) {
+  __attribute__((always_inline)) void score(const int8_t* levels, const int8_t* query, int r, int h0, int t) {
     int32x4_t acc[R][N][4];
 #pragma GCC unroll 2
     for (int h = 0; h < R; h++) {
@@ -586,11 +562,9 @@ class DotAttention {
   // [set of groups][quad][row][piece][group][token of the quad].
   template <int H>
   void split_weights(int h, float largest_product) {
-    const bool counts = largest_product > kLeastWeight;
-    weight_step_[h] = counts ? largest_product / Pieces<N>::kWeightTop : 0.0f;
-    const float inverse = counts ? Pieces<N>::kWeightTop / largest_product : 0.0f;
-    const float32x4_t magic = vdupq_n_f32(12582912.0f + Pieces<N>::kBias);
-    const uint32_t magics = uint32_t(n_padded_) * (0x4b400000u + Pieces<N>::kBias);  // the bits of `magic`, once a token
+    const float factor = weight_factor<N>(largest_product, weight_step_[h]);
+    const float32x4_t magic = vdupq_n_f32(Pieces<N>::kMagic);
+    const uint32_t magics = uint32_t(n_padded_) * Pieces<N>::kMagicBits;  // once a token
     const float* weights = scores_ + h * kBlock;
     const int n_padded = n_padded_;
     int32_t totals[kMaxDim / kGroup];
@@ -605,7 +579,7 @@ class DotAttention {
       for (int b = 0; b < 4; b++) total[b] = vdupq_n_u32(0);
       int8_t* to = set_weights_ + (size_t(set) * kQuads * H + h) * N * 16;
       for (int t = 0; t < n_padded; t += 4, to += H * N * 16) {
-        const float32x4_t p = vmulq_n_f32(vld1q_f32(weights + t), inverse);
+        const float32x4_t p = vmulq_n_f32(vld1q_f32(weights + t), factor);
         uint32x4_t x[4];
         for (int b = 0; b < 4; b++) {
           x[b] = vreinterpretq_u32_f32(vfmaq_f32(magic, p, vld1q_f32(scales[b] + t)));

@@ -1,9 +1,12 @@
 // What the integer kernels of coded tokens share: how numbers become integers of a few bytes, when a block
-// counts, and how many bytes a query type needs.
+// counts, how many bytes a query type needs, and which rows share a pass.
 // Included inside the target pragma of each: internal linkage only.
 #pragma once
 
 #include "attention_kernels.h"
+#include "fp32_attention.h"
+#include "scratch.h"
+#include "softmax.h"
 
 namespace tqext::cpu {
 namespace {
@@ -20,6 +23,87 @@ struct Pieces {
   static constexpr float kQueryTop = N == 2 ? 32600.0f : 8355000.0f;
   // Weights are integers in the mantissa of 1.5 * 2^23 + x: 23 bits.
   static constexpr float kWeightTop = N == 2 ? 32600.0f : 4160000.0f;
+  static constexpr float kMagic = 12582912.0f + kBias;
+  static constexpr uint32_t kMagicBits = 0x4b400000u + kBias;  // of the float
+};
+
+// What a query row, whose largest number is `largest`, is multiplied by to become integers; `step`: the value of a unit.
+// Rows of nothing but numbers close to the subnormal ones score zero.
+template <int N>
+float query_factor(float largest, float& step) {
+  step = largest > 0 ? largest / Pieces<N>::kQueryTop / float(kCodebookTop) : 0.0f;
+  const float inverse = largest > 0 ? Pieces<N>::kQueryTop / largest : 0.0f;
+  return inverse < 1e38f ? inverse : 0.0f;
+}
+
+// The same of a row's products of weight and scale in a block.
+template <int N>
+float weight_factor(float largest_product, float& step) {
+  const bool counts = largest_product > kLeastWeight;
+  step = counts ? largest_product / Pieces<N>::kWeightTop : 0.0f;
+  return counts ? Pieces<N>::kWeightTop / largest_product : 0.0f;
+}
+
+// Raises a row's maximum to that of a block. The sums so far are to be multiplied by 2^old_exponent, the block's own, taken
+// relative to its maximum, by 2^block_exponent. Returns whether the block changes nothing.
+inline bool raise_max(float block_max, float& max, float& old_exponent, float& block_exponent) {
+  const float old_max = max;
+  max = block_max > old_max ? block_max : old_max;
+  old_exponent = old_max == max ? 0.0f : old_max - max;
+  block_exponent = block_max == max ? 0.0f : block_max - max;
+  return block_max < old_max - kNegligible || block_max == kNegInf;
+}
+
+// A row that attended to a number which its integers have lost, or to NaN scores, is NaN.
+inline void finish_row(Partial& p, bool lost, int value_dim) {
+  const bool attended = p.max != kNegInf || p.sum != 0;
+  if (!attended || !(lost || p.sum != p.sum)) return;
+  p.max = 0;
+  p.sum = __builtin_nanf("");
+  for (int d = 0; d < value_dim; d++) p.out[d] = p.sum;
+}
+
+// One past the last token that any row attends to.
+inline int last_attended(const QueryRows& rows) {
+  int last = 0;
+  for (int r = 0; r < rows.n_rows; r++) last = rows.end[r] > last ? rows.end[r] : last;
+  return last;
+}
+
+// attend_set<H>(r) for all rows: rows r .. r + H - 1 on the block at hand.
+template <class Attention>
+void attend_sets(Attention& attention, int n_rows) {
+  for (int r = 0; r < n_rows; r += kSet) {
+    switch (smaller(kSet, n_rows - r)) {
+      case 1:
+        attention.template attend_set<1>(r);
+        break;
+      case 2:
+        attention.template attend_set<2>(r);
+        break;
+      case 3:
+        attention.template attend_set<3>(r);
+        break;
+      default:
+        attention.template attend_set<4>(r);
+    }
+  }
+}
+
+// Cuts a call's working memory into arrays that begin with a cache line.
+class Arrays {
+ public:
+  explicit Arrays(size_t n_bytes) : next_(static_cast<char*>(scratch(n_bytes))) {}
+
+  template <class T>
+  T* take(size_t n) {
+    T* const taken = reinterpret_cast<T*>(next_);
+    next_ += (n * sizeof(T) + 63) / 64 * 64;
+    return taken;
+  }
+
+ private:
+  char* next_;
 };
 
 template <class Attention>
