@@ -16,12 +16,14 @@
 #pragma GCC target("avx2,fma,f16c")
 #endif
 
+#include "exp2_polynomial.h"
 #include "fp32_attention.h"
+#include "x86_vectors.h"
 
 namespace tqext::cpu {
 namespace {
 
-struct Avx2 {
+struct Avx2 : X86Vectors {
   using F = __m256;
   using I = __m256i;
   static constexpr int kWidth = 8;
@@ -54,14 +56,9 @@ struct Avx2 {
   // 2^x for x <= 0, relative error 1e-7; 0 below -100, NaN stays.
   static F exp2(F x) {
     const F n = _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), f = _mm256_sub_ps(x, n);
-    F y = _mm256_set1_ps(1.3276471781512866e-3f);
-    y = _mm256_fmadd_ps(y, f, _mm256_set1_ps(9.67554133276717e-3f));
-    y = _mm256_fmadd_ps(y, f, _mm256_set1_ps(5.55071327415071e-2f));
-    y = _mm256_fmadd_ps(y, f, _mm256_set1_ps(2.40221197238820e-1f));
-    y = _mm256_fmadd_ps(y, f, _mm256_set1_ps(6.93146967064360e-1f));
-    y = _mm256_fmadd_ps(y, f, _mm256_set1_ps(1.0000000716546738f));
-    y = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(y), _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23)));
-    return _mm256_and_ps(y, _mm256_cmp_ps(x, _mm256_set1_ps(-100.0f), _CMP_NLT_UQ));
+    const F y = exp2_polynomial<Avx2>(f);
+    const I bits = _mm256_add_epi32(_mm256_castps_si256(y), _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23));
+    return _mm256_and_ps(_mm256_castsi256_ps(bits), _mm256_cmp_ps(x, _mm256_set1_ps(-100.0f), _CMP_NLT_UQ));
   }
 
   static I load_int(const uint32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const I*>(p)); }
@@ -110,13 +107,6 @@ struct Avx2 {
     out[1] = _mm256_unpackhi_epi64(a, b);
     out[2] = _mm256_unpacklo_epi64(c, d);
     out[3] = _mm256_unpackhi_epi64(c, d);
-  }
-  // rows[i][d + j] to to[j * stride + i].
-  static void transpose_4x4(float* const rows[4], int d, float* to, ptrdiff_t stride) {
-    __m128 r[4];
-    for (int i = 0; i < 4; i++) r[i] = _mm_loadu_ps(rows[i] + d);
-    _MM_TRANSPOSE4_PS(r[0], r[1], r[2], r[3]);
-    for (int j = 0; j < 4; j++) _mm_storeu_ps(to + j * stride, r[j]);
   }
 };
 

@@ -34,13 +34,25 @@
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c,prefer-vector-width=512")
 #endif
 
+#include "exp2_polynomial.h"
 #include "fp32_attention.h"
 #include "integer_attention.h"
+#include "x86_vectors.h"
 
 namespace tqext::cpu {
 namespace {
 
-struct Avx512 {
+// Words of four rows to words of their column, in every 128-bit lane: r[i] word c = out[c] word i.
+inline void transpose(const __m512i r[4], __m512i out[4]) {
+  const __m512i a = _mm512_unpacklo_epi32(r[0], r[1]), b = _mm512_unpacklo_epi32(r[2], r[3]);
+  const __m512i c = _mm512_unpackhi_epi32(r[0], r[1]), d = _mm512_unpackhi_epi32(r[2], r[3]);
+  out[0] = _mm512_unpacklo_epi64(a, b);
+  out[1] = _mm512_unpackhi_epi64(a, b);
+  out[2] = _mm512_unpacklo_epi64(c, d);
+  out[3] = _mm512_unpackhi_epi64(c, d);
+}
+
+struct Avx512 : X86Vectors {
   using F = __m512;
   using I = __m512i;
   static constexpr int kWidth = 16;
@@ -65,12 +77,7 @@ struct Avx512 {
   // 2^x for x <= 0, relative error 1e-7; 0 below -100 (no subnormal numbers, which are slow), NaN stays.
   static F exp2(F x) {
     const F f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    F y = _mm512_set1_ps(1.3276471781512866e-3f);
-    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(9.67554133276717e-3f));
-    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(5.55071327415071e-2f));
-    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(2.40221197238820e-1f));
-    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(6.93146967064360e-1f));
-    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(1.0000000716546738f));
+    const F y = exp2_polynomial<Avx512>(f);
     return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, _mm512_set1_ps(-100.0f), _CMP_NLT_UQ), y, _mm512_sub_ps(x, f));
   }
 
@@ -110,19 +117,7 @@ struct Avx512 {
       r[i] = _mm512_inserti32x4(_mm512_castsi128_si512(w[i]), w[i + 4], 1);
       r[i] = _mm512_inserti32x4(_mm512_inserti32x4(r[i], w[i + 8], 2), w[i + 12], 3);
     }
-    const I a = _mm512_unpacklo_epi32(r[0], r[1]), b = _mm512_unpacklo_epi32(r[2], r[3]);
-    const I c = _mm512_unpackhi_epi32(r[0], r[1]), d = _mm512_unpackhi_epi32(r[2], r[3]);
-    out[0] = _mm512_unpacklo_epi64(a, b);
-    out[1] = _mm512_unpackhi_epi64(a, b);
-    out[2] = _mm512_unpacklo_epi64(c, d);
-    out[3] = _mm512_unpackhi_epi64(c, d);
-  }
-  // rows[i][d + j] to to[j * stride + i].
-  static void transpose_4x4(float* const rows[4], int d, float* to, ptrdiff_t stride) {
-    __m128 r[4];
-    for (int i = 0; i < 4; i++) r[i] = _mm_loadu_ps(rows[i] + d);
-    _MM_TRANSPOSE4_PS(r[0], r[1], r[2], r[3]);
-    for (int j = 0; j < 4; j++) _mm_storeu_ps(to + j * stride, r[j]);
+    transpose(r, out);
   }
 };
 
@@ -165,12 +160,7 @@ inline void load_4x16(const uint32_t* words, ptrdiff_t stride, int n_words, __m5
       z[r] = _mm512_mask_broadcast_i32x4(z[r], 0xf000, _mm_maskz_loadu_epi32(mask, x + 12 * stride));
     }
   }
-  const __m512i a = _mm512_unpacklo_epi32(z[0], z[1]), b = _mm512_unpacklo_epi32(z[2], z[3]);
-  const __m512i c = _mm512_unpackhi_epi32(z[0], z[1]), d = _mm512_unpackhi_epi32(z[2], z[3]);
-  out[0] = _mm512_unpacklo_epi64(a, b);
-  out[1] = _mm512_unpackhi_epi64(a, b);
-  out[2] = _mm512_unpacklo_epi64(c, d);
-  out[3] = _mm512_unpackhi_epi64(c, d);
+  transpose(z, out);
 }
 
 // One call's state. N: bytes of a query element and of a weight.
@@ -741,13 +731,12 @@ class IntegerAttention {
       piece[1] = _mm512_xor_si512(_mm512_unpacklo_epi64(a, b), flip);
     } else {
       const __m512i order = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
-      __m512i y[4];
+      __m512i y[4], z[4];
       for (int j = 0; j < 4; j++) y[j] = _mm512_shuffle_epi8(x[j], order);
-      const __m512i a = _mm512_unpacklo_epi32(y[0], y[1]), b = _mm512_unpacklo_epi32(y[2], y[3]);
-      const __m512i c = _mm512_unpackhi_epi32(y[0], y[1]), d = _mm512_unpackhi_epi32(y[2], y[3]);
-      piece[2] = _mm512_xor_si512(_mm512_unpacklo_epi64(a, b), flip);
-      piece[1] = _mm512_xor_si512(_mm512_unpackhi_epi64(a, b), flip);
-      piece[0] = _mm512_sub_epi8(_mm512_unpacklo_epi64(c, d), _mm512_set1_epi8(64));  // the mantissa's own 2^22
+      transpose(y, z);
+      piece[2] = _mm512_xor_si512(z[0], flip);
+      piece[1] = _mm512_xor_si512(z[1], flip);
+      piece[0] = _mm512_sub_epi8(z[2], _mm512_set1_epi8(64));  // the mantissa's own 2^22
     }
   }
 

@@ -15,8 +15,7 @@
 namespace tqext::cpu {
 namespace {
 
-struct Neon {
-  using F = float32x4_t;
+struct Neon : NeonFloats {
   using I = uint32x4_t;
   static constexpr int kWidth = 4;
   static constexpr int kRows = 8;  // 16 sums of 32 registers; Apple's cores have a latency of 4 at four multiply-adds a cycle
@@ -24,11 +23,9 @@ struct Neon {
 
   static F load(const float* p) { return vld1q_f32(p); }
   static void store(float* p, F x) { vst1q_f32(p, x); }
-  static F set1(float x) { return vdupq_n_f32(x); }
   static F add(F a, F b) { return vaddq_f32(a, b); }
   static F sub(F a, F b) { return vsubq_f32(a, b); }
   static F mul(F a, F b) { return vmulq_f32(a, b); }
-  static F fma(F a, F b, F c) { return vfmaq_f32(c, a, b); }
   static F max(F a, F b) { return vmaxnmq_f32(a, b); }
   static F load_half(const uint16_t* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
   static F load_bfloat(const uint16_t* p) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16)); }
