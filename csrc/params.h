@@ -17,12 +17,17 @@ struct Strides4 {
   int64_t batch, head, token, last;
 };
 
+// Elements between two batches, heads and coordinates of the keys' mean.
+struct MeanStrides {
+  int64_t batch, head, last;
+};
+
 // turboquant_attention. "Rows" are the query rows of one KV head, n_rows = n_repeats * n_queries; row r is query
 // r % n_queries of query head r / n_queries.
 struct AttentionParams {
   Strides4 q, first_keys, first_values, tail_keys, tail_values, mask;
   Strides3 key_codes, key_norms, key_signs, residual_norms, value_codes, value_params;
-  int64_t mean_batch, mean_head, mean_last;  // elements of [B, n_kv_heads, D]
+  MeanStrides mean;
   int32_t n_kv_heads, n_rows, n_queries;
   int32_t head_dim, value_dim;  // as the model has them, not padded
   int32_t n_first, n_coded, n_tail;
@@ -81,7 +86,7 @@ enum MaskKind : int { kMaskNone, kMaskBool, kMaskFloat };
 struct EncodeParams {
   Strides4 in;         // vectors, or codes (last = 1)
   Strides3 in_params;  // norms or value parameters; dequantize only
-  int64_t mean_batch, mean_head, mean_last;
+  MeanStrides mean;
   int32_t n_heads, n_tokens, n_rows;  // n_rows = batch * n_heads * n_tokens
   int32_t head_dim;                   // of the vectors, not padded
   float codebook_scale;

@@ -67,7 +67,7 @@ struct AttentionShape {
   float scale;
   Strides4 q, first_keys, first_values, tail_keys, tail_values, mask;
   Strides3 key_codes, key_norms, key_signs, residual_norms, value_codes, value_params;
-  int64_t mean_batch, mean_head, mean_last;
+  MeanStrides mean;
 };
 
 struct AttentionPlan {
@@ -110,9 +110,7 @@ inline AttentionPlan plan_attention(const AttentionShape& s) {
   p.residual_norms = s.residual_norms;
   p.value_codes = s.value_codes;
   p.value_params = s.value_params;
-  p.mean_batch = s.mean_batch;
-  p.mean_head = s.mean_head;
-  p.mean_last = s.mean_last;
+  p.mean = s.mean;
   p.n_kv_heads = s.n_kv_heads;
   p.n_queries = s.n_queries;
   p.n_rows = s.n_q_heads / s.n_kv_heads * s.n_queries;
@@ -201,7 +199,7 @@ struct EncodeShape {
   int32_t flags;  // EncodeFlag
   Strides4 in;
   Strides3 in_params;
-  int64_t mean_batch, mean_head, mean_last;
+  MeanStrides mean;
 };
 
 struct EncodePlan {
@@ -219,9 +217,7 @@ inline EncodePlan plan_encode(EncodeOp op, const EncodeShape& s) {
   EncodeParams& p = plan.params;
   p.in = s.in;
   p.in_params = s.in_params;
-  p.mean_batch = s.mean_batch;
-  p.mean_head = s.mean_head;
-  p.mean_last = s.mean_last;
+  p.mean = s.mean;
   p.n_heads = s.n_heads;
   p.n_tokens = s.n_tokens;
   p.n_rows = s.batch * s.n_heads * s.n_tokens;

@@ -52,9 +52,7 @@ void TurboQuantAttention::eval_gpu(const std::vector<mx::array>& inputs, mx::arr
   bind(kAttentionValueParams, value_params);
   if (const mx::array* mean = optional(inputs, kMean)) {
     shape.has_mean = 1;
-    shape.mean_batch = mean->strides(0);
-    shape.mean_head = mean->strides(1);
-    shape.mean_last = mean->strides(2);
+    shape.mean = metal::mean_strides(*mean);
     bind(kAttentionMean, *mean);
   }
   std::optional<mx::array> signs, residual_norms;

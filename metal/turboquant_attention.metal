@@ -96,12 +96,12 @@ inline float load_query(constant AttentionParams& p, const device T* q, const de
                         int row, thread float* x, thread float* residual, threadgroup float* scratch, uint lane) {
   const int n_repeats = p.n_rows / p.n_queries, head = kv_head * n_repeats + row / p.n_queries;
   const device T* from = q + batch * p.q.batch + head * p.q.head + (row % p.n_queries) * p.q.token;
-  const device float* center = mean + batch * p.mean_batch + kv_head * p.mean_head;
+  const device float* center = mean + batch * p.mean.batch + kv_head * p.mean.head;
   float offset = 0.0f;
   for (int i = 0; i < D / 32; i++) {
     const int d = 32 * i + int(lane);
     x[i] = d < p.head_dim ? float(from[d * p.q.last]) : 0.0f;
-    if (has_mean && d < p.head_dim) offset = fma(x[i], center[d * p.mean_last], offset);
+    if (has_mean && d < p.head_dim) offset = fma(x[i], center[d * p.mean.last], offset);
   }
   if (has_mean) offset = simd_sum(offset) * p.score_scale;
   if (has_hadamard) rotate_row<D>(x, TQ_ROTATION_SEED, scratch, lane);

@@ -31,9 +31,7 @@ EncodeShape shape_of(const mx::array& x, mx::Dtype type, int head_dim, int bits,
 
 void add_mean(EncodeShape& shape, const mx::array& mean) {
   shape.flags |= kEncodeMean;
-  shape.mean_batch = mean.strides(0);
-  shape.mean_head = mean.strides(1);
-  shape.mean_last = mean.strides(2);
+  shape.mean = metal::mean_strides(mean);
 }
 
 void run(mx::Stream stream, EncodeOp op, const EncodeShape& shape, std::vector<metal::Binding> bindings) {

@@ -30,7 +30,7 @@ inline Token token_of(constant EncodeParams& p, int row) {
   Token token;
   token.in = batch * p.in.batch + head * p.in.head + t * p.in.token;
   token.params = batch * p.in_params.batch + head * p.in_params.head + t * p.in_params.token;
-  token.mean = batch * p.mean_batch + head * p.mean_head;
+  token.mean = batch * p.mean.batch + head * p.mean.head;
   return token;
 }
 
@@ -41,7 +41,7 @@ inline void load_vector(constant EncodeParams& p, const device T* in, const devi
   for (int i = 0; i < D / 32; i++) {
     const int d = 32 * i + int(lane);
     x[i] = d < p.head_dim ? float(in[token.in + d * p.in.last]) : 0.0f;
-    if ((p.flags & kEncodeMean) && d < p.head_dim) x[i] -= mean[token.mean + d * p.mean_last];
+    if ((p.flags & kEncodeMean) && d < p.head_dim) x[i] -= mean[token.mean + d * p.mean.last];
   }
   if (p.flags & kEncodeHadamard) rotate_row<D>(x, TQ_ROTATION_SEED, scratch, lane);
 }
@@ -191,7 +191,7 @@ inline void store_vector(constant EncodeParams& p, thread float* x, const device
   for (int i = 0; i < D / 32; i++) {
     const int d = 32 * i + int(lane);
     if (d >= p.head_dim) continue;
-    if (p.flags & kEncodeMean) x[i] += mean[token.mean + d * p.mean_last];
+    if (p.flags & kEncodeMean) x[i] += mean[token.mean + d * p.mean.last];
     out[long(row) * p.head_dim + d] = T(x[i]);
   }
 }

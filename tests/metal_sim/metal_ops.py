@@ -76,18 +76,17 @@ class AttentionShape(ctypes.Structure):
         + [(name, STRIDES4) for name in ["q", "first_keys", "first_values", "tail_keys", "tail_values", "mask"]]
         + [
             (name, STRIDES3)
-            for name in ["key_codes", "key_norms", "key_signs", "residual_norms", "value_codes", "value_params"]
+            for name in ["key_codes", "key_norms", "key_signs", "residual_norms", "value_codes", "value_params", "mean"]
         ]
-        + [(name, ctypes.c_int64) for name in ("mean_batch", "mean_head", "mean_last")]
     )
 
 
 class EncodeShape(ctypes.Structure):
-    _fields_ = (
-        [(name, ctypes.c_int32) for name in ["type", "batch", "n_heads", "n_tokens", "head_dim", "bits", "flags"]]
-        + [("in_", STRIDES4), ("in_params", STRIDES3)]
-        + [(name, ctypes.c_int64) for name in ("mean_batch", "mean_head", "mean_last")]
-    )
+    _fields_ = [(name, ctypes.c_int32) for name in ["type", "batch", "n_heads", "n_tokens", "head_dim", "bits", "flags"]] + [
+        ("in_", STRIDES4),
+        ("in_params", STRIDES3),
+        ("mean", STRIDES3),
+    ]
 
 
 @functools.cache
@@ -264,7 +263,7 @@ def turboquant_attention(
         mean = np.broadcast_to(mean, (batch, n_kv_heads, head_dim))
         bind("kAttentionMean", mean)
         shape.has_mean = 1
-        shape.mean_batch, shape.mean_head, shape.mean_last = strides(mean, 3)
+        shape.mean = strides(mean, 3)
     if packed_k.signs is not None:
         shape.has_residual = 1
         packed("kAttentionKeySigns", "key_signs", packed_k.signs, 4)
@@ -326,7 +325,7 @@ def _encode(device, op, vectors_or_codes, dtype, head_dim, bits, *, params=None,
             buffers[ENUM["kEncodeInParams"]] = buffer_of(array)
     if mean is not None:
         array = np.broadcast_to(as_numpy(mean.astype(mx.float32)), (*source.shape[:2], head_dim))
-        shape.mean_batch, shape.mean_head, shape.mean_last = strides(array, 3)
+        shape.mean = strides(array, 3)
         buffers[ENUM["kEncodeMeanVector"]] = buffer_of(array)
         flags |= ENUM["kEncodeMean"]
     shape.flags = flags
