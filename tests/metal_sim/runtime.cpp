@@ -16,23 +16,7 @@
 typedef unsigned int uint;
 typedef unsigned long ulong;
 typedef unsigned short ushort;
-namespace msl {  // as in runtime.h, without the MSL types
-struct alignas(16) U3 {
-  uint x, y, z, pad;
-};
-struct Ctx {
-  void* buf[32];
-  void* tg[32];
-  U3 val[14];
-  void* absent;
-};
-typedef void (*Entry)(Ctx&, const Param*);
-struct Reg {
-  Reg(const char* name, Entry e, const Param* p, int n);
-};
-struct FCReg {
-  FCReg(int idx, void* addr, int size, int kind, const char* name);
-};
+namespace msl {
 struct KernelRec {
   Entry e;
   const Param* p;

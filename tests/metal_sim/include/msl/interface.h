@@ -1,4 +1,4 @@
-// What a translated kernel hands to the simulated GPU, without MSL's types.
+// What translated kernels and the simulated GPU hand to each other, without MSL's types.
 #pragma once
 namespace msl {
 struct Post {
@@ -15,5 +15,23 @@ struct Param {
   int index;
   bool (*cond)();
   bool ro;
+};
+struct alignas(16) U3 {
+  unsigned x, y, z, pad;
+};
+struct Ctx {
+  void* buf[32];
+  void* tg[32];
+  U3 val[14];
+  void* absent;
+};
+typedef void (*Entry)(Ctx&, const Param*);
+struct Reg {
+  Reg(const char* name, Entry e, const Param* p, int n);
+};
+struct FCReg {
+  FCReg(int idx, void* addr, int size, int kind, const char* name);
+  template <class T>
+  FCReg(int idx, T* a, const char* n);
 };
 }  // namespace msl

@@ -4,21 +4,8 @@
 #include "msl/types.h"
 namespace msl {
 enum { MSL_BUF = 0, MSL_TG = 1, MSL_BUILTIN = 2 };
-struct Ctx {
-  void* buf[32];
-  void* tg[32];
-  uint3 val[14];
-  void* absent;
-};
-typedef void (*Entry)(Ctx&, const Param*);
-struct Reg {
-  Reg(const char* name, Entry e, const Param* p, int n);
-};
-struct FCReg {
-  FCReg(int idx, void* addr, int size, int kind, const char* name);
-  template <class T>
-  FCReg(int idx, T* a, const char* n) : FCReg(idx, (void*)a, int(sizeof(T)), metal::is_floating_point_v<T> ? 1 : 0, n) {}
-};
+template <class T>
+FCReg::FCReg(int idx, T* a, const char* n) : FCReg(idx, (void*)a, int(sizeof(T)), metal::is_floating_point_v<T> ? 1 : 0, n) {}
 }  // namespace msl
 using namespace msl;
 #define msl_fcvar
@@ -39,7 +26,7 @@ inline S& tg_alloc(int site, const char* name) {
 template <class A>
 struct Get {
   static A get(Ctx& c, const Param& p) {
-    uint3 v = c.val[p.index];
+    const U3 v = c.val[p.index];
     if constexpr (comps<A>::n == 1)
       return A(v.x);
     else if constexpr (comps<A>::n == 2)
