@@ -14,6 +14,7 @@ from tqext.cache import (
     GROWTH,
     MAX_STEP_TOKENS,
     Alone,
+    Buffers,
     Codec,
     Exact,
     Snapshot,
@@ -132,7 +133,7 @@ class Columns:
         return mx.where(is_valid, taken, masked)
 
 
-class BatchTurboQuantKVCache:
+class BatchTurboQuantKVCache(Buffers):
     """The cache of one layer for a batch: in place of mlx-lm's ``BatchKVCache``.
 
     Every sequence has its own numbers of first, coded and recent tokens and encodes on its own schedule, so it holds the
@@ -205,11 +206,8 @@ class BatchTurboQuantKVCache:
     def _open(self, keys: mx.array, values: mx.array) -> None:
         batch, n_kv_heads = keys.shape[:2]
         _check_rows(batch == len(self._counts), len(self._counts), batch)
-        self._codec = Codec(self.recipe, keys.shape[-1], values.shape[-1])
-        self._packed = self._codec.empty(batch, n_kv_heads)
+        super()._open(keys, values)
         self._mean = mx.zeros((batch, n_kv_heads, keys.shape[-1])) if self.recipe.mean else None
-        self._tail = Exact(keys[:, :, :0], values[:, :, :0]).resized(self._tail_room)
-        self._first = Exact(keys[:, :, :0], values[:, :, :0]).resized(self.recipe.sinks)
 
     @property
     def _tail_room(self) -> int:
@@ -383,23 +381,6 @@ class BatchTurboQuantKVCache:
         return self._codec is None
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of all buffers, room for growth included."""
-        exact = sum(part.nbytes for part in (self._first, self._tail) if part is not None)
-        mean = 0 if self._mean is None else self._mean.nbytes
-        return int(exact + mean + sum(x.nbytes for x in self._packed))
-
-    @property
-    def keys(self) -> mx.array | None:
-        """The exact recent keys (see `TurboQuantKVCache.keys`)."""
-        return None if self._tail is None else self._tail.keys
-
-    @keys.setter
-    def keys(self, value: mx.array) -> None:
-        assert self._tail is not None
-        self._tail = self._tail._replace(keys=value)
-
-    @property
     def state(self) -> list[mx.array]:
         """All arrays, for ``mx.eval``. Sequences are saved one by one, from `extract`."""
         self._last = None
@@ -458,9 +439,6 @@ class BatchTurboQuantKVCache:
         self._right_padding = self._remaining = None
 
     # Trimming
-
-    def is_trimmable(self) -> bool:
-        return True
 
     def trim(self, n: int) -> int:
         """Forget the last n tokens of every sequence; returns how many columns are gone."""

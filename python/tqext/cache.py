@@ -276,7 +276,50 @@ def create_mask(n_new: int, offset: int, return_array: bool = False, window_size
     return mask if window_size is None else mask & (rows < columns + window_size)
 
 
-class TurboQuantKVCache:
+class Buffers:
+    """What the caches of one sequence and of a batch keep."""
+
+    recipe: Recipe
+    _codec: Codec | None
+    _mean: mx.array | None
+    _packed: list[mx.array]
+    _first: Exact | None
+    _tail: Exact | None
+
+    def _open(self, keys: mx.array, values: mx.array) -> None:
+        """Make room for tokens like these."""
+        self._codec = Codec(self.recipe, keys.shape[-1], values.shape[-1])
+        self._packed = self._codec.empty(*keys.shape[:2])
+        nothing = Exact(keys[:, :, :0], values[:, :, :0])
+        self._tail = nothing.resized(self._tail_room)
+        self._first = nothing.resized(self.recipe.sinks)
+
+    @property
+    def _tail_room(self) -> int:
+        raise NotImplementedError
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers, room for growth included."""
+        exact = sum(part.nbytes for part in (self._first, self._tail) if part is not None)
+        mean = 0 if self._mean is None else self._mean.nbytes
+        return int(exact + mean + sum(x.nbytes for x in self._packed))
+
+    @property
+    def keys(self) -> mx.array | None:
+        """The exact recent keys: pipeline-parallel models hang the next stage's dependency on them."""
+        return None if self._tail is None else self._tail.keys
+
+    @keys.setter
+    def keys(self, value: mx.array) -> None:
+        assert self._tail is not None
+        self._tail = self._tail._replace(keys=value)
+
+    def is_trimmable(self) -> bool:
+        return True
+
+
+class TurboQuantKVCache(Buffers):
     """The cache of one layer: first tokens exact, then codes, then the recent tokens exact.
 
     Takes the place of mlx-lm's ``KVCache``. `update_and_fetch` returns a `Snapshot` in place of keys and values;
@@ -364,14 +407,6 @@ class TurboQuantKVCache:
             begin = end
         parts[-1].earlier = tuple(parts[:-1])
         return parts[-1]
-
-    def _open(self, keys: mx.array, values: mx.array) -> None:
-        batch, n_kv_heads = keys.shape[:2]
-        self._codec = Codec(self.recipe, keys.shape[-1], values.shape[-1])
-        self._packed = self._codec.empty(batch, n_kv_heads)
-        self._tail = Exact(keys[:, :, :0], values[:, :, :0]).resized(self._tail_room)
-        if self.recipe.sinks:
-            self._first = Exact(keys[:, :, :0], values[:, :, :0]).resized(self.recipe.sinks)
 
     @property
     def _tail_room(self) -> int:
@@ -476,13 +511,6 @@ class TurboQuantKVCache:
         return self.offset == 0
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of all buffers, room for growth included."""
-        exact = sum(part.nbytes for part in (self._first, self._tail) if part is not None)
-        mean = 0 if self._mean is None else self._mean.nbytes
-        return int(exact + mean + sum(x.nbytes for x in self._packed))
-
-    @property
     def fp16_nbytes(self) -> int:
         """Bytes that the same tokens take in fp16, without room for growth."""
         if self._codec is None or self._tail is None:
@@ -490,24 +518,11 @@ class TurboQuantKVCache:
         batch, n_kv_heads = self._tail.keys.shape[:2]
         return int(batch * n_kv_heads * self.offset * (self._codec.head_dim + self._codec.value_dim) * 2)
 
-    @property
-    def keys(self) -> mx.array | None:
-        """The exact recent keys: pipeline-parallel models hang the next stage's dependency on them."""
-        return None if self._tail is None else self._tail.keys
-
-    @keys.setter
-    def keys(self, value: mx.array) -> None:
-        assert self._tail is not None
-        self._tail = self._tail._replace(keys=value)
-
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> mx.array | str | None:
         """The mask of the next N tokens: None, ``"causal"``, or a bool array if asked for or if a window needs it."""
         return create_mask(N, self.offset, return_array, window_size)
 
     # Trimming
-
-    def is_trimmable(self) -> bool:
-        return True
 
     def trim(self, n: int) -> int:
         """Forget the last n tokens; returns how many were there to forget."""
