@@ -200,8 +200,10 @@ def test_cache_nbytes_are_the_formats_bytes():
     k, v = (mx.array(x)[None] for x in tokens(4 + 10 * GROWTH + 32, 0)[:2])
     cache.update_and_fetch(k, v)
     recipe = Recipe()
-    exact = 4 * (D + DV) * H * (recipe.sinks + 72)  # fp32 here; the tail has room for 72
-    assert cache.nbytes == cache.n_coded * H * recipe.bytes_per_token(D, DV) + exact + H * D * 4
+    exact = 4 * (D + DV) * H  # fp32 here
+    coded = cache.n_coded * H * recipe.bytes_per_token(D, DV) + H * D * 4
+    assert cache.nbytes == coded + exact * (recipe.sinks + 72)  # the tail has room for 72
+    assert cache.used_nbytes == coded + exact * (recipe.sinks + 32)
     assert cache.n_coded == 10 * GROWTH
     assert cache.fp16_nbytes == cache.offset * H * (D + DV) * 2
 

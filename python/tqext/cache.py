@@ -511,6 +511,11 @@ class TurboQuantKVCache(Buffers):
         return self.offset == 0
 
     @property
+    def used_nbytes(self) -> int:
+        """Bytes of the tokens in the buffers, without room for growth."""
+        return sum(x.nbytes for x in self._arrays())
+
+    @property
     def fp16_nbytes(self) -> int:
         """Bytes that the same tokens take in fp16, without room for growth."""
         if self._codec is None or self._tail is None:
@@ -546,16 +551,9 @@ class TurboQuantKVCache(Buffers):
         The header ends in a checksum of itself and the arrays, so that a damaged file is no other cache.
         """
         self._last = None  # mlx-lm evaluates the state when a step is over
-        if self._codec is None or self._tail is None:
-            header = self._header(0, 0, 0)
-            return [_with_checksum(header, [])]
-        tail = self._tail.cut(0, self.n_tail)
-        first = tail.cut(0, 0) if self._first is None else self._first.cut(0, self.n_first)
-        batch, n_kv_heads = tail.keys.shape[:2]
-        mean = mx.zeros((batch, n_kv_heads, 0)) if self._mean is None else self._mean
-        header = self._header(self._codec.head_dim, self._codec.value_dim, batch)
-        arrays = [mean, *first, *tail, *(x[:, :, : self.n_coded] for x in self._packed)]
-        return [_with_checksum(header, arrays), *arrays]
+        arrays = self._arrays()
+        sizes = (self._codec.head_dim, self._codec.value_dim, arrays[0].shape[0]) if self._codec is not None else (0, 0, 0)
+        return [_with_checksum(self._header(*sizes), arrays), *arrays]
 
     @state.setter
     def state(self, arrays: Sequence[mx.array]) -> None:
@@ -577,6 +575,15 @@ class TurboQuantKVCache(Buffers):
         self._tail = Exact(tail_keys, tail_values).resized(max(self.n_tail, self._tail_room))
         if self.recipe.sinks:
             self._first = Exact(first_keys, first_values).resized(self.recipe.sinks)
+
+    def _arrays(self) -> list[mx.array]:
+        """The tokens without room for growth: mean, first tokens, tail, packed arrays; nothing if none was ever stored."""
+        if self._tail is None:
+            return []
+        tail = self._tail.cut(0, self.n_tail)
+        first = tail.cut(0, 0) if self._first is None else self._first.cut(0, self.n_first)
+        mean = mx.zeros((*tail.keys.shape[:2], 0)) if self._mean is None else self._mean
+        return [mean, *first, *tail, *(x[:, :, : self.n_coded] for x in self._packed)]
 
     def _header(self, head_dim: int, value_dim: int, batch: int) -> list[int]:
         r = self.recipe

@@ -151,7 +151,9 @@ class _Witness:
         compressed = [c for c in self.cache if hasattr(c, "n_coded")]
         if not compressed:
             return
-        held, like = sum(c.nbytes for c in compressed), compressed[0]
-        plain = sum(c.fp16_nbytes for c in compressed)
+        used, reserved, plain = (
+            sum(getattr(c, name) for c in compressed) / 1e6 for name in ("used_nbytes", "nbytes", "fp16_nbytes")
+        )
+        like = compressed[0]
         parts = f"{like.n_first} first and {like.n_tail} recent tokens exact, {like.n_coded} coded"
-        print(f"KV cache now: {held / 1e6:.2f} MB with room to grow, fp16 {plain / 1e6:.2f} MB ({parts})")
+        print(f"KV cache now: {used:.2f} MB of tokens in {reserved:.2f} MB of buffers, fp16 {plain:.2f} MB ({parts})")
