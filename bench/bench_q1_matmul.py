@@ -10,20 +10,16 @@ the same run on the same number of threads. A matrix larger than the last-level 
 import argparse
 import os
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
+
+import timing
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=["4096x4096", "151936x4096"], help="output x input sizes")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8], help="rows of x")
-    parser.add_argument("--threads", type=int, help="threads of tqext (default: all processors)")
-    parser.add_argument("--isa", help="instruction set of tqext (default: the best)")
-    parser.add_argument("--only", nargs="+", default=[""], help="only lines whose name contains one of these")
-    parser.add_argument("--seconds", type=float, default=1.0, help="time per line")
-    parser.add_argument("--json", type=Path, help="file to add the run to")
-    return parser.parse_args()
+    return timing.operator_arguments(parser)
 
 
 # MLX's half-precision path takes 0.06 s per million weights: beyond this it is left out.
@@ -66,14 +62,8 @@ def lines(shape: tuple[int, int], n: int) -> Iterator[tuple[str, str, int, Calla
 
 def main() -> None:
     args = arguments()
-    # Both are read once, when tqext is imported or first used.
-    if args.isa:
-        os.environ["TQEXT_ISA"] = args.isa
-    if args.threads:
-        os.environ["TQEXT_NUM_THREADS"] = str(args.threads)
     import mlx.core as mx
 
-    import timing
     import tqext
 
     mx.set_default_device(mx.cpu)

@@ -8,10 +8,10 @@ median time, share is GB/s over the read bandwidth measured by the same run on t
 """
 
 import argparse
-import os
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
+
+from timing import machine, measure_in_turns, operator_arguments, read_bandwidth, save, table
 
 
 def arguments() -> argparse.Namespace:
@@ -23,12 +23,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--key-bits", type=int, default=3)
     parser.add_argument("--value-bits", type=int, default=2)
-    parser.add_argument("--threads", type=int, help="threads of tqext (default: all processors)")
-    parser.add_argument("--isa", help="instruction set of tqext (default: the best)")
-    parser.add_argument("--only", nargs="+", default=[""], help="only lines whose name contains one of these")
-    parser.add_argument("--seconds", type=float, default=1.0, help="time per line")
-    parser.add_argument("--json", type=Path, help="file to add the run to")
-    return parser.parse_args()
+    return operator_arguments(parser)
 
 
 def lines(args: argparse.Namespace, n_keys: int) -> Iterator[tuple[str, str, int, Callable[[], Any]]]:
@@ -79,15 +74,9 @@ def lines(args: argparse.Namespace, n_keys: int) -> Iterator[tuple[str, str, int
 
 def main() -> None:
     args = arguments()
-    # Read once, when the extension is loaded.
-    if args.threads:
-        os.environ["TQEXT_NUM_THREADS"] = str(args.threads)
-    if args.isa:
-        os.environ["TQEXT_ISA"] = args.isa
     import mlx.core as mx
 
     import tqext
-    from timing import machine, measure_in_turns, read_bandwidth, save, table
 
     mx.set_default_device(mx.cpu)
     n_threads = tqext.num_threads()

@@ -1,5 +1,6 @@
 """Warm-up, median, spread, bytes, GB/s and the machine's own read bandwidth: what every bench reports with."""
 
+import argparse
 import json
 import os
 import platform
@@ -28,6 +29,22 @@ class Timing:
     least: float
     spread: float
     runs: int
+
+
+def operator_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The parser's arguments with those of every operator's bench, of which tqext's are put into effect."""
+    parser.add_argument("--threads", type=int, help="threads of tqext (default: all processors)")
+    parser.add_argument("--isa", help="instruction set of tqext (default: the best)")
+    parser.add_argument("--only", nargs="+", default=[""], help="only lines whose name contains one of these")
+    parser.add_argument("--seconds", type=float, default=1.0, help="time per line")
+    parser.add_argument("--json", type=Path, help="file to add the run to")
+    args = parser.parse_args()
+    # Read once, when tqext is imported or first used: it may not be imported yet.
+    if args.isa:
+        os.environ["TQEXT_ISA"] = args.isa
+    if args.threads:
+        os.environ["TQEXT_NUM_THREADS"] = str(args.threads)
+    return args
 
 
 def measure_in_turns(
