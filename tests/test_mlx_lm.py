@@ -13,7 +13,6 @@ import tqext
 import tqext.mlx_lm
 from tiny import CONFIG, greedy, kl, logits_after, make_biased_qwen2, make_llama, prompt, save_folder
 from tqext import BatchTurboQuantKVCache, Recipe, TurboQuantKVCache, get_policy
-from tqext.cache import Codec
 from tqext.mlx_lm import PathError, stock_cache
 
 pytestmark = pytest.mark.usefixtures("uninstalled")
@@ -268,8 +267,6 @@ def test_verify_finds_a_layer_that_does_not_read_its_codes(model, monkeypatch):
 
 
 def test_verify_finds_bytes_that_no_token_owns(model, monkeypatch):
-    pack = Codec.pack
-
     def whole_tail(self):
         snapshot = cut(self)
         snapshot.tail = self._tail.cut(0, self.n_tail + 1)
@@ -279,7 +276,22 @@ def test_verify_finds_bytes_that_no_token_owns(model, monkeypatch):
     monkeypatch.setattr(TurboQuantKVCache, "_snapshot", whole_tail)
     with pytest.raises(PathError, match="belong to no token"):
         tqext.verify(model)
-    assert Codec.pack is pack
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(tail=300),
+        dict(flush=200),
+        dict(sinks=170),
+        dict(mean=False, tail=0, sinks=0, flush=1),
+        dict(layers={1: Recipe(tail=250)}),
+    ],
+    ids=lambda changes: " ".join(changes),
+)
+def test_verify_takes_a_prompt_that_the_recipes_encode(model, changes):
+    """However many tokens stay exact."""
+    assert len(tqext.verify(model, **changes).compressed) == 3
 
 
 def test_verify_needs_codes(model):

@@ -19,6 +19,8 @@ from tqext.presets import DEFAULT_PRESET, Policy, Recipe, get_policy
 
 MAX_HEAD_DIM = 512
 UPGRADE_CHUNK = 2048
+# Least coded tokens of the path proof's prompt.
+VERIFY_CODED = 96
 
 _lock = threading.RLock()
 _previous_attention: Callable[..., mx.array] | None = None
@@ -439,7 +441,7 @@ class PathError(AssertionError):
     """A compressed layer is not what the model's logits come from."""
 
 
-def verify(model: Any, preset: str | Policy = DEFAULT_PRESET, *, n_tokens: int = 160, **overrides: Any) -> Report:
+def verify(model: Any, preset: str | Policy = DEFAULT_PRESET, *, n_tokens: int | None = None, **overrides: Any) -> Report:
     """Prove that every compressed layer's codes are what attention reads.
 
     A random prompt is stored. Then, for one layer at a time, its packed bytes are overwritten and the logits of
@@ -448,7 +450,7 @@ def verify(model: Any, preset: str | Policy = DEFAULT_PRESET, *, n_tokens: int =
     Args:
         model: Any mlx-lm model.
         preset: See `install`.
-        n_tokens: Length of the prompt; some of it must come out of the exact tail.
+        n_tokens: Length of the prompt; some of it must come out of the exact tail. Default: enough for every layer's recipe.
 
     Returns:
         The probe's report.
@@ -458,6 +460,8 @@ def verify(model: Any, preset: str | Policy = DEFAULT_PRESET, *, n_tokens: int =
     """
     policy = get_policy(preset, **overrides)
     report = probe(model, policy)
+    if n_tokens is None:
+        n_tokens = max((_n_to_verify(layer.recipe) for layer in report.compressed if layer.recipe), default=1)
     cache = _compressed(stock_cache(model), report)
     # A fixed linear congruence: a proof should not depend on a random state, nor change one. No model has so few tokens.
     prompt = mx.array([[(7919 * i + 13) % 61 + 1 for i in range(n_tokens)]])
@@ -473,6 +477,12 @@ def verify(model: Any, preset: str | Policy = DEFAULT_PRESET, *, n_tokens: int =
     if not _same(_next_logits(model, cache, paths, attended=False), expected, fp32=1e-4, half=2e-2):
         raise PathError("[verify] a layer reads bytes that belong to no token")
     return report
+
+
+def _n_to_verify(recipe: Recipe) -> int:
+    """The length of a prompt of which at least `VERIFY_CODED` tokens are encoded, and no fewer than stay in the tail."""
+    n_blocks = -(-max(VERIFY_CODED, recipe.tail) // recipe.flush)
+    return recipe.sinks + recipe.tail + n_blocks * recipe.flush
 
 
 def _same(a: mx.array, b: mx.array, *, fp32: float, half: float) -> bool:
