@@ -272,7 +272,7 @@ def test_turboquant_attention_lengths_with_causal_rows(n_rows):
 
 
 def test_turboquant_attention_ragged_batch_equals_each_sequence_alone():
-    """Bit for bit: a sequence must not see what it is batched with."""
+    """A sequence must not see what it is batched with; its sums may be taken in other parts."""
     lengths = [[4, 300, 9], [1, 70, 0], [4, 0, 33]]
     batch = Problem(batch=3, n_first=4, n_coded=320, n_tail=34, n_rows=1, dtype=mx.float16, mean=True)
     together = to_numpy(batch.run(lengths=mx.array(lengths), mask="causal"))
@@ -461,10 +461,10 @@ def test_turboquant_attention_does_not_change_its_inputs():
 @pytest.mark.parametrize("magnitude", [1e-3, 0.03, 30.0, 1000.0])
 def test_turboquant_attention_any_magnitude(magnitude, dtype):
     """Large keys make one token take all the weight, small ones give the average."""
-    # Scores of thousands lose the bits in front of the point: what is left is the error of the scores' own rounding.
     problem = Problem(magnitude=magnitude, dtype=DTYPES[dtype], n_coded=257)
-    looser = 1 if magnitude <= 1 else magnitude / 3
-    assert_close(problem.run(), problem.answer(), looser * KERNEL_TOLERANCE[DTYPES[dtype]])
+    # Scores of thousands lose bits behind the point, in fp32 whatever the type of queries and output.
+    of_scores = magnitude / 3 * KERNEL_TOLERANCE[mx.float32] if magnitude > 1 else 0
+    assert_close(problem.run(), problem.answer(), KERNEL_TOLERANCE[DTYPES[dtype]] + of_scores)
 
 
 def test_turboquant_attention_equal_scores_give_the_average():
