@@ -45,6 +45,14 @@ def with_blas():
     return os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent / "blas"), os.environ.get("PYTHONPATH", "")])}
 
 
+def with_steady_malloc():
+    """The environment of a process whose resident memory is looked at.
+
+    Without this glibc keeps buffers that were freed, by a threshold that it moves as it likes.
+    """
+    return os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+
+
 def to_numpy(x):
     """Any mx.array as NumPy; bf16 as fp32, which holds it exactly."""
     return np.array(x.astype(mx.float32) if x.dtype == mx.bfloat16 else x)

@@ -1,10 +1,10 @@
 """Memory as the system sees it: what a token costs is what the format says, and no copy of the history stays anywhere."""
 
 import json
-import os
 import subprocess
 import sys
 
+from support import with_steady_malloc
 from tqext import Recipe
 
 SCRIPT = """
@@ -34,10 +34,8 @@ print(json.dumps(measured))
 
 
 def test_resident_memory_grows_by_the_formats_bytes():
-    # Without this glibc keeps buffers that were freed, by a threshold that it moves as it likes.
-    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     run = [sys.executable, "-c", SCRIPT]
-    done = subprocess.run(run, capture_output=True, text=True, check=False, timeout=600, env=env)
+    done = subprocess.run(run, capture_output=True, text=True, check=False, timeout=600, env=with_steady_malloc())
     assert done.returncode == 0, done.stderr
     measured = json.loads(done.stdout)
     (n_before, before), (n_after, after) = measured[7], measured[-1]

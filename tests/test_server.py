@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from support import with_steady_malloc
 from tiny import make_llama, save_chat_folder
 
 MAX_TOKENS = 24
@@ -26,7 +27,7 @@ class Server:
             self.port = probe.getsockname()[1]
         command = [sys.executable, "-m", "tqext", "server", "--model", str(folder), "--port", str(self.port), *options]
         self.log = (folder / "server.log").open("w+")
-        self.process = subprocess.Popen(command, stdout=self.log, stderr=subprocess.STDOUT)
+        self.process = subprocess.Popen(command, stdout=self.log, stderr=subprocess.STDOUT, env=with_steady_malloc())
         deadline = time.monotonic() + 120
         while True:
             try:
