@@ -36,4 +36,7 @@ class Q1Matmul : public mx::UnaryPrimitive {
   bool is_equivalent(const Primitive&) const override { return true; }
 };
 
+// Whether a GPU's kernels take this x; else the weights are dequantised for the call.
+bool gpu_multiplies_bits(const mx::array& x);
+
 }  // namespace tqext

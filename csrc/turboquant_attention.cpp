@@ -128,7 +128,9 @@ std::optional<mx::array> column_mask(const AttentionOptions& options, const Shap
 // The same result from MLX's own operations: this call's tokens are dequantised, in the rotated space.
 mx::array composed_attention(const mx::array& q, const PackedKeys& k, const PackedValues& v, const AttentionOptions& options,
                              const Shapes& n, float scale, mx::Stream s) {
-  check(!k.signs, "[", kOp, "] packed_k.signs: expected no residual signs for these shapes on this device, got signs");
+  check(!k.signs, "[", kOp,
+        "] packed_k.signs: expected none where the GPU has no kernel for the shapes (CUDA: head dimensions above 256), got "
+        "residual signs");
   std::vector<mx::array> keys, values;
   auto add = [&](const std::optional<ExactTokens>& tokens) {
     if (!tokens) return;

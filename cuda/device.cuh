@@ -45,6 +45,21 @@ TQ_DEVICE uint32_t pack_halves(float low, float high) {
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
   return y;
 }
+template <int kType>
+TQ_DEVICE uint32_t pack_16bit(float low, float high) {
+  if constexpr (kType != kTypeBFloat16) return pack_halves(low, high);
+  uint32_t y;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+  return y;
+}
+template <int kType>
+TQ_DEVICE float low_16bit(uint32_t x) {
+  return kType == kTypeBFloat16 ? __uint_as_float(x << 16) : half_to_float(uint16_t(x));
+}
+template <int kType>
+TQ_DEVICE float high_16bit(uint32_t x) {
+  return kType == kTypeBFloat16 ? __uint_as_float(x & 0xffff0000u) : half_to_float(uint16_t(x >> 16));
+}
 TQ_DEVICE uint32_t multiply_halves(uint32_t a, uint32_t b) {
   uint32_t y;
   asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
@@ -64,6 +79,17 @@ TQ_DEVICE float max_nan(float a, float b) {
 }
 
 template <int kType>
+struct ElementOf {
+  using Type = uint16_t;
+};
+template <>
+struct ElementOf<kTypeFloat32> {
+  using Type = float;
+};
+template <int kType>
+using Element = typename ElementOf<kType>::Type;
+
+template <int kType>
 TQ_DEVICE float load_element(const void* data, int64_t i) {
   if constexpr (kType == kTypeFloat32) return static_cast<const float*>(data)[i];
   const uint16_t bits = static_cast<const uint16_t*>(data)[i];
@@ -77,25 +103,6 @@ TQ_DEVICE void store_element(void* data, int64_t i, float x) {
     static_cast<uint16_t*>(data)[i] = kType == kTypeFloat16 ? float_to_half(x) : float_to_bfloat(x);
   }
 }
-// Eight elements from an address that is a multiple of 16 bytes.
-template <int kType>
-TQ_DEVICE void load_eight(const void* data, int64_t i, float (&x)[8]) {
-  if constexpr (kType == kTypeFloat32) {
-    const float4* p = reinterpret_cast<const float4*>(static_cast<const float*>(data) + i);
-    const float4 a = p[0], b = p[1];
-    x[0] = a.x, x[1] = a.y, x[2] = a.z, x[3] = a.w, x[4] = b.x, x[5] = b.y, x[6] = b.z, x[7] = b.w;
-  } else {
-    const uint4 a = *reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(data) + i);
-    const uint32_t words[4] = {a.x, a.y, a.z, a.w};
-#pragma unroll
-    for (int k = 0; k < 4; k++) {
-      const uint16_t low = words[k] & 0xffffu, high = words[k] >> 16;
-      x[2 * k] = kType == kTypeFloat16 ? half_to_float(low) : bfloat_to_float(low);
-      x[2 * k + 1] = kType == kTypeFloat16 ? half_to_float(high) : bfloat_to_float(high);
-    }
-  }
-}
-
 TQ_DEVICE uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
 TQ_DEVICE void copy_async(uint32_t to, const void* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
@@ -124,7 +131,9 @@ TQ_DEVICE uint32_t permute(uint32_t a, uint32_t b, uint32_t select) {
 TQ_DEVICE void barrier_init(uint32_t barrier, uint32_t arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
-TQ_DEVICE void barrier_arrive(uint32_t barrier) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory"); }
+TQ_DEVICE void barrier_arrive(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
 TQ_DEVICE void barrier_expect(uint32_t barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
@@ -135,7 +144,8 @@ TQ_DEVICE void barrier_wait(uint32_t barrier, uint32_t parity) {
       "again:\n"
       "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
       "@!done bra again;\n"
-      "}" ::"r"(barrier), "r"(parity)
+      "}" ::"r"(barrier),
+      "r"(parity)
       : "memory");
 }
 // Orders earlier ordinary accesses to shared memory before later ones of the copy engine.
@@ -159,9 +169,50 @@ TQ_DEVICE void multiply_half(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
+// 16 x 16 times 16 x 8, and 16 x 8 times 8 x 8, of fp16 or bf16.
+template <int kType>
+TQ_DEVICE void multiply_16bit(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+  if constexpr (kType == kTypeBFloat16) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+  } else {
+    multiply_half(c, a0, a1, a2, a3, b0, b1);
+  }
+}
+template <int kType>
+TQ_DEVICE void multiply_16bit_short(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t b) {
+  if constexpr (kType == kTypeBFloat16) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3},{%4,%5},{%6},{%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a0), "r"(a1), "r"(b));
+  } else {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3},{%4,%5},{%6},{%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a0), "r"(a1), "r"(b));
+  }
+}
 // Two 8 x 8 matrices of halves from shared memory, transposed; lanes 0 ... 15 give the addresses of their rows.
 TQ_DEVICE void load_transposed(uint32_t& a, uint32_t& b, uint32_t address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];" : "=r"(a), "=r"(b) : "r"(address) : "memory");
+}
+
+// Four of them, as they lie; the lanes in order give the addresses of their rows.
+TQ_DEVICE void load_matrices(uint32_t& a, uint32_t& b, uint32_t& c, uint32_t& d, uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(a), "=r"(b), "=r"(c), "=r"(d)
+               : "r"(address)
+               : "memory");
+}
+// 16 x 128 bits and 128 x 8 bits: how many are set in both.
+TQ_DEVICE void multiply_bits(int (&c)[4], uint32_t a0, uint32_t a1, uint32_t b) {
+  asm("mma.sync.aligned.m16n8k128.row.col.s32.b1.b1.s32.and.popc {%0,%1,%2,%3},{%4,%5},{%6},{%7,%7,%7,%7};"
+      : "=r"(c[0]), "=r"(c[1]), "=r"(c[2]), "=r"(c[3])
+      : "r"(a0), "r"(a1), "r"(b), "r"(0));
+}
+// Meets the other threads of the barrier, a part of the block.
+TQ_DEVICE void barrier_of_threads(int barrier, int n_threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(n_threads) : "memory");
 }
 
 // Rotation of a row of kDim floats by one warp (format.h), with the same order of sums as on the CPU. Slot k of a lane is
@@ -169,7 +220,7 @@ TQ_DEVICE void load_transposed(uint32_t& a, uint32_t& b, uint32_t address) {
 template <int kDim>
 struct Hadamard {
   static constexpr bool is_power(int n) { return n > 0 && (n & (n - 1)) == 0; }
-  static constexpr int kFactor = is_power(kDim)                            ? 1
+  static constexpr int kFactor = is_power(kDim)                          ? 1
                                  : kDim % 12 == 0 && is_power(kDim / 12) ? 12
                                  : kDim % 20 == 0 && is_power(kDim / 20) ? 20
                                  : kDim % 28 == 0 && is_power(kDim / 28) ? 28

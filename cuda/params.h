@@ -11,9 +11,12 @@ enum : int { kTypeFloat32, kTypeFloat16, kTypeBFloat16 };
 enum : int { kMaskNone, kMaskBool, kMaskFloat };
 
 // Threads per block of the decode attention are 32 * kAttentionWarps; a warp takes tiles of kTileTokens coded tokens, a stage
-// of the block's copy pipeline holds one tile for each warp, an exact chunk of up to kExactTokens belongs to one block.
-// At most kMaxSlots partial results per head and row tile.
-enum : int { kAttentionWarps = 4, kTileTokens = 32, kExactTokens = 128, kMaxSlots = 512 };
+// of the block's copy pipeline holds one tile for each warp. At most kMaxSlots partial results per head and row tile: one for
+// each of kMaxSplits shares, and of each warp for each of kMaxExactBlocks chunks of exact tokens.
+enum : int { kAttentionWarps = 4, kTileTokens = 32, kMaxSplits = 256, kMaxExactBlocks = 64 };
+enum : int { kMaxSlots = kMaxSplits + kMaxExactBlocks * kAttentionWarps };
+// Exact tokens of a block at a time, eight for each warp.
+enum : int { kExactStep = 8 * kAttentionWarps };
 
 // Warps, and so tokens, per block of the encoding kernels.
 enum : int { kEncodeWarps = 4 };
@@ -27,6 +30,7 @@ struct AttentionLayout {
   int value_at, param_at, norm_at, sign_at, residual_at, stage;
   // Over the last stage, which the prologue's prefetch leaves free: what only the prologue needs.
   int query_stride;  // floats between rows; no multiple of 32 banks
+  int half_stride;   // bytes between rows of 16 bits; an odd multiple of half the banks
   int rotated_at, exact_query_at;
   // Behind all that: what the main loop needs.
   int int8_at, residual_int8_at, row_scale_at, row_offset_at, residual_scale_at, state_at, barrier_at, total;
@@ -43,8 +47,9 @@ struct AttentionLayout {
         residual_at(sign_at + (signs ? tile(sign_row) : 0)),
         stage(residual_at + (signs ? tile(2) : 0)),
         query_stride(key_dim + 4),
+        half_stride(2 * key_dim + (key_dim % 64 ? 0 : 64)),
         rotated_at((n_stages - 1) * stage),
-        exact_query_at(rotated_at + rows * larger(query_stride, kExactTokens) * 4),
+        exact_query_at(rotated_at + rows * query_stride * 4),
         int8_at(larger(larger(n_stages * stage, exact_query_at + rows * query_stride * 4),
                        larger(kAttentionWarps * rows * (value_dim + 4) * 4,              // the warps' sums, joined
                               (rows * (value_dim + 4) + (kMaxSlots + 1) * rows) * 4))),  // the blocks' sums and factors
@@ -86,9 +91,10 @@ struct AttentionParams {
   int64_t first_key_stride[4], first_value_stride[4], tail_key_stride[4], tail_value_stride[4], mask_stride[4];
   int64_t sinks_stride, left_padding_stride, lengths_stride[2];
   int32_t n_kv_heads, n_repeats, n_queries, head_dim, value_dim, n_first, n_coded, n_tail;
-  int32_t n_exact_blocks;  // blocks 0 ... n_exact_blocks - 1 of a head take an exact chunk first; each warp has its own result
-  int32_t exact_tiles;     // coded tiles that take as long as an exact chunk: what such a block takes less
-  int32_t causal, hadamard, exact_aligned;  // exact_aligned: 16-byte loads of exact keys are possible
+  // Blocks 0 ... n_exact_blocks - 1 of a head take a chunk of exact_tokens first; each warp has its own result. Such a block
+  // takes exact_tiles less of the coded tiles, about as many as take as long.
+  int32_t n_exact_blocks, exact_tokens, exact_tiles;
+  int32_t causal, hadamard, exact_aligned;  // exact_aligned: 16-byte loads of the exact tokens are possible
   float scale;                              // times log2(e)
   uint32_t codebook[4];                     // 16 int8 levels
   // 2^16 and 2^(32 - shift of value codes): shifts as multiplications, for which the compiler may not know the factor. They
@@ -96,20 +102,49 @@ struct AttentionParams {
   uint32_t two_16, two_up;
 };
 
-// 1-bit weights. Warps per block of the matrix product; what OPERATION means in q1_matmul.cu.
-enum : int { kQ1Warps = 8 };
-enum : int { kQ1Multiply, kQ1Quantize, kQ1Dequantize };
+// 1-bit weights. Warps per block, and groups at a time, of the matrix product; what OPERATION means in q1_matmul.cu.
+enum : int { kQ1Warps = 8, kQ1Chunk = 8 };
+enum : int { kQ1Multiply, kQ1Quantize, kQ1Dequantize, kQ1Prepare };
 
 struct Q1Params {
   const void* x;           // [n_inputs, 128 * n_groups]
   const uint32_t* weight;  // [n_rows, 4 * n_groups]
   const uint16_t* scales;  // [n_rows, n_groups]
   void* out;               // [n_inputs, n_rows], contiguous
+  void* prepared;          // x as the product wants it: [blocks of columns][chunks of groups] of q1_prepared_bytes
   int64_t x_stride[2], weight_stride[2], scale_stride[2];
   int32_t n_inputs, n_rows, n_groups;
 };
 
-// Shared memory of the matrix product: the fragments, and two numbers per column, of eight groups.
-constexpr int q1_shared_bytes(int column_tiles) { return column_tiles * 8 * (8 * 32 * 8 + 8 * 2 * 4); }
+// x of 8 * column_tiles columns and kQ1Chunk groups: fragments, and two numbers per column and group. Also the shared memory of
+// the matrix product.
+constexpr int q1_prepared_bytes(int column_tiles) { return column_tiles * kQ1Chunk * (8 * 32 * 8 + 8 * 2 * 4); }
+
+// Few rows of x: groups per stage of a warp's ring, rows of x at most.
+enum : int { kMatvecGroups = 8, kMatvecInputs = 8 };
+
+struct Q1MatvecParams {
+  const void* x;           // [n_inputs, 128 * n_groups]
+  const uint32_t* weight;  // [n_rows, 4 * n_groups], groups at multiples of 16 bytes
+  const uint16_t* scales;  // [n_rows, n_groups], rows at multiples of 4 bytes
+  void* out;               // [n_inputs, n_rows], contiguous
+  int64_t x_stride[2], weight_stride, scale_stride;
+  int32_t n_inputs, n_rows, n_groups;  // n_groups: even
+  int32_t shares, share_groups;        // warps of a tile (a power of two); groups of each, even
+};
+
+// Shared memory, in bytes: the warps' rings, two halves of the shares' sums, and for each group and row of x its bit planes and
+// the lanes' start and factor.
+struct Q1MatvecLayout {
+  int stage, sets, partial_at, x_at, record;
+
+  constexpr Q1MatvecLayout(int inputs, bool is_float32, int warps, int stages)
+      : stage(16 * kMatvecGroups * (16 + 2)),
+        sets(is_float32 ? 4 : 2),  // three lie in four words
+        partial_at(warps * stages * stage),
+        x_at(partial_at + 2 * warps * inputs * 16 * 4),
+        record(32 * sets * 4 + 4 * 8) {}
+  constexpr int total(int n_groups, int inputs) const { return x_at + n_groups * inputs * record; }
+};
 
 }  // namespace tqext::cuda

@@ -28,15 +28,48 @@ std::string build(int operation, mx::Dtype type, int row_tiles, int column_tiles
       device);
 }
 
-Kernel find_kernel(mx::Dtype type, int row_tiles, int column_tiles, int device) {
+// kQ1Multiply or kQ1Prepare.
+Kernel find_kernel(int operation, mx::Dtype type, int row_tiles, int column_tiles, int device) {
   static std::mutex mutex;
-  static std::map<std::array<int, 4>, Kernel> kernels;
-  const std::array<int, 4> key{type_code(type), row_tiles, column_tiles, device};
+  static std::map<std::array<int, 5>, Kernel> kernels;
+  const std::array<int, 5> key{operation, type_code(type), row_tiles, column_tiles, device};
   std::lock_guard lock(mutex);
   const auto found = kernels.find(key);
   if (found != kernels.end()) return found->second;
-  const Kernel kernel = load_kernel(build(kQ1Multiply, type, row_tiles, column_tiles, device), "q1_matmul",
-                                    q1_shared_bytes(column_tiles), 32 * kQ1Warps, device);
+  const std::string binary = build(operation, type, row_tiles, column_tiles, device);
+  const Kernel kernel = operation == kQ1Prepare
+                            ? load_kernel(binary, "q1_prepare", 0, 32 * kQ1Warps, device)
+                            : load_kernel(binary, "q1_matmul", q1_prepared_bytes(column_tiles), 32 * kQ1Warps, device);
+  return kernels.emplace(key, kernel).first->second;
+}
+
+// The kernel for a few rows of x, and its launch.
+struct Matvec {
+  int inputs, warps, stages, shared_bytes;
+};
+
+// The largest ring that the device's shared memory leaves room for; shared_bytes 0: none.
+Matvec plan_matvec(int n_inputs, int n_groups, bool is_float32, int device_bytes) {
+  Matvec m{1, 0, 0, 0};
+  while (m.inputs < n_inputs) m.inputs *= 2;
+  for (const auto& [warps, stages] : {std::pair{16, 4}, {16, 3}, {8, 4}, {8, 3}, {8, 2}}) {
+    const int bytes = Q1MatvecLayout(m.inputs, is_float32, warps, stages).total(n_groups, m.inputs);
+    if (bytes <= device_bytes) return {m.inputs, warps, stages, bytes};
+  }
+  return m;
+}
+
+Kernel find_matvec(mx::Dtype type, const Matvec& m, int device) {
+  static std::mutex mutex;
+  static std::map<std::array<int, 5>, Kernel> kernels;
+  const std::array<int, 5> key{type_code(type), m.inputs, m.warps, m.stages, device};
+  std::lock_guard lock(mutex);
+  const auto found = kernels.find(key);
+  if (found != kernels.end()) return found->second;
+  const std::string binary =
+      compile("q1_matvec.cu", {{"TYPE", type_code(type)}, {"INPUTS", m.inputs}, {"WARPS", m.warps}, {"STAGES", m.stages}}, true,
+              device);
+  const Kernel kernel = load_kernel(binary, "q1_matvec", device_info(device).shared_bytes, 32 * m.warps, device);
   return kernels.emplace(key, kernel).first->second;
 }
 
@@ -76,6 +109,54 @@ int as_int(int64_t x) {
   return int(x);
 }
 
+// Few rows of x and weights as they are stored: true when the binary tensor cores take them.
+bool run_matvec(const Q1Params& q, mx::Dtype type, const std::vector<mx::array>& inputs, mx::array& out, mx::Stream stream) {
+  const int device = stream.device.index;
+  const DeviceInfo& info = device_info(device);
+  auto multiple = [](const void* pointer, int of) { return reinterpret_cast<uintptr_t>(pointer) % of == 0; };
+  if (q.n_inputs > kMatvecInputs || q.n_groups % 2 || q.weight_stride[1] != 1 || q.scale_stride[1] != 1 ||
+      q.weight_stride[0] % kQ1Words || q.scale_stride[0] % 2 || !multiple(q.weight, 16) || !multiple(q.scales, 4)) {
+    return false;
+  }
+  const Matvec plan = plan_matvec(q.n_inputs, q.n_groups, type == mx::float32, info.shared_bytes);
+  if (!plan.shared_bytes) return false;
+  const Kernel kernel = find_matvec(type, plan, device);
+
+  Q1MatvecParams p{};
+  p.x = q.x;
+  p.weight = q.weight;
+  p.scales = q.scales;
+  p.out = q.out;
+  std::copy_n(q.x_stride, 2, p.x_stride);
+  p.weight_stride = q.weight_stride[0];
+  p.scale_stride = q.scale_stride[0];
+  p.n_inputs = q.n_inputs;
+  p.n_rows = q.n_rows;
+  p.n_groups = q.n_groups;
+  // As many warps share a tile as make the busiest one do least; few, where that is equal.
+  const int n_tiles = (p.n_rows + 15) / 16;
+  int64_t least = 0;
+  for (int shares = 1; shares <= plan.warps; shares *= 2) {
+    const int groups = (p.n_groups / 2 + shares - 1) / shares * 2, seats = info.n_multiprocessors * (plan.warps / shares);
+    // The first tiles cost about four groups on top of their own, what joins the shares; later ones hide it.
+    const int64_t tiles = (n_tiles + seats - 1) / seats, cost = tiles * groups + 4 * std::min<int64_t>(tiles, 4);
+    if (shares > 1 && cost >= least) continue;
+    least = cost;
+    p.shares = shares;
+    p.share_groups = groups;
+  }
+  const int seats = plan.warps / p.shares;
+
+  auto& encoder = mx::cu::get_command_encoder(stream);
+  for (const mx::array& input : inputs) encoder.set_input_array(input);
+  encoder.set_output_array(out);
+  void* arguments[] = {&p};
+  encoder.add_kernel_node_raw(kernel.function,
+                              {unsigned(std::min(info.n_multiprocessors, (n_tiles + seats - 1) / seats)), 1, 1},
+                              {unsigned(32 * plan.warps), 1, 1}, {1, 1, 1}, plan.shared_bytes, arguments);
+  return true;
+}
+
 }  // namespace
 
 void Q1Matmul::eval_gpu(const std::vector<mx::array>& inputs, mx::array& out) {
@@ -100,23 +181,41 @@ void Q1Matmul::eval_gpu(const std::vector<mx::array>& inputs, mx::array& out) {
   p.n_rows = weight.shape(0);
   p.n_groups = scales.shape(1);
 
-  const int columns = p.n_inputs * (x.dtype() == mx::float32 ? 2 : 1);
+  if (run_matvec(p, x.dtype(), inputs, out, stream())) return;
+  const int parts = x.dtype() == mx::float32 ? 2 : 1, columns = p.n_inputs * parts;
   const int column_tiles = columns <= 8 ? 1 : columns <= 16 ? 2 : 4;
   // Few rows: more shares of the groups, so that all multiprocessors have blocks.
-  const int row_blocks = (p.n_rows + 15) / 16, wanted = 2 * device_info(device).n_multiprocessors;
+  const int row_blocks = (p.n_rows + 15) / 16, wanted = device_info(device).n_multiprocessors;
   int row_tiles = 1;
   while (row_tiles < kQ1Warps && row_blocks / (2 * row_tiles) >= wanted) row_tiles *= 2;
-  const Kernel kernel = find_kernel(x.dtype(), row_tiles, column_tiles, device);
-  const int per_block = 8 * column_tiles / (x.dtype() == mx::float32 ? 2 : 1);
+  const int per_block = 8 * column_tiles / parts, column_blocks = (p.n_inputs + per_block - 1) / per_block;
+  const int n_chunks = (p.n_groups + kQ1Chunk - 1) / kQ1Chunk;
+  const Kernel prepare = find_kernel(kQ1Prepare, x.dtype(), 1, column_tiles, device);
+  const Kernel multiply = find_kernel(kQ1Multiply, x.dtype(), row_tiles, column_tiles, device);
+  const Workspace scratch = workspace(stream(), 0, size_t(column_blocks) * n_chunks * q1_prepared_bytes(column_tiles));
+  p.prepared = static_cast<char*>(device_pointer(scratch.memory)) + scratch.zeroed;
 
   auto& encoder = mx::cu::get_command_encoder(stream());
-  for (const mx::array& input : inputs) encoder.set_input_array(input);
-  encoder.set_output_array(out);
   void* arguments[] = {&p};
-  encoder.add_kernel_node_raw(
-      kernel.function,
-      {unsigned((row_blocks + row_tiles - 1) / row_tiles), unsigned((p.n_inputs + per_block - 1) / per_block), 1},
-      {32 * kQ1Warps, 1, 1}, {1, 1, 1}, kernel.shared_bytes, arguments);
+  const int units = as_int(int64_t(column_blocks) * per_block * p.n_groups);
+  encoder.set_input_array(x);
+  encoder.set_output_array(scratch.memory);
+  encoder.add_kernel_node_raw(prepare.function, {unsigned((units + kQ1Warps - 1) / kQ1Warps), 1, 1}, {32 * kQ1Warps, 1, 1},
+                              {1, 1, 1}, 0, arguments);
+  encoder.set_input_array(weight);
+  encoder.set_input_array(scales);
+  encoder.set_output_array(scratch.memory);  // whoever writes it next waits
+  encoder.set_output_array(out);
+  encoder.add_kernel_node_raw(multiply.function,
+                              {unsigned((row_blocks + row_tiles - 1) / row_tiles), unsigned(column_blocks), 1},
+                              {32 * kQ1Warps, 1, 1}, {1, 1, 1}, multiply.shared_bytes, arguments);
+}
+
+bool gpu_multiplies_bits(const mx::array& x) {
+  // From here on dequantising the weights for the call, and MLX's own product, take less time. Of fp32 rows they would lose
+  // bits: MLX multiplies them in TF32.
+  constexpr int64_t kManyRows = 128;
+  return x.dtype() == mx::float32 || int64_t(x.size()) < kManyRows * x.shape(-1);
 }
 
 void Q1Quantize::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
@@ -144,7 +243,8 @@ void Q1Dequantize::eval_gpu(const std::vector<mx::array>& inputs, mx::array& out
   }
   const Matrix words = as_matrix(inputs[0], "q1_dequantize", "weight"),
                halves = as_matrix(inputs[1], "q1_dequantize", "scales");
-  const int n_groups = inputs[1].shape(-1), blocks = as_int((words.n_rows * n_groups + kQ1Warps - 1) / kQ1Warps);
+  const int n_groups = inputs[1].shape(-1), units = as_int(words.n_rows * n_groups);  // of 16 threads
+  const int blocks = (units + 2 * kQ1Warps - 1) / (2 * kQ1Warps);
   run_allocating("q1_dequantize", find_binary(cuda::kQ1Dequantize, out.dtype(), device), inputs, outputs,
                  {as_int(words.n_rows), n_groups, as_int(words.row_stride), as_int(words.stride), as_int(halves.row_stride),
                   as_int(halves.stride)},

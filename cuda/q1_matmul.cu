@@ -1,10 +1,10 @@
 // 1-bit weights (format.h): q1_matmul, q1_quantize, q1_dequantize.
 //
-// q1_matmul: a block takes 16 * ROW_TILES rows of the weight and 8 * COLUMN_TILES columns; its eight warps share them as
-// ROW_TILES tiles of rows times 8 / ROW_TILES shares of the groups. A weight bit in place in a 16-bit half is an fp16
-// subnormal, a power of two, and the factor of its place goes into x: one AND makes two fp16 factors of a tensor-core product,
-// nothing is unpacked. Per row and group of 128, x is scaled by a power of two; an fp32 row takes two columns, its fp16 part
-// and the rest.
+// q1_matmul, in two launches: q1_prepare turns x into fragments of tensor-core products, which every block of q1_matmul then
+// copies. A block takes 16 * ROW_TILES rows of the weight and 8 * COLUMN_TILES columns; its eight warps share them as ROW_TILES
+// tiles of rows times 8 / ROW_TILES shares of the groups. A weight bit in place in a 16-bit half is an fp16 subnormal, a power
+// of two, and the factor of its place goes into x: one AND makes two fp16 factors of a tensor-core product, nothing is
+// unpacked. Per row and group of 128, x is scaled by a power of two; an fp32 row takes two columns, its fp16 part and the rest.
 //
 // Compile-time: OPERATION, TYPE, ROW_TILES, COLUMN_TILES.
 #include "device.cuh"
@@ -16,13 +16,13 @@ constexpr int kType = TYPE;
 
 }  // namespace
 
-#if OPERATION == 0
+#if OPERATION == 0 || OPERATION == 3
 namespace {
 
 constexpr int kWarps = kQ1Warps, kThreads = 32 * kWarps, kRowTiles = ROW_TILES, kShares = kWarps / ROW_TILES;
 constexpr int kColumnTiles = COLUMN_TILES, kColumns = 8 * kColumnTiles;
 constexpr int kParts = kType == kTypeFloat32 ? 2 : 1;  // columns of a row of x
-constexpr int kChunk = 8;                              // groups in shared memory at a time
+constexpr int kChunk = kQ1Chunk;                       // groups in shared memory at a time
 constexpr int kShareGroups = kChunk / kShares;         // of one warp
 // Rows of x are scaled to at most 2^6; times at most 2^9 for the place they stay in fp16.
 constexpr int kTop = 6, kPlaceTop = 9, kRestShift = 11;
@@ -31,21 +31,75 @@ constexpr int kTop = 6, kPlaceTop = 9, kRestShift = 11;
 constexpr int place_of(int bit) { return bit < 10 ? bit : bit - 6; }
 TQ_DEVICE float power_of_two(int e) { return __uint_as_float(uint32_t(127 + e) << 23); }
 
-struct Shared {
+// x of kColumns columns and kChunk groups, as the blocks want it.
+struct Prepared {
   uint2 fragments[kColumnTiles][kChunk][8][32];  // [step]: what lane 4 * column + j multiplies with
   float start[kColumns][kChunk];                 // minus half the sum of x, in the products' units
   float factor[kColumns][kChunk];
 };
+static_assert(sizeof(Prepared) == q1_prepared_bytes(kColumnTiles), "the host allocates it");
 
 }  // namespace
+#endif
 
+#if OPERATION == 3
+// A warp per row of x and group; rows that fill up the last columns are zero.
+extern "C" __global__ void __launch_bounds__(kThreads) q1_prepare(const __grid_constant__ Q1Params p) {
+  constexpr int kInputs = kColumns / kParts;
+  const int lane = threadIdx.x & 31, k = lane >> 3, t = lane & 7;
+  const int unit = blockIdx.x * kWarps + (threadIdx.x >> 5), input = unit / p.n_groups, group = unit % p.n_groups;
+  const int n_chunks = (p.n_groups + kChunk - 1) / kChunk;
+  if (input >= (p.n_inputs + kInputs - 1) / kInputs * kInputs) return;
+  Prepared& to = static_cast<Prepared*>(p.prepared)[int64_t(input / kInputs) * n_chunks + group / kChunk];
+  // Lane 8 k + t takes columns 32 k + 2 t, + 1, + 16, + 17 of the group: step t of lane k.
+  const int64_t at = int64_t(input) * p.x_stride[0] + int64_t(kQ1Group * group + 32 * k + 2 * t) * p.x_stride[1];
+  const int offsets[4] = {0, 1, 16, 17};
+  float x[4], top = 0;
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    x[i] = input < p.n_inputs ? load_element<kType>(p.x, at + offsets[i] * p.x_stride[1]) : 0.0f;
+    top = max_nan(top, fabsf(x[i]));
+  }
+#pragma unroll
+  for (int o = 1; o < 32; o <<= 1) top = max_nan(top, __shfl_xor_sync(kAllLanes, top, o));
+  const int exponent = min(max(int(__float_as_uint(top) >> 23) - 126, -100), 128);  // top <= 2^exponent
+  const bool finite = top < INFINITY;
+  const float down = power_of_two(kTop - exponent);
+#pragma unroll
+  for (int part = 0; part < kParts; part++) {
+    float y[4], total = 0;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      const float scaled = part == 0 ? x[i] * down : x[i];
+      y[i] = half_to_float(float_to_half(scaled));
+      x[i] = (scaled - y[i]) * power_of_two(kRestShift);
+      total += y[i];
+    }
+#pragma unroll
+    for (int o = 1; o < 32; o <<= 1) total += __shfl_xor_sync(kAllLanes, total, o);
+    const int column = kParts * (input % kInputs) + part;
+    const float low = power_of_two(kPlaceTop - place_of(2 * t)), high = low * 0.5f;
+    // A lane of the product is 4 * column + k.
+    to.fragments[column / 8][group % kChunk][t][column % 8 * 4 + k] =
+        make_uint2(pack_halves(y[0] * low, y[2] * low), pack_halves(y[1] * high, y[3] * high));
+    if (lane == 0) {
+      to.start[column][group % kChunk] = -total * power_of_two(-16);
+      // Not finite: the whole row is.
+      to.factor[column][group % kChunk] =
+          finite ? power_of_two(16 - part * kRestShift) * power_of_two(exponent - kTop) : __int_as_float(0x7fc00000);
+    }
+  }
+}
+#endif
+
+#if OPERATION == 0
 extern "C" __global__ void __launch_bounds__(kThreads) q1_matmul(const __grid_constant__ Q1Params p) {
   extern __shared__ __align__(16) char memory[];
-  Shared& shared = *reinterpret_cast<Shared*>(memory);
+  const Prepared& shared = *reinterpret_cast<const Prepared*>(memory);
   const int lane = threadIdx.x & 31, g = lane >> 2, j = lane & 3;
   const int warp = __shfl_sync(kAllLanes, threadIdx.x >> 5, 0), tile = warp % kRowTiles, share = warp / kRowTiles;
   const int row0 = (blockIdx.x * kRowTiles + tile) * 16, input0 = blockIdx.y * (kColumns / kParts);
-  const int n_inputs = min(kColumns / kParts, p.n_inputs - input0);
+  const int n_inputs = min(kColumns / kParts, p.n_inputs - input0), n_chunks = (p.n_groups + kChunk - 1) / kChunk;
   const bool there[2] = {row0 + g < p.n_rows, row0 + 8 + g < p.n_rows};
   const uint32_t* weight[2];
   const uint16_t* scales[2];
@@ -55,13 +109,11 @@ extern "C" __global__ void __launch_bounds__(kThreads) q1_matmul(const __grid_co
     weight[r] = p.weight + row * p.weight_stride[0] + j * p.weight_stride[1];
     scales[r] = p.scales + row * p.scale_stride[0];
   }
-  // Columns without a row of x multiply by zero.
-  for (int i = threadIdx.x; i < int(sizeof(Shared) / 4); i += kThreads) reinterpret_cast<uint32_t*>(memory)[i] = 0;
 
   float sum[kColumnTiles][4] = {};
   for (int first = 0; first < p.n_groups; first += kChunk) {
     const int n = min(kChunk, p.n_groups - first);
-    // Ask for the weights before x is prepared.
+    // Ask for the weights before x is copied.
     uint32_t words[kShareGroups][2];
     float scale[kShareGroups][2];
 #pragma unroll
@@ -75,48 +127,14 @@ extern "C" __global__ void __launch_bounds__(kThreads) q1_matmul(const __grid_co
       }
     }
     __syncthreads();
-    // A warp prepares a row of x for one group: lane 8 k + t takes columns 32 k + 2 t, + 1, + 16, + 17, step t of lane k.
-    for (int unit = warp; unit < n_inputs * n; unit += kWarps) {
-      const int input = unit / n, group = unit % n, k = lane >> 3, t = lane & 7;
-      const int64_t at =
-          int64_t(input0 + input) * p.x_stride[0] + int64_t(128 * (first + group) + 32 * k + 2 * t) * p.x_stride[1];
-      const int offsets[4] = {0, 1, 16, 17};
-      float x[4], top = 0;
-#pragma unroll
-      for (int i = 0; i < 4; i++) {
-        x[i] = load_element<kType>(p.x, at + offsets[i] * p.x_stride[1]);
-        top = max_nan(top, fabsf(x[i]));
-      }
-#pragma unroll
-      for (int o = 1; o < 32; o <<= 1) top = max_nan(top, __shfl_xor_sync(kAllLanes, top, o));
-      const int exponent = min(max(int(__float_as_uint(top) >> 23) - 126, -100), 128);  // top <= 2^exponent
-      const bool finite = top < INFINITY;
-      const float down = power_of_two(kTop - exponent);
-#pragma unroll
-      for (int part = 0; part < kParts; part++) {
-        float y[4], total = 0;
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-          const float scaled = part == 0 ? x[i] * down : x[i];
-          y[i] = half_to_float(float_to_half(scaled));
-          x[i] = (scaled - y[i]) * power_of_two(kRestShift);
-          total += y[i];
-        }
-#pragma unroll
-        for (int o = 1; o < 32; o <<= 1) total += __shfl_xor_sync(kAllLanes, total, o);
-        const int column = kParts * input + part;
-        const float low = power_of_two(kPlaceTop - place_of(2 * t)), high = low * 0.5f;
-        // A lane of the product is 4 * column + k.
-        shared.fragments[column / 8][group][t][column % 8 * 4 + k] =
-            make_uint2(pack_halves(y[0] * low, y[2] * low), pack_halves(y[1] * high, y[3] * high));
-        if (lane == 0) {
-          shared.start[column][group] = -total * power_of_two(-16);
-          // Not finite: the whole row is.
-          shared.factor[column][group] =
-              finite ? power_of_two(16 - part * kRestShift) * power_of_two(exponent - kTop) : __int_as_float(0x7fc00000);
-        }
-      }
+    const char* from =
+        static_cast<const char*>(p.prepared) + (int64_t(blockIdx.y) * n_chunks + first / kChunk) * int64_t(sizeof(Prepared));
+#pragma unroll 4
+    for (int i = threadIdx.x; i < int(sizeof(Prepared) / 16); i += kThreads) {
+      copy_async(shared_address(memory) + 16 * i, from + 16 * i);
     }
+    copy_async_commit();
+    copy_async_wait<0>();
     __syncthreads();
 #pragma unroll
     for (int i = 0; i < kShareGroups; i++) {
@@ -221,18 +239,27 @@ extern "C" __global__ void q1_quantize(const void* w, uint32_t* weight, uint16_t
 }
 #endif
 
+// A thread per eight weights.
 #if OPERATION == 2
 extern "C" __global__ void q1_dequantize(const uint32_t* weight, const uint16_t* scales, void* out, int n_rows, int n_groups,
                                          int w0, int w1, int s0, int s1) {
-  const int lane = threadIdx.x & 31;
-  const int64_t unit = int64_t(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32;
-  if (unit >= int64_t(n_rows) * n_groups) return;
+  constexpr int kParts = kQ1Group / 8;
+  const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  const int unit = int(i / kParts), part = int(i % kParts);
+  if (i >= int64_t(n_rows) * n_groups * kParts) return;
   const int64_t row = unit / n_groups, group = unit % n_groups;
   const float scale = half_to_float(scales[row * s0 + group * s1]);
+  const uint32_t bits = weight[row * w0 + (kQ1Words * group + part / 4) * w1] >> 8 * (part % 4);
+  float y[8];
 #pragma unroll
-  for (int i = 0; i < kQ1Words; i++) {
-    const uint32_t bits = weight[row * w0 + (kQ1Words * group + i) * w1];
-    store_element<kType>(out, (unit * kQ1Words + i) * 32 + lane, bits >> lane & 1 ? scale : -scale);
+  for (int k = 0; k < 8; k++) y[k] = bits >> k & 1 ? scale : -scale;
+  if constexpr (kType == kTypeFloat32) {
+    float4* to = static_cast<float4*>(out) + 2 * i;
+    to[0] = make_float4(y[0], y[1], y[2], y[3]);
+    to[1] = make_float4(y[4], y[5], y[6], y[7]);
+  } else {
+    static_cast<uint4*>(out)[i] = make_uint4(pack_16bit<kType>(y[0], y[1]), pack_16bit<kType>(y[2], y[3]),
+                                             pack_16bit<kType>(y[4], y[5]), pack_16bit<kType>(y[6], y[7]));
   }
 }
 #endif

@@ -1,8 +1,13 @@
 #include "runtime.h"
 
 #include <dlfcn.h>
+#include <unistd.h>
 
 #include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <filesystem>
+#include <fstream>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -40,6 +45,7 @@ enum : int {  // cuda.h
   kAttributeMultiprocessors = 16,
   kAttributeMajor = 75,
   kAttributeMinor = 76,
+  kAttributeSharedMemory = 97,  // that a block can opt in to
   kAttributeMemoryPools = 115,
   kFunctionMaxDynamicShared = 8,
 };
@@ -97,6 +103,7 @@ struct Compiler {
   int (*ptx)(void*, char*);
   int (*n_architectures)(int*);
   int (*architectures)(int*);
+  int (*version)(int*, int*);
 };
 
 const Compiler& compiler() {
@@ -114,6 +121,7 @@ const Compiler& compiler() {
     find(library, "nvrtcGetPTX", c.ptx);
     find(library, "nvrtcGetNumSupportedArchs", c.n_architectures);
     find(library, "nvrtcGetSupportedArchs", c.architectures);
+    find(library, "nvrtcVersion", c.version);
     return c;
   }();
   return functions;
@@ -177,6 +185,74 @@ Pool& pool() {
   return *pool;
 }
 
+// ---- Compiled kernels on disk ----
+
+// FNV-1a, 64 bits.
+uint64_t hash(const std::string& text, uint64_t state) {
+  for (const unsigned char c : text) state = (state ^ c) * 0x100000001b3ull;
+  return state;
+}
+
+// Compiling takes seconds for each process: binaries are kept, by the hash of everything that they depend on. A folder that
+// cannot be used, or a file that is not whole, only costs the compilation. The folder is that of models.cache_dir.
+class BinaryCache {
+ public:
+  explicit BinaryCache(const std::string& key) {
+    std::filesystem::path folder;
+    if (const char* chosen = std::getenv("TQEXT_CACHE"); chosen && *chosen) {
+      folder = std::filesystem::path(chosen) / "kernels";
+    } else if (const char* cache = std::getenv("XDG_CACHE_HOME"); cache && *cache) {
+      folder = std::filesystem::path(cache) / "tqext" / "kernels";
+    } else if (const char* home = std::getenv("HOME"); home && *home) {
+      folder = std::filesystem::path(home) / ".cache" / "tqext" / "kernels";
+    }
+    if (folder.empty()) return;
+    char name[40];
+    std::snprintf(name, sizeof name, "%016llx%016llx", static_cast<unsigned long long>(hash(key, 0xcbf29ce484222325ull)),
+                  static_cast<unsigned long long>(hash(key, 0x9e3779b97f4a7c15ull)));
+    file_ = folder / name;
+  }
+
+  // Empty: not there.
+  std::string read() const {
+    std::ifstream in(file_, std::ios::binary);
+    if (file_.empty() || !in) return {};
+    const std::string all((std::istreambuf_iterator<char>(in)), {});
+    if (all.size() <= kSumBytes) return {};
+    const std::string binary = all.substr(kSumBytes);
+    return all.compare(0, kSumBytes, checksum(binary)) == 0 ? binary : std::string();
+  }
+
+  void write(const std::string& binary) const {
+    if (file_.empty()) return;
+    std::error_code error;
+    std::filesystem::create_directories(file_.parent_path(), error);
+    // Other processes see all of the file or none.
+    std::filesystem::path part = file_;
+    part += "." + std::to_string(::getpid());
+    {
+      std::ofstream out(part, std::ios::binary);
+      out << checksum(binary) << binary;
+      if (!out.flush()) {
+        out.close();
+        std::filesystem::remove(part, error);
+        return;
+      }
+    }
+    std::filesystem::rename(part, file_, error);
+    if (error) std::filesystem::remove(part, error);
+  }
+
+ private:
+  static constexpr size_t kSumBytes = 16;
+  static std::string checksum(const std::string& binary) {
+    char text[kSumBytes + 1];
+    std::snprintf(text, sizeof text, "%016llx", static_cast<unsigned long long>(hash(binary, 0xcbf29ce484222325ull)));
+    return text;
+  }
+  std::filesystem::path file_;
+};
+
 }  // namespace
 
 void check_backend(const char* op) {
@@ -194,16 +270,17 @@ const DeviceInfo& device_info(int device) {
   auto found = infos.find(device);
   if (found == infos.end()) {
     CUdevice handle;
-    int major, minor, count;
+    int major, minor, count, shared;
     check_driver(driver().device_get(&handle, device), "cuDeviceGet");
     check_driver(driver().device_get_attribute(&major, kAttributeMajor, handle), "cuDeviceGetAttribute");
     check_driver(driver().device_get_attribute(&minor, kAttributeMinor, handle), "cuDeviceGetAttribute");
     check_driver(driver().device_get_attribute(&count, kAttributeMultiprocessors, handle), "cuDeviceGetAttribute");
+    check_driver(driver().device_get_attribute(&shared, kAttributeSharedMemory, handle), "cuDeviceGetAttribute");
     if (major < 8) {
       throw std::runtime_error("[tqext] device: expected compute capability 8.0 or later, got " + std::to_string(major) + "." +
                                std::to_string(minor));
     }
-    found = infos.emplace(device, DeviceInfo{10 * major + minor, count}).first;
+    found = infos.emplace(device, DeviceInfo{10 * major + minor, count, shared}).first;
   }
   return found->second;
 }
@@ -239,6 +316,14 @@ std::string compile(const char* file, const std::vector<Define>& defines, bool c
       texts.push_back(s.text);
     }
   }
+  std::string key = std::string(file) + '\n' + source;
+  for (const char* x : texts) key += x;
+  for (const std::string& x : options) key += '\n' + x;
+  int major = 0, minor = 0;
+  c.version(&major, &minor);
+  const BinaryCache cache(key + '\n' + std::to_string(major) + '.' + std::to_string(minor));
+  if (std::string kept = cache.read(); !kept.empty()) return kept;
+
   void* program = nullptr;
   if (c.create(&program, source, file, int(names.size()), texts.data(), names.data()) != 0) {
     throw std::runtime_error("[tqext] nvrtcCreateProgram failed");
@@ -257,6 +342,7 @@ std::string compile(const char* file, const std::vector<Define>& defines, bool c
   text.resize(size);
   (exact ? c.binary : c.ptx)(program, text.data());
   c.destroy(&program);
+  cache.write(text);
   return text;
 }
 

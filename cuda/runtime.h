@@ -39,9 +39,9 @@ namespace mx = mlx::core;
 // Throws where MLX has no CUDA backend.
 void check_backend(const char* op);
 
-// Compute capability, 10 * major + minor, and number of multiprocessors.
+// Compute capability, 10 * major + minor, number of multiprocessors, and the shared memory that a block can have.
 struct DeviceInfo {
-  int architecture, n_multiprocessors;
+  int architecture, n_multiprocessors, shared_bytes;
 };
 const DeviceInfo& device_info(int device);
 

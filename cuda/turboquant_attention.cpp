@@ -69,8 +69,8 @@ Kernel find_kernel(const Variant& variant, int device) {
 // Shares of a head's tokens, so that the blocks fill the device in whole waves.
 int count_splits(int n_heads, int n_tiles, int n_exact_blocks, int resident_blocks) {
   // A share of fewer tiles costs more in its joining than it saves (H200: 4 and 16 were slower at 8 heads x 4096 keys).
-  constexpr int kMinTiles = 8, kMaxSplits = 256;
-  const int most = std::clamp((n_tiles + kMinTiles - 1) / kMinTiles, 1, kMaxSplits);
+  constexpr int kMinTiles = 8;
+  const int most = std::clamp((n_tiles + kMinTiles - 1) / kMinTiles + n_exact_blocks, 1, int(kMaxSplits));
   int splits = std::clamp(resident_blocks / n_heads, 1, most);
   if (n_heads > resident_blocks) {
     double best = 0;
@@ -183,7 +183,7 @@ void TurboQuantAttention::eval_gpu(const std::vector<mx::array>& inputs, mx::arr
     value_data = device_pointer(*values);
     copy_strides(*keys, key_stride);
     copy_strides(*values, value_stride);
-    p.exact_aligned = p.exact_aligned && can_load_eight(*keys);
+    p.exact_aligned = p.exact_aligned && can_load_eight(*keys) && can_load_eight(*values);
   };
   set_exact(first_keys, first_values, p.first_keys, p.first_values, p.first_key_stride, p.first_value_stride);
   set_exact(tail_keys, tail_values, p.tail_keys, p.tail_values, p.tail_key_stride, p.tail_value_stride);
@@ -211,9 +211,11 @@ void TurboQuantAttention::eval_gpu(const std::vector<mx::array>& inputs, mx::arr
 
   const int n_heads = q.shape(0) * p.n_kv_heads, row_tiles = (n_rows + variant.rows - 1) / variant.rows;
   const int n_tiles = (p.n_coded + kTileTokens - 1) / kTileTokens;
-  p.n_exact_blocks = (p.n_first + p.n_tail + kExactTokens - 1) / kExactTokens;
-  // An exact chunk takes about as long as this many coded tiles of its block (H200: 16 and 48 were slower).
-  p.exact_tiles = 32;
+  // Eight exact tokens for each warp, more where that would be too many blocks.
+  const int n_exact = p.n_first + p.n_tail, exact_steps = (n_exact + kExactStep - 1) / kExactStep;
+  p.exact_tokens = kExactStep * std::max(1, (exact_steps + kMaxExactBlocks - 1) / kMaxExactBlocks);
+  p.n_exact_blocks = (n_exact + p.exact_tokens - 1) / p.exact_tokens;
+  p.exact_tiles = 8 * p.exact_tokens / kExactStep;
   const int resident = device_info(device).n_multiprocessors * kernel.blocks_per_multiprocessor;
   const int splits = count_splits(n_heads * row_tiles, n_tiles, p.n_exact_blocks, resident);
   const size_t results = size_t(n_heads) * row_tiles * (splits + p.n_exact_blocks * kAttentionWarps) * variant.rows;

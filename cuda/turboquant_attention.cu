@@ -669,135 +669,277 @@ TQ_DEVICE void attend_coded(const AttentionParams& p, const Head& head, const Sh
   }
 }
 
-// ---- Exact tokens: up to 32 for one warp, a token per lane for the scores, the lane's dimensions for the values ----
+// ---- Exact tokens: eight at a time for one warp ----
 
-// Asks for a chunk's keys and values.
+// Asks for a chunk's keys and values: a line of memory for each thread.
 TQ_DEVICE void prefetch_exact(const AttentionParams& p, int begin, int tid, int b, int h) {
-  constexpr int kSize = kType == kTypeFloat32 ? 4 : 2, kLine = 128 / kSize;
-  const int e = begin + tid;
-  static_assert(kThreads == kExactTokens, "a token per thread");
-  if (e >= p.n_first + p.n_tail) return;
-  auto ask = [&](const void* data, const int64_t* stride, int index, int dim) {
-    const char* row = static_cast<const char*>(data) + (b * stride[0] + h * stride[1] + index * stride[2]) * kSize;
-    for (int d = 0; d < dim; d += kLine) prefetch_line(row + d * stride[3] * kSize);
-  };
-  if (e < p.n_first) {
-    ask(p.first_keys, p.first_key_stride, e, p.head_dim);
-    ask(p.first_values, p.first_value_stride, e, p.value_dim);
-  } else {
-    ask(p.tail_keys, p.tail_key_stride, e - p.n_first, p.head_dim);
-    ask(p.tail_values, p.tail_value_stride, e - p.n_first, p.value_dim);
+  constexpr int kSize = kType == kTypeFloat32 ? 4 : 2, kDim = kKeyDim > kValueDim ? kKeyDim : kValueDim;
+  constexpr int kLine = 128 / kSize, kLines = (kDim + kLine - 1) / kLine;
+#pragma unroll 1
+  for (int i = tid; i < p.exact_tokens * 2 * kLines; i += kThreads) {
+    const int e = begin + i / (2 * kLines), d = i / 2 % kLines * kLine, is_value = i & 1;
+    const bool is_first = e < p.n_first;
+    const int index = is_first ? e : e - p.n_first;
+    if (e >= p.n_first + p.n_tail || d >= (is_value ? p.value_dim : p.head_dim)) continue;
+    const void* data = is_value ? (is_first ? p.first_values : p.tail_values) : (is_first ? p.first_keys : p.tail_keys);
+    const int64_t* stride = is_value ? (is_first ? p.first_value_stride : p.tail_value_stride)
+                                     : (is_first ? p.first_key_stride : p.tail_key_stride);
+    prefetch_line(static_cast<const char*>(data) + (b * stride[0] + h * stride[1] + index * stride[2] + d * stride[3]) * kSize);
   }
 }
 
-// Four lanes per token with the weights in shared memory took 7 us more at 8 KV heads x 1024 keys (H200).
-TQ_DEVICE void attend_exact(const AttentionParams& p, const float* query, int begin, int n, const int (&lengths)[3],
-                            int padding, bool own, float* partial_out, float* partial_state, int lane, int row0, int b, int h) {
-  const int n_keys = p.n_first + p.n_coded + p.n_tail, n_rows = p.n_repeats * p.n_queries;
-  const bool causal = p.causal && !own;
-  const int e = begin + lane;
-  const bool is_first = e < p.n_first;
-  const int index = is_first ? e : e - p.n_first, column = is_first ? e : e + p.n_coded;
-  const int64_t* key_stride = is_first ? p.first_key_stride : p.tail_key_stride;
-  const int64_t* value_stride = is_first ? p.first_value_stride : p.tail_value_stride;
-  // What no row attends to may not be read as a number: it may be outside of what the sequence has stored.
-  const int own_index = index - (p.n_tail - p.n_queries);
-  const bool is_own = own && !is_first && own_index >= 0;
-  const bool there = lane < n && column >= padding && (is_own || index < (is_first ? lengths[0] : lengths[2]));
-  const int64_t value_at = there ? b * value_stride[0] + h * value_stride[1] + index * value_stride[2] : 0;
+// Query head and position of a row. One query at a time, the usual case, costs no division.
+TQ_DEVICE int head_of_row(const AttentionParams& p, int row) { return p.n_queries == 1 ? row : row / p.n_queries; }
+TQ_DEVICE int position_of_row(const AttentionParams& p, int row) { return p.n_queries == 1 ? 0 : row % p.n_queries; }
 
-  float score[kRows];
+// One exact token, and who may attend to it.
+struct ExactToken {
+  bool is_first, there;
+  int index, column, own_index;  // own_index: of the rows' own tokens; -1: older than them
+};
+struct ExactTokens {
+  const AttentionParams& p;
+  int end, b, h, row0, padding;
+  const int (&lengths)[3];
+  bool own;  // the last n_queries tail tokens are the rows' own
+
+  TQ_DEVICE ExactToken operator[](int e) const {
+    ExactToken t;
+    t.is_first = e < p.n_first;
+    t.index = t.is_first ? e : e - p.n_first;
+    t.column = t.is_first ? e : e + p.n_coded;
+    const int own_index = t.index - (p.n_tail - p.n_queries);
+    t.own_index = own && !t.is_first && own_index >= 0 ? own_index : -1;
+    // What no row attends to may not be read as a number: it may be outside of what the sequence has stored.
+    t.there = e < end && t.column >= padding && (t.own_index >= 0 || t.index < (t.is_first ? lengths[0] : lengths[2]));
+    return t;
+  }
+
+  // The token's row of one of the arrays.
+  template <class T>
+  TQ_DEVICE const T* row(const ExactToken& t, const void* first, const int64_t (&first_stride)[4], const void* tail,
+                         const int64_t (&tail_stride)[4]) const {
+    const T* of_first = static_cast<const T*>(first) + (b * first_stride[0] + h * first_stride[1]);
+    const T* of_tail = static_cast<const T*>(tail) + (b * tail_stride[0] + h * tail_stride[1]);
+    return (t.is_first ? of_first : of_tail) + t.index * (t.is_first ? first_stride[2] : tail_stride[2]);
+  }
+  template <class T>
+  TQ_DEVICE const T* key_row(const ExactToken& t) const {
+    return row<T>(t, p.first_keys, p.first_key_stride, p.tail_keys, p.tail_key_stride);
+  }
+  template <class T>
+  TQ_DEVICE const T* value_row(const ExactToken& t) const {
+    return row<T>(t, p.first_values, p.first_value_stride, p.tail_values, p.tail_value_stride);
+  }
+
+  // The score of row row0 + r, masked.
+  TQ_DEVICE float masked(float score, const ExactToken& t, int r) const {
+    const int row = row0 + r, i = position_of_row(p, row);
+    const int n_keys = p.n_first + p.n_coded + p.n_tail;
+    bool attended = t.there && row < p.n_repeats * p.n_queries;
+    if (p.causal && !own) attended = attended && t.column <= n_keys - p.n_queries + i;
+    attended = attended && t.own_index <= i;
+    if (!attended) return -INFINITY;
+    if constexpr (kMask != kMaskNone) {
+      const int64_t m = b * p.mask_stride[0] + (h * p.n_repeats + head_of_row(p, row)) * p.mask_stride[1] +
+                        i * p.mask_stride[2] + t.column * p.mask_stride[3];
+      if constexpr (kMask == kMaskBool) return static_cast<const bool*>(p.mask)[m] ? score : -INFINITY;
+      if constexpr (kMask == kMaskFloat) return score + static_cast<const float*>(p.mask)[m] * kLog2e;
+    }
+    return score;
+  }
+};
+
+// 16-bit keys and values that can be loaded 16 bytes at a time, by tensor cores. Lane (g, j) loads keys of token g, values of
+// tokens 2 j and 2 j + 1, and has the scores of row g (with 16 rows: and g + 8) with these two. The order of dimensions within
+// a product is free: that of the loads. query: 16-bit rows, exact.
+TQ_DEVICE void attend_exact_tensor(const ExactTokens& tokens, const char* query, int begin, float* partial_out,
+                                   float* partial_state, int lane) {
+  const AttentionParams& p = tokens.p;
+  const int g = lane >> 2, j = lane & 3, row_of_lane = kFour ? g & 3 : g;
+  constexpr int kPieces = kKeyDim / 32, kRuns = kValueDim / 64;  // runs of 64 dimensions
+  constexpr int kRest = kValueDim % 64 != 0;                     // and one of 32
+  constexpr bool kSplit = kType == kTypeBFloat16;                // what rounding takes off a bf16 weight is multiplied as well
+  // [row tile][tile]: dimensions 8 g + 2 i, 8 g + 2 i + 1 of a run (of its 32: 4 g + ...) for rows 2 j, 2 j + 1.
+  float acc[kRowTiles][kValueDim / 16][4] = {};
+  float max[kRowTiles], sum[kRowTiles];
 #pragma unroll
-  for (int r = 0; r < kRows; r++) score[r] = 0;
-  if (there) {
-    const void* keys = is_first ? p.first_keys : p.tail_keys;
-    const int64_t at = b * key_stride[0] + h * key_stride[1] + index * key_stride[2];
-    if (p.exact_aligned) {
-#pragma unroll 8
-      for (int d = 0; d < p.head_dim; d += 8) {
-        float key[8];
-        load_eight<kType>(keys, at + d, key);
+  for (int t = 0; t < kRowTiles; t++) max[t] = kEmptyMax, sum[t] = 0;
+#pragma unroll 1
+  for (int first = begin; first < tokens.end; first += kExactStep) {
+    const ExactToken mine = tokens[first + g], pair[2] = {tokens[first + 2 * j], tokens[first + 2 * j + 1]};
+    uint4 key[kPieces];
+    const uint16_t* keys = tokens.key_row<uint16_t>(mine);
+#pragma unroll
+    for (int i = 0; i < kPieces; i++) {
+      const int d = 8 * (j + 4 * i);
+      key[i] = make_uint4(0, 0, 0, 0);
+      if (mine.there && d < p.head_dim) key[i] = *reinterpret_cast<const uint4*>(keys + d);
+    }
+    uint4 value[2][kRuns + kRest];
+#pragma unroll
+    for (int n = 0; n < 2; n++) {
+      const uint16_t* values = tokens.value_row<uint16_t>(pair[n]);
+#pragma unroll
+      for (int run = 0; run < kRuns + kRest; run++) {
+        const int d = 64 * run + (run < kRuns ? 8 : 4) * g;
+        value[n][run] = make_uint4(0, 0, 0, 0);
+        if (pair[n].there && d < p.value_dim) {
+          if (run < kRuns) {
+            value[n][run] = *reinterpret_cast<const uint4*>(values + d);
+          } else {
+            const uint2 y = *reinterpret_cast<const uint2*>(values + d);
+            value[n][run].x = y.x, value[n][run].y = y.y;
+          }
+        }
+      }
+    }
+
+    float score[4] = {};  // row g: tokens 2 j, 2 j + 1; row g + 8: the same
+#pragma unroll
+    for (int i = 0; i < kPieces; i++) {
+      const uint4 low = *reinterpret_cast<const uint4*>(query + row_of_lane * kLayout.half_stride + 16 * (j + 4 * i));
+      uint4 high = make_uint4(0, 0, 0, 0);
+      if constexpr (kRowTiles == 2) {
+        high = *reinterpret_cast<const uint4*>(query + (8 + g) * kLayout.half_stride + 16 * (j + 4 * i));
+      }
+      multiply_16bit<kType>(score, low.x, high.x, low.y, high.y, key[i].x, key[i].y);
+      multiply_16bit<kType>(score, low.z, high.z, low.w, high.w, key[i].z, key[i].w);
+    }
+#pragma unroll
+    for (int t = 0; t < kRowTiles; t++) {
+      const int r = 8 * t + row_of_lane;
+      const float s0 = tokens.masked(score[2 * t] * p.scale, pair[0], r);
+      const float s1 = tokens.masked(score[2 * t + 1] * p.scale, pair[1], r);
+      float m = fmaxf(max[t], fmaxf(s0, s1));
+      m = fmaxf(m, __shfl_xor_sync(kAllLanes, m, 1));
+      m = fmaxf(m, __shfl_xor_sync(kAllLanes, m, 2));
+      const float factor = exp2_fast(max[t] - m), w0 = exp2_fast(s0 - m), w1 = exp2_fast(s1 - m);
+      max[t] = m;
+      const uint32_t weight = pack_16bit<kType>(w0, w1);
+      const float r0 = w0 - low_16bit<kType>(weight), r1 = w1 - high_16bit<kType>(weight);
+      const uint32_t rest = pack_16bit<kType>(r0, r1);
+      // The sum of what is multiplied.
+      sum[t] = fmaf(sum[t], factor, kSplit ? w0 + w1 : (w0 - r0) + (w1 - r1));
+      const float f0 = __shfl_sync(kAllLanes, factor, 8 * j), f1 = __shfl_sync(kAllLanes, factor, 8 * j + 4);
+#pragma unroll
+      for (int i = 0; i < kValueDim / 16; i++) {
+        float (&c)[4] = acc[t][i];
+        c[0] *= f0, c[1] *= f1, c[2] *= f0, c[3] *= f1;
+        const uint4 &x = value[0][i / 4], &y = value[1][i / 4];
+        const uint32_t a = i % 4 == 0 ? x.x : i % 4 == 1 ? x.y : i % 4 == 2 ? x.z : x.w;
+        const uint32_t b = i % 4 == 0 ? y.x : i % 4 == 1 ? y.y : i % 4 == 2 ? y.z : y.w;
+        const uint32_t even = permute(a, b, 0x5410), odd = permute(a, b, 0x7632);
+        multiply_16bit_short<kType>(c, even, odd, weight);
+        if constexpr (kSplit) multiply_16bit_short<kType>(c, even, odd, rest);
+      }
+    }
+  }
+#pragma unroll
+  for (int t = 0; t < kRowTiles; t++) {
+    sum[t] += __shfl_xor_sync(kAllLanes, sum[t], 1);
+    sum[t] += __shfl_xor_sync(kAllLanes, sum[t], 2);
+    if (j == 0 && (!kFour || g < 4)) {
+      partial_state[2 * (8 * t + g)] = max[t];
+      partial_state[2 * (8 * t + g) + 1] = sum[t];
+    }
+    if (kFour && j >= 2) continue;
+#pragma unroll
+    for (int c = 0; c < 2; c++) {
+#pragma unroll
+      for (int i = 0; i < kValueDim / 16; i += 2) {
+        const int run = i / 4, at = 64 * run + (run < kRuns ? 8 : 4) * g + 2 * (i % 4);
+        const float (&x)[4] = acc[t][i], (&y)[4] = acc[t][i + 1];
+        *reinterpret_cast<float4*>(partial_out + (8 * t + 2 * j + c) * kValueDim + at) =
+            make_float4(x[c], x[2 + c], y[c], y[2 + c]);
+      }
+    }
+  }
+}
+
+// Any keys and values. Tokens begin ... begin + 7, then kExactStep later, and so on; four lanes per token for the scores.
+TQ_DEVICE void attend_exact(const ExactTokens& tokens, const float* query, int begin, float* partial_out, float* partial_state,
+                            int lane) {
+  const AttentionParams& p = tokens.p;
+  const int j = lane & 3;
+  using Exact = Element<kType>;
+  constexpr int kPieces = kKeyDim / 32;  // of eight dimensions, of a lane
+  constexpr int kSlots = kValueDim / 32;
+  constexpr int kBatch = kRows * kValueDim > 512 ? 4 : 8;  // tokens whose values are loaded together: registers are short
+
+  float acc[kRows][kSlots] = {}, max[kRows], sum[kRows];
+#pragma unroll
+  for (int r = 0; r < kRows; r++) max[r] = kEmptyMax, sum[r] = 0;
+#pragma unroll 1
+  for (int first = begin; first < tokens.end; first += kExactStep) {
+    const ExactToken token = tokens[first + (lane >> 2)];
+    const Exact* keys = tokens.key_row<Exact>(token);
+    const int64_t key_step = token.is_first ? p.first_key_stride[3] : p.tail_key_stride[3];
+    const uint64_t value_row = reinterpret_cast<uint64_t>(tokens.value_row<Exact>(token));
+    const uint32_t tokens_there = __ballot_sync(kAllLanes, token.there);
+    float weight[kRows] = {};  // first the scores
+#pragma unroll 1
+    for (int i = 0; i < kPieces; i++) {
+#pragma unroll
+      for (int k = 0; k < 8; k++) {
+        const int d = 8 * (j + 4 * i) + k;
+        const float key = token.there && d < p.head_dim ? load_element<kType>(keys, d * key_step) : 0.0f;
+#pragma unroll
+        for (int r = 0; r < kRows; r++) weight[r] = fmaf(query[r * kLayout.query_stride + d], key, weight[r]);
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < kRows; r++) {
+      float s = weight[r];
+      s += __shfl_xor_sync(kAllLanes, s, 1);
+      s += __shfl_xor_sync(kAllLanes, s, 2);
+      s = tokens.masked(s, token, r);
+      float m = fmaxf(s, max[r]);
+#pragma unroll
+      for (int o = 4; o < 32; o <<= 1) m = fmaxf(m, __shfl_xor_sync(kAllLanes, m, o));
+      const float factor = exp2_fast(max[r] - m);
+      weight[r] = exp2_fast(s - m);
+      max[r] = m;
+      sum[r] = fmaf(sum[r], factor, weight[r]);
+#pragma unroll
+      for (int k = 0; k < kSlots; k++) acc[r][k] *= factor;
+    }
+#pragma unroll 1
+    for (int t0 = 0; t0 < 8; t0 += kBatch) {
+      float value[kBatch][kSlots];
+#pragma unroll
+      for (int i = 0; i < kBatch; i++) {
+        const void* values = reinterpret_cast<const void*>(__shfl_sync(kAllLanes, value_row, 4 * (t0 + i)));
+        const bool from_first = first + t0 + i < p.n_first, there = tokens_there >> 4 * (t0 + i) & 1;
+        const int64_t step = from_first ? p.first_value_stride[3] : p.tail_value_stride[3];
+#pragma unroll
+        for (int k = 0; k < kSlots; k++) {
+          const int d = lane + 32 * k;
+          value[i][k] = there && d < p.value_dim ? load_element<kType>(values, d * step) : 0.0f;
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kBatch; i++) {
 #pragma unroll
         for (int r = 0; r < kRows; r++) {
-          const float4 q0 = *reinterpret_cast<const float4*>(query + r * kLayout.query_stride + d);
-          const float4 q1 = *reinterpret_cast<const float4*>(query + r * kLayout.query_stride + d + 4);
-          score[r] = fmaf(q0.w, key[3], fmaf(q0.z, key[2], fmaf(q0.y, key[1], fmaf(q0.x, key[0], score[r]))));
-          score[r] = fmaf(q1.w, key[7], fmaf(q1.z, key[6], fmaf(q1.y, key[5], fmaf(q1.x, key[4], score[r]))));
-        }
-      }
-    } else {
-#pragma unroll 1
-      for (int d = 0; d < p.head_dim; d++) {
-        const float key = load_element<kType>(keys, at + d * key_stride[3]);
+          const float w = __shfl_sync(kAllLanes, weight[r], 4 * (t0 + i));
 #pragma unroll
-        for (int r = 0; r < kRows; r++) score[r] = fmaf(query[r * kLayout.query_stride + d], key, score[r]);
+          for (int k = 0; k < kSlots; k++) acc[r][k] = fmaf(w, value[i][k], acc[r][k]);
+        }
       }
     }
   }
-  float weight[kRows];
 #pragma unroll
   for (int r = 0; r < kRows; r++) {
-    const int row = row0 + r, i = row % p.n_queries;
-    bool attended = there && row < n_rows;
-    if (causal) attended = attended && column <= n_keys - p.n_queries + i;
-    if (is_own) attended = attended && own_index <= i;
-    float s = attended ? score[r] : -INFINITY;
-    if constexpr (kMask != kMaskNone) {
-      if (attended) {
-        const int64_t m = b * p.mask_stride[0] + (h * p.n_repeats + row / p.n_queries) * p.mask_stride[1] +
-                          i * p.mask_stride[2] + column * p.mask_stride[3];
-        if constexpr (kMask == kMaskBool) {
-          if (!static_cast<const bool*>(p.mask)[m]) s = -INFINITY;
-        } else {
-          s += static_cast<const float*>(p.mask)[m] * kLog2e;
-        }
-      }
-    }
-    float m = fmaxf(s, kEmptyMax);
+    // The four lanes of a token hold the same weight.
 #pragma unroll
-    for (int o = 1; o < 32; o <<= 1) m = fmaxf(m, __shfl_xor_sync(kAllLanes, m, o));
-    weight[r] = exp2_fast(s - m);
-    float sum = weight[r];
-#pragma unroll
-    for (int o = 1; o < 32; o <<= 1) sum += __shfl_xor_sync(kAllLanes, sum, o);
+    for (int o = 4; o < 32; o <<= 1) sum[r] += __shfl_xor_sync(kAllLanes, sum[r], o);
     if (lane == 0) {
-      partial_state[2 * r] = m;
-      partial_state[2 * r + 1] = sum;
-    }
-  }
-  float acc[kRows][kValueDim / 32] = {};
-  constexpr int kBatch = kValueDim > 128 ? 4 : 8;  // tokens whose values are loaded together
-#pragma unroll 1
-  for (int t0 = 0; t0 < n; t0 += kBatch) {
-    float v[kBatch][kValueDim / 32];
-#pragma unroll
-    for (int i = 0; i < kBatch; i++) {
-      const int t = min(t0 + i, n - 1);
-      const bool token_there = __shfl_sync(kAllLanes, there, t) && t0 + i < n, from_first = begin + t < p.n_first;
-      const int64_t at = __shfl_sync(kAllLanes, value_at, t),
-                    step = from_first ? p.first_value_stride[3] : p.tail_value_stride[3];
-      const void* from = from_first ? p.first_values : p.tail_values;
-#pragma unroll
-      for (int k = 0; k < kValueDim / 32; k++) {
-        const int d = lane + 32 * k;
-        v[i][k] = token_there && d < p.value_dim ? load_element<kType>(from, at + d * step) : 0.0f;
-      }
+      partial_state[2 * r] = max[r];
+      partial_state[2 * r + 1] = sum[r];
     }
 #pragma unroll
-    for (int i = 0; i < kBatch; i++) {
-#pragma unroll
-      for (int r = 0; r < kRows; r++) {
-        // Past the last token: its weight times a value of zero.
-        const float w = __shfl_sync(kAllLanes, weight[r], min(t0 + i, n - 1));
-#pragma unroll
-        for (int k = 0; k < kValueDim / 32; k++) acc[r][k] = fmaf(w, v[i][k], acc[r][k]);
-      }
-    }
-  }
-#pragma unroll
-  for (int r = 0; r < kRows; r++) {
-#pragma unroll
-    for (int k = 0; k < kValueDim / 32; k++) partial_out[r * kValueDim + lane + 32 * k] = acc[r][k];
+    for (int k = 0; k < kSlots; k++) partial_out[r * kValueDim + lane + 32 * k] = acc[r][k];
   }
 }
 
@@ -844,7 +986,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM)
   }
   // Column that row i sees last, plus one.
   const bool causal = p.causal && !own;
-  auto column_end = [&](int row) { return causal ? n_keys - p.n_queries + row % p.n_queries + 1 : n_keys; };
+  auto column_end = [&](int row) { return causal ? n_keys - p.n_queries + position_of_row(p, row) + 1 : n_keys; };
   auto row_end = [&](int row) { return min(lengths[1], column_end(row) - p.n_first); };
 
   Share share;
@@ -880,22 +1022,23 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM)
   float query_rows[kWarpRows][kKeyDim / 32];
 #pragma unroll
   for (int i = 0; i < kWarpRows; i++) {
-    const int r = warp + kWarps * i, row = row0 + r, q_head = h * p.n_repeats + row / p.n_queries;
-    const int64_t at = b * p.q_stride[0] + q_head * p.q_stride[1] + row % p.n_queries * p.q_stride[2];
+    const int r = warp + kWarps * i, row = row0 + r, q_head = h * p.n_repeats + head_of_row(p, row);
+    const int64_t at = b * p.q_stride[0] + q_head * p.q_stride[1] + position_of_row(p, row) * p.q_stride[2];
 #pragma unroll
     for (int k = 0; k < kKeyDim / 32; k++) {
       const int d = lane + 32 * k;
       query_rows[i][k] = r < n_rows && d < p.head_dim ? load_element<kType>(p.q, at + d * p.q_stride[3]) : 0.0f;
     }
   }
-  if (split < p.n_exact_blocks && row0 == 0) prefetch_exact(p, split * kExactTokens, tid, b, h);
+  if (split < p.n_exact_blocks && row0 == 0) prefetch_exact(p, split * p.exact_tokens, tid, b, h);
   const Ring ring{shared, tid, lane, warp};
   const Head head = head_of(p, b, h);
   ring.start(p, head, share);
 
   // The query rows: scaled, rotated, in fixed point.
   float* rotated = reinterpret_cast<float*>(shared + kLayout.rotated_at);
-  float* exact_query = reinterpret_cast<float*>(shared + kLayout.exact_query_at);
+  char* exact_query = shared + kLayout.exact_query_at;  // rows of 16 bits for tensor cores, else of floats
+  const bool exact_tensor = kType != kTypeFloat32 && p.exact_aligned;
   float* row_scale = reinterpret_cast<float*>(shared + kLayout.row_scale_at);
   float* row_offset = reinterpret_cast<float*>(shared + kLayout.row_offset_at);
   float* residual_scale = reinterpret_cast<float*>(shared + kLayout.residual_scale_at);
@@ -906,6 +1049,12 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM)
     const int r = warp + kWarps * i;
     float (&x)[kKeyDim / 32] = query_rows[i];
     float* scratch = rotated + r * kLayout.query_stride;
+    if (split < p.n_exact_blocks && exact_tensor) {
+#pragma unroll
+      for (int k = 0; k < kKeyDim / 32; k++) {
+        store_element<kType>(exact_query + r * kLayout.half_stride, lane + 32 * k, x[k]);
+      }
+    }
 #pragma unroll
     for (int k = 0; k < kKeyDim / 32; k++) x[k] *= p.scale;
     float offset = 0;
@@ -919,9 +1068,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM)
 #pragma unroll
       for (int o = 1; o < 32; o <<= 1) offset += __shfl_xor_sync(kAllLanes, offset, o);
     }
-    if (split < p.n_exact_blocks) {
+    if (split < p.n_exact_blocks && !exact_tensor) {
+      float* row = reinterpret_cast<float*>(exact_query) + r * kLayout.query_stride;
 #pragma unroll
-      for (int k = 0; k < kKeyDim / 32; k++) exact_query[r * kLayout.query_stride + lane + 32 * k] = x[k];
+      for (int k = 0; k < kKeyDim / 32; k++) row[lane + 32 * k] = x[k];
     }
     if constexpr (Hadamard<kKeyDim>::kFactor > 0) {
       if (p.hadamard) Hadamard<kKeyDim>::template rotate<TQ_ROTATION_SEED>(x, lane, scratch);
@@ -941,15 +1091,22 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM)
   __syncthreads();
 
   const int n_slots = n_splits + p.n_exact_blocks * kWarps;
-  const int64_t head_slots = (int64_t(head_index) * gridDim.z + blockIdx.z) * n_slots;
-  float* partial_out = p.partial_out + head_slots * kRows * kValueDim;
-  float* partial_state = p.partial_state + head_slots * kRows * 2;
+  // One number lives through the main loop in place of two addresses.
+  int head_rows = (head_index * int(gridDim.z) + int(blockIdx.z)) * n_slots * kRows;
+  asm("" : "+r"(head_rows));
 
   if (split < p.n_exact_blocks) {
-    const int n = min(kExactTokens, p.n_first + p.n_tail - split * kExactTokens), per = (n + kWarps - 1) / kWarps;
-    const int slot = n_splits + split * kWarps + warp;
-    attend_exact(p, exact_query, split * kExactTokens + warp * per, clamp(n - warp * per, 0, per), lengths, padding, own,
-                 partial_out + slot * kRows * kValueDim, partial_state + slot * kRows * 2, lane, row0, b, h);
+    const int begin = split * p.exact_tokens, slot = n_splits + split * kWarps + warp;
+    const ExactTokens tokens{p, min(begin + p.exact_tokens, p.n_first + p.n_tail), b, h, row0, padding, lengths, own};
+    float* out = p.partial_out + int64_t(head_rows + slot * kRows) * kValueDim;
+    float* state = p.partial_state + int64_t(head_rows + slot * kRows) * 2;
+    bool done = false;
+    if constexpr (kType != kTypeFloat32) {
+      if (exact_tensor) attend_exact_tensor(tokens, exact_query, begin + 8 * warp, out, state, lane), done = true;
+    }
+    if (!done) {
+      attend_exact(tokens, reinterpret_cast<const float*>(exact_query), begin + 8 * warp, out, state, lane);
+    }
   }
   // Everybody has read the queries: the last stage is free for the main loop.
   if constexpr (kBulk) copy_engine_fence();
@@ -977,6 +1134,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM)
     if (__syncthreads_and(finite)) break;
   }
 
+  float* partial_out = p.partial_out + int64_t(head_rows) * kValueDim;
+  float* partial_state = p.partial_state + int64_t(head_rows) * 2;
   // Join the warps.
   float* state = reinterpret_cast<float*>(shared + kLayout.state_at);
 #pragma unroll
@@ -1047,18 +1206,48 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM)
   }
 
   float* total = reinterpret_cast<float*>(shared);  // [kRows][kValueDim + 4], rotated space
-  float* factors = total + kRows * kJoinStride;     // [kFactorSlots][kRows]
+  float* factors = total + kRows * kJoinStride;     // [kMaxSlots][kRows]
   float* inverse = factors + kMaxSlots * kRows;     // [kRows]
-  for (int r = warp; r < kRows; r += kWarps) {
-    const int row = row0 + r, q_head = h * p.n_repeats + row / p.n_queries;
+  // All first loads together: each waits for the second-level cache.
+  constexpr int kEarly = 8, kEarlyExact = 8;  // shares, exact results
+  float2 states[kWarpRows];
+#pragma unroll
+  for (int i = 0; i < kWarpRows; i++) {
+    states[i] = make_float2(kEmptyMax, 0);
+    const int r = warp + kWarps * i;
+    if (lane < n_slots) states[i] = __ldcg(reinterpret_cast<const float2*>(partial_state + (lane * kRows + r) * 2));
+  }
+  auto load_share = [&](int s, int r, int d) {
+    return __ldcg(reinterpret_cast<const float4*>(partial_out + (s * kRows + r) * kValueDim + d));
+  };
+  float4 early[kEarly];
+  const int early_row = tid / (kValueDim / 4) % kRows, early_d = tid % (kValueDim / 4) * 4;
+#pragma unroll
+  for (int s = 0; s < kEarly; s++) {
+    early[s] = make_float4(0, 0, 0, 0);
+    if (s < n_splits) early[s] = load_share(s, early_row, early_d);
+  }
+  float early_exact[kEarlyExact][kValueDim / 32];
+#pragma unroll
+  for (int s = 0; s < kEarlyExact; s++) {
+#pragma unroll
+    for (int k = 0; k < kValueDim / 32; k++) {
+      early_exact[s][k] =
+          n_splits + s < n_slots ? __ldcg(partial_out + ((n_splits + s) * kRows + warp) * kValueDim + lane + 32 * k) : 0.0f;
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kWarpRows; i++) {
+    const int r = warp + kWarps * i, row = row0 + r, q_head = h * p.n_repeats + head_of_row(p, row);
     const float sink = p.sinks && r < n_rows ? p.sinks[q_head * p.sinks_stride] * kLog2e : kEmptyMax;
-    float m = sink;
-    for (int s = lane; s < n_slots; s += 32) m = fmaxf(m, __ldcg(partial_state + (s * kRows + r) * 2));
+    auto state = [&](int s) { return __ldcg(reinterpret_cast<const float2*>(partial_state + (s * kRows + r) * 2)); };
+    float m = fmaxf(sink, states[i].x);
+    for (int s = lane + 32; s < n_slots; s += 32) m = fmaxf(m, state(s).x);
 #pragma unroll
     for (int o = 1; o < 32; o <<= 1) m = fmaxf(m, __shfl_xor_sync(kAllLanes, m, o));
     float sum = 0;
     for (int s = lane; s < n_slots; s += 32) {
-      const float2 y = __ldcg(reinterpret_cast<const float2*>(partial_state + (s * kRows + r) * 2));
+      const float2 y = s < 32 ? states[i] : state(s);
       const float factor = exp2f(y.x - m);
       factors[s * kRows + r] = factor;
       sum = fmaf(factor, y.y, sum);
@@ -1069,15 +1258,24 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM)
     if (lane == 0) inverse[r] = sum == 0 ? 0.0f : 1.0f / sum;
   }
   __syncthreads();
+#pragma unroll 1
   for (int i = tid; i < kRows * kValueDim / 4; i += kThreads) {
     const int r = i / (kValueDim / 4), d = i % (kValueDim / 4) * 4;
     float4 sum = make_float4(0, 0, 0, 0);
-#pragma unroll 16
-    for (int s = 0; s < n_splits; s++) {
-      const float4 y = __ldcg(reinterpret_cast<const float4*>(partial_out + (s * kRows + r) * kValueDim + d));
+    auto add = [&](const float4& y, int s) {
       const float f = factors[s * kRows + r];
       sum.x = fmaf(f, y.x, sum.x), sum.y = fmaf(f, y.y, sum.y), sum.z = fmaf(f, y.z, sum.z), sum.w = fmaf(f, y.w, sum.w);
+    };
+    int s = 0;
+    if (i == tid) {
+#pragma unroll
+      for (int e = 0; e < kEarly; e++) {
+        if (e < n_splits) add(early[e], e);
+      }
+      s = kEarly;
     }
+#pragma unroll 16
+    for (; s < n_splits; s++) add(load_share(s, r, d), s);
     *reinterpret_cast<float4*>(total + r * kJoinStride + d) = sum;
   }
   __syncthreads();
@@ -1089,10 +1287,22 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM)
     if constexpr (Hadamard<kValueDim>::kFactor > 0) {
       if (p.hadamard) Hadamard<kValueDim>::template rotate_back<TQ_ROTATION_SEED>(y, lane, total + r * kJoinStride);
     }
-    const int row = row0 + r, q_head = h * p.n_repeats + row / p.n_queries;
-    const int64_t at = ((int64_t(b) * p.n_kv_heads * p.n_repeats + q_head) * p.n_queries + row % p.n_queries) * p.value_dim;
+    const int row = row0 + r, q_head = h * p.n_repeats + head_of_row(p, row);
+    const int64_t at =
+        ((int64_t(b) * p.n_kv_heads * p.n_repeats + q_head) * p.n_queries + position_of_row(p, row)) * p.value_dim;
+    int s = n_splits;
+    if (r == warp) {
+#pragma unroll
+      for (int e = 0; e < kEarlyExact; e++) {
+        if (s + e >= n_slots) break;
+        const float factor = factors[(s + e) * kRows + r];
+#pragma unroll
+        for (int k = 0; k < kValueDim / 32; k++) y[k] = fmaf(factor, early_exact[e][k], y[k]);
+      }
+      s += kEarlyExact;
+    }
 #pragma unroll 4
-    for (int s = n_splits; s < n_slots; s++) {
+    for (; s < n_slots; s++) {
       const float factor = factors[s * kRows + r];
 #pragma unroll
       for (int k = 0; k < kValueDim / 32; k++) {

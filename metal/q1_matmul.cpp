@@ -28,6 +28,8 @@ void run(mx::Stream stream, Q1Op op, mx::Dtype type, const Q1MatmulParams& param
 
 }  // namespace
 
+bool gpu_multiplies_bits(const mx::array&) { return true; }
+
 void Q1Matmul::eval_gpu(const std::vector<mx::array>& inputs, mx::array& out) {
   out.set_data(mx::allocator::malloc(out.nbytes()));
   if (out.size() == 0) return;

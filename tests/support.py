@@ -15,12 +15,15 @@ import tqext
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
 
+def on_cuda():
+    return mx.default_device() == mx.gpu and not mx.metal.is_available()
+
+
 class _KernelTolerance(dict):
     """By dtype and default device. On NVIDIA GPUs the softmax weights enter fp16 tensor cores, whatever the query's type."""
 
     def __getitem__(self, dtype):
-        on_cuda = mx.default_device() == mx.gpu and not mx.metal.is_available()
-        return max(super().__getitem__(dtype), 1e-3) if on_cuda else super().__getitem__(dtype)
+        return max(super().__getitem__(dtype), 1e-3) if on_cuda() else super().__getitem__(dtype)
 
 
 # Kernel error against float64 over the same bytes, relative to the largest output.

@@ -102,8 +102,11 @@ def test_encoding_compiles(operation):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_one_bit_weights_compile_for_every_architecture(architecture):
-    for operation in range(3):
+    for operation in range(4):
         compile_kernel("q1_matmul.cu", architecture, OPERATION=operation, TYPE=1, ROW_TILES=2, COLUMN_TILES=2)
+    for kind, inputs, warps in ((1, 1, 16), (0, 2, 16), (2, 8, 8)):
+        log = compile_kernel("q1_matvec.cu", architecture, TYPE=kind, INPUTS=inputs, WARPS=warps, STAGES=3)
+        assert "0 bytes spill stores" in log, log
 
 
 def test_a_mistake_is_found():
