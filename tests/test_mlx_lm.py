@@ -15,7 +15,7 @@ from tiny import CONFIG, greedy, kl, logits_after, make_biased_qwen2, make_llama
 from tqext import BatchTurboQuantKVCache, Recipe, TurboQuantKVCache, get_policy
 from tqext.mlx_lm import PathError, stock_cache
 
-pytestmark = pytest.mark.usefixtures("uninstalled")
+pytestmark = pytest.mark.usefixtures("device", "uninstalled")
 N_PROMPT, N_NEW = 150, 60
 
 

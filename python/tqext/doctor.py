@@ -56,11 +56,14 @@ def check_attention() -> str:
     q, k, v = (mx.random.normal((1, heads, n, 128), key=key) for heads, n in ((8, 1), (2, 300), (2, 300)))
     packed_k, packed_v = tqext.quantize_keys(k), tqext.quantize_values(v)
     got = tqext.turboquant_attention(q, packed_k, packed_v)
-    keys, values = (mx.repeat(tqext.dequantize(p), 4, axis=1) for p in (packed_k, packed_v))
-    weights = mx.softmax((q * 128**-0.5) @ keys.swapaxes(-1, -2), axis=-1)
-    expected = weights @ values
-    error = cast(float, (mx.abs(got - expected).max() / mx.abs(expected).max()).item())
-    if not error <= 1e-4:
+    with mx.stream(mx.cpu):  # MLX multiplies fp32 matrices in TF32 on NVIDIA GPUs
+        keys, values = (mx.repeat(tqext.dequantize(p), 4, axis=1) for p in (packed_k, packed_v))
+        weights = mx.softmax((q * 128**-0.5) @ keys.swapaxes(-1, -2), axis=-1)
+        expected = weights @ values
+        error = cast(float, (mx.abs(got - expected).max() / mx.abs(expected).max()).item())
+    # There the softmax weights enter fp16 tensor cores (docs/cuda.md).
+    on_cuda = mx.default_device() == mx.gpu and not mx.metal.is_available()
+    if not error <= (1e-3 if on_cuda else 1e-4):
         raise AssertionError(f"attention is off by {error:.1e} of the largest output")
     return f"largest error {error:.1e}"
 
