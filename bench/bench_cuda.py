@@ -1,32 +1,42 @@
 """NVIDIA GPUs: attention and 1-bit products against MLX's own, and a model of the shape of Qwen3-8B end to end.
 
-Several calls are evaluated as one graph that was built before the clock starts, as a model's layers are: one evaluation
-alone has a floor of about 25 us. The arrays rotate among several sets, together larger than the last-level cache.
+Forty calls are evaluated as one graph that was built before the clock starts, as a model's layers are: one evaluation alone
+has a floor of about 25 us. As in a model each call of attention waits for the one before (its output is the next one's query);
+a second figure is of calls that do not wait, which MLX may run side by side. The arrays rotate among several sets, together
+larger than the last-level cache.
 
-    python bench/bench_cuda.py --json bench/results/cuda_h200.json [--only attention q1 scores model]
+    python bench/bench_cuda.py --json bench/results/h100.json [--only attention q1 scores model]
 """
 
 import argparse
 import gc
-import json
+import importlib.util
 import math
 import statistics
 import time
+from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 import tqext
+from timing import save
 
 DIM = 128
 
 
-def timed(call, n=40, repeats=9):
-    """Median microseconds per call, and half the distance of the fastest and the slowest run in percent."""
+def timed(call, first=None, n=40, repeats=9):
+    """Median microseconds per call(x, k), and half the distance of the fastest and the slowest run in percent.
+
+    With `first` a call's x is the output of the one before, else None.
+    """
     times = []
     for i in range(repeats + 2):
-        graph = [call(k) for k in range(n)]
+        graph, x = [], first
+        for k in range(n):
+            graph.append(call(x, k))
+            x = None if first is None else graph[-1]
         mx.synchronize()
         start = time.perf_counter()
         mx.eval(graph)
@@ -61,12 +71,11 @@ def halves(*shape):
 def copy_bandwidth():
     x = mx.zeros((1 << 30,), dtype=mx.uint8)
     mx.eval(x)
-    us, _ = timed(lambda _: x + 1, n=4)
+    us, _ = timed(lambda _x, _k: x + 1, n=4)
     return 2 * x.nbytes / us / 1e3
 
 
 def attention(copy):
-    rows = []
     for heads in (8, 16, 32, 64, 128):
         for keys in (512, 1024, 4096, 16384, 32768, 131072):
             if heads * keys > 64 * 65536:
@@ -78,51 +87,122 @@ def attention(copy):
                 q, compressed = halves(1, 4 * heads, 1, DIM), [packed(1, heads, keys) for _ in range(sets)]
                 exact = {"tail": (halves(1, heads, tail, DIM), halves(1, heads, tail, DIM))} if tail else {}
                 mx.eval(q, exact)
-                us, spread = timed(lambda i: tqext.turboquant_attention(q, *compressed[i % sets], **exact))
-                del compressed
+
+                def ours(x, k, q=q, packed=compressed, exact=exact):
+                    return tqext.turboquant_attention(q if x is None else x, *packed[k % len(packed)], **exact)
+
+                us, spread = timed(ours, q)
+                apart, _ = timed(ours)
+                del compressed, ours
                 plain = [(halves(1, heads, keys + tail, DIM), halves(1, heads, keys + tail, DIM)) for _ in range(sets)]
                 mx.eval(plain)
-                fp16, _ = timed(lambda i: mx.fast.scaled_dot_product_attention(q, *plain[i % sets], scale=DIM**-0.5))
-                row = {"heads": heads, "keys": keys, "tail": tail, "us": us, "spread": spread, "fp16_us": fp16}
-                row |= {"ratio": fp16 / us, "gbs": heads * keys * 98 / us / 1e3}
-                row["share_of_copy"] = row["gbs"] / copy
+
+                def theirs(x, k, q=q, plain=plain):
+                    return mx.fast.scaled_dot_product_attention(q if x is None else x, *plain[k % len(plain)], scale=DIM**-0.5)
+
+                fp16, _ = timed(theirs, q)
+                fp16_apart, _ = timed(theirs)
+                gbs = (heads * keys * 98 + heads * tail * 512) / us / 1e3
+                row = {"KV heads": heads, "keys": keys, "tail": tail, "us": us, "spread": spread, "GB/s": gbs,
+                       "share": gbs / copy, "fp16 us": fp16, "times": fp16 / us,
+                       "times, not waiting": fp16_apart / apart}  # fmt: skip
                 if not tail and heads in (8, 64):
-                    row["mlx_4bit_us"] = stock_quantised(q, plain[0], heads)
-                rows.append(row)
-                print("attention", {k: round(v, 2) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
-                del plain
-    return rows
+                    row["mlx-lm 4 bits us"] = stock_quantised(q, plain[0])
+                    row["FlashAttention us"] = flash_attention(heads, keys)
+                yield row
+                del plain, theirs
 
 
-def stock_quantised(q, plain, heads):
+def stock_quantised(q, plain):
     """mlx-lm's attention on its 4-bit cache, as models/base.py writes it."""
     from mlx_lm.models.base import quantized_scaled_dot_product_attention as attend
 
     k, v = (mx.quantize(x, group_size=64, bits=4) for x in plain)
     mx.eval(k, v)
-    return timed(lambda _: attend(q, k, v, scale=DIM**-0.5, mask=None, group_size=64, bits=4), n=10)[0]
+
+    def call(x, _):
+        return attend(x, k, v, scale=DIM**-0.5, mask=None, group_size=64, bits=4)
+
+    return timed(call, q, n=10)[0]
+
+
+def flash_attention(heads, keys, n=20):
+    """PyTorch's FlashAttention on fp16, microseconds per call in a CUDA graph; None without PyTorch."""
+    if importlib.util.find_spec("torch") is None:
+        return None
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    def tensor(n_tokens):
+        return torch.randn(1, heads, n_tokens, DIM, device="cuda", dtype=torch.float16)
+
+    q, sets = tensor(4), [(tensor(keys), tensor(keys)) for _ in range(2)]
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    with torch.cuda.stream(stream), sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        for k, v in sets:
+            torch.nn.functional.scaled_dot_product_attention(q, k, v)
+        stream.synchronize()
+        with torch.cuda.graph(graph, stream=stream):
+            for i in range(n):
+                torch.nn.functional.scaled_dot_product_attention(q, *sets[i % 2])
+    times = []
+    for _ in range(9):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(begin.elapsed_time(end) * 1e3 / n)
+    del q, sets, graph
+    torch.cuda.empty_cache()
+    return statistics.median(times)
+
+
+MATRICES = ((6144, 4096), (4096, 4096), (24576, 4096), (4096, 12288))  # of a layer of Qwen3-8B
+HEAD = (151936, 4096)
+
+
+def one_bit(rows, cols):
+    return words(rows, cols // 32), mx.full((rows, cols // 128), 0.01, dtype=mx.float16)
 
 
 def q1(copy):
-    rows = []
-    for out, cols in ((6144, 4096), (4096, 4096), (24576, 4096), (4096, 12288), (151936, 4096)):
+    for out, cols in (*MATRICES, HEAD):
         n_bytes = out * cols * 1.125 / 8
         sets = max(2, min(30, int(150e6 / n_bytes) + 1))
-        weights = [(words(out, cols // 32), mx.full((out, cols // 128), 0.02, dtype=mx.float16)) for _ in range(sets)]
-        mx.eval(weights)
-        for n in (1, 8, 32):
+        weights = [one_bit(out, cols) for _ in range(sets)]
+        dense = [halves(out, cols) for _ in range(2)]
+        mx.eval(weights, dense)
+        for n in (1, 2, 4, 8, 16, 32, 64, 128, 512):
             x = halves(n, cols)
             mx.eval(x)
-            us, spread = timed(lambda i: tqext.q1_matmul(x, *weights[i % sets]), n=60)
-            row = {"rows": out, "cols": cols, "n": n, "us": us, "spread": spread, "gbs": n_bytes / us / 1e3}
-            rows.append(row | {"share_of_copy": row["gbs"] / copy})
-            print("q1", {k: round(v, 2) if isinstance(v, float) else v for k, v in rows[-1].items()}, flush=True)
-    return rows
+            us, spread = timed(lambda _, k, x=x, w=weights: tqext.q1_matmul(x, *w[k % len(w)]), n=60 if n < 16 else 20)
+            fp16, _ = timed(lambda _, k, x=x, w=dense: x @ w[k % 2].T, n=20)
+            gbs = n_bytes / us / 1e3
+            yield {"rows": out, "columns": cols, "rows of x": n, "us": us, "spread": spread, "GB/s": gbs, "share": gbs / copy,
+                   "fp16 us": fp16, "times": fp16 / us}  # fmt: skip
+        del weights, dense
+    # All matrices of the model for one token, each waiting for the one before.
+    layers = [[one_bit(*shape) for shape in MATRICES] for _ in range(36)]
+    head = one_bit(*HEAD)
+    x = {cols: halves(1, cols) for cols in (4096, 12288)}
+    mx.eval(layers, head, x)
+
+    def step():
+        y = x[4096]
+        for qkv, out, up, down in layers:
+            y = tqext.q1_matmul(y, *qkv)[:, :4096]
+            y = tqext.q1_matmul(y, *out)
+            y = tqext.q1_matmul(tqext.q1_matmul(y, *up)[:, :12288], *down)
+        return tqext.q1_matmul(y, *head)
+
+    us, spread = timed(lambda _x, _k: step(), n=4)
+    gbs = (36 * sum(r * c for r, c in MATRICES) + math.prod(HEAD)) * 1.125 / 8 / us / 1e3
+    yield {"rows": "all of an 8B model", "rows of x": 1, "us": us, "spread": spread, "GB/s": gbs, "share": gbs / copy}
 
 
-def scores():
+def scores(_copy):
     """The TurboQuant paper's claim ("up to 8 x"): scores of compressed keys against a product with fp32 keys."""
-    rows = []
     for heads, keys in ((8, 131072), (64, 32768)):
         k, _ = packed(1, heads, keys)
         # The narrowest values there are: attention reads them too.
@@ -130,12 +210,10 @@ def scores():
         q = mx.random.normal((1, 4 * heads, 1, DIM))
         full = mx.random.normal((1, heads, keys, DIM))
         mx.eval(q, full, narrow.codes, narrow.params)
-        us, _ = timed(lambda _: tqext.turboquant_attention(q, k, narrow), n=10)
-        fp32, _ = timed(lambda _: q.reshape(1, heads, 4, DIM) @ full.swapaxes(-1, -2), n=10)
-        rows.append({"heads": heads, "keys": keys, "us": us, "fp32_us": fp32, "ratio": fp32 / us})
-        print("scores", rows[-1], flush=True)
+        us, _ = timed(lambda _x, _k, k=k, v=narrow, q=q: tqext.turboquant_attention(q, k, v), n=10)
+        fp32, _ = timed(lambda _x, _k, k=full, q=q: q.reshape(1, -1, 4, DIM) @ k.swapaxes(-1, -2), n=10)
+        yield {"KV heads": heads, "keys": keys, "us": us, "fp32 us": fp32, "times": fp32 / us}
         del full
-    return rows
 
 
 def make_model(kind):
@@ -153,7 +231,7 @@ def make_model(kind):
     for name, module in shapes:
         rows, cols = module.weight.shape
         if kind == "q1":
-            new = Q1Linear(words(rows, cols // 32), mx.full((rows, cols // 128), 0.02, dtype=mx.float16))
+            new = Q1Linear(*one_bit(rows, cols))
         elif kind == "4bit":
             new = nn.QuantizedLinear(128, 8, bias=False, group_size=64, bits=4)
             new.weight, new.scales = words(rows, cols // 8), mx.full((rows, cols // 64), 0.004, dtype=mx.float16)
@@ -193,60 +271,67 @@ def model_steps(model, cache, batch, steps=24):
     return statistics.median(times[4:])
 
 
-def end_to_end(budget):
+# Batch and context, by the weights.
+CASES = {
+    "q1": [(1, 2048), (1, 131072), (32, 2048), (32, 32768), (8, 32768), (1, 32768)],
+    "4bit": [(1, 2048), (1, 131072), (32, 2048), (32, 32768), (8, 32768), (1, 32768)],
+    "fp16": [(1, 2048), (1, 131072), (8, 32768), (32, 2048), (32, 32768), (1, 32768)],
+}
+
+
+def end_to_end(_copy, weights=tuple(CASES), budget=math.inf):
+    """Both caches in every case; no new case after `budget` seconds of one kind of weights."""
     from mlx_lm.models.cache import KVCache
 
-    rows, begin = [], time.perf_counter()
-    for kind in ("fp16", "4bit", "q1"):
-        model = make_model(kind)
-        cases = [(1, 2048), (1, 32768), (1, 131072), (8, 32768), (16, 32768), (32, 2048), (32, 32768)] if kind == "fp16" else [
-            (1, 2048), (1, 32768), (32, 2048)]  # fmt: skip
-        for batch, context in cases:
+    for kind in weights:
+        begin, model = time.perf_counter(), make_model(kind)
+        for batch, context in CASES[kind]:
+            if time.perf_counter() - begin > budget:
+                break
+            found = {}
             for name in ("fp16", "tq3"):
-                row = {"weights": kind, "cache": name, "batch": batch, "context": context}
-                if time.perf_counter() - begin > budget:
-                    continue
+                row = {"weights": kind, "batch": batch, "context": context, "cache": name}
                 mx.clear_cache()
                 mx.reset_peak_memory()
                 try:
                     cache = [KVCache() for _ in range(36)] if name == "fp16" else tqext.make_prompt_cache(model, "tq3")
                     fill(cache, batch, context)
-                    seconds = model_steps(model, cache, batch)
-                    row |= {"ms": seconds * 1e3, "tokens_per_s": batch / seconds, "peak_gb": mx.get_peak_memory() / 1e9}
-                except Exception as error:  # out of memory is a result
-                    row |= {"error": str(error)[:120]}
+                    found[name] = model_steps(model, cache, batch)
+                    row |= {"tokens/s": batch / found[name], "peak GB": mx.get_peak_memory() / 1e9}
+                    if name == "tq3" and "fp16" in found:
+                        row["times"] = found["fp16"] / found["tq3"]
+                except RuntimeError as error:  # that memory is short is a result
+                    row["failed"] = str(error)[:120]
                 cache = None
                 gc.collect()
                 mx.clear_cache()
-                rows.append(row)
-                print("model", row, flush=True)
+                yield row
         del model
         gc.collect()
         mx.clear_cache()
-    return rows
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json")
-    parser.add_argument("--only", nargs="*", default=["attention", "q1", "scores", "model"])
-    parser.add_argument("--budget", type=float, default=math.inf, help="seconds for the model")
+    parts = {"attention": attention, "q1": q1, "scores": scores, "model": end_to_end}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--only", nargs="*", choices=list(parts), default=list(parts))
+    parser.add_argument("--weights", nargs="*", choices=list(CASES), default=list(CASES), help="of the model")
+    parser.add_argument("--budget", type=float, default=math.inf, help="seconds for each kind of weights of the model")
     arguments = parser.parse_args()
+    if mx.default_device() != mx.gpu:
+        raise SystemExit("bench_cuda: expected a GPU that MLX can use, got the CPU only")
     mx.random.seed(0)
     copy = copy_bandwidth()
-    result = {"device": dict(mx.device_info()), "mlx": mx.__version__, "tqext": tqext.__version__, "copy_gbs": copy}
-    print(result, flush=True)
-
-    def save():
-        if arguments.json:
-            with open(arguments.json, "w") as file:
-                json.dump(result, file, indent=1, default=str)
-
-    for name, run in (("attention", lambda: attention(copy)), ("q1", lambda: q1(copy)), ("scores", scores),
-                      ("model", lambda: end_to_end(arguments.budget))):  # fmt: skip
-        if name in arguments.only:
-            result[name] = run()
-            save()
+    print(f"{mx.device_info()['device_name']}: MLX copies {copy:.0f} GB/s", flush=True)
+    for name in arguments.only:
+        options = {"weights": arguments.weights, "budget": arguments.budget} if name == "model" else {}
+        rows = []
+        for row in parts[name](copy, **options):
+            rows.append({key: round(x, 3) if isinstance(x, float) else x for key, x in row.items() if x is not None})
+            print(name, rows[-1], flush=True)
+            if arguments.json:  # after each row: a long run that is cut off keeps what it has
+                save(arguments.json, {"bench": f"cuda_{name}", "dim": DIM}, {"copy_gbs": round(copy)}, rows)
 
 
 if __name__ == "__main__":

@@ -47,8 +47,11 @@ def markdown(rows: Rows, columns: dict[str, str]) -> str:
 
 def source(machine: dict[str, Any], run: dict[str, Any]) -> str:
     versions = ", ".join(f"{k} {v}" for k, v in run["versions"].items())
-    load = run["measured"]["load_average"]
-    return f"{machine['cpu']}, {machine['processors']} processors, load average {load}; {versions}; `{run['command']}`"
+    name = machine.get("gpu") or f"{machine['cpu']}, {machine['processors']} processors"
+    found = run["measured"]
+    load = f", load average {found['load_average']}" if found["load_average"] is not None else ""
+    note = f"; {found['note']}" if "note" in found else ""
+    return f"{name}{load}{note}; {versions}; `{run['command']}`"
 
 
 def save(figure: Any, name: str) -> str:
@@ -83,9 +86,12 @@ def attention() -> str:
         lengths = {r["n_keys"] for r in rows}
         if len(lengths) > 2:
             series: dict[str, list[tuple[float, float]]] = {}
+            shares: dict[str, list[tuple[float, float]]] = {}
             for r in rows:
                 series.setdefault(r["attention"], []).append((r["n_keys"], r["ms"]))
+                shares.setdefault(r["attention"], []).append((r["n_keys"], r["share"]))
             parts.append(loglog(series, "keys", "ms per call", f"attention_{i}") + "\n")
+            parts.append(loglog(shares, "keys", "share of the read bandwidth", f"share_{i}") + "\n")
         columns = {"attention": "", "n_keys": "d", "ms": ".3f", "spread": ".0f", "MB": ".1f", "GB/s": ".2f", "share": ".1%",
                    "times": ".1f", "times least": ".1f"}  # fmt: skip
         note = (
@@ -167,6 +173,42 @@ def peers() -> str:
     return "\n".join(parts)
 
 
+CUDA = {
+    "Attention": ("cuda_attention", {"KV heads": "d", "keys": "d", "tail": "d", "us": ".0f", "spread": ".0f", "share": ".0%",
+                  "fp16 us": ".0f", "times": ".2f", "times, not waiting": ".2f", "mlx-lm 4 bits us": ".0f",
+                  "FlashAttention us": ".0f"}),
+    "Scores alone": ("cuda_scores", {"KV heads": "d", "keys": "d", "us": ".0f", "fp32 us": ".0f", "times": ".1f"}),
+    "1-bit weights": ("cuda_q1", {"rows": "", "columns": "d", "rows of x": "d", "us": ".1f", "spread": ".0f", "GB/s": ".0f",
+                      "share": ".0%", "fp16 us": ".0f", "times": ".1f"}),
+    "A model of the shape of Qwen3-8B": ("cuda_model", {"weights": "", "batch": "d", "context": "d", "cache": "",
+                                         "tokens/s": ".0f", "peak GB": ".1f", "times": ".2f", "failed": ""}),
+    "The host's part of a call": ("cuda_host", {"KV heads": "d", "keys": "d", "tail": "d", "us": ".1f", "host us": ".1f",
+                                  "fp16 us": ".1f", "fp16 host us": ".1f"}),
+    "Profile": ("cuda_profile", {"kernel": "", "us": ".1f", "MB read": ".0f", "DRAM throughput %": ".0f",
+                "instructions per cycle and multiprocessor": ".2f", "ALU pipe %": ".0f", "warps active %": ".0f",
+                "registers": ".0f"}),
+}  # fmt: skip
+
+
+def cuda() -> str:
+    parts = []
+    for title, (bench, columns) in CUDA.items():
+        parts.append(f"### {title}\n")
+        for machine, run in runs(bench):
+            copy = run["measured"].get("copy_gbs")
+            copied = f"; MLX copies {copy} GB/s" if copy else ""
+            if bench == "cuda_attention":
+                by_heads: dict[str, list[tuple[float, float]]] = {}
+                for r in run["rows"]:
+                    if not r["tail"]:
+                        by_heads.setdefault(f"{r['KV heads']} KV heads", []).append((r["keys"], r["share"]))
+                parts.append(
+                    loglog(by_heads, "keys", "share of the copy bandwidth", f"share_{machine['gpu'].split()[1]}") + "\n"
+                )
+            parts.append(f"{source(machine, run)}{copied}\n\n{markdown(run['rows'], columns)}\n")
+    return "\n".join(parts)
+
+
 def other(bench: str) -> str:
     """A bench whose rows are plain tables."""
     parts = []
@@ -201,6 +243,7 @@ def main() -> None:
     for name, text in (
         ("recipe.md", recipe),
         ("quality.md", guide),
+        ("cuda.md", cuda()),
         ("measurements.md", "\n".join(f"## {title}\n\n{text}" for title, text in sections.items() if text)),
     ):
         (OUT / name).write_text(text.rstrip() + "\n")

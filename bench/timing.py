@@ -16,6 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 
 RESULTS = Path(__file__).parent / "results"
@@ -103,7 +104,10 @@ def machine() -> dict[str, Any]:
     if (info := Path("/proc/cpuinfo")).exists():
         found = re.search(r"model name\s*:\s*(.+)", info.read_text())
         cpu = found[1] if found else cpu
-    return {"cpu": cpu, "processors": os.cpu_count(), "system": platform.system(), "python": platform.python_version()}
+    found = {"cpu": cpu, "processors": os.cpu_count(), "system": platform.system(), "python": platform.python_version()}
+    if mx.default_device() == mx.gpu:
+        found["gpu"] = mx.device_info()["device_name"]
+    return found
 
 
 def versions() -> dict[str, str]:
