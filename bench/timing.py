@@ -19,7 +19,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
 
 
 @dataclass(frozen=True)
@@ -120,13 +121,21 @@ def versions() -> dict[str, str]:
     return found
 
 
+def portable(argument: str) -> str:
+    """An argument without the folders of this machine: relative to the checkout, or the bare name."""
+    if not os.path.isabs(argument):
+        return argument
+    path = Path(argument).resolve()
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
+
+
 def save(path: Path, settings: dict[str, Any], measured: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     """Adds a run to the machine's file; a run with the same settings replaces the older one.
 
     `measured` is what the run found out about the machine; the load average tells whether it was quiet.
     """
     data = json.loads(path.read_text()) if path.exists() else {"machine": machine(), "runs": []}
-    command = "python " + shlex.join([os.path.relpath(sys.argv[0]), *sys.argv[1:]])
+    command = "python " + shlex.join(portable(x) for x in (os.path.abspath(sys.argv[0]), *sys.argv[1:]))
     data["runs"] = [run for run in data["runs"] if run["settings"] != settings]
     measured = {"load_average": round(os.getloadavg()[0], 1), **measured}
     data["runs"].append({"command": command, "versions": versions(), "settings": settings, "measured": measured, "rows": rows})
