@@ -3,10 +3,13 @@
 import ctypes
 import importlib.util
 import re
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from support import tool
 
 ROOT = Path(__file__).resolve().parents[1]
 ARCHITECTURES = ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"]
@@ -107,6 +110,16 @@ def test_one_bit_weights_compile_for_every_architecture(architecture):
     for kind, inputs, warps in ((1, 1, 16), (0, 2, 16), (2, 8, 8)):
         log = compile_kernel("q1_matvec.cu", architecture, TYPE=kind, INPUTS=inputs, WARPS=warps, STAGES=3)
         assert "0 bytes spill stores" in log, log
+
+
+def test_kernels_are_kept_on_disk(tmp_path):
+    program, occupied = tmp_path / "check", tmp_path / "file"
+    occupied.write_text("")
+    source = ROOT / "tests/native/binary_cache_check.cpp"
+    subprocess.run([tool("g++", "c++"), "-std=c++20", "-Wall", "-Wextra", source, "-o", program], check=True, timeout=300)
+    (tmp_path / "cache").mkdir()
+    done = subprocess.run([program, tmp_path / "cache", occupied / "below"], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "ok\n", done.stdout + done.stderr
 
 
 def test_a_mistake_is_found():
