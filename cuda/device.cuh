@@ -71,6 +71,8 @@ TQ_DEVICE uint32_t multiply_subtract_halves(uint32_t a, uint32_t b, uint32_t c) 
   asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(y) : "r"(a), "r"(b), "r"(c ^ 0x80008000u));
   return y;
 }
+// Of a normal float.
+TQ_DEVICE float power_of_two(int e) { return __uint_as_float(uint32_t(127 + e) << 23); }
 // NaN if either is.
 TQ_DEVICE float max_nan(float a, float b) {
   float y;

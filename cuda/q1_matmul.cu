@@ -29,7 +29,6 @@ constexpr int kTop = 6, kPlaceTop = 9, kRestShift = 11;
 
 // Where bit b of a half goes: bits beyond fp16's ten fraction bits are shifted down by 6.
 constexpr int place_of(int bit) { return bit < 10 ? bit : bit - 6; }
-TQ_DEVICE float power_of_two(int e) { return __uint_as_float(uint32_t(127 + e) << 23); }
 
 // x of kColumns columns and kChunk groups, as the blocks want it.
 struct Prepared {

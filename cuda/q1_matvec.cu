@@ -25,8 +25,6 @@ constexpr Q1MatvecLayout kLayout(kInputs, kType == kTypeFloat32, kWarps, kStages
 constexpr int kMagicBits = 0x4b400000;
 constexpr float kMagic = 12582912.0f;
 
-TQ_DEVICE float power_of_two(int e) { return __uint_as_float(uint32_t(127 + e) << 23); }
-
 // Bit l of lane k becomes bit k of lane l.
 TQ_DEVICE uint32_t transpose_bits(uint32_t x, int lane) {
   constexpr uint32_t kLow[5] = {0x55555555u, 0x33333333u, 0x0f0f0f0fu, 0x00ff00ffu, 0x0000ffffu};

@@ -234,7 +234,7 @@ constexpr int kCodeMask = (1 << kValueBits) - 1;
 constexpr int kShift = kValueBits == 2 ? 10 : 8;
 constexpr int fraction_bit(int bit) { return bit % 16 + kValueBits <= 10 ? bit % 16 : bit % 16 - kShift; }
 // 2^(24 - bit): what turns a code at fraction bit `bit` of a subnormal into the code.
-TQ_DEVICE float unscale(int bit) { return __uint_as_float(uint32_t(127 + 24 - bit) << 23); }
+TQ_DEVICE float unscale(int bit) { return power_of_two(24 - bit); }
 
 // Position of dimension 16 i + 8 r + g where it does not depend on the lane (kWordsMany, kWordsFour).
 constexpr int code_bit(int i, int r) { return kValueBits * ((16 * i + 8 * r) / kValueWords); }
