@@ -24,8 +24,9 @@ namespace {
 
 void bind_format(nb::module_& m) {
   nb::module_ format =
-      m.def_submodule("format", "Packed format, version 1 (csrc/format.h): layout numbers, codebooks, random signs.");
+      m.def_submodule("format", "Packed format, version 2 (csrc/format.h): layout numbers, codebooks, random signs.");
   format.attr("VERSION") = int(tqext::kFormatVersion);
+  format.attr("BLOCK") = int(tqext::kBlockTokens);
   format.attr("UNIT") = int(tqext::kUnit);
   format.attr("GROUP") = int(tqext::kGroup);
   format.attr("MIN_DIM") = int(tqext::kMinDim);
@@ -38,7 +39,11 @@ void bind_format(nb::module_& m) {
   format.def("padded_dim", &tqext::padded_dim, "head_dim"_a, "Head dimension rounded up to a multiple of UNIT.");
   format.def("code_words", &tqext::code_words, "dim"_a, "bits"_a, "uint32 words of one token's codes; dim is padded.");
   format.def("sign_words", &tqext::sign_words, "dim"_a, "uint32 words of one token's residual signs; dim is padded.");
-  format.def("value_params", &tqext::value_params, "dim"_a, "float16 parameters of one token's value; dim is padded.");
+  format.def(
+      "value_params",
+      [](int dim, const std::string& coding) { return tqext::value_params(dim, tqext::value_coding(coding, "value_params")); },
+      "dim"_a, "coding"_a = "groups", "float16 parameters of one token's value; dim is padded.");
+  format.def("n_blocks", &tqext::n_blocks, "n_tokens"_a, "Blocks of so many coded tokens.");
   format.def("value_shrink", &tqext::value_shrink, "bits"_a,
              "Share of a group's min-max range that the first quantisation of values spans.");
   format.def(
@@ -48,7 +53,7 @@ void bind_format(nb::module_& m) {
   format.def(
       "codebook",
       [](int bits, int head_dim) {
-        tqext::check_bits(bits, true, "codebook");
+        tqext::check_key_bits(bits, "codebook");
         tqext::check_head_dim(head_dim, "codebook", "head_dim");
         const tqext::Codebook book = tqext::codebook(bits, tqext::padded_dim(head_dim));
         return std::pair(std::vector<int>(book.levels, book.levels + book.n_levels), book.scale);
@@ -66,33 +71,102 @@ NB_MODULE(_ext, m) {
 
   m.def("rotate", &tqext::rotate, "x"_a, "inverse"_a = false, nb::kw_only(), "rotation"_a = "hadamard",
         "stream"_a = nb::none());
-  m.def("quantize_keys", &tqext::quantize_keys, "k"_a, "bits"_a, "mean"_a.none(), "qjl"_a, "rotation"_a, "stream"_a.none());
-  m.def("quantize_values", &tqext::quantize_values, "v"_a, "bits"_a, "rotation"_a, "stream"_a.none());
-  m.def("dequantize_keys", &tqext::dequantize_keys, "codes"_a, "norms"_a, "mean"_a.none(), "bits"_a, "head_dim"_a, "rotation"_a,
-        "rotated"_a, "dtype"_a, "stream"_a.none());
-  m.def("dequantize_values", &tqext::dequantize_values, "codes"_a, "params"_a, "bits"_a, "head_dim"_a, "rotation"_a,
-        "rotated"_a, "dtype"_a, "stream"_a.none());
   using OptionalArray = std::optional<mx::array>;
+  m.def("block_means", &tqext::block_means, "k"_a, nb::kw_only(), "stream"_a = nb::none(),
+        R"(Means of blocks of 64 tokens, as :func:`quantize_keys` takes them: over the tokens that are finite, zero where none is.
+
+Args:
+    k (array): float32, float16 or bfloat16 ``[batch, n_kv_heads, n_tokens, head_dim]``.
+
+Returns:
+    array: float16 ``[batch, n_kv_heads, ceil(n_tokens / 64), head_dim]``.
+
+Raises:
+    ValueError: a wrong shape or dtype.
+
+Example:
+    >>> tqext.block_means(mx.ones((1, 2, 100, 64))).shape
+    (1, 2, 2, 64))");
+  m.def("quantize_keys", &tqext::quantize_keys, "k"_a, "bits"_a, "means"_a.none(), "balance"_a.none(), "qjl"_a, "rotation"_a,
+        "stream"_a.none());
+  m.def(
+      "quantize_values",
+      [](const mx::array& v, int bits, const std::string& coding, const std::string& rotation, mx::StreamOrDevice stream) {
+        return tqext::quantize_values(v, bits, tqext::value_coding(coding, "quantize_values"), rotation, stream);
+      },
+      "v"_a, "bits"_a, "coding"_a, "rotation"_a, "stream"_a.none());
+  m.def(
+      "dequantize_keys",
+      [](const mx::array& codes, const mx::array& norms, const OptionalArray& means, const OptionalArray& balance, int bits,
+         int head_dim, const std::string& rotation, bool rotated, mx::Dtype dtype, mx::StreamOrDevice stream) {
+        return tqext::dequantize_keys({.codes = codes,
+                                       .norms = norms,
+                                       .means = means,
+                                       .balance = balance,
+                                       .signs = {},
+                                       .residual_norms = {},
+                                       .bits = bits,
+                                       .head_dim = head_dim,
+                                       .rotation = rotation},
+                                      rotated, dtype, stream);
+      },
+      "codes"_a, "norms"_a, "means"_a.none(), "balance"_a.none(), "bits"_a, "head_dim"_a, "rotation"_a, "rotated"_a, "dtype"_a,
+      "stream"_a.none());
+  m.def(
+      "dequantize_values",
+      [](const mx::array& codes, const mx::array& params, int bits, int head_dim, const std::string& coding,
+         const std::string& rotation, bool rotated, mx::Dtype dtype, mx::StreamOrDevice stream) {
+        return tqext::dequantize_values({.codes = codes,
+                                         .params = params,
+                                         .bits = bits,
+                                         .head_dim = head_dim,
+                                         .coding = tqext::value_coding(coding, "dequantize"),
+                                         .rotation = rotation},
+                                        rotated, dtype, stream);
+      },
+      "codes"_a, "params"_a, "bits"_a, "head_dim"_a, "coding"_a, "rotation"_a, "rotated"_a, "dtype"_a, "stream"_a.none());
   m.def(
       "turboquant_attention",
-      [](const mx::array& q, const mx::array& key_codes, const mx::array& key_norms, const OptionalArray& mean,
-         const OptionalArray& signs, const OptionalArray& residual_norms, int key_bits, int head_dim,
-         const std::string& key_rotation, const mx::array& value_codes, const mx::array& value_params, int value_bits,
-         int value_dim, const std::string& value_rotation, std::optional<float> scale,
-         const std::variant<std::monostate, std::string, mx::array>& mask, const std::optional<tqext::ExactTokens>& first,
-         const std::optional<tqext::ExactTokens>& tail, const OptionalArray& sinks, const OptionalArray& left_padding,
-         const OptionalArray& lengths, mx::StreamOrDevice stream) {
-        tqext::AttentionOptions options{scale, "", std::nullopt, sinks, left_padding, lengths, first, tail};
+      [](const mx::array& q, const mx::array& key_codes, const mx::array& key_norms, const OptionalArray& means,
+         const OptionalArray& balance, const OptionalArray& signs, const OptionalArray& residual_norms, int key_bits,
+         int head_dim, const std::string& key_rotation, const mx::array& value_codes, const mx::array& value_params,
+         int value_bits, int value_dim, const std::string& coding, const std::string& value_rotation,
+         std::optional<float> scale, const std::variant<std::monostate, std::string, mx::array>& mask,
+         const std::optional<tqext::ExactTokens>& first, const std::optional<tqext::ExactTokens>& tail,
+         const OptionalArray& sinks, const OptionalArray& left_padding, const OptionalArray& lengths,
+         mx::StreamOrDevice stream) {
+        tqext::AttentionOptions options{.scale = scale,
+                                        .mask_mode = "",
+                                        .mask = {},
+                                        .sinks = sinks,
+                                        .left_padding = left_padding,
+                                        .lengths = lengths,
+                                        .first = first,
+                                        .tail = tail};
         if (auto* mode = std::get_if<std::string>(&mask)) options.mask_mode = *mode;
         if (auto* array = std::get_if<mx::array>(&mask)) options.mask = *array;
-        return tqext::turboquant_attention(
-            q, {key_codes, key_norms, mean, signs, residual_norms, key_bits, head_dim, key_rotation},
-            {value_codes, value_params, value_bits, value_dim, value_rotation}, options, stream);
+        return tqext::turboquant_attention(q,
+                                           {.codes = key_codes,
+                                            .norms = key_norms,
+                                            .means = means,
+                                            .balance = balance,
+                                            .signs = signs,
+                                            .residual_norms = residual_norms,
+                                            .bits = key_bits,
+                                            .head_dim = head_dim,
+                                            .rotation = key_rotation},
+                                           {.codes = value_codes,
+                                            .params = value_params,
+                                            .bits = value_bits,
+                                            .head_dim = value_dim,
+                                            .coding = tqext::value_coding(coding, "turboquant_attention"),
+                                            .rotation = value_rotation},
+                                           options, stream);
       },
-      "q"_a, "key_codes"_a, "key_norms"_a, "mean"_a.none(), "signs"_a.none(), "residual_norms"_a.none(), "key_bits"_a,
-      "head_dim"_a, "key_rotation"_a, "value_codes"_a, "value_params"_a, "value_bits"_a, "value_dim"_a, "value_rotation"_a,
-      "scale"_a.none(), "mask"_a.none(), "first"_a.none(), "tail"_a.none(), "sinks"_a.none(), "left_padding"_a.none(),
-      "lengths"_a.none(), "stream"_a.none());
+      "q"_a, "key_codes"_a, "key_norms"_a, "means"_a.none(), "balance"_a.none(), "signs"_a.none(), "residual_norms"_a.none(),
+      "key_bits"_a, "head_dim"_a, "key_rotation"_a, "value_codes"_a, "value_params"_a, "value_bits"_a, "value_dim"_a,
+      "value_coding"_a, "value_rotation"_a, "scale"_a.none(), "mask"_a.none(), "first"_a.none(), "tail"_a.none(),
+      "sinks"_a.none(), "left_padding"_a.none(), "lengths"_a.none(), "stream"_a.none());
 
   m.def("q1_quantize", &tqext::q1_quantize, "w"_a, nb::kw_only(), "stream"_a = nb::none(),
         R"(1-bit weights: the sign of each weight, and the mean absolute value of each group of 128 along a row.

@@ -1,20 +1,31 @@
-// Packed format, version 1. The only place where a number decides a byte.
+// Packed format, version 2. The only place where a number decides a byte.
 //
 // One token of one KV head. Arrays are [batch, n_kv_heads, n_tokens, ...], token axis at -2, little-endian uint32 words
 // and fp16 parameters. dim is the head dimension padded to a multiple of 32 (kUnit).
 //
-// Keys, in the rotated space: k = norm * codebook[code] / 127
+// Block: kBlockTokens consecutive coded tokens, counted from the first coded one.
+//   means    float16[n_blocks, head_dim], not rotated: the mean of the block's own keys, rounded before it is subtracted
+//   balance  float32[n_kv_heads, head_dim] of a layer: queries are divided by it, keys multiplied; absent = 1
+// Keys: rotate((k - mean) * balance), padded with zeros to dim, is coded as norm * codebook[code] / 127
+//   norm     |x|^2 / <x, level / 127> of the coded vector x: the score of a key with itself has no bias
+//   score    scale * (<q, mean of the block> + <rotate(q / balance), coded key>); exact tokens: scale * <q, k>
 //   codes  uint32[dim * bits / 32], norms float16[1]; dimensions in units of 32; nibble n of a word is bits 4n .. 4n+3
 //   2 bits  word i of 2, nibble n: low two bits = dimension 8i + n, high two bits = dimension 16 + 8i + n
 //   3 bits  word i of 3, nibble n: low three bits = dimension 8i + n; bit 4n + 3 of word i = bit i of dimension 24 + n
 //   4 bits  word i of 4, nibble n = dimension 8i + n
 // Residual signs of the keys (optional): uint32[dim / 32], dimension 32i + b at bit b of word i, 1 = not negative;
 //   residual_norms float16[1]; the score gains sqrt(pi/2) / sqrt(dim) * residual_norm * <rotate'(q), sign>
-// Values, in the rotated space: v = scale * code + bias
-//   codes  uint32[dim * bits / 32], params float16[2 * dim / 32]: scale and bias of each group of 32, interleaved
-//   W = dim * bits / 32 words; word w, bits [bits * s, bits * s + bits) = dimension W * s + w
+// Values, in the rotated space, in one of two codings:
+//   groups  2 or 4 bits: v = scale * code + bias
+//           codes uint32[dim * bits / 32], params float16[2 * dim / 32]: scale and bias of each group of 32, interleaved
+//           W = dim * bits / 32 words; word w, bits [bits * s, bits * s + bits) = dimension W * s + w
+//   lloyd   2, 3 or 4 bits: v = norm * codebook[code] / 127
+//           codes laid out as those of keys; params float16[1]: the norm, <v, c> / <c, c> with c = level / 127
 // Rotation: rotate(x) = H (s * x) / sqrt(dim), s = random signs (sign_word), H = Walsh-Hadamard matrix of Sylvester, or
-//   H_m (x) Sylvester with m = 12, 20, 28; a dense orthogonal matrix where neither exists.
+//   H_m (x) Sylvester with m = 12, 20, 28; a dense orthogonal matrix where neither exists, or where it is asked for.
+// Dense matrix: entry j of row i is a sum of four 16-bit numbers less 131070, the halves of
+//   sign_word(TQ_ROTATION_SEED ^ dim, 2 * (i * dim + j)) and of the next word; the rows are then made orthonormal in order
+//   (Gram-Schmidt in float64, two passes) and rounded to fp32.
 // 1-bit weights, Q1_0 in groups of 128 along a row: weight uint32[rows, cols / 32], scales float16[rows, cols / 128];
 //   column 32i + b of a row = bit b of word i, 1 = +scale, 0 = -scale. The words of ggml's block_q1_0 and of MLX's affine
 //   1-bit weights are the same.
@@ -22,12 +33,12 @@
 #pragma once
 
 #if defined(__METAL_VERSION__)
-#define TQ_FN inline
+#define TQ_FN constexpr inline
 #elif defined(__CUDACC__) || defined(__CUDACC_RTC__)
-#define TQ_FN __host__ __device__ inline
+#define TQ_FN __host__ __device__ constexpr inline
 #else
 #include <stdint.h>
-#define TQ_FN inline
+#define TQ_FN constexpr inline
 #endif
 
 #if !defined(__METAL_VERSION__)
@@ -35,7 +46,8 @@ namespace tqext {
 #endif
 
 enum : int {
-  kFormatVersion = 1,
+  kFormatVersion = 2,
+  kBlockTokens = 64,  // coded tokens that share a mean
   kUnit = 32,   // dimensions whose key codes share whole words; head dimensions are padded to it
   kGroup = 32,  // dimensions that share a value scale and bias
   kMinDim = 32,
@@ -47,6 +59,9 @@ enum : int {
   kQ1Words = 4,        // words of a group
 };
 
+// How values are coded.
+enum ValueCoding : int { kValueGroups, kValueLloyd };
+
 // Seeds of the random signs: of the rotation, and of the second rotation used by the residual signs.
 #define TQ_ROTATION_SEED 0x74716578u
 #define TQ_RESIDUAL_SEED 0x716a6c00u
@@ -57,7 +72,8 @@ enum : int {
 TQ_FN int padded_dim(int dim) { return (dim + kUnit - 1) / kUnit * kUnit; }
 TQ_FN int code_words(int dim, int bits) { return dim / 32 * bits; }
 TQ_FN int sign_words(int dim) { return dim / 32; }
-TQ_FN int value_params(int dim) { return 2 * (dim / kGroup); }
+TQ_FN int value_params(int dim, int coding) { return coding == kValueLloyd ? 1 : 2 * (dim / kGroup); }
+TQ_FN int n_blocks(int n_tokens) { return (n_tokens + kBlockTokens - 1) / kBlockTokens; }
 
 // Share of the min-max range that the first quantisation of a value group spans, before the least-squares refit.
 // 2 bits: 0.8 (DESIGN: within 2 % in KL of a search). 4 bits: 0.975 has the lowest squared error of 0.60 ... 1.00 on

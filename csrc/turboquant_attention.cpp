@@ -33,8 +33,8 @@ void check_exact(const ExactTokens& tokens, const Shapes& n, const char* name) {
 Shapes check_inputs(const mx::array& q, const PackedKeys& k, const PackedValues& v, const AttentionOptions& options) {
   check_activation(q, kOp, "q");
   check(q.ndim() == 4, "[", kOp, "] q: expected 4 axes [batch, n_q_heads, n_queries, head_dim], got shape ", q.shape());
-  check_packed_keys(k.codes, k.norms, k.bits, k.head_dim, kOp);
-  check_packed_values(v.codes, v.params, v.bits, v.head_dim, kOp);
+  check_packed_keys(k, kOp);
+  check_packed_values(v, kOp);
   Shapes n{q.shape(0), q.shape(1), k.codes.shape(1), q.shape(2), k.head_dim, v.head_dim, 0, k.codes.shape(2), 0};
   check(q.shape(3) == n.head_dim, "[", kOp, "] q: expected head dimension ", n.head_dim, ", got shape ", q.shape());
   check(k.codes.shape(0) == n.batch, "[", kOp, "] packed_k.codes: expected batch ", n.batch, ", got shape ", k.codes.shape());
@@ -45,6 +45,7 @@ Shapes check_inputs(const mx::array& q, const PackedKeys& k, const PackedValues&
         v.rotation, "\"");
   check(k.signs.has_value() == k.residual_norms.has_value(), "[", kOp,
         "] packed_k.residual_norms: expected signs and residual_norms together, got only one");
+  if (k.balance) check_balance(*k.balance, n.n_kv_heads, n.head_dim, kOp);
   if (k.signs) {
     const int dim = padded_dim(n.head_dim);
     check_dtype(*k.signs, mx::uint32, kOp, "packed_k.signs");
@@ -138,8 +139,8 @@ mx::array composed_attention(const mx::array& q, const PackedKeys& k, const Pack
     values.push_back(mx::astype(tokens->second, q.dtype(), s));
   };
   add(options.first);
-  keys.push_back(dequantize_keys(k.codes, k.norms, k.mean, k.bits, n.head_dim, k.rotation, false, q.dtype(), s));
-  values.push_back(dequantize_values(v.codes, v.params, v.bits, n.value_dim, v.rotation, false, q.dtype(), s));
+  keys.push_back(dequantize_keys(k, false, q.dtype(), s));
+  values.push_back(dequantize_values(v, false, q.dtype(), s));
   add(options.tail);
 
   std::optional<mx::array> mask = column_mask(options, n, s);
@@ -174,7 +175,13 @@ mx::array turboquant_attention(const mx::array& q, const PackedKeys& k, const Pa
   const Rotation key_rotation = resolve_rotation(k.rotation, dim, kOp);
   const Rotation value_rotation = resolve_rotation(v.rotation, value_dim, kOp);
 
-  // The kernels know only "Walsh-Hadamard inside" or "all in the rotated space"; the latter serves dense rotations.
+  std::optional<mx::array> means;
+  if (k.means) {
+    means = check_means(*k.means, n.batch, n.n_kv_heads, n.n_coded, n.head_dim, key_rotation == Rotation::kNone, kOp, stream);
+  }
+
+  // The kernels know only "Walsh-Hadamard inside" or "all in the rotated space"; the latter serves dense rotations. Products of
+  // exact keys and queries are the same in that space, and with the balance on both sides.
   if (key_rotation == Rotation::kOrthogonal || value_rotation != key_rotation) {
     auto turn = [&](const mx::array& x, int padded, Rotation how) {
       const mx::array full = pad_last(x, padded, stream);
@@ -182,9 +189,19 @@ mx::array turboquant_attention(const mx::array& q, const PackedKeys& k, const Pa
       if (how == Rotation::kHadamard) return rotate(mx::astype(full, mx::float32, stream), false, "hadamard", stream);
       return apply_orthogonal(full, padded, false, stream);
     };
+    auto turn_keys = [&](const mx::array& x) {
+      if (!k.balance) return turn(x, dim, key_rotation);
+      const mx::array balance = mx::expand_dims(*k.balance, 1, stream);
+      return turn(mx::multiply(mx::astype(x, mx::float32, stream), balance, stream), dim, key_rotation);
+    };
+    auto turn_queries = [&](const mx::array& x) {
+      if (!k.balance) return turn(x, dim, key_rotation);
+      const mx::array balance = mx::repeat(mx::expand_dims(*k.balance, 1, stream), n.n_q_heads / n.n_kv_heads, 0, stream);
+      return turn(mx::divide(mx::astype(x, mx::float32, stream), balance, stream), dim, key_rotation);
+    };
     auto turn_tokens = [&](const std::optional<ExactTokens>& tokens) -> std::optional<ExactTokens> {
       if (!tokens) return std::nullopt;
-      return ExactTokens{turn(tokens->first, dim, key_rotation), turn(tokens->second, value_dim, value_rotation)};
+      return ExactTokens{turn_keys(tokens->first), turn(tokens->second, value_dim, value_rotation)};
     };
     PackedKeys inner_k = k;
     PackedValues inner_v = v;
@@ -192,13 +209,12 @@ mx::array turboquant_attention(const mx::array& q, const PackedKeys& k, const Pa
     inner_k.rotation = inner_v.rotation = "none";
     inner_k.head_dim = dim;
     inner_v.head_dim = value_dim;
-    if (k.mean) {
-      inner_k.mean = turn(check_mean(*k.mean, n.batch, n.n_kv_heads, n.head_dim, kOp, stream), dim, key_rotation);
-    }
+    inner_k.balance = std::nullopt;
+    if (means) inner_k.means = turn_keys(mx::astype(*means, mx::float32, stream));
     inner.first = turn_tokens(options.first);
     inner.tail = turn_tokens(options.tail);
     inner.scale = scale;
-    mx::array out = turboquant_attention(turn(q, dim, key_rotation), inner_k, inner_v, inner, stream);
+    mx::array out = turboquant_attention(turn_queries(q), inner_k, inner_v, inner, stream);
     out = value_rotation == Rotation::kHadamard     ? rotate(out, true, "hadamard", stream)
           : value_rotation == Rotation::kOrthogonal ? apply_orthogonal(out, value_dim, true, stream)
                                                     : out;
@@ -208,10 +224,16 @@ mx::array turboquant_attention(const mx::array& q, const PackedKeys& k, const Pa
     return mx::astype(out, q.dtype(), stream);
   }
 
-  TurboQuantAttention::State state{
-      scale,       options.mask_mode == "causal", key_rotation == Rotation::kHadamard, k.bits, v.bits, n.head_dim,
-      n.value_dim, k.signs ? 1u << kSigns : 0u};
-  if (stream.device == mx::Device::gpu && !gpu_has_kernel(state, q, k.codes)) {
+  TurboQuantAttention::State state{.scale = scale,
+                                   .causal = options.mask_mode == "causal",
+                                   .hadamard = key_rotation == Rotation::kHadamard,
+                                   .key_bits = k.bits,
+                                   .value_bits = v.bits,
+                                   .value_coding = v.coding,
+                                   .head_dim = n.head_dim,
+                                   .value_dim = n.value_dim,
+                                   .present = k.signs ? 1u << kSigns : 0u};
+  if (stream.device == mx::Device::gpu && !gpu_has_kernel(state, q)) {
     return composed_attention(q, k, v, options, n, scale, stream);
   }
 
@@ -220,7 +242,8 @@ mx::array turboquant_attention(const mx::array& q, const PackedKeys& k, const Pa
     state.present |= 1u << which;
     inputs.push_back(x);
   };
-  if (k.mean) add(kMean, check_mean(*k.mean, n.batch, n.n_kv_heads, n.head_dim, kOp, stream));
+  if (means && n.n_coded > 0) add(kMeans, *means);
+  if (k.balance) add(kBalance, *k.balance);
   if (k.signs) {
     add(kSigns, *k.signs);
     add(kResidualNorms, *k.residual_norms);
@@ -238,11 +261,6 @@ mx::array turboquant_attention(const mx::array& q, const PackedKeys& k, const Pa
   if (options.lengths) add(kLengths, *options.lengths);
   auto primitive = std::make_shared<TurboQuantAttention>(stream, state);
   return mx::array({n.batch, n.n_q_heads, n.n_queries, n.value_dim}, q.dtype(), primitive, inputs);
-}
-
-const mx::array* TurboQuantAttention::optional(const std::vector<mx::array>& inputs, OptionalInput which) const {
-  if (!(state_.present >> which & 1)) return nullptr;
-  return &inputs[kNumRequiredInputs + __builtin_popcount(state_.present & ((1u << which) - 1))];
 }
 
 std::vector<mx::Shape> TurboQuantAttention::output_shapes(const std::vector<mx::array>& inputs) {

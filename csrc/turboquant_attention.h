@@ -2,7 +2,7 @@
 // over the packed bytes.
 //
 // Columns are ordered first ++ coded ++ tail; n_keys is their sum. Per query row and column:
-//   coded score  = scale * (<rotate(q), k̂> + <q, mean>) [+ the residual estimate of format.h]
+//   coded score  = scale * (<rotate(q / balance), k̂> + <q, mean of the column's block>) [+ the residual estimate of format.h]
 //   exact score  = scale * <q, k>
 //   output       = rotate^-1(sum over coded p v̂) + sum over exact p v, divided by sum p + exp(sinks)
 // A row that attends to nothing is zero.
@@ -18,25 +18,14 @@
 #include <utility>
 #include <vector>
 
+#include "attention_inputs.h"
 #include "mlx/array.h"
 #include "mlx/primitives.h"
 #include "mlx/utils.h"
 #include "rotate.h"
+#include "turboquant_encode.h"
 
 namespace tqext {
-
-struct PackedKeys {
-  mx::array codes, norms;
-  std::optional<mx::array> mean, signs, residual_norms;
-  int bits, head_dim;
-  std::string rotation;
-};
-
-struct PackedValues {
-  mx::array codes, params;
-  int bits, head_dim;
-  std::string rotation;
-};
 
 using ExactTokens = std::pair<mx::array, mx::array>;  // keys, values
 
@@ -50,23 +39,6 @@ struct AttentionOptions {
 mx::array turboquant_attention(const mx::array& q, const PackedKeys& k, const PackedValues& v, const AttentionOptions& options,
                                mx::StreamOrDevice s);
 
-// Positions of the optional inputs behind q, key codes, key norms, value codes, value params; absent ones are left out.
-enum OptionalInput : int {
-  kMean,           // [B, n_kv_heads, D] fp32
-  kSigns,          // [B, n_kv_heads, n_coded, dim / 32] uint32
-  kResidualNorms,  // [B, n_kv_heads, n_coded, 1] fp16
-  kFirstKeys,      // [B, n_kv_heads, n_first, D], q's dtype
-  kFirstValues,
-  kTailKeys,  // [B, n_kv_heads, n_tail, D], q's dtype
-  kTailValues,
-  kMask,         // [B, n_q_heads, L, n_keys], bool or fp32; on the CPU an axis may be 1 instead
-  kSinks,        // [n_q_heads] fp32
-  kLeftPadding,  // [B] int32
-  kLengths,      // [B, 3] int32
-  kNumOptionalInputs,
-};
-enum : int { kNumRequiredInputs = 5 };
-
 // Queries up to which a step counts as decoding (one token, or the verification of a draft): fused on every backend.
 enum : int { kMaxDecodeQueries = 8 };
 
@@ -75,7 +47,7 @@ class TurboQuantAttention : public mx::UnaryPrimitive {
   struct State {
     float scale;
     bool causal, hadamard;  // hadamard: rotate query and output inside; else everything is in the rotated space
-    int key_bits, value_bits, head_dim, value_dim;
+    int key_bits, value_bits, value_coding, head_dim, value_dim;
     uint32_t present;  // bit i: optional input i is there
     bool operator==(const State&) const = default;
   };
@@ -88,9 +60,7 @@ class TurboQuantAttention : public mx::UnaryPrimitive {
     return state_ == static_cast<const TurboQuantAttention&>(other).state_;
   }
   const State& state() const { return state_; }
-
-  // The optional input, or null.
-  const mx::array* optional(const std::vector<mx::array>& inputs, OptionalInput which) const;
+  AttentionInputs named(const std::vector<mx::array>& inputs) const { return {inputs, state_.present}; }
 
  private:
   State state_;
@@ -98,6 +68,6 @@ class TurboQuantAttention : public mx::UnaryPrimitive {
 
 // Whether the GPU backend of this build has a kernel for the shapes; otherwise the op is composed of MLX's own operations
 // on the dequantised tokens of this call.
-bool gpu_has_kernel(const TurboQuantAttention::State& state, const mx::array& q, const mx::array& key_codes);
+bool gpu_has_kernel(const TurboQuantAttention::State& state, const mx::array& q);
 
 }  // namespace tqext

@@ -7,6 +7,7 @@
 #include <shared_mutex>
 #include <unordered_map>
 
+#include "check.h"
 #include "codebook.h"
 #include "params.h"
 #include "runtime.h"
@@ -102,7 +103,7 @@ bool can_load_eight(const mx::array& x) {
 
 }  // namespace
 
-bool gpu_has_kernel(const TurboQuantAttention::State& state, const mx::array& q, const mx::array&) {
+bool gpu_has_kernel(const TurboQuantAttention::State& state, const mx::array& q) {
   // More rows are prefill: dequantising once is cheaper than decoding the codes for every eight rows.
   const bool few = q.shape(2) <= kMaxDecodeQueries || (state.present >> kSigns & 1);
   return few && padded_dim(state.head_dim) <= kMaxKernelDim && padded_dim(state.value_dim) <= kMaxKernelDim;
@@ -113,14 +114,11 @@ void TurboQuantAttention::eval_gpu(const std::vector<mx::array>& inputs, mx::arr
   const int device = stream().device.index;
   allocate_output(out, device);
   if (out.size() == 0) return;
-  const mx::array &q = inputs[0], &key_codes = inputs[1], &key_norms = inputs[2], &value_codes = inputs[3],
-                  &value_params = inputs[4];
-  const mx::array *signs = optional(inputs, kSigns), *residual_norms = optional(inputs, kResidualNorms);
-  const mx::array *first_keys = optional(inputs, kFirstKeys), *first_values = optional(inputs, kFirstValues);
-  const mx::array *tail_keys = optional(inputs, kTailKeys), *tail_values = optional(inputs, kTailValues);
-  const mx::array *mask = optional(inputs, kMask), *mean = optional(inputs, kMean), *sinks = optional(inputs, kSinks);
-  const mx::array *left_padding = optional(inputs, kLeftPadding), *lengths = optional(inputs, kLengths);
-
+  const AttentionInputs in = named(inputs);
+  const auto& [q, key_codes, key_norms, value_codes, value_params, means, balance, signs, residual_norms, first_keys,
+               first_values, tail_keys, tail_values, mask, sinks, left_padding, lengths] = in;
+  check(!means && !balance && state_.value_coding == kValueGroups,
+        "[turboquant_attention] packed_k: format 2 on CUDA: not written yet");
   AttentionParams p{};
   p.n_kv_heads = key_codes.shape(1);
   p.n_repeats = q.shape(1) / p.n_kv_heads;
@@ -170,10 +168,6 @@ void TurboQuantAttention::eval_gpu(const std::vector<mx::array>& inputs, mx::arr
     copy_strides(*signs, p.sign_stride);
     p.residual_norms = static_cast<const uint16_t*>(device_pointer(*residual_norms));
     copy_strides(*residual_norms, p.residual_norm_stride);
-  }
-  if (mean) {
-    p.mean = static_cast<const float*>(device_pointer(*mean));
-    copy_strides(*mean, p.mean_stride);
   }
   p.exact_aligned = true;
   auto set_exact = [&](const mx::array* keys, const mx::array* values, const void*& key_data, const void*& value_data,

@@ -5,6 +5,7 @@
 #include <mutex>
 #include <stdexcept>
 
+#include "check.h"
 #include "codebook.h"
 #include "params.h"
 #include "rotate.h"
@@ -86,9 +87,10 @@ void QuantizeKeys::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx
   check_backend("quantize_keys");
   const int device = stream().device.index;
   if (allocate_empty(outputs, device)) return;
+  check(!state_.has_means && !state_.has_balance, "[quantize_keys] means: not written yet on CUDA");
   const mx::array& k = inputs[0];
-  const int dim = padded_dim(k.shape(3));
-  const bool mean = inputs.size() > 1;
+  const int dim = padded_dim(k.shape(3)), bits_ = state_.bits;
+  const bool hadamard_ = state_.hadamard, qjl_ = state_.qjl, mean = false;
   const Rows rows = rows_of(k);
   std::vector<Scalar> scalars{rows.count, rows.heads, rows.tokens, k.shape(3)};
   add_strides(scalars, k, 4);
@@ -108,7 +110,10 @@ void QuantizeValues::eval_gpu(const std::vector<mx::array>& inputs, std::vector<
   check_backend("quantize_values");
   const int device = stream().device.index;
   if (allocate_empty(outputs, device)) return;
+  check(state_.coding == kValueGroups, "[quantize_values] coding: not written yet on CUDA");
   const mx::array& v = inputs[0];
+  const int bits_ = state_.bits;
+  const bool hadamard_ = state_.hadamard;
   const Rows rows = rows_of(v);
   std::vector<Scalar> scalars{rows.count, rows.heads, rows.tokens, v.shape(3)};
   add_strides(scalars, v, 4);
@@ -122,9 +127,10 @@ void Dequantize::eval_gpu(const std::vector<mx::array>& inputs, mx::array& out) 
   const int device = stream().device.index;
   std::vector<mx::array> outputs{out};
   if (allocate_empty(outputs, device)) return;
+  check(!state_.has_means && !state_.has_balance, "[dequantize] means: not written yet on CUDA");
   const mx::array &codes = inputs[0], &params = inputs[1];
-  const int dim = padded_dim(head_dim_);
-  const bool mean = inputs.size() > 2;
+  const int head_dim_ = state_.head_dim, bits_ = state_.bits, dim = padded_dim(head_dim_);
+  const bool hadamard_ = state_.hadamard, mean = false, keys_ = !state_.groups;
   const Rows rows = rows_of(codes);
   std::vector<Scalar> scalars{rows.count, rows.heads, rows.tokens, head_dim_};
   add_strides(scalars, codes, 4);

@@ -1,4 +1,4 @@
-"""Packed format 1 and its attention in NumPy float64, written from the specification alone.
+"""Packed format 2 and its attention in NumPy float64, written from the specification alone.
 
 Nothing here is shared with the package: a mistake would have to be made twice to go unseen. Everything
 is as slow and as plain as it can be; shapes are `[..., n_tokens, head_dim]` unless a docstring says more.
@@ -10,6 +10,7 @@ from functools import cache
 import numpy as np
 
 GROUP = 32
+BLOCK = 64
 ROTATION_SEED = 0x74716578
 RESIDUAL_SEED = 0x716A6C00
 MAX_HALF = 65504.0
@@ -99,6 +100,18 @@ def hadamard(dim):
 def rotation_matrix(dim, seed=ROTATION_SEED):
     """R with rotate(x) = R x. Only where a Hadamard matrix is defined."""
     return hadamard(dim) * signs(dim, seed) / np.sqrt(dim)
+
+
+@cache
+def dense_matrix(dim, seed=ROTATION_SEED):
+    """The dense orthogonal matrix: rows of integers, made orthonormal in order, in fp32.
+
+    A QR factorisation whose diagonal is positive is Gram-Schmidt.
+    """
+    words = np.array([z >> 32 for z in splitmix64(seed ^ dim, 2 * dim * dim)], np.int64).reshape(dim, dim, 2)
+    rows = (words & 0xFFFF).sum(-1) + (words >> 16).sum(-1) - 131070
+    q, r = np.linalg.qr(rows.T.astype(np.float64))
+    return (q * np.sign(np.diag(r))).T.astype(np.float32)
 
 
 def rotate(x, matrix=None):
@@ -238,7 +251,8 @@ class Keys:
     norms: np.ndarray  # float16[..., 1]
     bits: int
     head_dim: int
-    mean: np.ndarray | None = None  # float32[..., head_dim]
+    means: np.ndarray | None = None  # float16[..., n_blocks, head_dim]
+    balance: np.ndarray | None = None  # float32[..., head_dim]
     signs: np.ndarray | None = None  # uint32[..., dim / 32]
     residual_norms: np.ndarray | None = None  # float16[..., 1]
     # Per token, how far the nearest decision is from going the other way, relative to the token's size.
@@ -248,9 +262,10 @@ class Keys:
 @dataclass
 class Values:
     codes: np.ndarray  # uint32[..., dim * bits / 32]
-    params: np.ndarray  # float16[..., 2 * dim / 32]: scale, bias, scale, bias...
+    params: np.ndarray  # float16: [..., 2 * dim / 32] scale, bias, scale, bias...; "lloyd": [..., 1] the norm
     bits: int
     head_dim: int
+    coding: str = "groups"
     margin: np.ndarray | None = None
 
 
@@ -267,26 +282,50 @@ def half_margin(x, size):
     return np.minimum(up - x, x - down) / np.where(size > 0, size, 1)
 
 
-def encode_keys(k, bits=3, mean=None, qjl=False, matrix=None):
-    """Rotate, then the nearest level of every coordinate and the length that keeps <k, k_hat> = |k|^2."""
-    head_dim = k.shape[-1]
-    dim = padded_dim(head_dim)
-    centred = np.asarray(k, np.float64)
-    if mean is not None:
-        centred = centred - np.asarray(mean, np.float64)[..., None, :]
-    x = rotate(pad(centred, dim), matrix)
+def spread(means, n_tokens):
+    """Each token's mean, from the means of blocks: [..., n_blocks, D] -> [..., n_tokens, D]."""
+    return np.repeat(np.asarray(means, np.float64), BLOCK, -2)[..., :n_tokens, :]
+
+
+def block_means(k):
+    """fp16 means of blocks of 64 tokens, over the tokens that are finite; zero where none is."""
+    k = np.asarray(k, np.float64)
+    means = np.zeros((*k.shape[:-2], -(-k.shape[-2] // BLOCK), k.shape[-1]))
+    for i in range(means.shape[-2]):
+        block = k[..., i * BLOCK : (i + 1) * BLOCK, :]
+        finite = np.isfinite(block).all(-1, keepdims=True)
+        total = np.where(finite, block, 0.0).sum(-2)
+        means[..., i, :] = total / np.maximum(finite.sum(-2), 1)
+    return to_half(means)
+
+
+def encode_levels(x, bits):
+    """(codes, decoded levels / 127, the least distance of a coordinate of x / |x| from a decision) of rotated vectors."""
+    dim = x.shape[-1]
     length = np.sqrt((x * x).sum(-1, keepdims=True))
     unit = x / np.where(length > 0, length, 1)
-
     levels, scale = codebook(bits, dim)
     levels = levels.astype(np.float64)
     boundaries = (levels[1:] + levels[:-1]) / 2 * (scale / 127)
     codes = (unit[..., None] >= boundaries).sum(-1)
-    decoded = levels[codes] / 127
-    dot = (x * decoded).sum(-1, keepdims=True)
-    norm = np.where(length > 0, length**2 / np.where(dot != 0, dot, 1), 0.0)
-    margin = np.minimum(np.abs(unit[..., None] - boundaries).min((-1, -2)), half_margin(norm, norm)[..., 0])
-    keys = Keys(pack_keys(codes, bits), to_half(norm), bits, head_dim, mean=mean, margin=margin)
+    return codes, levels[codes] / 127, np.abs(unit[..., None] - boundaries).min((-1, -2))
+
+
+def encode_keys(k, bits=3, means=None, balance=None, qjl=False, matrix=None):
+    """(k - mean) * balance, rotated; the nearest level of every coordinate and the length that keeps <k, k_hat> = |k|^2."""
+    head_dim = k.shape[-1]
+    dim = padded_dim(head_dim)
+    centred = np.asarray(k, np.float64)
+    if means is not None:
+        centred = centred - spread(means, k.shape[-2])
+    if balance is not None:
+        centred = centred * np.asarray(balance, np.float64)[..., None, :]
+    x = rotate(pad(centred, dim), matrix)
+    codes, decoded, decision = encode_levels(x, bits)
+    square, dot = (x * x).sum(-1, keepdims=True), (x * decoded).sum(-1, keepdims=True)
+    norm = np.where(square > 0, square / np.where(dot != 0, dot, 1), 0.0)
+    margin = np.minimum(decision, half_margin(norm, norm)[..., 0])
+    keys = Keys(pack_keys(codes, bits), to_half(norm), bits, head_dim, means=means, balance=balance, margin=margin)
     if qjl:
         residual = x - keys.norms.astype(np.float64) * decoded
         z = rotate(residual, rotation_matrix(dim, RESIDUAL_SEED))
@@ -298,6 +337,17 @@ def encode_keys(k, bits=3, mean=None, qjl=False, matrix=None):
             margin, np.minimum((np.abs(z) / safe).min(-1), half_margin(residual_norm, residual_norm)[..., 0])
         )
     return keys
+
+
+def encode_values_lloyd(v, bits=3, matrix=None):
+    """Rotate; the nearest level c of every coordinate, as for keys, and the norm of least squared error, <v, c> / <c, c>."""
+    head_dim = v.shape[-1]
+    x = rotate(pad(np.asarray(v, np.float64), padded_dim(head_dim)), matrix)
+    codes, decoded, decision = encode_levels(x, bits)
+    norm = (x * decoded).sum(-1, keepdims=True) / (decoded * decoded).sum(-1, keepdims=True)
+    norm = np.where((x * x).sum(-1, keepdims=True) > 0, norm, 0.0)
+    margin = np.minimum(decision, half_margin(norm, norm)[..., 0])
+    return Values(pack_keys(codes, bits), to_half(norm), bits, head_dim, "lloyd", margin)
 
 
 def encode_values(v, bits=2, matrix=None):
@@ -329,6 +379,7 @@ def encode_values(v, bits=2, matrix=None):
         to_half(params.reshape(*x.shape[:-1], -1)),
         bits,
         head_dim,
+        "groups",
         margin,
     )
 
@@ -337,7 +388,7 @@ def encode_values(v, bits=2, matrix=None):
 
 
 def decode_keys(keys, *, rotated=False, matrix=None, residual=False):
-    """The stored vectors: rotated space without the mean, or the original space with it.
+    """The stored vectors: in the rotated space, balanced and without the means; or in the original space with both undone.
 
     `residual=True` adds the vector whose products with a query are the residual's part of the score.
     """
@@ -351,10 +402,16 @@ def decode_keys(keys, *, rotated=False, matrix=None, residual=False):
     if rotated:
         return x
     x = unrotate(x, matrix)[..., : keys.head_dim]
-    return x if keys.mean is None else x + np.asarray(keys.mean, np.float64)[..., None, :]
+    if keys.balance is not None:
+        x = x / np.asarray(keys.balance, np.float64)[..., None, :]
+    return x if keys.means is None else x + spread(keys.means, x.shape[-2])
 
 
 def decode_values(values, *, rotated=False, matrix=None):
+    if values.coding == "lloyd":
+        levels = codebook(values.bits, padded_dim(values.head_dim))[0].astype(np.float64) / 127
+        x = np.asarray(values.params).astype(np.float64) * levels[unpack_keys(values.codes, values.bits)]
+        return x if rotated else unrotate(x, matrix)[..., : values.head_dim]
     codes = unpack_values(values.codes, values.bits).astype(np.float64)
     params = np.asarray(values.params).astype(np.float64)
     scales, biases = (np.repeat(params[..., i::2], GROUP, -1) for i in (0, 1))

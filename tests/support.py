@@ -79,20 +79,13 @@ def error_line(op, argument):
     return rf"^\[{op}\] {argument}: expected .+, got .+"
 
 
-_matrices = {}
-
-
 def matrix(dim, rotation="hadamard"):
-    """R of `rotate` for a padded dimension. The dense matrix is the package's own choice: taken from it and checked."""
+    """R of `rotate` for a padded dimension."""
     if rotation == "none":
         return np.eye(dim)
     if rotation == "hadamard" and reference.factor(dim):
         return reference.rotation_matrix(dim)
-    if (dim, rotation) not in _matrices:
-        columns = to_numpy(tqext.rotate(mx.eye(dim), rotation=rotation)).astype(np.float64)
-        assert np.abs(columns @ columns.T - np.eye(dim)).max() < 1e-5
-        _matrices[dim, rotation] = columns.T
-    return _matrices[dim, rotation]
+    return reference.dense_matrix(dim).astype(np.float64)
 
 
 def optional_numpy(x):
@@ -101,20 +94,20 @@ def optional_numpy(x):
 
 def reference_keys(packed):
     """PackedKeys of the package as reference.Keys: the same bytes."""
-    mean = optional_numpy(packed.mean)
     return reference.Keys(
         to_numpy(packed.codes),
         to_numpy(packed.norms),
         packed.bits,
         packed.head_dim,
-        mean,
-        optional_numpy(packed.signs),
-        optional_numpy(packed.residual_norms),
+        means=optional_numpy(packed.means),
+        balance=optional_numpy(packed.balance),
+        signs=optional_numpy(packed.signs),
+        residual_norms=optional_numpy(packed.residual_norms),
     )
 
 
 def reference_values(packed):
-    return reference.Values(to_numpy(packed.codes), to_numpy(packed.params), packed.bits, packed.head_dim)
+    return reference.Values(to_numpy(packed.codes), to_numpy(packed.params), packed.bits, packed.head_dim, packed.coding)
 
 
 def decoded_keys(packed, residual=True):
@@ -164,8 +157,10 @@ class Problem:
     value_dim: int | None = None
     key_bits: int = 3
     value_bits: int = 2
+    value_coding: str = "groups"
     dtype: mx.Dtype = mx.float32
-    mean: bool = False
+    means: bool = False  # of blocks; the keys drift from block to block
+    balance: bool = False
     qjl: bool = False
     rotation: str = "hadamard"
     n_first: int = 0
@@ -182,16 +177,23 @@ class Problem:
         self.rng = np.random.default_rng(self.seed)
         draw = self._draw
         self.q = draw(self.n_kv_heads * self.n_repeats, self.n_rows, self.head_dim, dtype=self.dtype)
-        center = None
         k = draw(self.n_kv_heads, self.n_coded, self.head_dim)
-        if self.mean:
-            center = draw(self.n_kv_heads, 1, self.head_dim) * 2
-            k = k + center
-            center = center[:, :, 0]
+        means = balance = None
+        if self.balance:
+            # Factors of 1/8 to 8, and queries and keys that call for them.
+            balance = mx.array(2.0 ** self.rng.uniform(-3, 3, (self.n_kv_heads, self.head_dim)).astype(np.float32))
+            k = k / balance[:, None]
+            self.q = (self.q * mx.repeat(balance, self.n_repeats, axis=0)[:, None]).astype(self.dtype)
+        if self.means:
+            drift = draw(self.n_kv_heads, tqext.format.n_blocks(self.n_coded), self.head_dim) * 2
+            k = k + mx.repeat(drift if balance is None else drift / balance[:, None], tqext.format.BLOCK, 2)[:, :, : self.n_coded]
         k, v = k * self.magnitude, draw(self.n_kv_heads, self.n_coded, self.value_dim) * self.magnitude
-        center = None if center is None else center * self.magnitude
-        self.packed_k = tqext.quantize_keys(k, bits=self.key_bits, mean=center, qjl=self.qjl, rotation=self.rotation)
-        self.packed_v = tqext.quantize_values(v, bits=self.value_bits, rotation=self.rotation)
+        if self.means:
+            means = tqext.block_means(k)
+        self.packed_k = tqext.quantize_keys(
+            k, bits=self.key_bits, means=means, balance=balance, qjl=self.qjl, rotation=self.rotation
+        )
+        self.packed_v = tqext.quantize_values(v, bits=self.value_bits, coding=self.value_coding, rotation=self.rotation)
         self.first, self.tail = (
             (
                 draw(self.n_kv_heads, n, self.head_dim, dtype=self.dtype),

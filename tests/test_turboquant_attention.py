@@ -44,7 +44,7 @@ def test_turboquant_attention_plain_call(rng):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("head_dim", DIMS)
 def test_turboquant_attention_every_head_dim(head_dim, dtype):
-    Problem(head_dim=head_dim, n_coded=161, dtype=DTYPES[dtype], mean=True, n_tail=5).check()
+    Problem(head_dim=head_dim, n_coded=161, dtype=DTYPES[dtype], means=True, balance=True, n_tail=5).check()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -90,7 +90,7 @@ def test_turboquant_attention_every_number_of_rows(n_rows, mask):
 @pytest.mark.parametrize("n_rows", [1, 4, 40])
 def test_turboquant_attention_residual_signs(n_rows, dtype):
     for key_bits in (2, 3):
-        Problem(qjl=True, key_bits=key_bits, n_rows=n_rows, dtype=DTYPES[dtype], mean=True, n_first=2, n_tail=3).check()
+        Problem(qjl=True, key_bits=key_bits, n_rows=n_rows, dtype=DTYPES[dtype], means=True, balance=True, n_first=2, n_tail=3).check()
 
 
 @pytest.mark.parametrize("head_dim", [32, 80, 96, 224, 256, 512])
@@ -109,19 +109,19 @@ def test_turboquant_attention_residual_signs_every_head_dim(head_dim):
 @pytest.mark.parametrize("head_dim, value_dim", [(64, 64), (80, 112), (288, 96), (128, 480)])
 def test_turboquant_attention_other_rotations(head_dim, value_dim, rotation):
     Problem(
-        head_dim=head_dim, value_dim=value_dim, rotation=rotation, mean=True, n_first=3, n_tail=9, n_rows=2,
+        head_dim=head_dim, value_dim=value_dim, rotation=rotation, means=True, balance=True, n_first=3, n_tail=9, n_rows=2,
         options={"mask": "causal"},
     ).check()  # fmt: skip
 
 
 def test_turboquant_attention_scale():
     for scale in (0.0, 0.05, 1.0, -0.3):
-        Problem(scale=scale, mean=True, n_tail=3).check()
+        Problem(scale=scale, means=True, balance=True, n_tail=3).check()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_turboquant_attention_many_sequences_and_heads(dtype):
-    Problem(batch=3, n_kv_heads=5, n_repeats=2, n_rows=2, mean=True, n_first=4, n_tail=33, dtype=DTYPES[dtype]).check()
+    Problem(batch=3, n_kv_heads=5, n_repeats=2, n_rows=2, means=True, balance=True, n_first=4, n_tail=33, dtype=DTYPES[dtype]).check()
 
 
 def test_turboquant_attention_long_context_is_split():
@@ -131,11 +131,11 @@ def test_turboquant_attention_long_context_is_split():
 
 
 def test_turboquant_attention_mean_of_batch_one_serves_every_sequence():
-    problem = Problem(batch=3, mean=True)
-    shared = problem.packed_k.mean[:1]
+    problem = Problem(batch=3, means=True, balance=True)
+    shared = problem.packed_k.means[:1]
     assert_close(
-        problem.run(packed_k=problem.packed_k._replace(mean=shared)),
-        to_numpy(problem.run(packed_k=problem.packed_k._replace(mean=mx.repeat(shared, 3, axis=0)))),
+        problem.run(packed_k=problem.packed_k._replace(means=shared)),
+        to_numpy(problem.run(packed_k=problem.packed_k._replace(means=mx.repeat(shared, 3, axis=0)))),
         1e-6,
     )
 
@@ -153,7 +153,7 @@ def test_turboquant_attention_tail_of_another_dtype_is_cast():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("n_rows", [1, 3, 33])
 def test_turboquant_attention_sinks(n_rows, dtype):
-    Problem(sinks=True, n_rows=n_rows, n_tail=33, mean=True, dtype=DTYPES[dtype], options={"mask": "causal"}).check()
+    Problem(sinks=True, n_rows=n_rows, n_tail=33, means=True, balance=True, dtype=DTYPES[dtype], options={"mask": "causal"}).check()
 
 
 @pytest.mark.parametrize("logit", [-1e4, 1e4, -np.inf])
@@ -175,7 +175,7 @@ def random_mask(rng, shape, kind):
 @pytest.mark.parametrize("n_rows", [1, 4, 9])
 @pytest.mark.parametrize("axes", ["full", "shared heads", "shared rows", "two axes", "one axis", "one column"])
 def test_turboquant_attention_array_mask(kind, n_rows, axes, rng):
-    problem = Problem(batch=2, n_rows=n_rows, n_first=4, n_coded=70, n_tail=33, head_dim=64, mean=True)
+    problem = Problem(batch=2, n_rows=n_rows, n_first=4, n_coded=70, n_tail=33, head_dim=64, means=True, balance=True)
     shape = {
         "full": (2, 8, n_rows, 107),
         "shared heads": (2, 1, n_rows, 107),
@@ -245,7 +245,7 @@ def test_turboquant_attention_left_padding(n_rows, mask):
     # Padding inside the first tokens, across them into the coded ones, into the tail, none at all.
     for padding in ([0, 2, 3, 50], [4, 68, 70, 101]):
         Problem(
-            batch=4, n_rows=n_rows, n_first=4, n_coded=64, n_tail=36, head_dim=64, mean=True,
+            batch=4, n_rows=n_rows, n_first=4, n_coded=64, n_tail=36, head_dim=64, means=True, balance=True,
             options={"mask": mask, "left_padding": mx.array(padding)},
         ).check()  # fmt: skip
 
@@ -261,7 +261,7 @@ def test_turboquant_attention_all_padding_is_zero(n_rows):
 def test_turboquant_attention_lengths(n_rows):
     lengths = mx.array([[4, 64, 40], [0, 0, 0], [2, 33, 0], [0, 1, 7], [4, 0, 1], [1, 63, 39]])
     problem = Problem(
-        batch=6, n_rows=n_rows, n_first=4, n_coded=64, n_tail=40, head_dim=64, mean=True,
+        batch=6, n_rows=n_rows, n_first=4, n_coded=64, n_tail=40, head_dim=64, means=True, balance=True,
         options={"lengths": lengths},
     )  # fmt: skip
     assert not to_numpy(problem.run())[1].any()
@@ -274,7 +274,7 @@ def test_turboquant_attention_lengths_with_causal_rows(n_rows):
     own = n_rows
     lengths = mx.array([[4, 64, 30], [0, 0, 0], [2, 33, 0], [0, 1, 7]])
     Problem(
-        batch=4, n_rows=n_rows, n_first=4, n_coded=64, n_tail=30 + own, head_dim=64, mean=True, sinks=True,
+        batch=4, n_rows=n_rows, n_first=4, n_coded=64, n_tail=30 + own, head_dim=64, means=True, balance=True, sinks=True,
         options={"lengths": lengths, "mask": "causal"},
     ).check()  # fmt: skip
 
@@ -282,7 +282,7 @@ def test_turboquant_attention_lengths_with_causal_rows(n_rows):
 def test_turboquant_attention_ragged_batch_equals_each_sequence_alone():
     """A sequence must not see what it is batched with; its sums may be taken in other parts."""
     lengths = [[4, 300, 9], [1, 70, 0], [4, 0, 33]]
-    batch = Problem(batch=3, n_first=4, n_coded=320, n_tail=34, n_rows=1, dtype=mx.float16, mean=True)
+    batch = Problem(batch=3, n_first=4, n_coded=320, n_tail=34, n_rows=1, dtype=mx.float16, means=True, balance=True)
     together = to_numpy(batch.run(lengths=mx.array(lengths), mask="causal"))
     for b, (n_first, n_coded, n_tail) in enumerate(lengths):
 
@@ -383,7 +383,7 @@ def test_turboquant_attention_reads_nothing_around_its_views(n_coded, head_dim):
         for key_bits, value_bits in BITS:
             problem = Problem(
                 batch=2, n_coded=n_coded, n_first=3, n_tail=5, key_bits=key_bits, value_bits=value_bits,
-                head_dim=head_dim, qjl=key_bits == 2, mean=True, dtype=dtype, n_repeats=2, n_rows=2,
+                head_dim=head_dim, qjl=key_bits == 2, means=True, balance=True, dtype=dtype, n_repeats=2, n_rows=2,
             )  # fmt: skip
             want = to_numpy(problem.run())
             exact = {name: tuple(poisoned(x, np.nan) for x in getattr(problem, name)) for name in ("first", "tail")}
@@ -398,7 +398,7 @@ def test_turboquant_attention_reads_nothing_around_its_views(n_coded, head_dim):
 
 def test_turboquant_attention_reads_transposed_inputs():
     """Queries and exact tokens as models make them: [B, L, H, D] with two axes swapped."""
-    problem = Problem(batch=2, n_rows=3, n_first=4, n_tail=9, mean=True)
+    problem = Problem(batch=2, n_rows=3, n_first=4, n_tail=9, means=True, balance=True)
     want = to_numpy(problem.run())
 
     def swapped(x):
@@ -454,7 +454,7 @@ def test_turboquant_attention_reads_broadcast_tokens():
 
 
 def test_turboquant_attention_does_not_change_its_inputs():
-    problem = Problem(n_first=4, n_tail=9, mean=True, qjl=True, n_rows=2, sinks=True)
+    problem = Problem(n_first=4, n_tail=9, means=True, balance=True, qjl=True, n_rows=2, sinks=True)
     inputs = [problem.q, *problem.packed_k[:5], *problem.packed_v[:2], *problem.first, *problem.tail, problem.sink_logits]
     before = [to_numpy(x).copy() for x in inputs]
     mx.eval(problem.run())
@@ -524,7 +524,7 @@ def test_turboquant_attention_under_compile(shapeless):
 
     compiled = mx.compile(call, shapeless=shapeless)
     for n_coded in (33, 64, 65):
-        problem = Problem(n_coded=n_coded, n_tail=3, n_rows=2, mean=True, sinks=True)
+        problem = Problem(n_coded=n_coded, n_tail=3, n_rows=2, means=True, balance=True, sinks=True)
         inputs = problem.q, problem.packed_k, problem.packed_v, problem.tail, problem.sink_logits
         assert_close(compiled(*inputs), to_numpy(call(*inputs)), 1e-6)
 
@@ -539,7 +539,7 @@ def test_turboquant_attention_of_fresh_codes_under_compile(shapeless):
 
     compiled = mx.compile(call, shapeless=shapeless)
     for n in (20, 50):
-        p = Problem(n_coded=n, n_tail=3, n_rows=2, mean=True, head_dim=64)
+        p = Problem(n_coded=n, n_tail=3, n_rows=2, means=True, balance=True, head_dim=64)
         k, v = (tqext.dequantize(x) for x in (p.packed_k, p.packed_v))
         mask = mx.array(np.random.default_rng(n).random((1, 1, 2, n + 6)) < 0.7)
         inputs = p.q, k, v, p.packed_k.mean, p.tail, mask, mx.array([[3, n - 3, 2]])

@@ -6,17 +6,17 @@ AttentionKernels attention_kernels_of([[maybe_unused]] Isa isa) {
   switch (isa) {
 #if defined(__x86_64__)
     case Isa::kAvx2:
-      return {attend_coded_avx2, attend_exact_avx2};
+      return {attend_coded_avx2, attend_exact_avx2, score_means_portable};
     case Isa::kAvx512:
-      return {attend_coded_avx512, attend_exact_avx512};
+      return {attend_coded_avx512, attend_exact_avx512, score_means_portable};
 #elif defined(__aarch64__)
     case Isa::kNeon:
-      return {attend_coded_neon, attend_exact_neon};
+      return {attend_coded_neon, attend_exact_neon, score_means_portable};
     case Isa::kNeonDotprod:
-      return {attend_coded_neon_dotprod, attend_exact_neon};
+      return {attend_coded_neon_dotprod, attend_exact_neon, score_means_portable};
 #endif
     default:
-      return {attend_coded_portable, attend_exact_portable};
+      return {attend_coded_portable, attend_exact_portable, score_means_portable};
   }
 }
 

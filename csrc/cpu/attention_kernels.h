@@ -16,14 +16,16 @@ struct CodedHead {
   const uint32_t* key_signs;  // null: no residual signs
   const uint16_t* residual_norms;
   const uint32_t* value_codes;
-  const uint16_t* value_params;
+  const uint16_t* value_params;  // of groups, or one norm
   ptrdiff_t key_stride, norm_stride, sign_stride, residual_stride, value_stride, param_stride;
 };
 
 struct CodecShape {
   int key_dim, value_dim;  // padded
   int key_bits, value_bits;
+  ValueCoding value_coding;
   int8_t codebook[kMaxKeyLevels];
+  int8_t value_codebook[kMaxKeyLevels];  // kValueLloyd
   bool half_query;  // the query came as fp16 or bf16: 16 bits of it are enough
 };
 
@@ -41,7 +43,11 @@ struct QueryRows {
   int n_rows;
   const float* q;            // [n_rows][key_dim], times scale * log2(e); for coded tokens rotated (1 / 127 not included)
   const float* residual_q;   // [n_rows][key_dim] or null: rotate'(rotated q), times sqrt(pi / 2) / sqrt(key_dim)
-  const float* offset;       // [n_rows] or null: added to every score
+  // Null, or [n_rows][offset_stride]: offset[r * offset_stride + t / kBlockTokens - first_block] is added to the score of token
+  // t. Calls with offsets begin with a block, or stay within one.
+  const float* offset;
+  ptrdiff_t offset_stride;
+  int first_block;
   const int* end;            // [n_rows]: row r attends to tokens below end[r]
   const float* const* bias;  // null, or per row: bias[r][t] is added to the score of token t; -inf: not attended
 };
@@ -56,9 +62,20 @@ struct Partial {
 using AttendCoded = void (*)(const CodedHead&, const CodecShape&, const QueryRows&, int begin, int end, Partial* partials);
 using AttendExact = void (*)(const ExactHead&, const QueryRows&, int begin, int end, Partial* partials);
 
+// One KV head's means of blocks: block i at data + i * stride (elements), its numbers contiguous.
+struct BlockMeans {
+  const void* data;
+  bool half;  // fp16, else fp32
+  int dim;
+  ptrdiff_t stride;
+};
+// offset [n_rows][n]: products of the rows q [n_rows][dim] with the means of blocks first ... first + n - 1.
+using ScoreMeans = void (*)(const float* q, int n_rows, const BlockMeans& means, int first, int n, float* offset);
+
 struct AttentionKernels {
   AttendCoded attend_coded;
   AttendExact attend_exact;
+  ScoreMeans score_means;
 };
 
 AttentionKernels attention_kernels_of(Isa isa);  // isa must be one of available_isas()
@@ -66,6 +83,7 @@ const AttentionKernels& attention_kernels();     // of active_isa()
 
 void attend_coded_portable(const CodedHead&, const CodecShape&, const QueryRows&, int begin, int end, Partial* partials);
 void attend_exact_portable(const ExactHead&, const QueryRows&, int begin, int end, Partial* partials);
+void score_means_portable(const float* q, int n_rows, const BlockMeans& means, int first, int n, float* offset);
 #if defined(__x86_64__)
 void attend_coded_avx2(const CodedHead&, const CodecShape&, const QueryRows&, int begin, int end, Partial* partials);
 void attend_exact_avx2(const ExactHead&, const QueryRows&, int begin, int end, Partial* partials);

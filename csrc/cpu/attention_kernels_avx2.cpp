@@ -114,6 +114,7 @@ struct Avx2 : X86Vectors {
 
 void attend_coded_avx2(const CodedHead& head, const CodecShape& shape, const QueryRows& rows, int begin, int end,
                        Partial* partials) {
+  if (shape.value_coding == kValueLloyd) return attend_coded_portable(head, shape, rows, begin, end, partials);
   Fp32Attention<Avx2>::attend_coded(head, shape, rows, begin, end, partials);
 }
 

@@ -281,8 +281,7 @@ class IntegerAttention {
       top = _mm512_max_ps(top, _mm512_abs_ps(x));
       check = _mm512_fmadd_ps(x, _mm512_setzero_ps(), check);
     }
-    const float offset = rows_.offset ? rows_.offset[r] : 0.0f;
-    nan_[r] = !(_mm512_reduce_add_ps(check) == 0) || offset - offset != 0;
+    nan_[r] = !(_mm512_reduce_add_ps(check) == 0);
     const float largest = nan_[r] ? 0.0f : _mm512_reduce_max_ps(top);
     const __m512 factor = _mm512_set1_ps(query_factor<N>(largest, query_step_[r]));
     const __m128i order = _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
@@ -596,14 +595,20 @@ class IntegerAttention {
         }
       }
       for (int h = 0; h < H; h++) {
-        const __m512 step = _mm512_set1_ps(query_step_[r + h]),
-                     offset = _mm512_set1_ps(rows_.offset && !nan_[r + h] ? rows_.offset[r + h] : 0.0f);
+        const __m512 step = _mm512_set1_ps(query_step_[r + h]);
         for (int v = 0; v < V; v++) {
+          const __m512 offset = _mm512_set1_ps(block_offset(r + h, smaller(t + 16 * v, n_padded_ - 1)));
           const __m512 factor = _mm512_mul_ps(_mm512_load_ps(norms_ + t + 16 * v), step);
           _mm512_store_ps(scores_ + h * kBlock + t + 16 * v, _mm512_fmadd_ps(join<N>(&acc[h][0][v], V), factor, offset));
         }
       }
     }
+  }
+
+  // What the mean of token t's block adds to row r's score.
+  float block_offset(int r, int t) const {
+    if (!rows_.offset || nan_[r]) return 0.0f;
+    return rows_.offset[r * rows_.offset_stride + (block_ + t) / kBlockTokens - rows_.first_block];
   }
 
   // Applies what is particular to a row; returns the largest score.
@@ -860,7 +865,9 @@ class IntegerAttention {
 
 void attend_coded_avx512(const CodedHead& head, const CodecShape& shape, const QueryRows& rows, int begin, int end,
                          Partial* partials) {
-  if (head.key_signs || head.param_stride % 2) {
+  if (shape.value_coding == kValueLloyd) {
+    attend_coded_portable(head, shape, rows, begin, end, partials);
+  } else if (head.key_signs || head.param_stride % 2) {
     Fp32Attention<Avx512>::attend_coded(head, shape, rows, begin, end, partials);
   } else {
     attend_in_integers<IntegerAttention>(head, shape, rows, begin, end, partials);

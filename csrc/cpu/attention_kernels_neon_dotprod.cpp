@@ -211,8 +211,7 @@ class DotAttention {
       top = vmaxq_f32(top, vabsq_f32(x));
       check = vfmaq_n_f32(check, x, 0.0f);
     }
-    const float offset = rows_.offset ? rows_.offset[r] : 0.0f;
-    nan_[r] = !(vaddvq_f32(check) == 0) || offset - offset != 0;
+    nan_[r] = !(vaddvq_f32(check) == 0);
     const float largest = nan_[r] ? 0.0f : vmaxvq_f32(top);
     const float factor = query_factor<N>(largest, query_step_[r]);
     alignas(16) int32_t integers[kMaxDim];

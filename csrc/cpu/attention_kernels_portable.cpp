@@ -1,4 +1,4 @@
-// The specification in plain fp32: one token at a time inside a block of kBlock. Complete and readable, not fast.
+// The specification in plain fp32: one token at a time inside a step of kStep. Complete and readable, not fast.
 #include <algorithm>
 #include <vector>
 
@@ -11,7 +11,7 @@ namespace tqext::cpu {
 
 namespace {
 
-constexpr int kBlock = 64;  // tokens per update of the softmax state
+constexpr int kStep = 64;  // tokens per update of the softmax state
 
 float dot(const float* a, const float* b, int n) {
   float lanes[8] = {};
@@ -23,28 +23,29 @@ float dot(const float* a, const float* b, int n) {
 template <class DecodeKey, class Score, class DecodeValue>
 void attend(const QueryRows& rows, int value_dim, int begin, int end, Partial* partials, const DecodeKey& decode_key,
             const Score& score, const DecodeValue& decode_value) {
-  std::vector<float> scores(size_t(rows.n_rows) * kBlock);
+  std::vector<float> scores(size_t(rows.n_rows) * kStep);
   float vector[kMaxDim];
   for (int r = 0; r < rows.n_rows; r++) {
     partials[r].max = kNegInf;
     partials[r].sum = 0;
     std::fill_n(partials[r].out, value_dim, 0.0f);
   }
-  for (int t0 = begin; t0 < end; t0 += kBlock) {
-    const int n = std::min(kBlock, end - t0);
+  for (int t0 = begin; t0 < end; t0 += kStep) {
+    const int n = std::min(kStep, end - t0);
     for (int t = 0; t < n; t++) {
       decode_key(t0 + t, vector);
       for (int r = 0; r < rows.n_rows; r++) {
         float s = kNegInf;
         if (t0 + t < rows.end[r]) {
-          s = score(r, vector, t0 + t) + (rows.offset ? rows.offset[r] : 0.0f);
+          s = score(r, vector, t0 + t);
+          if (rows.offset) s += rows.offset[r * rows.offset_stride + (t0 + t) / kBlockTokens - rows.first_block];
           if (rows.bias) s = rows.bias[r][t0 + t] == kNegInf ? kNegInf : s + rows.bias[r][t0 + t];
         }
-        scores[r * kBlock + t] = s;
+        scores[r * kStep + t] = s;
       }
     }
     for (int r = 0; r < rows.n_rows; r++) {
-      float* s = &scores[r * kBlock];
+      float* s = &scores[r * kStep];
       Partial& p = partials[r];
       float new_max = p.max;
       for (int t = 0; t < n; t++) new_max = s[t] > new_max || std::isnan(s[t]) ? s[t] : new_max;
@@ -60,7 +61,7 @@ void attend(const QueryRows& rows, int value_dim, int begin, int end, Partial* p
     for (int t = 0; t < n; t++) {
       decode_value(t0 + t, vector);
       for (int r = 0; r < rows.n_rows; r++) {
-        const float weight = scores[r * kBlock + t];
+        const float weight = scores[r * kStep + t];
         if (weight == 0.0f) continue;  // a token that is not attended may hold anything
         for (int d = 0; d < value_dim; d++) partials[r].out[d] += weight * vector[d];
       }
@@ -99,6 +100,12 @@ void attend_coded_portable(const CodedHead& head, const CodecShape& shape, const
     return s;
   };
   auto decode_value = [&](int t, float* value) {
+    if (shape.value_coding == kValueLloyd) {
+      decode_levels(head.value_codes + t * head.value_stride, shape.value_dim, shape.value_bits, shape.value_codebook, value);
+      const float norm = half_to_float(head.value_params[t * head.param_stride]) / float(kCodebookTop);
+      for (int d = 0; d < shape.value_dim; d++) value[d] *= norm;
+      return;
+    }
     decode_values(head.value_codes + t * head.value_stride, head.value_params + t * head.param_stride, shape.value_dim,
                   shape.value_bits, value);
   };
@@ -116,6 +123,18 @@ void attend_exact_portable(const ExactHead& head, const QueryRows& rows, int beg
     case ExactType::kBFloat16:
       return attend_exact(head, rows, begin, end, partials,
                           [](const void* x, ptrdiff_t i) { return bfloat_to_float(static_cast<const uint16_t*>(x)[i]); });
+  }
+}
+
+void score_means_portable(const float* q, int n_rows, const BlockMeans& means, int first, int n, float* offset) {
+  float mean[kMaxDim];
+  for (int i = 0; i < n; i++) {
+    const ptrdiff_t start = (first + i) * means.stride;
+    for (int d = 0; d < means.dim; d++) {
+      mean[d] = means.half ? half_to_float(static_cast<const uint16_t*>(means.data)[start + d])
+                           : static_cast<const float*>(means.data)[start + d];
+    }
+    for (int r = 0; r < n_rows; r++) offset[ptrdiff_t(r) * n + i] = dot(q + ptrdiff_t(r) * means.dim, mean, means.dim);
   }
 }
 

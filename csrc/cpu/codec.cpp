@@ -118,7 +118,14 @@ float clip_half(float x) { return std::clamp(x, -TQ_HALF_MAX, TQ_HALF_MAX); }  /
 
 }  // namespace
 
-void encode_key(const float* x, int dim, const Codebook& book, uint32_t* words, uint16_t* norm, float* levels) {
+namespace {
+
+// Codes of the nearest levels of x / |x|, and what both kinds of norm are made of, with x scaled by `safe`.
+struct Coded {
+  float safe, square, projection;  // |x|^2, <x, levels>
+};
+
+Coded encode_levels(const float* x, int dim, const Codebook& book, uint32_t* words, float* levels) {
   float y[kMaxDim];
   uint32_t codes[kMaxDim];
   const float safe = square_safe_scale(x, dim);
@@ -131,7 +138,22 @@ void encode_key(const float* x, int dim, const Codebook& book, uint32_t* words, 
   }
   const float projection = codec_kernels().choose_levels(y, dim, book, boundaries, codes, levels);
   codec_kernels().pack_key(codes, dim, book.bits, words);
-  *norm = float_to_half(clip_half(length == 0 ? 0.0f : square / (projection / float(kCodebookTop)) / safe));
+  return {safe, square, projection};
+}
+
+}  // namespace
+
+void encode_key(const float* x, int dim, const Codebook& book, uint32_t* words, uint16_t* norm, float* levels) {
+  const auto [safe, square, projection] = encode_levels(x, dim, book, words, levels);
+  *norm = float_to_half(clip_half(square == 0 ? 0.0f : square / (projection / float(kCodebookTop)) / safe));
+}
+
+void encode_value_lloyd(const float* x, int dim, const Codebook& book, uint32_t* words, uint16_t* norm) {
+  float levels[kMaxDim];
+  const auto [safe, square, projection] = encode_levels(x, dim, book, words, levels);
+  float level_square = 0;  // of integers: exact
+  for (int d = 0; d < dim; d++) level_square += levels[d] * levels[d];
+  *norm = float_to_half(clip_half(square == 0 ? 0.0f : projection * float(kCodebookTop) / level_square / safe));
 }
 
 void encode_residual(float* residual, int dim, uint32_t* signs, uint16_t* norm) {
@@ -145,7 +167,7 @@ void encode_residual(float* residual, int dim, uint32_t* signs, uint16_t* norm) 
   }
 }
 
-void encode_value(const float* x, int dim, int bits, uint32_t* words, uint16_t* params) {
+void encode_value_groups(const float* x, int dim, int bits, uint32_t* words, uint16_t* params) {
   uint32_t codes[kMaxDim];
   for (int group = 0; group < dim / kGroup; group++) {
     float scale, bias;

@@ -48,6 +48,8 @@ void rotate_row(float* x, int dim, uint32_t seed, bool inverse);
 void encode_key(const float* x, int dim, const Codebook& book, uint32_t* words, uint16_t* norm, float* levels);
 // residual: x minus the decoded key; overwritten. Writes the sign words and the residual's norm.
 void encode_residual(float* residual, int dim, uint32_t* signs, uint16_t* norm);
-void encode_value(const float* x, int dim, int bits, uint32_t* words, uint16_t* params);
+// x: one value in the rotated space. kValueGroups: scale and bias of each group; kValueLloyd: the norm.
+void encode_value_groups(const float* x, int dim, int bits, uint32_t* words, uint16_t* params);
+void encode_value_lloyd(const float* x, int dim, const Codebook& book, uint32_t* words, uint16_t* norm);
 
 }  // namespace tqext::cpu

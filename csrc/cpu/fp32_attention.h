@@ -35,6 +35,7 @@ class Fp32Attention {
   static constexpr ptrdiff_t kValuePanel = kPanel * (kTile + 1);
   static constexpr int kStagingRow = kMaxDim + kPanel;
   static_assert(kTile % kPanel == 0 && kGroup % kPanel == 0);
+  static_assert(kTile == kBlockTokens, "a tile's tokens share a mean");
 
  public:
   static void attend_coded(const CodedHead& head, const CodecShape& shape, const QueryRows& rows, int begin, int end,
@@ -464,8 +465,8 @@ class Fp32Attention {
   // Scores of row r to weights relative to its new maximum; returns what the old sums are multiplied by.
   float softmax(int r, float* s, int t0, int n, int n_padded) {
     const int limit = smaller(n, rows_.end[r] - t0);
-    const F offset = V::set1(rows_.offset ? rows_.offset[r] : 0.0f);
     if (rows_.offset) {
+      const F offset = V::set1(rows_.offset[r * rows_.offset_stride + t0 / kBlockTokens - rows_.first_block]);
       for (int t = 0; t < n_padded; t += kWidth) V::store(s + t, V::add(V::load(s + t), offset));
     }
     if (rows_.bias) {  // may end with the tile

@@ -60,7 +60,7 @@ enum Part : int { kFirst, kCoded, kTail, kNumParts };
 struct Task {
   TurboQuantAttention::State state;
   Packed q, key_codes, key_norms, value_codes, value_params;
-  std::optional<Packed> mean, signs, residual_norms, first_keys, first_values, tail_keys, tail_values, mask, sinks,
+  std::optional<Packed> means, balance, signs, residual_norms, first_keys, first_values, tail_keys, tail_values, mask, sinks,
       left_padding, lengths;
   void* out;
   mx::Dtype type;
@@ -81,7 +81,7 @@ struct Task {
   };
   // A block's rows in the forms that the kernels take.
   struct Rows {
-    std::vector<float> exact, coded, residual, offset;  // exact: unrotated; coded: rotated
+    std::vector<float> exact, coded, residual;  // exact: unrotated; coded: balanced and rotated
     std::vector<std::vector<float>> mask_store;
     std::vector<const float*> bias[kNumParts];  // from the part's first column on
     std::vector<int> end[kNumParts], own_end;
@@ -115,6 +115,7 @@ struct Task {
   int value_dim() const { return padded_dim(state.value_dim); }
 
   std::vector<Run> runs(int b) const;
+  void add_cut(Range range, std::vector<Run>& runs) const;
   Rows prepare(const Block& block) const;
   void add_masks(const Block& block, Rows& rows) const;
   States make_states(int n_runs, int n_rows) const;
@@ -141,11 +142,24 @@ std::vector<Task::Run> Task::runs(int b) const {
       end = std::clamp(int(static_cast<const int32_t*>(v.data)[b * v.strides[0] + part * v.strides[1]]), 0, stored);
     }
     const Range range{std::clamp(padding - start(part), 0, end), end};
-    if (range.size()) runs.push_back({part, range});
+    if (part == kCoded && means) {
+      add_cut(range, runs);
+    } else if (range.size()) {
+      runs.push_back({part, range});
+    }
   }
   const Range own{std::max(size(kTail) - n_own, padding - start(kTail)), size(kTail)};
   if (own.size()) runs.push_back({kTail, own, true});
   return runs;
+}
+
+// Coded tokens with means: runs begin with a block, but for a first one within a block, and are short enough that the products
+// of a prompt's rows with their blocks' means stay in the cache.
+void Task::add_cut(Range range, std::vector<Run>& runs) const {
+  constexpr int kMost = 256 * kBlockTokens;
+  const int aligned = std::min(range.end, n_blocks(range.begin) * kBlockTokens);
+  if (range.begin < aligned) runs.push_back({kCoded, {range.begin, aligned}});
+  for (int t = aligned; t < range.end; t += kMost) runs.push_back({kCoded, {t, std::min(t + kMost, range.end)}});
 }
 
 // Additive masks in base 2 over all columns.
@@ -179,7 +193,6 @@ Task::Rows Task::prepare(const Block& block) const {
   Rows x;
   x.exact.assign(size_t(n) * state.head_dim, 0.0f);
   x.coded.assign(size_t(n) * dim, 0.0f);
-  if (mean) x.offset.assign(n, 0.0f);
   if (signs) x.residual.assign(size_t(n) * dim, 0.0f);
   for (int r = 0; r < n; r++) {
     float* exact = &x.exact[size_t(r) * state.head_dim];
@@ -187,11 +200,12 @@ Task::Rows Task::prepare(const Block& block) const {
     q.view.load(q_row(block, r), state.head_dim, exact);
     for (int d = 0; d < state.head_dim; d++) exact[d] *= state.scale * kLog2e;
     std::copy_n(exact, state.head_dim, coded);
-    if (state.hadamard) cpu::rotate_row(coded, dim, TQ_ROTATION_SEED, false);
-    if (mean) {
-      const float* m = mean->head<float>(block.b, block.h);
-      for (int d = 0; d < state.head_dim; d++) x.offset[r] += exact[d] * m[d * mean->view.strides[2]];
+    if (balance) {
+      const View& v = balance->view;
+      const float* factor = static_cast<const float*>(v.data) + block.h * v.strides[0];
+      for (int d = 0; d < state.head_dim; d++) coded[d] /= factor[d * v.strides[1]];
     }
+    if (state.hadamard) cpu::rotate_row(coded, dim, TQ_ROTATION_SEED, false);
     if (signs) {
       float* residual = &x.residual[size_t(r) * dim];
       std::copy_n(coded, dim, residual);
@@ -214,7 +228,7 @@ Task::States Task::make_states(int n_runs, int n_rows) const {
   const int dim = std::max(value_dim(), state.value_dim);
   states.outs.resize(size_t(n_runs) * n_rows * dim);
   states.partials.resize(size_t(n_runs) * n_rows);
-  for (size_t i = 0; i < states.partials.size(); i++) states.partials[i].out = &states.outs[i * dim];
+  for (size_t i = 0; i < states.partials.size(); i++) states.partials[i] = {kNegInf, 0.0f, &states.outs[i * dim]};
   return states;
 }
 
@@ -222,15 +236,42 @@ void Task::attend(const Block& block, const Rows& rows, const Run& run, cpu::Par
   const cpu::AttentionKernels& kernels = cpu::attention_kernels();
   const auto [b, h, queries] = block;
   const std::vector<int>& ends = run.own ? rows.own_end : rows.end[run.part];
-  cpu::QueryRows query{n_rows(block), nullptr, nullptr, nullptr, ends.data(), mask ? rows.bias[run.part].data() : nullptr};
+  cpu::QueryRows query{.n_rows = n_rows(block),
+                       .q = nullptr,
+                       .residual_q = nullptr,
+                       .offset = nullptr,
+                       .offset_stride = 0,
+                       .first_block = 0,
+                       .end = ends.data(),
+                       .bias = mask ? rows.bias[run.part].data() : nullptr};
   const int end = std::min(run.tokens.end, *std::max_element(ends.begin(), ends.end()));
   if (run.part == kCoded) {
     query.q = rows.coded.data();
     query.residual_q = signs ? rows.residual.data() : nullptr;
-    query.offset = mean ? rows.offset.data() : nullptr;
-    cpu::CodecShape shape{key_dim(), value_dim(), state.key_bits, state.value_bits, {}, type != mx::float32};
-    const Codebook book = codebook(state.key_bits, key_dim());
-    std::copy_n(book.levels, kMaxKeyLevels, shape.codebook);
+    if (run.tokens.begin >= end) return;  // partials begin as states of nothing
+    std::vector<float> offsets;
+    if (means) {
+      const bool half = means->view.type == mx::float16;
+      const void* data = half ? static_cast<const void*>(means->head<uint16_t>(b, h)) : means->head<float>(b, h);
+      query.first_block = run.tokens.begin / kBlockTokens;
+      query.offset_stride = n_blocks(end) - query.first_block;
+      offsets.resize(size_t(query.n_rows) * query.offset_stride);
+      kernels.score_means(rows.exact.data(), query.n_rows, {data, half, state.head_dim, means->token_stride()},
+                          query.first_block, int(query.offset_stride), offsets.data());
+      query.offset = offsets.data();
+    }
+    cpu::CodecShape shape{.key_dim = key_dim(),
+                          .value_dim = value_dim(),
+                          .key_bits = state.key_bits,
+                          .value_bits = state.value_bits,
+                          .value_coding = ValueCoding(state.value_coding),
+                          .codebook = {},
+                          .value_codebook = {},
+                          .half_query = type != mx::float32};
+    std::copy_n(codebook(state.key_bits, key_dim()).levels, kMaxKeyLevels, shape.codebook);
+    if (state.value_coding == kValueLloyd) {
+      std::copy_n(codebook(state.value_bits, value_dim()).levels, kMaxKeyLevels, shape.value_codebook);
+    }
     const cpu::CodedHead coded{key_codes.head<uint32_t>(b, h),
                                key_norms.head<uint16_t>(b, h),
                                signs ? signs->head<uint32_t>(b, h) : nullptr,
@@ -340,7 +381,7 @@ void Task::prefill() const {
 
 void Task::run() {
   for (Packed* x : {&key_codes, &key_norms, &value_codes, &value_params}) x->make_rows_contiguous();
-  for (auto* x : {&signs, &residual_norms, &first_keys, &first_values, &tail_keys, &tail_values}) {
+  for (auto* x : {&means, &signs, &residual_norms, &first_keys, &first_values, &tail_keys, &tail_values}) {
     if (*x) (*x)->make_rows_contiguous();
   }
   if (batch() == 0 || n_q_heads() == 0 || n_queries() == 0) return;
@@ -351,20 +392,34 @@ void Task::run() {
 
 void TurboQuantAttention::eval_cpu(const std::vector<mx::array>& inputs, mx::array& out) {
   auto& encoder = cpu::prepare(stream(), inputs, {out});
-  auto get = [&](OptionalInput which) -> std::optional<Packed> {
-    const mx::array* x = optional(inputs, which);
-    return x ? std::optional<Packed>(*x) : std::nullopt;
-  };
-  std::optional<Packed> mask = get(kMask);
+  const AttentionInputs in = named(inputs);
+  auto optional = [](const mx::array* x) { return x ? std::optional<Packed>(*x) : std::nullopt; };
+  std::optional<Packed> mask = optional(in.mask);
   if (mask) {
     for (int axis = 0; axis < 4; axis++) {
       if (mask->view.shape[axis] == 1) mask->view.strides[axis] = 0;
     }
   }
-  auto task =
-      std::make_shared<Task>(Task{state_, inputs[0], inputs[1], inputs[2], inputs[3], inputs[4], get(kMean), get(kSigns),
-                                  get(kResidualNorms), get(kFirstKeys), get(kFirstValues), get(kTailKeys), get(kTailValues),
-                                  mask, get(kSinks), get(kLeftPadding), get(kLengths), out.data<void>(), out.dtype()});
+  auto task = std::make_shared<Task>(Task{.state = state_,
+                                          .q = in.q,
+                                          .key_codes = in.key_codes,
+                                          .key_norms = in.key_norms,
+                                          .value_codes = in.value_codes,
+                                          .value_params = in.value_params,
+                                          .means = optional(in.means),
+                                          .balance = optional(in.balance),
+                                          .signs = optional(in.signs),
+                                          .residual_norms = optional(in.residual_norms),
+                                          .first_keys = optional(in.first_keys),
+                                          .first_values = optional(in.first_values),
+                                          .tail_keys = optional(in.tail_keys),
+                                          .tail_values = optional(in.tail_values),
+                                          .mask = mask,
+                                          .sinks = optional(in.sinks),
+                                          .left_padding = optional(in.left_padding),
+                                          .lengths = optional(in.lengths),
+                                          .out = out.data<void>(),
+                                          .type = out.dtype()});
   encoder.dispatch([task] { task->run(); });
 }
 

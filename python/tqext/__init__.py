@@ -9,6 +9,7 @@ load_extension()
 
 from tqext._ext import (  # noqa: E402
     available_isas,
+    block_means,
     format,
     isa,
     num_threads,
@@ -70,6 +71,7 @@ __all__ = [
     "__version__",
     "attach",
     "available_isas",
+    "block_means",
     "dequantize",
     "detach",
     "format",

@@ -1,4 +1,4 @@
-"""The operators on packed keys and values (format version 1, csrc/format.h)."""
+"""The operators on packed keys and values (format version 2, csrc/format.h)."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ Stream = mx.Stream | mx.Device | None
 class PackedKeys(NamedTuple):
     """Packed keys of ``n_tokens`` tokens.
 
-    A tuple of arrays and numbers: it passes through ``mx.compile`` and ``tree_map``, and every array has the token axis at
-    -2 (``mean`` has none), so slicing tokens is slicing arrays.
+    A tuple of arrays and numbers: it passes through ``mx.compile`` and ``tree_map``. The token axis of codes, norms and signs
+    is -2, so slicing tokens is slicing arrays; ``means`` has one row for each block of 64 tokens (``format.BLOCK``).
 
     Attributes:
         codes: uint32 ``[batch, n_kv_heads, n_tokens, padded_dim * bits / 32]``.
         norms: float16 ``[batch, n_kv_heads, n_tokens, 1]``.
-        mean: ``[batch, n_kv_heads, head_dim]``, subtracted before coding, or None.
+        means: float16 ``[batch, n_kv_heads, ceil(n_tokens / 64), head_dim]``, subtracted from the keys of each block, or None.
+        balance: float32 ``[n_kv_heads, head_dim]``, multiplied to keys and divided from queries, or None.
         signs: uint32 ``[batch, n_kv_heads, n_tokens, padded_dim / 32]``, residual signs (QJL), or None.
         residual_norms: float16 ``[batch, n_kv_heads, n_tokens, 1]``, or None.
         bits: 2, 3 or 4 per dimension.
@@ -30,7 +31,8 @@ class PackedKeys(NamedTuple):
 
     codes: mx.array
     norms: mx.array
-    mean: mx.array | None = None
+    means: mx.array | None = None
+    balance: mx.array | None = None
     signs: mx.array | None = None
     residual_norms: mx.array | None = None
     bits: int = 3
@@ -48,9 +50,11 @@ class PackedValues(NamedTuple):
 
     Attributes:
         codes: uint32 ``[batch, n_kv_heads, n_tokens, padded_dim * bits / 32]``.
-        params: float16 ``[batch, n_kv_heads, n_tokens, 2 * padded_dim / 32]``: scale and bias of each group of 32.
-        bits: 2 or 4 per dimension.
+        params: float16; ``"groups"``: ``[batch, n_kv_heads, n_tokens, 2 * padded_dim / 32]``, scale and bias of each group of
+            32; ``"lloyd"``: ``[batch, n_kv_heads, n_tokens, 1]``, the norm.
+        bits: 2 or 4 per dimension (``"groups"``), or 2, 3 or 4 (``"lloyd"``).
         head_dim: of the unpacked values; None: as many as the codes hold.
+        coding: ``"groups"`` or ``"lloyd"``.
         rotation: as in :class:`PackedKeys`.
     """
 
@@ -58,6 +62,7 @@ class PackedValues(NamedTuple):
     params: mx.array
     bits: int = 2
     head_dim: int | None = None
+    coding: str = "groups"
     rotation: str = "hadamard"
 
     @property
@@ -76,21 +81,26 @@ def quantize_keys(
     k: mx.array,
     *,
     bits: int = 3,
-    mean: mx.array | None = None,
+    means: mx.array | None = None,
+    balance: mx.array | None = None,
     qjl: bool = False,
     rotation: str = "hadamard",
     stream: Stream = None,
 ) -> PackedKeys:
-    """Packed keys: ``k - mean``, rotated, coded by a Lloyd-Max codebook of ``2**bits`` levels, with one norm per token.
+    """Packed keys: ``(k - mean of the block) * balance``, rotated, coded by a Lloyd-Max codebook, with one norm per token.
 
-    The norm is ``|x|**2 / <x, levels>``, so scores have no bias. Softmax does not see a constant vector that is taken from
-    every key, so ``mean`` costs nothing and spares the codebook what all keys share.
+    The norm is ``|x|**2 / <x, levels>``, so scores have no bias. The means spare the codebook what the keys of a block of 64
+    tokens share; attention adds their products with the queries. The balance gives each channel the precision that the queries
+    need.
 
     Args:
         k: float32, float16 or bfloat16 ``[batch, n_kv_heads, n_tokens, head_dim]``; head_dim a multiple of 8 up to 512,
             zero-padded inside to a multiple of 32.
         bits: 2, 3 or 4.
-        mean: ``[batch or 1, n_kv_heads, head_dim]`` or None.
+        means: float16 ``[batch or 1, n_kv_heads, ceil(n_tokens / 64), head_dim]``, from :func:`block_means`, or None. Keys
+            that the caller rotated (``rotation="none"``) may have float32 means.
+        balance: float32 ``[n_kv_heads, head_dim]``, positive: ``(E[q**2] / E[(k - mean)**2]) ** 0.25`` of each channel, from
+            :func:`tqext.calibrate`; or None.
         qjl: add one sign bit per dimension of the residual (Zandieh et al., QJL, arXiv:2406.03482; TurboQuant,
             arXiv:2504.19874), with an orthogonal sketch.
         rotation: ``"hadamard"`` (random signs, then Walsh-Hadamard; a dense matrix where head_dim has none),
@@ -98,30 +108,37 @@ def quantize_keys(
         stream: stream or device.
 
     Returns:
-        Packed keys; ``mean`` is kept in them.
+        Packed keys; ``means`` and ``balance`` are kept in them.
 
     Raises:
         ValueError: a wrong shape, dtype or number.
     """
-    parts = _ext.quantize_keys(k, bits, mean, qjl, rotation, stream)
+    parts = _ext.quantize_keys(k, bits, means, balance, qjl, rotation, stream)
     signs, residual_norms = (parts[2], parts[3]) if qjl else (None, None)
-    return PackedKeys(parts[0], parts[1], mean, signs, residual_norms, bits, k.shape[-1], rotation)
+    return PackedKeys(parts[0], parts[1], means, balance, signs, residual_norms, bits, k.shape[-1], rotation)
 
 
-def quantize_values(v: mx.array, *, bits: int = 2, rotation: str = "hadamard", stream: Stream = None) -> PackedValues:
-    """Packed values: rotated, then ``scale * code + bias`` per group of 32, fitted by least squares.
+def quantize_values(
+    v: mx.array, *, bits: int = 2, coding: str = "groups", rotation: str = "hadamard", stream: Stream = None
+) -> PackedValues:
+    """Packed values: rotated, then coded.
+
+    ``"groups"``: ``scale * code + bias`` per group of 32, fitted by least squares; 3 bits per dimension with 2-bit codes.
+    ``"lloyd"``: the keys' Lloyd-Max codebook and one norm per token, of least squared error; 3-bit codes take 2 bytes more
+    than 2-bit groups at head dimension 128 and have a third of their squared error.
 
     Args:
         v: float32, float16 or bfloat16 ``[batch, n_kv_heads, n_tokens, head_dim]``, as for :func:`quantize_keys`.
-        bits: 2 or 4.
+        bits: 2 or 4 for ``"groups"``; 2, 3 or 4 for ``"lloyd"``.
+        coding: ``"groups"`` or ``"lloyd"``.
         rotation: as for :func:`quantize_keys`.
         stream: stream or device.
 
     Raises:
         ValueError: a wrong shape, dtype or number.
     """
-    codes, params = _ext.quantize_values(v, bits, rotation, stream)
-    return PackedValues(codes, params, bits, v.shape[-1], rotation)
+    codes, params = _ext.quantize_values(v, bits, coding, rotation, stream)
+    return PackedValues(codes, params, bits, v.shape[-1], coding, rotation)
 
 
 def dequantize(
@@ -135,7 +152,7 @@ def dequantize(
 
     Args:
         packed: from :func:`quantize_keys` or :func:`quantize_values`.
-        rotated: leave them in the rotated space, at the padded head dimension and without the mean.
+        rotated: leave them in the rotated space: padded head dimension, balanced, without the means.
         dtype: float32, float16 or bfloat16.
         stream: stream or device.
 
@@ -149,7 +166,8 @@ def dequantize(
         return _ext.dequantize_keys(
             packed.codes,
             packed.norms,
-            packed.mean,
+            packed.means,
+            packed.balance,
             packed.bits,
             _head_dim(packed),
             packed.rotation,
@@ -159,7 +177,15 @@ def dequantize(
         )
     if isinstance(packed, PackedValues):
         return _ext.dequantize_values(
-            packed.codes, packed.params, packed.bits, _head_dim(packed), packed.rotation, rotated, dtype, stream
+            packed.codes,
+            packed.params,
+            packed.bits,
+            _head_dim(packed),
+            packed.coding,
+            packed.rotation,
+            rotated,
+            dtype,
+            stream,
         )
     raise ValueError(f"[dequantize] packed: expected PackedKeys or PackedValues, got {type(packed).__name__}")
 
@@ -240,7 +266,8 @@ def turboquant_attention(
         q,
         packed_k.codes,
         packed_k.norms,
-        packed_k.mean,
+        packed_k.means,
+        packed_k.balance,
         packed_k.signs,
         packed_k.residual_norms,
         packed_k.bits,
@@ -250,6 +277,7 @@ def turboquant_attention(
         packed_v.params,
         packed_v.bits,
         _head_dim(packed_v),
+        packed_v.coding,
         packed_v.rotation,
         scale,
         mask,

@@ -1,7 +1,8 @@
 // Encodes the tokens that test_isa.py writes to standard input and prints the bytes as hexadecimal: the golden file without
 // MLX or Python, so that it also runs cross-compiled under an emulator. One token a line:
 //   keys HEAD_DIM BITS MEAN QJL x... [mean...]   ->  codes norm [signs residual_norm]
-//   values HEAD_DIM BITS x...                    ->  codes params
+//   values HEAD_DIM BITS x...                    ->  codes params    (coded by groups)
+//   lloyd HEAD_DIM BITS x...                     ->  codes norm
 // with x and mean integers in units of 1 / 32. The first line names the instruction set in use.
 #include <cstdio>
 #include <iostream>
@@ -61,9 +62,14 @@ int main() {
         print(halves, 1);
       }
     } else {
-      encode_value(x, dim, bits, words, halves);
+      const ValueCoding coding = kind == "lloyd" ? kValueLloyd : kValueGroups;
+      if (coding == kValueLloyd) {
+        encode_value_lloyd(x, dim, codebook(bits, dim), words, halves);
+      } else {
+        encode_value_groups(x, dim, bits, words, halves);
+      }
       print(words, code_words(dim, bits));
-      print(halves, value_params(dim));
+      print(halves, value_params(dim, coding));
     }
     std::printf("\n");
   }
