@@ -51,9 +51,9 @@ struct AttentionInputs {
   // present: bit i: optional input i is there.
   AttentionInputs(const std::vector<mx::array>& inputs, uint32_t present)
       : q(inputs[0]), key_codes(inputs[1]), key_norms(inputs[2]), value_codes(inputs[3]), value_params(inputs[4]) {
-    const mx::array** const fields[kNumOptionalInputs] = {
-        &means,     &balance,     &signs, &residual_norms, &first_keys,   &first_values,
-        &tail_keys, &tail_values, &mask,  &sinks,          &left_padding, &lengths};
+    const mx::array** const fields[kNumOptionalInputs] = {&means,      &balance,      &signs,        &residual_norms,
+                                                          &first_keys, &first_values, &tail_keys,    &tail_values,
+                                                          &mask,       &sinks,        &left_padding, &lengths};
     size_t next = kNumRequiredInputs;
     for (int which = 0; which < kNumOptionalInputs; which++) {
       if (present >> which & 1) *fields[which] = &inputs[next++];

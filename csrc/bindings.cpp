@@ -72,8 +72,9 @@ NB_MODULE(_ext, m) {
   m.def("rotate", &tqext::rotate, "x"_a, "inverse"_a = false, nb::kw_only(), "rotation"_a = "hadamard",
         "stream"_a = nb::none());
   using OptionalArray = std::optional<mx::array>;
-  m.def("block_means", &tqext::block_means, "k"_a, nb::kw_only(), "stream"_a = nb::none(),
-        R"(Means of blocks of 64 tokens, as :func:`quantize_keys` takes them: over the tokens that are finite, zero where none is.
+  m.def(
+      "block_means", &tqext::block_means, "k"_a, nb::kw_only(), "stream"_a = nb::none(),
+      R"(Means of blocks of 64 tokens, as :func:`quantize_keys` takes them: over the tokens that are finite, zero where none is.
 
 Args:
     k (array): float32, float16 or bfloat16 ``[batch, n_kv_heads, n_tokens, head_dim]``.

@@ -48,8 +48,8 @@ namespace tqext {
 enum : int {
   kFormatVersion = 2,
   kBlockTokens = 64,  // coded tokens that share a mean
-  kUnit = 32,   // dimensions whose key codes share whole words; head dimensions are padded to it
-  kGroup = 32,  // dimensions that share a value scale and bias
+  kUnit = 32,         // dimensions whose key codes share whole words; head dimensions are padded to it
+  kGroup = 32,        // dimensions that share a value scale and bias
   kMinDim = 32,
   kMaxDim = 512,  // padded
   kDimStep = 8,   // head dimensions must be multiples of it

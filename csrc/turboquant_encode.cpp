@@ -110,9 +110,9 @@ mx::array block_means(const mx::array& k, mx::StreamOrDevice s) {
   };
   const mx::array count = mx::maximum(by_block(mx::astype(finite, mx::float32, stream)), mx::array(1.0f), stream);
   // Divided first: the sum of large numbers may overflow.
-  const mx::array share = mx::multiply(mx::where(finite, x, mx::array(0.0f), stream), mx::array(1.0f / float(kBlockTokens)), stream);
-  const mx::array mean =
-      mx::multiply(by_block(share), mx::divide(mx::array(float(kBlockTokens)), count, stream), stream);
+  const mx::array share =
+      mx::multiply(mx::where(finite, x, mx::array(0.0f), stream), mx::array(1.0f / float(kBlockTokens)), stream);
+  const mx::array mean = mx::multiply(by_block(share), mx::divide(mx::array(float(kBlockTokens)), count, stream), stream);
   const mx::array most(TQ_HALF_MAX), least(-TQ_HALF_MAX);
   return mx::astype(mx::clip(mean, least, most, stream), mx::float16, stream);
 }
@@ -185,8 +185,8 @@ mx::array dequantize(const mx::array& codes, const mx::array& params, bool group
   std::vector<mx::array> inputs{codes, params};
   std::optional<mx::array> offsets;
   if (means) {
-    offsets = check_means(*means, codes.shape(0), codes.shape(1), codes.shape(2), head_dim, rotation == Rotation::kNone, op,
-                          stream);
+    offsets =
+        check_means(*means, codes.shape(0), codes.shape(1), codes.shape(2), head_dim, rotation == Rotation::kNone, op, stream);
   }
   if (balance) check_balance(*balance, codes.shape(1), head_dim, op);
 

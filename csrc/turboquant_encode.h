@@ -1,9 +1,11 @@
 // quantize_keys, quantize_values, dequantize: vectors to packed bytes (format.h) and back.
 //
-// Keys: x = rotate((k - mean of its block) * balance), code = the nearest level of x / |x|, norm = |x|^2 / <x, level / 127>, so that <x, k̂> = |x|^2:
+// Keys: x = rotate((k - mean of its block) * balance), code = the nearest level of x / |x|, norm = |x|^2 / <x, level / 127>, so
+// that <x, k̂> = |x|^2:
 //   the score of a key with itself has no bias.
 // Values, "lloyd": x = rotate(v), code as for keys, norm = <x, c> / <c, c> with c = level / 127, the least squared error.
-// Values, "groups": per group of 32 of rotate(v): codes on value_shrink() of the min-max range, then one least-squares refit of scale
+// Values, "groups": per group of 32 of rotate(v): codes on value_shrink() of the min-max range, then one least-squares refit of
+// scale
 //   and bias given the codes.
 // Residual signs (QJL, Zandieh et al. 2024, arXiv:2406.03482, with an orthogonal sketch): sign(rotate'(x - k̂)) and |x - k̂|.
 #pragma once
@@ -79,9 +81,7 @@ class QuantizeKeys : public mx::Primitive {
   void eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override;
   DEFINE_NAME(QuantizeKeys)
   std::vector<mx::Shape> output_shapes(const std::vector<mx::array>& inputs) override;
-  bool is_equivalent(const Primitive& other) const override {
-    return state_ == static_cast<const QuantizeKeys&>(other).state_;
-  }
+  bool is_equivalent(const Primitive& other) const override { return state_ == static_cast<const QuantizeKeys&>(other).state_; }
   const State& state() const { return state_; }
   const mx::array* means(const std::vector<mx::array>& inputs) const { return state_.has_means ? &inputs[1] : nullptr; }
   const mx::array* balance(const std::vector<mx::array>& inputs) const { return state_.has_balance ? &inputs.back() : nullptr; }

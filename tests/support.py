@@ -186,7 +186,10 @@ class Problem:
             self.q = (self.q * mx.repeat(balance, self.n_repeats, axis=0)[:, None]).astype(self.dtype)
         if self.means:
             drift = draw(self.n_kv_heads, tqext.format.n_blocks(self.n_coded), self.head_dim) * 2
-            k = k + mx.repeat(drift if balance is None else drift / balance[:, None], tqext.format.BLOCK, 2)[:, :, : self.n_coded]
+            k = (
+                k
+                + mx.repeat(drift if balance is None else drift / balance[:, None], tqext.format.BLOCK, 2)[:, :, : self.n_coded]
+            )
         k, v = k * self.magnitude, draw(self.n_kv_heads, self.n_coded, self.value_dim) * self.magnitude
         if self.means:
             means = tqext.block_means(k)

@@ -23,7 +23,8 @@ def good():
     keys = tqext.PackedKeys(
         codes=zeros(2, 2, 40, 6, dtype=mx.uint32),
         norms=zeros(2, 2, 40, 1, dtype=mx.float16),
-        mean=zeros(2, 2, 64),
+        means=zeros(2, 2, 1, 64, dtype=mx.float16),
+        balance=mx.ones((2, 64)),
         signs=zeros(2, 2, 40, 2, dtype=mx.uint32),
         residual_norms=zeros(2, 2, 40, 1, dtype=mx.float16),
         bits=3,
@@ -99,18 +100,27 @@ BAD = {
         "dtype": dict(keys=dict(residual_norms=zeros(2, 2, 40, 1))),
         "tokens": dict(keys=dict(residual_norms=f16(2, 2, 1, 1))),
     },
-    "mean": {
-        "batch": dict(keys=dict(mean=zeros(3, 2, 64))),
-        "heads": dict(keys=dict(mean=zeros(2, 8, 64))),
-        "dimension": dict(keys=dict(mean=zeros(2, 2, 96))),
-        "rank": dict(keys=dict(mean=zeros(2, 2, 1, 64))),
-        "dtype": dict(keys=dict(mean=zeros(2, 2, 64, dtype=mx.int32))),
+    "means": {
+        "batch": dict(keys=dict(means=f16(3, 2, 1, 64))),
+        "heads": dict(keys=dict(means=f16(2, 8, 1, 64))),
+        "blocks": dict(keys=dict(means=f16(2, 2, 2, 64))),
+        "no blocks": dict(keys=dict(means=f16(2, 2, 0, 64))),
+        "dimension": dict(keys=dict(means=f16(2, 2, 1, 96))),
+        "rank": dict(keys=dict(means=f16(2, 2, 64))),
+        "dtype": dict(keys=dict(means=zeros(2, 2, 1, 64))),
+    },
+    "balance": {
+        "heads": dict(keys=dict(balance=zeros(8, 64))),
+        "dimension": dict(keys=dict(balance=zeros(2, 96))),
+        "rank": dict(keys=dict(balance=zeros(2, 2, 64))),
+        "dtype": dict(keys=dict(balance=f16(2, 64))),
     },
     "bits": {
         "keys 5": dict(keys=dict(bits=5)),
         "keys 0": dict(keys=dict(bits=0)),
         "keys negative": dict(keys=dict(bits=-3)),
         "values 3": dict(values=dict(bits=3)),
+        "lloyd values 1": dict(values=dict(bits=1, coding="lloyd")),
         "values 0": dict(values=dict(bits=0)),
     },
     "packed_k": {
@@ -139,7 +149,9 @@ BAD = {
         "dtype": dict(values=dict(params=zeros(2, 2, 40, 6))),
         "width": dict(values=dict(params=f16(2, 2, 40, 3))),
         "tokens": dict(values=dict(params=f16(2, 2, 1, 6))),
+        "of groups for lloyd": dict(values=dict(codes=u32(2, 2, 40, 9), bits=3, coding="lloyd")),
     },
+    "coding": {"unknown": dict(values=dict(coding="huffman")), "empty": dict(values=dict(coding=""))},
     "packed_v.rotation": {"not the keys'": dict(values=dict(rotation="orthogonal"))},
     "rotation": {"unknown": dict(keys=dict(rotation="dct"), values=dict(rotation="dct"))},
     "first": {
@@ -259,7 +271,8 @@ fuzz = settings(max_examples=300, deadline=None, derandomize=True, suppress_heal
                 optional={
                     "codes": arrays,
                     "norms": arrays,
-                    "mean": near,
+                    "means": near,
+                    "balance": near,
                     "signs": near,
                     "residual_norms": near,
                     "bits": st.integers(-(2**31), 2**31 - 1) | st.integers(0, 8),
@@ -305,13 +318,14 @@ def attend_value_dim(changes):
 @given(
     x=arrays,
     bits=st.integers(-(2**31), 2**31 - 1) | st.integers(0, 8),
-    mean=near,
+    means=near,
+    balance=near,
     qjl=st.booleans(),
     rotation=st.sampled_from(["hadamard", "orthogonal", "none", "x"]),
 )
-def test_quantize_of_arbitrary_arguments_answers_or_refuses(x, bits, mean, qjl, rotation):
+def test_quantize_of_arbitrary_arguments_answers_or_refuses(x, bits, means, balance, qjl, rotation):
     for op, call in (
-        ("quantize_keys", lambda: tqext.quantize_keys(x, bits=bits, mean=mean, qjl=qjl, rotation=rotation)),
+        ("quantize_keys", lambda: tqext.quantize_keys(x, bits=bits, means=means, balance=balance, qjl=qjl, rotation=rotation)),
         ("quantize_values", lambda: tqext.quantize_values(x, bits=bits, rotation=rotation)),
     ):
         try:

@@ -1,4 +1,4 @@
-"""Packed format 1: layout numbers, codebooks, golden bytes."""
+"""Packed format 2: layout numbers, codebooks, golden bytes."""
 
 import json
 
@@ -19,7 +19,8 @@ DIMS = range(32, 513, 32)
 
 def case_name(case):
     parts = [case["kind"], f"d{case['head_dim']}", f"{case['bits']}bits"]
-    return "-".join(parts + [name for name in ("mean", "signs") if case.get(name)])
+    parts += [name for name in ("means", "balance", "signs") if case.get(name)]
+    return "-".join(parts + ([case["rotation"]] if case.get("rotation") == "orthogonal" else []))
 
 
 def words(texts, dtype):
@@ -37,8 +38,8 @@ def bits_of(x):
 # ---- layout -----------------------------------------------------------------------------------
 
 
-def test_format_version_is_1():
-    assert tqext.format.VERSION == 1
+def test_format_version_is_2():
+    assert tqext.format.VERSION == GOLDEN["format_version"] == 2
 
 
 def test_format_layout_numbers():
@@ -46,7 +47,9 @@ def test_format_layout_numbers():
     assert (f.UNIT, f.GROUP, f.MIN_DIM, f.MAX_DIM, f.DIM_STEP, f.CODEBOOK_TOP) == (32, 32, 32, 512, 8, 127)
     assert [f.padded_dim(n) for n in (8, 32, 40, 80, 112, 128)] == [32, 32, 64, 96, 128, 128]
     assert [f.code_words(128, bits) for bits in (2, 3, 4)] == [8, 12, 16]
-    assert (f.sign_words(128), f.value_params(128)) == (4, 8)
+    assert (f.sign_words(128), f.value_params(128), f.value_params(128, "lloyd")) == (4, 8, 1)
+    assert f.BLOCK == reference.BLOCK == 64
+    assert [f.n_blocks(n) for n in (0, 1, 64, 65, 128)] == [0, 1, 1, 2, 2]
     assert {bits: f.value_shrink(bits) for bits in (2, 4)} == pytest.approx(reference.VALUE_SHRINK)
     for dim in DIMS:
         assert f.hadamard_factor(dim) == (reference.factor(dim) or 0)
@@ -56,6 +59,9 @@ def test_format_bytes_per_token_at_128():
     k = tqext.quantize_keys(mx.zeros((1, 1, 1, 128)))
     v = tqext.quantize_values(mx.zeros((1, 1, 1, 128)))
     assert [x.nbytes for x in (k.codes, k.norms, v.codes, v.params)] == [48, 2, 32, 16]
+    v = tqext.quantize_values(mx.zeros((1, 1, 1, 128)), bits=3, coding="lloyd")
+    assert [x.nbytes for x in (v.codes, v.params)] == [48, 2]
+    assert tqext.block_means(mx.zeros((1, 1, 64, 128))).nbytes == 4 * 64
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
@@ -156,10 +162,19 @@ def golden_input(case, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", [c for c in GOLDEN["cases"] if c["kind"] == "keys"], ids=case_name)
 def test_format_golden_keys(case, dtype):
-    mean = case["mean"]
-    if mean is not None:
-        mean = mx.array(np.array(mean, np.float32)[None, None] * GOLDEN["input_unit"])
-    packed = tqext.quantize_keys(golden_input(case, DTYPES[dtype]), bits=case["bits"], mean=mean, qjl=case["signs"] is not None)
+    means, balance = case["means"], case["balance"]
+    if means is not None:
+        means = mx.array((np.array(means, np.float32)[None, None] * GOLDEN["input_unit"]).astype(np.float16))
+    if balance is not None:
+        balance = mx.array(np.array(balance, np.float32)[None])
+    packed = tqext.quantize_keys(
+        golden_input(case, DTYPES[dtype]),
+        bits=case["bits"],
+        means=means,
+        balance=balance,
+        qjl=case["signs"] is not None,
+        rotation=case["rotation"],
+    )
     assert np.array_equal(bits_of(packed.codes), words(case["codes"], np.uint32))
     assert np.array_equal(bits_of(packed.norms), words(case["norms"], np.uint16))
     if case["signs"] is None:
@@ -170,11 +185,24 @@ def test_format_golden_keys(case, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", [c for c in GOLDEN["cases"] if c["kind"] == "values"], ids=case_name)
+@pytest.mark.parametrize("case", [c for c in GOLDEN["cases"] if c["kind"] != "keys"], ids=case_name)
 def test_format_golden_values(case, dtype):
-    packed = tqext.quantize_values(golden_input(case, DTYPES[dtype]), bits=case["bits"])
+    coding = "groups" if case["kind"] == "values" else "lloyd"
+    packed = tqext.quantize_values(golden_input(case, DTYPES[dtype]), bits=case["bits"], coding=coding)
     assert np.array_equal(bits_of(packed.codes), words(case["codes"], np.uint32))
     assert np.array_equal(bits_of(packed.params), words(case["params"], np.uint16))
+
+
+# ---- dense rotation ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dim", [32, 64, 288, 352, 512])
+def test_format_dense_rotation_is_the_documented_matrix(dim):
+    """The columns of the package's matrix, from the specification alone: to a rounding of fp32."""
+    columns = to_numpy(tqext.rotate(mx.eye(dim), rotation="orthogonal"))
+    want = reference.dense_matrix(dim)
+    assert np.abs(want.astype(np.float64) @ want.T - np.eye(dim)).max() < 1e-6
+    assert np.abs(columns.T - want).max() <= 2.0**-24
 
 
 # ---- codebook ---------------------------------------------------------------------------------

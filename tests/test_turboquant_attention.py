@@ -26,6 +26,7 @@ pytestmark = pytest.mark.usefixtures("device")
 DIMS = [32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 288, 512]
 EDGES = [0, 1, 31, 32, 33, 63, 64, 65, 127, 128, 129, 257, 1000, 4096]
 BITS = [(key, value) for key in (2, 3, 4) for value in (2, 4)]
+LLOYD_BITS = [(3, 2), (2, 3), (3, 3), (4, 4)]
 
 
 # ---- one thing at a time ------------------------------------------------------------------------
@@ -54,9 +55,63 @@ def test_turboquant_attention_all_bits(head_dim, key_bits, value_bits, dtype):
     Problem(head_dim=head_dim, key_bits=key_bits, value_bits=value_bits, n_coded=97, dtype=DTYPES[dtype]).check()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("key_bits, value_bits", LLOYD_BITS)
+@pytest.mark.parametrize("head_dim", [32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512])
+def test_turboquant_attention_lloyd_values(head_dim, key_bits, value_bits, dtype):
+    for n_coded, n_rows, n_repeats in ((97, 1, 4), (257, 3, 3), (130, 1, 1)):
+        Problem(
+            head_dim=head_dim, key_bits=key_bits, value_bits=value_bits, value_coding="lloyd", n_coded=n_coded, n_rows=n_rows,
+            n_repeats=n_repeats, means=True, balance=True, n_first=2, n_tail=5, dtype=DTYPES[dtype],
+        ).check()  # fmt: skip
+
+
+@pytest.mark.parametrize("coding, value_bits", [("groups", 2), ("lloyd", 3)])
 @pytest.mark.parametrize("key_dim, value_dim", [(64, 128), (128, 64), (192, 128), (96, 80), (80, 288), (288, 32)])
-def test_turboquant_attention_value_dim_differs(key_dim, value_dim):
-    Problem(head_dim=key_dim, value_dim=value_dim, n_first=4, n_tail=33).check()
+def test_turboquant_attention_value_dim_differs(key_dim, value_dim, coding, value_bits):
+    Problem(
+        head_dim=key_dim, value_dim=value_dim, value_bits=value_bits, value_coding=coding, means=True, balance=True, n_first=4,
+        n_tail=33,
+    ).check()  # fmt: skip
+
+
+@pytest.mark.parametrize("coding, value_bits", [("groups", 2), ("lloyd", 3)])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("n_coded", [*EDGES, 2049, 20000])
+def test_turboquant_attention_block_means_at_every_length(n_coded, dtype, coding, value_bits):
+    """Each block's own mean, wherever tiles, shares of threads and the last block end."""
+    for n_rows in (1, 2, 40) if n_coded < 1000 else (1,):
+        Problem(
+            n_coded=n_coded, dtype=DTYPES[dtype], n_kv_heads=1, n_rows=n_rows, value_bits=value_bits, value_coding=coding,
+            means=True, balance=True, head_dim=64, n_tail=1,
+        ).check()  # fmt: skip
+
+
+@pytest.mark.parametrize("n_rows", [1, 3, 20])
+def test_turboquant_attention_large_means_cost_no_precision(n_rows):
+    """Means of 300 times a key's size, as a key bias leaves them: scores are large and their differences must stay right."""
+    problem = Problem(n_coded=200, n_rows=n_rows, head_dim=64, n_tail=3)
+    k = to_numpy(problem.packed_k.norms).astype(np.float32)
+    means = mx.array(np.random.default_rng(1).normal(0, 30, (1, 2, 1, 64)).astype(np.float16))
+    problem.packed_k = problem.packed_k._replace(means=mx.repeat(means, 4, axis=2))
+    exact = tuple(x + y for x, y in zip(problem.tail, (means.astype(mx.float32)[:, :, 0:1], mx.zeros_like(problem.tail[1]))))
+    problem.tail = exact
+    assert np.isfinite(k).all()
+    # fp32 scores of size s are right to s * 2^-24 * a few: weights to that, times the spread of the values.
+    largest = np.abs(to_numpy(problem.q)).sum(-1).max() * 120 / 8
+    assert_close(problem.run(), problem.answer(), max(KERNEL_TOLERANCE[mx.float32], 16 * largest * 2.0**-24))
+
+
+@pytest.mark.parametrize("n_rows", [1, 20])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_turboquant_attention_a_mean_that_is_not_finite_stays_in_its_block(bad, n_rows):
+    problem = Problem(n_coded=192, n_rows=n_rows, head_dim=64, means=True, n_tail=3)
+    want = problem.run(lengths=mx.array([[0, 128, 3]]))
+    means = to_numpy(problem.packed_k.means).copy()
+    means[:, :, 2] = bad
+    spoilt = problem.packed_k._replace(means=mx.array(means))
+    assert np.array_equal(to_numpy(problem.run(packed_k=spoilt, lengths=mx.array([[0, 128, 3]]))), to_numpy(want))
+    assert np.isnan(to_numpy(problem.run(packed_k=spoilt))).all()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
@@ -90,7 +145,9 @@ def test_turboquant_attention_every_number_of_rows(n_rows, mask):
 @pytest.mark.parametrize("n_rows", [1, 4, 40])
 def test_turboquant_attention_residual_signs(n_rows, dtype):
     for key_bits in (2, 3):
-        Problem(qjl=True, key_bits=key_bits, n_rows=n_rows, dtype=DTYPES[dtype], means=True, balance=True, n_first=2, n_tail=3).check()
+        Problem(
+            qjl=True, key_bits=key_bits, n_rows=n_rows, dtype=DTYPES[dtype], means=True, balance=True, n_first=2, n_tail=3
+        ).check()
 
 
 @pytest.mark.parametrize("head_dim", [32, 80, 96, 224, 256, 512])
@@ -121,7 +178,9 @@ def test_turboquant_attention_scale():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_turboquant_attention_many_sequences_and_heads(dtype):
-    Problem(batch=3, n_kv_heads=5, n_repeats=2, n_rows=2, means=True, balance=True, n_first=4, n_tail=33, dtype=DTYPES[dtype]).check()
+    Problem(
+        batch=3, n_kv_heads=5, n_repeats=2, n_rows=2, means=True, balance=True, n_first=4, n_tail=33, dtype=DTYPES[dtype]
+    ).check()
 
 
 def test_turboquant_attention_long_context_is_split():
@@ -153,7 +212,9 @@ def test_turboquant_attention_tail_of_another_dtype_is_cast():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("n_rows", [1, 3, 33])
 def test_turboquant_attention_sinks(n_rows, dtype):
-    Problem(sinks=True, n_rows=n_rows, n_tail=33, means=True, balance=True, dtype=DTYPES[dtype], options={"mask": "causal"}).check()
+    Problem(
+        sinks=True, n_rows=n_rows, n_tail=33, means=True, balance=True, dtype=DTYPES[dtype], options={"mask": "causal"}
+    ).check()
 
 
 @pytest.mark.parametrize("logit", [-1e4, 1e4, -np.inf])
@@ -290,10 +351,11 @@ def test_turboquant_attention_ragged_batch_equals_each_sequence_alone():
             return None if x is None else x[b : b + 1, :, :n]
 
         k, v = batch.packed_k, batch.packed_v
+        n_blocks = tqext.format.n_blocks(n_coded)
         tail = tuple(mx.concatenate([x[b : b + 1, :, :n_tail], x[b : b + 1, :, -1:]], 2) for x in batch.tail)
         alone = tqext.turboquant_attention(
             batch.q[b : b + 1],
-            k._replace(codes=cut(k.codes, n_coded), norms=cut(k.norms, n_coded), mean=k.mean[b : b + 1]),
+            k._replace(codes=cut(k.codes, n_coded), norms=cut(k.norms, n_coded), means=k.means[b : b + 1, :, :n_blocks]),
             v._replace(codes=cut(v.codes, n_coded), params=cut(v.params, n_coded)),
             first=tuple(cut(x, n_first) for x in batch.first),
             tail=tail,
@@ -362,9 +424,11 @@ def test_turboquant_attention_random_mixtures(case):
         head_dim=head_dim,
         value_dim=pick(head_dim, head_dim, 64),
         key_bits=pick(2, 3, 3, 4),
-        value_bits=pick(2, 2, 4),
+        value_coding=(coding := pick("groups", "lloyd")),
+        value_bits=pick(2, 3, 4) if coding == "lloyd" else pick(2, 2, 4),
         dtype=pick(mx.float32, mx.float16, mx.bfloat16),
-        mean=pick(False, True),
+        means=pick(False, True),
+        balance=pick(False, True),
         qjl=head_dim != 288 and pick(False, False, True),
         sinks=pick(False, False, True),
         scale=pick(None, 0.1),
@@ -410,7 +474,7 @@ def test_turboquant_attention_reads_transposed_inputs():
     k, v = problem.packed_k, problem.packed_v
     got = problem.run(
         q=swapped(problem.q),
-        packed_k=k._replace(codes=swapped(k.codes), norms=swapped(k.norms), mean=swapped(k.mean[..., None])[..., 0]),
+        packed_k=k._replace(codes=swapped(k.codes), norms=swapped(k.norms), means=swapped(k.means)),
         packed_v=v._replace(codes=swapped(v.codes), params=swapped(v.params)),
         **exact,
     )
@@ -455,7 +519,7 @@ def test_turboquant_attention_reads_broadcast_tokens():
 
 def test_turboquant_attention_does_not_change_its_inputs():
     problem = Problem(n_first=4, n_tail=9, means=True, balance=True, qjl=True, n_rows=2, sinks=True)
-    inputs = [problem.q, *problem.packed_k[:5], *problem.packed_v[:2], *problem.first, *problem.tail, problem.sink_logits]
+    inputs = [problem.q, *problem.packed_k[:6], *problem.packed_v[:2], *problem.first, *problem.tail, problem.sink_logits]
     before = [to_numpy(x).copy() for x in inputs]
     mx.eval(problem.run())
     for x, y in zip(inputs, before, strict=True):
@@ -533,16 +597,17 @@ def test_turboquant_attention_under_compile(shapeless):
 def test_turboquant_attention_of_fresh_codes_under_compile(shapeless):
     """Quantise and attend in one compiled function, with every optional argument."""
 
-    def call(q, k, v, mean, tail, mask, lengths):
-        packed_k, packed_v = tqext.quantize_keys(k, mean=mean, qjl=True), tqext.quantize_values(v)
+    def call(q, k, v, means, balance, tail, mask, lengths):
+        packed_k = tqext.quantize_keys(k, means=means, balance=balance, qjl=True)
+        packed_v = tqext.quantize_values(v, bits=3, coding="lloyd")
         return tqext.turboquant_attention(q, packed_k, packed_v, tail=tail, first=tail, mask=mask, lengths=lengths)
 
     compiled = mx.compile(call, shapeless=shapeless)
-    for n in (20, 50):
+    for n in (20, 50, 130) if not shapeless else (20, 50):
         p = Problem(n_coded=n, n_tail=3, n_rows=2, means=True, balance=True, head_dim=64)
         k, v = (tqext.dequantize(x) for x in (p.packed_k, p.packed_v))
         mask = mx.array(np.random.default_rng(n).random((1, 1, 2, n + 6)) < 0.7)
-        inputs = p.q, k, v, p.packed_k.mean, p.tail, mask, mx.array([[3, n - 3, 2]])
+        inputs = p.q, k, v, p.packed_k.means, p.packed_k.balance, p.tail, mask, mx.array([[3, n - 3, 2]])
         assert_close(compiled(*inputs), to_numpy(call(*inputs)), 1e-6)
 
 

@@ -26,7 +26,7 @@ struct CodecShape {
   ValueCoding value_coding;
   int8_t codebook[kMaxKeyLevels];
   int8_t value_codebook[kMaxKeyLevels];  // kValueLloyd
-  bool half_query;  // the query came as fp16 or bf16: 16 bits of it are enough
+  bool half_query;                       // the query came as fp16 or bf16: 16 bits of it are enough
 };
 
 enum class ExactType { kFloat32, kFloat16, kBFloat16 };
@@ -41,8 +41,8 @@ struct ExactHead {
 
 struct QueryRows {
   int n_rows;
-  const float* q;            // [n_rows][key_dim], times scale * log2(e); for coded tokens rotated (1 / 127 not included)
-  const float* residual_q;   // [n_rows][key_dim] or null: rotate'(rotated q), times sqrt(pi / 2) / sqrt(key_dim)
+  const float* q;           // [n_rows][key_dim], times scale * log2(e); for coded tokens rotated (1 / 127 not included)
+  const float* residual_q;  // [n_rows][key_dim] or null: rotate'(rotated q), times sqrt(pi / 2) / sqrt(key_dim)
   // Null, or [n_rows][offset_stride]: offset[r * offset_stride + t / kBlockTokens - first_block] is added to the score of token
   // t. Calls with offsets begin with a block, or stay within one.
   const float* offset;

@@ -55,9 +55,9 @@ void QuantizeKeys::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx
   auto& encoder = cpu::prepare(stream(), inputs, outputs);
   uint32_t* signs = state_.qjl ? outputs[2].data<uint32_t>() : nullptr;
   auto* residual_norms = state_.qjl ? reinterpret_cast<uint16_t*>(outputs[3].data<void>()) : nullptr;
-  encoder.dispatch([k = cpu::View(inputs[0]), centre = Centre(means(inputs), balance(inputs)), codes = outputs[0].data<uint32_t>(),
-                    norms = reinterpret_cast<uint16_t*>(outputs[1].data<void>()), signs, residual_norms, bits = state_.bits,
-                    hadamard = state_.hadamard] {
+  encoder.dispatch([k = cpu::View(inputs[0]), centre = Centre(means(inputs), balance(inputs)),
+                    codes = outputs[0].data<uint32_t>(), norms = reinterpret_cast<uint16_t*>(outputs[1].data<void>()), signs,
+                    residual_norms, bits = state_.bits, hadamard = state_.hadamard] {
     const int head_dim = k.shape.back(), dim = padded_dim(head_dim);
     const Codebook book = codebook(bits, dim);
     cpu::for_rows(k.n_rows(), kRows, [&](size_t i) {
@@ -98,7 +98,8 @@ void QuantizeValues::eval_cpu(const std::vector<mx::array>& inputs, std::vector<
 void Dequantize::eval_cpu(const std::vector<mx::array>& inputs, mx::array& out) {
   auto& encoder = cpu::prepare(stream(), inputs, {out});
   encoder.dispatch([codes = cpu::View(inputs[0]), params = cpu::View(inputs[1]),
-                    centre = Centre(means(inputs), balance(inputs)), to = out.data<void>(), type = out.dtype(), state = state_] {
+                    centre = Centre(means(inputs), balance(inputs)), to = out.data<void>(), type = out.dtype(),
+                    state = state_] {
     const int head_dim = state.head_dim, bits = state.bits, dim = padded_dim(head_dim), n_words = code_words(dim, bits);
     const int n_params = value_params(dim, state.groups ? kValueGroups : kValueLloyd);
     const Codebook book = codebook(bits, dim);

@@ -1,6 +1,6 @@
 // Encodes the tokens that test_isa.py writes to standard input and prints the bytes as hexadecimal: the golden file without
 // MLX or Python, so that it also runs cross-compiled under an emulator. One token a line:
-//   keys HEAD_DIM BITS MEAN QJL x... [mean...]   ->  codes norm [signs residual_norm]
+//   keys HEAD_DIM BITS MEAN BALANCE QJL x... [mean...] [balance...]   ->  codes norm [signs residual_norm]
 //   values HEAD_DIM BITS x...                    ->  codes params    (coded by groups)
 //   lloyd HEAD_DIM BITS x...                     ->  codes norm
 // with x and mean integers in units of 1 / 32. The first line names the instruction set in use.
@@ -40,12 +40,17 @@ int main() {
   std::printf("%s\n", isa_name(active_isa()));
   std::string kind;
   while (std::cin >> kind) {
-    int head_dim, bits, mean = 0, qjl = 0;
+    int head_dim, bits, mean = 0, balance = 0, qjl = 0;
     std::cin >> head_dim >> bits;
-    if (kind == "keys") std::cin >> mean >> qjl;
+    if (kind == "keys") std::cin >> mean >> balance >> qjl;
     float x[kMaxDim] = {}, levels[kMaxDim];
     add(x, head_dim, 1);
     if (mean) add(x, head_dim, -1);
+    for (int d = 0; balance && d < head_dim; d++) {
+      float factor;
+      std::cin >> factor;
+      x[d] *= factor;
+    }
     const int dim = padded_dim(head_dim);
     rotate_row(x, dim, TQ_ROTATION_SEED, false);
     uint32_t words[kMaxDim / 8];
