@@ -115,7 +115,7 @@ def test_quantize_keys_balanced_score_closer(rng):
     def error(balance):
         return ((q @ (decoded_keys(tqext.quantize_keys(k, balance=balance)) - to_numpy(k)).swapaxes(-1, -2)) ** 2).mean()
 
-    # E = D * distortion / (1 - distortion) * (sum over channels of |q||k| sizes / D)^2 with the balance, of the squares without.
+    # E = D * distortion / (1 - distortion) * (mean over channels of the sizes of q k)^2; of their squares without the balance.
     sizes = size[0, :, 0]
     theory = (0.0340 / 0.966) * (sizes.mean(-1) ** 2).mean() * 64
     assert error(balance) == pytest.approx(theory, rel=0.15)
