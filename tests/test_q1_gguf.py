@@ -6,7 +6,6 @@ import sys
 
 import gguf
 import mlx.core as mx
-import mlx_lm.utils
 import numpy as np
 import pytest
 
@@ -36,9 +35,9 @@ GGUF_NAMES = {
 
 @pytest.fixture(autouse=True)
 def unhooked(monkeypatch, tmp_path):
-    monkeypatch.setattr(mlx_lm.utils, "load_model", mlx_lm.utils.load_model)
-    monkeypatch.setattr(one_bit, "_hooked", None)
     monkeypatch.setenv("TQEXT_CACHE", str(tmp_path / "cache"))
+    yield
+    one_bit.unhook()
 
 
 def gguf_name(path):
