@@ -1,6 +1,7 @@
 #include "q1_matmul.h"
 
 #include "check.h"
+#include "cpu/environment.h"
 #include "format.h"
 #include "mlx/ops.h"
 #include "q1_quantize.h"
@@ -14,6 +15,7 @@ mx::array q1_matmul(const mx::array& x, const mx::array& weight, const mx::array
   check(x.ndim() >= 1 && x.shape(-1) == weight.shape(1) * 32, "[q1_matmul] x: expected a last axis of ", weight.shape(1) * 32,
         ", got shape ", x.shape());
   const mx::Stream stream = mx::to_stream(s);
+  cpu::check_environment(stream);
   if (stream.device == mx::Device::gpu && x.size() > 0 && !gpu_multiplies_bits(x)) {
     // bf16 could not hold the scales: fp32 (TF32, where MLX chooses that) holds them and bf16 x exactly.
     const mx::Dtype type = x.dtype() == mx::bfloat16 ? mx::float32 : x.dtype();

@@ -1,6 +1,7 @@
 #include "q1_quantize.h"
 
 #include "check.h"
+#include "cpu/environment.h"
 #include "format.h"
 
 namespace tqext {
@@ -27,7 +28,9 @@ std::pair<mx::array, mx::array> q1_quantize(const mx::array& w, mx::StreamOrDevi
   check_activation(w, "q1_quantize", "w");
   check(w.ndim() >= 1 && w.shape(-1) % kQ1Group == 0, "[q1_quantize] w: expected a last axis that is a multiple of ",
         int(kQ1Group), ", got shape ", w.shape());
-  auto primitive = std::make_shared<Q1Quantize>(mx::to_stream(s));
+  const mx::Stream stream = mx::to_stream(s);
+  cpu::check_environment(stream);
+  auto primitive = std::make_shared<Q1Quantize>(stream);
   auto outputs = mx::array::make_arrays(primitive->output_shapes({w}), {mx::uint32, mx::float16}, primitive, {w});
   return {outputs[0], outputs[1]};
 }
@@ -35,8 +38,10 @@ std::pair<mx::array, mx::array> q1_quantize(const mx::array& w, mx::StreamOrDevi
 mx::array q1_dequantize(const mx::array& weight, const mx::array& scales, mx::Dtype dtype, mx::StreamOrDevice s) {
   check_q1(weight, scales, "q1_dequantize");
   check(is_activation(dtype), "[q1_dequantize] dtype: expected float32, float16 or bfloat16, got ", dtype);
-  return mx::array(with_last(weight.shape(), weight.shape(-1) * 32), dtype,
-                   std::make_shared<Q1Dequantize>(mx::to_stream(s), dtype), {weight, scales});
+  const mx::Stream stream = mx::to_stream(s);
+  cpu::check_environment(stream);
+  return mx::array(with_last(weight.shape(), weight.shape(-1) * 32), dtype, std::make_shared<Q1Dequantize>(stream, dtype),
+                   {weight, scales});
 }
 
 std::vector<mx::Shape> Q1Quantize::output_shapes(const std::vector<mx::array>& inputs) {

@@ -5,6 +5,7 @@
 #include <mutex>
 
 #include "check.h"
+#include "cpu/environment.h"
 #include "mlx/ops.h"
 
 namespace tqext {
@@ -91,6 +92,7 @@ mx::array rotate(const mx::array& x, bool inverse, const std::string& rotation, 
         const mx::array rows = mx::reshape(x, {int(x.size() / dim), dim}, stream);
         return mx::reshape(rotate(rows, inverse, rotation, stream), x.shape(), stream);
       }
+      cpu::check_environment(stream);
       return mx::array(x.shape(), x.dtype(), std::make_shared<Rotate>(stream, inverse), {x});
   }
 }

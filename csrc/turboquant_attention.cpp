@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include "check.h"
+#include "cpu/environment.h"
 #include "mlx/backend/metal/metal.h"
 #include "mlx/fast.h"
 #include "mlx/ops.h"
@@ -170,6 +171,7 @@ mx::array turboquant_attention(const mx::array& q, const PackedKeys& k, const Pa
                                mx::StreamOrDevice s) {
   const Shapes n = check_inputs(q, k, v, options);
   const mx::Stream stream = mx::to_stream(s);
+  cpu::check_environment(stream);
   const int dim = padded_dim(n.head_dim), value_dim = padded_dim(n.value_dim);
   const float scale = options.scale.value_or(1.0f / std::sqrt(float(n.head_dim)));
   const Rotation key_rotation = resolve_rotation(k.rotation, dim, kOp);

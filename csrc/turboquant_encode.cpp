@@ -1,6 +1,7 @@
 #include "turboquant_encode.h"
 
 #include "check.h"
+#include "cpu/environment.h"
 #include "mlx/ops.h"
 
 namespace tqext {
@@ -124,6 +125,7 @@ std::vector<mx::array> quantize_keys(const mx::array& k, int bits, const std::op
   check_vectors(k, op, "k");
   check_key_bits(bits, op);
   const mx::Stream stream = mx::to_stream(s);
+  cpu::check_environment(stream);
   const int dim = padded_dim(k.shape(-1));
   const Rotation rotation = resolve_rotation(rotation_name, dim, op);
   check(!qjl || hadamard_factor(dim), "[", op, "] qjl: expected a head dimension with a Hadamard matrix, got ", k.shape(-1));
@@ -163,6 +165,7 @@ std::vector<mx::array> quantize_values(const mx::array& v, int bits, ValueCoding
   check_vectors(v, op, "v");
   check_value_bits(bits, coding, op);
   const mx::Stream stream = mx::to_stream(s);
+  cpu::check_environment(stream);
   const int dim = padded_dim(v.shape(-1));
   const Rotation rotation = resolve_rotation(rotation_name, dim, op);
   mx::array x = v;
@@ -180,6 +183,7 @@ mx::array dequantize(const mx::array& codes, const mx::array& params, bool group
   const char* op = "dequantize";
   check(is_activation(dtype), "[dequantize] dtype: expected float32, float16 or bfloat16, got ", dtype);
   const mx::Stream stream = mx::to_stream(s);
+  cpu::check_environment(stream);
   const int dim = padded_dim(head_dim);
   const Rotation rotation = resolve_rotation(rotation_name, dim, op);
   std::vector<mx::array> inputs{codes, params};

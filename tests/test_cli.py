@@ -54,8 +54,23 @@ def test_generate_without_compression(folder):
 def test_cache_prompt_and_generate_from_the_file(folder, tmp_path):
     file = tmp_path / "prompt.safetensors"
     tqext("cache_prompt", "--model", folder, "--kv", "tq3", "--prompt", "a story " * 40, "--prompt-cache-file", file)
-    out = tqext("generate", "--prompt-cache-file", file, "--prompt", "and?", "-m", 4).stdout
-    assert "tokens-per-sec" in out
+    done = tqext("generate", "--prompt-cache-file", file, "--prompt", "and?", "-m", 4)
+    assert "tokens-per-sec" in done.stdout
+    assert done.stderr.count("KV cache from the file: 3 of 3 layers compressed\n") == 1
+    assert re.search(SIZES, done.stdout)
+    for kv in ("tq4", "none"):
+        done = tqext("generate", "--prompt-cache-file", file, "--kv", kv, "--prompt", "and?", "-m", 4)
+        assert f"3 of 3 layers compressed as they were saved, which --kv {kv} does not change" in done.stderr
+
+
+def test_generate_compresses_a_plain_cache_from_a_file(folder, tmp_path):
+    file = tmp_path / "prompt.safetensors"
+    tqext("cache_prompt", "--model", folder, "--kv", "none", "--prompt", "a story " * 40, "--prompt-cache-file", file)
+    done = tqext("generate", "--prompt-cache-file", file, "--kv", "tq3", "--prompt", "and?", "-m", 4)
+    assert "KV cache from the file: 3 of 3 layers compressed\n" in done.stderr
+    assert re.search(SIZES, done.stdout)
+    done = tqext("generate", "--prompt-cache-file", file, "--kv", "none", "--prompt", "and?", "-m", 4)
+    assert "KV cache from the file: 0 of 3 layers compressed\n" in done.stderr
 
 
 def test_benchmark_in_a_batch(folder):

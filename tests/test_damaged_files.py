@@ -182,7 +182,6 @@ def test_damaged_gguf_files_are_value_errors(gguf_file, damage):
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
     """Folders of MLX's affine form and of the native one, their files, and the parameters."""
-    before, hooked = mlx_lm.utils.load_model, one_bit._hooked
     out = {}
     settings = q1_models.config(num_hidden_layers=1)
     model = q1_models.make_affine(q1_models.make_model(settings))
@@ -196,7 +195,7 @@ def checkpoints(tmp_path_factory):
         files = {file: (folder / file).read_bytes() for file in ("model.safetensors", "config.json")}
         out[name] = Good(folder=folder, files=files, weights=want)
     yield Good(**out)
-    mlx_lm.utils.load_model, one_bit._hooked = before, hooked
+    one_bit.unhook()
 
 
 @settings(fuzz, max_examples=80)

@@ -19,9 +19,12 @@ from tqext.cache import TurboQuantKVCache
 
 
 @pytest.fixture(autouse=True)
-def unhooked(monkeypatch):
-    monkeypatch.setattr(mlx_lm.utils, "load_model", mlx_lm.utils.load_model)
-    monkeypatch.setattr(one_bit, "_hooked", None)
+def unhooked():
+    before = mlx_lm.utils.load_model
+    yield
+    tqext.uninstall()
+    one_bit.unhook()
+    assert mlx_lm.utils.load_model is before
 
 
 @pytest.fixture

@@ -3,9 +3,12 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstdlib>
+#include <exception>
 #include <memory>
 #include <mutex>
+#include <system_error>
 #include <thread>
+#include <utility>
 
 #include "check.h"
 
@@ -29,11 +32,20 @@ struct Job {
   const std::function<void(int)>* task;
   int n;
   std::atomic<int> next{0}, done{0};
+  std::atomic<bool> failed{false};
+  std::exception_ptr error;  // of the first item that failed; read by the caller once all items are done
 
-  // The caller's function is touched only while an item is open, so a late worker may outlive the call.
-  void work() {
+  // The caller's function is touched only while an item is open, so a late worker may outlive the call. A failed item is
+  // done as well: the caller may leave only when no thread can touch its function any more.
+  void work() noexcept {
     for (int i; (i = next.fetch_add(1, std::memory_order_relaxed)) < n;) {
-      (*task)(i);
+      if (!failed.load(std::memory_order_relaxed)) {
+        try {
+          (*task)(i);
+        } catch (...) {
+          if (!failed.exchange(true, std::memory_order_relaxed)) error = std::current_exception();
+        }
+      }
       done.fetch_add(1, std::memory_order_release);
     }
   }
@@ -42,7 +54,11 @@ struct Job {
 class Pool {
  public:
   explicit Pool(int n_workers) {
-    for (int i = 0; i < n_workers; i++) std::thread([this] { serve(); }).detach();
+    try {
+      for (int i = 0; i < n_workers; i++) std::thread([this] { serve(); }).detach();
+    } catch (const std::system_error&) {
+      // The system has no more threads to give: those that there are share the work, with the caller.
+    }
   }
 
   void run(int n, const std::function<void(int)>& task) {
@@ -64,8 +80,11 @@ class Pool {
         std::this_thread::yield();
       }
     }
-    std::lock_guard lock(mutex_);
-    if (job_ == job) job_ = nullptr;
+    {
+      std::lock_guard lock(mutex_);
+      if (job_ == job) job_ = nullptr;
+    }
+    if (job->error) std::rethrow_exception(std::move(job->error));
   }
 
  private:

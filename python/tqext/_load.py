@@ -50,7 +50,7 @@ def load_extension() -> None:
             "then reinstall tqext."
         ) from error
     try:
-        ext.rotate(core.zeros((32,)), stream=core.cpu)
+        ext.rotate(core.zeros((32,)), rotation="none", stream=core.cpu)  # takes an array and runs nothing
     except TypeError as error:
         raise ImportError(
             "tqext was built with a nanobind that does not match MLX's, so it cannot take an mlx.core.array: "

@@ -480,8 +480,9 @@ class BatchTurboQuantKVCache(Buffers):
         """Append the sequences of another batch.
 
         Raises:
-            ValueError: The other batch has another recipe.
+            ValueError: The other batch has another recipe, or is not compressed.
         """
+        _check_compressed(other, BatchTurboQuantKVCache, "[extend] other")
         if other.recipe != self.recipe:
             raise ValueError(f"[extend] other: expected the recipe {self.recipe}, got {other.recipe}")
         width = max(self._idx, other._idx)
@@ -524,8 +525,10 @@ class BatchTurboQuantKVCache(Buffers):
         """A batch of single caches, which may be empty.
 
         Raises:
-            ValueError: They have different recipes.
+            ValueError: They have different recipes, or some are not compressed.
         """
+        for cache in caches:
+            _check_compressed(cache, TurboQuantKVCache, "[merge] caches")
         batches = [_batch_of_one(cache) for cache in caches]
         merged = batches[0]
         for other in batches[1:]:
@@ -567,6 +570,14 @@ class _StreamColumns:
 def _check_rows(ok: bool, expected: int, got: int) -> None:
     if not ok:
         raise ValueError(f"[update_and_fetch] keys: expected {expected} sequences, got {got}")
+
+
+def _check_compressed(cache: Any, kind: type, what: str) -> None:
+    if not isinstance(cache, kind):
+        raise ValueError(
+            f"{what}: expected compressed caches ({kind.__name__}), got a {type(cache).__name__} among them; "
+            "tqext.upgrade compresses mlx-lm's own"
+        )
 
 
 def _rows(x: mx.array, rows: npt.NDArray[Any]) -> mx.array:

@@ -315,6 +315,22 @@ class Buffers:
         assert self._tail is not None
         self._tail = self._tail._replace(keys=value)
 
+    @property
+    def values(self) -> mx.array:
+        """None to give: mlx-lm's own caches ask for them when they take a compressed cache for one of theirs."""
+        raise ValueError(
+            f"[batch] caches: expected caches of one kind, got mlx-lm's own together with {type(self).__name__}; "
+            "tqext.upgrade compresses mlx-lm's own"
+        )
+
+    @property
+    def to_quantized(self) -> Any:
+        """What mlx-lm's ``kv_bits`` looks for."""
+        raise ValueError(
+            f"[generate] kv_bits: expected None for a compressed cache ({type(self).__name__}), which is quantised already; "
+            "leave it out, or tqext.detach(model)"
+        )
+
     def is_trimmable(self) -> bool:
         return True
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -93,9 +94,10 @@ def _run_mlx_lm(command: str, args: list[str]) -> None:
 
     one_bit.hook()
     witness = _Witness(verbose=options.kv_report, at_end=command == "generate")
-    if policy is not None:
-        from tqext import mlx_lm
+    from tqext import mlx_lm
 
+    mlx_lm.hook()  # also without a policy: a prompt cache from a file may be compressed
+    if policy is not None:
         mlx_lm.install(policy)
         mlx_lm.on_cache(witness.see)
     sys.argv = [f"tqext {command}", *rest]
@@ -103,8 +105,36 @@ def _run_mlx_lm(command: str, args: list[str]) -> None:
         module = importlib.import_module(f"mlx_lm.{command}")
     except ModuleNotFoundError as error:
         parser.error(f"mlx_lm.{command} needs the package {error.name}, which is not installed")
+    if hasattr(module, "load_prompt_cache"):
+        _treat_loaded_caches(module, policy, witness)
     module.main()
     witness.finish()
+
+
+def _treat_loaded_caches(module: Any, policy: Any, witness: _Witness) -> None:
+    """Compress prompt caches from a file as --kv asks for once their model is there, and say what they are."""
+    from tqext import hooks, mlx_lm
+
+    waiting: list[list[Any]] = []
+
+    def load_prompt_cache(previous: Any, *args: Any, **kwargs: Any) -> Any:
+        loaded = previous(*args, **kwargs)
+        waiting.append(loaded[0] if isinstance(loaded, tuple) else loaded)
+        return loaded
+
+    def load_model(load: Any, *args: Any, **kwargs: Any) -> Any:
+        loaded = load(*args, **kwargs)
+        while waiting:
+            cache = waiting.pop()
+            if policy is not None:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # the sentence below says it
+                    mlx_lm.upgrade(cache, policy, model=loaded[0])
+            witness.see_loaded(cache, policy)
+        return loaded
+
+    hooks.Hook(module, "load_prompt_cache", load_prompt_cache).put()
+    hooks.add_load_step("prompt cache", load_model)
 
 
 def _resolve_models(args: list[str]) -> list[str]:
@@ -139,6 +169,17 @@ class _Witness:
         self.reports.append(report)
         if not self.at_end:
             print(self._text(report), file=sys.stderr)
+
+    def see_loaded(self, cache: list[Any], policy: Any) -> None:
+        """A cache from a file."""
+        self.cache = cache
+        compressed = [(i, c) for i, c in enumerate(cache) if hasattr(c, "n_coded")]
+        other = policy is None or any(c.recipe != policy.of_layer(i, len(cache)) for i, c in compressed)
+        text = f"KV cache from the file: {len(compressed)} of {len(cache)} layers compressed"
+        if compressed and other:
+            name = _UNCOMPRESSED if policy is None else policy.name
+            text += f" as they were saved, which --kv {name} does not change"
+        print(text, file=sys.stderr)
 
     def _text(self, report: Any) -> str:
         return f"KV cache {report.table()}" if self.verbose else f"KV cache {report}"

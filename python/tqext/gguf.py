@@ -1,6 +1,6 @@
-"""GGUF files with Q1_0 tensors (ggml type 41) as native 1-bit checkpoints. Needs the package ``gguf``.
+"""GGUF files as mlx-lm folders: Q1_0 tensors (ggml type 41) as native 1-bit layers, all others dequantised.
 
-``mx.load`` drops tensors of this type without a word, so the file is read with ggml's own Python package.
+Needs the package ``gguf``: ``mx.load`` drops tensors of the types it does not know without a word.
 """
 
 from __future__ import annotations
@@ -20,13 +20,29 @@ from tqext.models import BLOCK_NAMES, OUTER_NAMES
 from tqext.nn import GROUP_SIZE
 
 _BLOCK_BYTES = 2 + GROUP_SIZE // 8  # fp16 scale, then sign bits, low bit first
-_ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
+# GGUF architecture: mlx-lm's model type and the class of the checkpoint.
+_ARCHITECTURES = {
+    "qwen3": ("qwen3", "Qwen3ForCausalLM"),
+    "llama": ("llama", "LlamaForCausalLM"),
+    "qwen2": ("qwen2", "Qwen2ForCausalLM"),
+    "gemma3": ("gemma3_text", "Gemma3ForCausalLM"),
+}
+# Gemma 3 has norms after attention and after the MLP too, and its GGUF names the former as others name the latter's input norm.
+_GEMMA3_NAMES = {
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+_GEMMA3_WINDOW_PATTERN = 6  # of six layers the last one is global; no GGUF says so
+_GEMMA3_LOCAL_ROPE_BASE = 10_000.0  # of the windowed layers; no GGUF says so
+# Two quantisations of one matrix differ by no more than this share of its norm: Q4_K and Q6_K of the same weights by 0.08.
+_SAME_MATRIX = 0.2
 # Pre-tokenizers by their name in a GGUF, as the models' own tokenizer.json files have them.
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _SPLIT = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}DIGITS| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _DIGITS = {"qwen2": "", "llama-bpe": "{1,3}", "llama3": "{1,3}", "llama-v3": "{1,3}"}
 _SPLITS = {name: f"{_CONTRACTIONS}|{_SPLIT.replace('DIGITS', digits)}" for name, digits in _DIGITS.items()}
-_CONTROL, _USER_DEFINED = 3, 4
+_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
 
 
 def folder_of(path: str | Path, cache: Path) -> Path:
@@ -61,8 +77,14 @@ def folder_of(path: str | Path, cache: Path) -> Path:
     return folder
 
 
-def convert(path: str | Path, folder: str | Path, dtype: mx.Dtype = mx.float16) -> None:
-    """Write a GGUF file of a llama or qwen3 model as a native 1-bit checkpoint, what is not 1-bit in `dtype`.
+def convert(path: str | Path, folder: str | Path, dtype: mx.Dtype = mx.float16, *, dense: bool = False) -> None:
+    """Write a GGUF file of a llama, qwen2, qwen3 or gemma3 model as an mlx-lm folder, what is not 1-bit in `dtype`.
+
+    Args:
+        path: The file.
+        folder: Must not exist.
+        dtype: Of the dequantised weights.
+        dense: Also take a file without any 1-bit tensor. All its weights are dequantised, which makes them larger.
 
     Raises:
         ValueError: The file is not one that can be converted; the message says why.
@@ -70,28 +92,52 @@ def convert(path: str | Path, folder: str | Path, dtype: mx.Dtype = mx.float16) 
     """
     tensors, metadata = read(path)
     try:
-        _convert(path, Path(folder), tensors, metadata, dtype)
+        _convert(path, Path(folder), tensors, metadata, dtype, dense)
     except (ValueError, OSError):
         raise
     except Exception as error:  # of whatever kind tokenizers or a metadata entry of another type make
         raise ValueError(f"[gguf] {path}: expected sound metadata, got {type(error).__name__}: {error}") from error
 
 
-def _convert(path: str | Path, folder: Path, tensors: dict[str, Any], metadata: dict[str, Any], dtype: mx.Dtype) -> None:
+def _convert(
+    path: str | Path, folder: Path, tensors: dict[str, Any], metadata: dict[str, Any], dtype: mx.Dtype, dense: bool
+) -> None:
     from tqext import one_bit
 
+    if dense:
+        tensors = _tied(tensors)
     config = {**_config(metadata, tensors), "torch_dtype": str(dtype).rpartition(".")[2]}
     weights: dict[str, mx.array] = {}
     for name, tensor in tensors.items():
-        weights.update(_convert_tensor(name, tensor, config, dtype))
+        made = _convert_tensor(name, tensor, config, dtype)
+        mx.eval(made)  # or the fp32 values of all tensors are held until the end
+        weights.update(made)
     _check_layers(tensors, config["num_hidden_layers"])
-    if not one_bit.one_bit_paths(weights):
+    native = bool(one_bit.one_bit_paths(weights))
+    if not native and not dense:
         raise ValueError(f"[gguf] {path}: expected Q1_0 tensors (type 41), got none")
     one_bit.check_tensors(weights)
     folder.mkdir(parents=True)
     mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
     _write_tokenizer(metadata, folder)
-    one_bit.write_config(folder, config)
+    if native:
+        one_bit.write_config(folder, config)
+    else:
+        (folder / "config.json").write_text(json.dumps(config, indent=2))
+
+
+def _tied(tensors: dict[str, Any]) -> dict[str, Any]:
+    """The tensors of a model with one matrix for embedding and output: where a file holds two quantisations, the finer one."""
+    embedding, output = tensors.get("token_embd.weight"), tensors.get("output.weight")
+    if embedding is None or output is None or list(embedding.shape) != list(output.shape):
+        return tensors
+    # A few thousand rows tell: other matrices have nothing in common.
+    n_rows = min(4096, np.asarray(embedding.data).shape[0])
+    a, b = (_plain(tensor, name, n_rows) for tensor, name in ((embedding, "token_embd.weight"), (output, "output.weight")))
+    if np.linalg.norm(a - b) > _SAME_MATRIX * np.linalg.norm(b):
+        return tensors
+    finer = max(embedding, output, key=lambda tensor: int(tensor.n_bytes))
+    return {name: finer if name == "token_embd.weight" else tensor for name, tensor in tensors.items() if tensor is not output}
 
 
 def read(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -139,7 +185,7 @@ def _check_places(path: str | Path, reader: Any) -> None:
 
 
 def _convert_tensor(name: str, tensor: Any, config: dict[str, Any], dtype: mx.Dtype) -> dict[str, mx.array]:
-    path = _mlx_name(name)
+    path = _mlx_name(name, config["model_type"])
     restore: Callable[[np.ndarray], np.ndarray] = lambda x: x  # noqa: E731
     if config["model_type"] == "llama" and path.endswith(("self_attn.q_proj", "self_attn.k_proj")):
         heads = config["num_attention_heads" if path.endswith("q_proj") else "num_key_value_heads"]
@@ -151,6 +197,8 @@ def _convert_tensor(name: str, tensor: Any, config: dict[str, Any], dtype: mx.Dt
     plain = _plain(tensor, name)
     if suffix == "weight" and plain.ndim == 2:
         plain = restore(plain)
+    if config["model_type"] == "gemma3_text" and path.endswith("norm"):
+        plain = plain - 1  # llama.cpp stores what the layer multiplies by, mlx-lm what it adds to 1
     return {f"{path}.{suffix}": mx.array(plain).astype(dtype)}
 
 
@@ -168,14 +216,15 @@ def unpack_blocks(data: np.ndarray, name: str = "tensor") -> tuple[np.ndarray, n
     return words.reshape(data.shape[0], -1), scales
 
 
-def _plain(tensor: Any, name: str) -> np.ndarray:
-    """A tensor of floats, or of a type that the gguf package decodes, as fp32."""
+def _plain(tensor: Any, name: str, n_rows: int | None = None) -> np.ndarray:
+    """A tensor (its first rows) of floats, or of a type that the gguf package decodes, as fp32."""
     from gguf import quants
 
+    data = np.asarray(tensor.data)[:n_rows]
     if tensor.tensor_type.name in ("F32", "F16"):
-        return np.asarray(tensor.data).astype(np.float32)
+        return data.astype(np.float32)
     try:
-        return np.asarray(quants.dequantize(np.asarray(tensor.data), tensor.tensor_type), np.float32)
+        return np.asarray(quants.dequantize(data, tensor.tensor_type), np.float32)
     except NotImplementedError:
         kind = tensor.tensor_type.name
         raise ValueError(f"[gguf] {name}: expected Q1_0 or a type that the gguf package decodes, got {kind}") from None
@@ -196,16 +245,17 @@ def _check_layers(tensors: dict[str, Any], n_layers: int) -> None:
             raise ValueError(f"[gguf] blk.{layer}: expected the tensors of blk.0, got others: {odd}")
 
 
-def _mlx_name(name: str) -> str:
+def _mlx_name(name: str, model_type: str) -> str:
     stem, _, suffix = name.rpartition(".")
     parts = stem.split(".")
+    names = BLOCK_NAMES | (_GEMMA3_NAMES if model_type == "gemma3_text" else {})
     if suffix in ("weight", "bias"):
         if stem in OUTER_NAMES:
             return OUTER_NAMES[stem]
-        if len(parts) == 3 and parts[0] == "blk" and parts[1].isdigit() and parts[2] in BLOCK_NAMES:
-            return f"model.layers.{parts[1]}.{BLOCK_NAMES[parts[2]]}"
+        if len(parts) == 3 and parts[0] == "blk" and parts[1].isdigit() and parts[2] in names:
+            return f"model.layers.{parts[1]}.{names[parts[2]]}"
     reason = " (rope factors of Llama 3.1 and later)" if stem == "rope_freqs" else ""
-    raise ValueError(f"[gguf] {name}: expected a tensor of a plain llama or qwen3 model, got an unknown name{reason}")
+    raise ValueError(f"[gguf] {name}: expected a tensor of a plain {model_type} model, got an unknown name{reason}")
 
 
 def _uninterleave_rows(rows: np.ndarray, n_heads: int) -> np.ndarray:
@@ -228,8 +278,8 @@ def _config(metadata: dict[str, Any], tensors: dict[str, Any]) -> dict[str, Any]
 
     n_heads, hidden = int(get("attention.head_count")), int(get("embedding_length"))
     config: dict[str, Any] = {
-        "model_type": arch,
-        "architectures": [_ARCHITECTURES[arch]],
+        "model_type": _ARCHITECTURES[arch][0],
+        "architectures": [_ARCHITECTURES[arch][1]],
         "hidden_size": hidden,
         "intermediate_size": int(get("feed_forward_length")),
         "num_hidden_layers": int(get("block_count")),
@@ -254,6 +304,13 @@ def _config(metadata: dict[str, Any], tensors: dict[str, Any]) -> dict[str, Any]
             config["rope_scaling"]["original_max_position_embeddings"] = original
     elif scaling != "none":
         raise ValueError(f"[gguf] {arch}.rope.scaling.type: expected none, linear or yarn, got {scaling!r}")
+    if arch == "gemma3":
+        config |= {
+            "sliding_window": int(get("attention.sliding_window")),
+            "sliding_window_pattern": _GEMMA3_WINDOW_PATTERN,
+            "rope_local_base_freq": _GEMMA3_LOCAL_ROPE_BASE,
+            "query_pre_attn_scalar": config["head_dim"],
+        }
     return config
 
 
@@ -270,11 +327,44 @@ def _special_ids(metadata: dict[str, Any]) -> dict[str, int]:
 
 
 def _write_tokenizer(metadata: dict[str, Any], folder: Path) -> None:
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+    from tokenizers import AddedToken, processors
 
-    kind, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre", "default")
-    if kind != "gpt2":
-        raise ValueError(f"[gguf] tokenizer.ggml.model: expected 'gpt2' (byte-level BPE), got {kind!r}")
+    makers = {"gpt2": _byte_level_tokenizer, "llama": _sentencepiece_tokenizer}
+    if (maker := metadata.get("tokenizer.ggml.model")) not in makers:
+        expected = "'gpt2' (byte-level BPE) or 'llama' (SentencePiece)"
+        raise ValueError(f"[gguf] tokenizer.ggml.model: expected {expected}, got {maker!r}")
+    tokenizer = makers[maker](metadata)
+    tokens, kinds = _tokens(metadata), _token_kinds(metadata)
+    control = [token for token, kind in zip(tokens, kinds, strict=True) if kind == _CONTROL]
+    own = [token for token, kind in zip(tokens, kinds, strict=True) if kind == _USER_DEFINED]
+    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in control])
+    # SentencePiece finds its own symbols in the normalised text, where a space is another character.
+    tokenizer.add_tokens([AddedToken(token, normalized=maker == "llama") for token in own])
+    ids = _special_ids(metadata)
+    if metadata.get("tokenizer.ggml.add_bos_token", False) and "bos_token_id" in ids:
+        bos = tokens[ids["bos_token_id"]]
+        template = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, ids["bos_token_id"])])
+        tokenizer.post_processor = template
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+    config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    for role in ("bos", "eos", "unknown", "padding"):
+        if (number := metadata.get(f"tokenizer.ggml.{role}_token_id")) is not None:
+            config[{"unknown": "unk", "padding": "pad"}.get(role, role) + "_token"] = tokens[int(number)]
+    if chat_template := metadata.get("tokenizer.chat_template"):
+        config["chat_template"] = chat_template
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
+
+
+def _token_kinds(metadata: dict[str, Any]) -> list[int]:
+    tokens = _tokens(metadata)
+    return list(metadata.get("tokenizer.ggml.token_type", [_NORMAL] * len(tokens)))
+
+
+def _byte_level_tokenizer(metadata: dict[str, Any]) -> Any:
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    pre = metadata.get("tokenizer.ggml.pre", "default")
     digits = pre_tokenizers.Digits(individual_digits=True)
     words: pre_tokenizers.PreTokenizer
     if pre in _SPLITS:
@@ -287,27 +377,42 @@ def _write_tokenizer(metadata: dict[str, Any], folder: Path) -> None:
     else:
         expected = sorted([*_SPLITS, "gpt-2", "smollm"])
         raise ValueError(f"[gguf] tokenizer.ggml.pre: expected one of {expected}, got {pre!r}")
-    tokens = _tokens(metadata)
     merges = [tuple(merge.split(" ", 1)) for merge in metadata.get("tokenizer.ggml.merges", [])]
-    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
+    tokenizer = Tokenizer(models.BPE(vocab=_vocabulary(metadata), merges=merges))
     if pre == "qwen2":
         tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = words
     tokenizer.decoder = decoders.ByteLevel()
-    kinds = metadata.get("tokenizer.ggml.token_type", [1] * len(tokens))
-    added = [(token, kind) for token, kind in zip(tokens, kinds, strict=True) if kind in (_CONTROL, _USER_DEFINED)]
-    tokenizer.add_tokens([AddedToken(token, special=kind == _CONTROL, normalized=False) for token, kind in added])
-    ids = _special_ids(metadata)
-    if metadata.get("tokenizer.ggml.add_bos_token", False) and "bos_token_id" in ids:
-        bos = tokens[ids["bos_token_id"]]
-        template = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, ids["bos_token_id"])])
-        tokenizer.post_processor = template
-    tokenizer.save(str(folder / "tokenizer.json"))
+    return tokenizer
 
-    config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    for kind in ("bos", "eos", "unknown", "padding"):
-        if (number := metadata.get(f"tokenizer.ggml.{kind}_token_id")) is not None:
-            config[{"unknown": "unk", "padding": "pad"}.get(kind, kind) + "_token"] = tokens[int(number)]
-    if chat_template := metadata.get("tokenizer.chat_template"):
-        config["chat_template"] = chat_template
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
+
+def _sentencepiece_tokenizer(metadata: dict[str, Any]) -> Any:
+    """SentencePiece's BPE: pairs are merged in the order of the scores of what they make."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    if metadata.get("tokenizer.ggml.add_space_prefix", True):
+        raise ValueError("[gguf] tokenizer.ggml.add_space_prefix: expected false for a SentencePiece vocabulary, got true")
+    vocabulary, kinds = _vocabulary(metadata), _token_kinds(metadata)
+    scores = metadata.get("tokenizer.ggml.scores")
+    if scores is None or len(scores) != len(kinds):
+        raise ValueError(f"[gguf] tokenizer.ggml.scores: expected {len(kinds)} numbers, got {len(scores or [])}")
+    ranked = []
+    for token, number in vocabulary.items():
+        if kinds[number] not in (_NORMAL, _USER_DEFINED):
+            continue
+        for i in range(1, len(token)):
+            left, right = vocabulary.get(token[:i]), vocabulary.get(token[i:])
+            if left is not None and right is not None:
+                ranked.append((-scores[number], number, left, right, (token[:i], token[i:])))
+    ranked.sort()
+    unknown = _tokens(metadata)[int(metadata["tokenizer.ggml.unknown_token_id"])]
+    merges = [pair for *_, pair in ranked]
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return tokenizer
+
+
+def _vocabulary(metadata: dict[str, Any]) -> dict[str, int]:
+    return {token: i for i, token in enumerate(_tokens(metadata))}

@@ -1,18 +1,20 @@
-"""mlx-lm on compressed caches: one hook on attention, one on model loading, and the proof that both are in effect."""
+"""mlx-lm on compressed caches: hooks on attention, on loading and on cache making, and the proof that they are in effect."""
 
 from __future__ import annotations
 
 import copy
-import functools
-import threading
+import types
+import warnings
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 import mlx_lm.models.cache as mlx_lm_cache
-import mlx_lm.utils
+from mlx import nn
 
+from tqext import hooks
 from tqext.batch import BatchTurboQuantKVCache
 from tqext.cache import Exact, Snapshot, TurboQuantKVCache
 from tqext.presets import DEFAULT_PRESET, Policy, Recipe, get_policy
@@ -22,37 +24,55 @@ UPGRADE_CHUNK = 2048
 # Least coded tokens of the path proof's prompt.
 VERIFY_CODED = 96
 
-_lock = threading.RLock()
-_previous_attention: Callable[..., mx.array] | None = None
-_previous_load_model: Callable[..., Any] | None = None
+_lock = hooks.lock
 _load_policy: Policy | None = None
 _observers: list[Callable[[Report, list[Any]], None]] = []
+_attached: list[weakref.ref[Any]] = []
+_LOAD_STEP = "kv"
 
 
 # Hooks
 
 
 def hook() -> None:
-    """Route ``mx.fast.scaled_dot_product_attention`` over a snapshot to the snapshot; all other calls go on as before."""
-    global _previous_attention
+    """Route ``mx.fast.scaled_dot_product_attention`` over a snapshot to the snapshot; all other calls go on as before.
+
+    Also make mlx-lm's ``make_prompt_cache`` see `install` and refuse what compressed caches cannot do.
+    """
     with _lock:
-        if _previous_attention is not None:
-            return
-        previous = mx.fast.scaled_dot_product_attention
+        for part in (_attention_hook, _make_prompt_cache_hook, _cache_classes):
+            part.put()
 
-        @functools.wraps(previous)
-        def scaled_dot_product_attention(q: mx.array, k: Any, v: Any, *args: Any, **kwargs: Any) -> Any:
-            if isinstance(k, Snapshot):
-                return _attend_snapshot(q, k, v, *args, **kwargs)
-            if isinstance(k, _ProbeTokens):
-                return k.hit(q, v)
-            return previous(q, k, v, *args, **kwargs)
 
-        scaled_dot_product_attention.tqext_hook = True  # type: ignore[attr-defined]
-        _previous_attention = previous
-        mx.fast.scaled_dot_product_attention = scaled_dot_product_attention
-        for cls in (TurboQuantKVCache, BatchTurboQuantKVCache):
-            setattr(mlx_lm_cache, cls.__name__, cls)  # where load_prompt_cache looks classes up
+def _attention(previous: Callable[..., Any], q: mx.array, k: Any, v: Any, *args: Any, **kwargs: Any) -> Any:
+    if isinstance(k, Snapshot):
+        return _attend_snapshot(q, k, v, *args, **kwargs)
+    if isinstance(k, _ProbeTokens):
+        return k.hit(q, v)
+    return previous(q, k, v, *args, **kwargs)
+
+
+def _make_mlx_lm_cache(previous: Callable[..., Any], model: Any, max_kv_size: int | None = None) -> Any:
+    """mlx-lm's own ``make_prompt_cache``, where `install` finds the models that were loaded before it."""
+    if _load_policy is not None:
+        with _lock:
+            if _load_policy is not None and isinstance(model, nn.Module) and _KEY not in vars(model):
+                _attach(model, _Attachment(_load_policy, installed=True))
+    if max_kv_size is not None and isinstance(model, _CompressedCaches):
+        report = model._tqext_report()
+        if report.compressed:
+            raise ValueError(
+                f"[make_prompt_cache] max_kv_size: expected None for a compressed cache ({report.policy.name}), which keeps "
+                f"every token, got {max_kv_size}; tqext.detach(model) gives mlx-lm's bounded cache"
+            )
+        if _stock_make_cache(model) is None:
+            return previous(_layers_of(model), max_kv_size)
+    return previous(model, max_kv_size)
+
+
+_attention_hook = hooks.Hook(mx.fast, "scaled_dot_product_attention", _attention)
+_make_prompt_cache_hook = hooks.Hook(mlx_lm_cache, "make_prompt_cache", _make_mlx_lm_cache, everywhere=True)
+_cache_classes = hooks.CacheClasses(TurboQuantKVCache, BatchTurboQuantKVCache)
 
 
 def _attend_snapshot(
@@ -78,7 +98,9 @@ def _attend_snapshot(
 
 
 def install(preset: str | Policy = DEFAULT_PRESET, **overrides: Any) -> Policy:
-    """Compress the caches of every model that mlx-lm loads from now on.
+    """Compress the caches that mlx-lm makes from now on, also those of models that are loaded already.
+
+    Models given to `attach` or `detach` keep what was asked for there.
 
     Args:
         preset: A name of `tqext.presets.PRESETS`, or a policy.
@@ -87,76 +109,145 @@ def install(preset: str | Policy = DEFAULT_PRESET, **overrides: Any) -> Policy:
     Returns:
         The policy in effect.
     """
-    global _previous_load_model, _load_policy
+    global _load_policy
     policy = get_policy(preset, **overrides)
-    hook()
     with _lock:
+        hook()
+        hooks.add_load_step(_LOAD_STEP, _load_attached)
         _load_policy = policy
-        if _previous_load_model is not None:
-            return policy
-        previous = mlx_lm.utils.load_model
-
-        @functools.wraps(previous)
-        def load_model(*args: Any, **kwargs: Any) -> Any:
-            loaded = previous(*args, **kwargs)
-            if _load_policy is not None:
-                attach(loaded[0], _load_policy)
-            return loaded
-
-        _previous_load_model = previous
-        mlx_lm.utils.load_model = load_model
+        for model in _attached_models():
+            if vars(model)[_KEY].installed:
+                _attach(model, _Attachment(policy, installed=True))
     return policy
 
 
+def _load_attached(load: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    loaded = load(*args, **kwargs)
+    with _lock:
+        if _load_policy is not None:
+            _attach(loaded[0], _Attachment(_load_policy, installed=True))
+    return loaded
+
+
 def uninstall() -> None:
-    """Take both hooks back. Models that were loaded meanwhile need `detach`, or their caches cannot be attended to.
+    """Take `install`, `attach`, `on_cache` and all hooks back; loading of 1-bit checkpoints stays.
+
+    Compressed caches that exist already cannot be attended to without the hooks.
 
     Raises:
-        RuntimeError: Another extension has wrapped a hook since; take that one back first.
+        RuntimeError: Another extension has wrapped a hook since; take that one back first. Nothing was changed.
     """
-    global _previous_attention, _previous_load_model, _load_policy
+    global _load_policy
     with _lock:
-        if _previous_attention is not None:
-            if not getattr(mx.fast.scaled_dot_product_attention, "tqext_hook", False):
-                raise RuntimeError("[uninstall] mx.fast.scaled_dot_product_attention was replaced again after tqext's hook")
-            mx.fast.scaled_dot_product_attention = _previous_attention
-            _previous_attention = None
-        if _previous_load_model is not None:
-            mlx_lm.utils.load_model = _previous_load_model
-            _previous_load_model = None
+        _attention_hook.check()
+        _make_prompt_cache_hook.check()
+        hooks.remove_load_step(_LOAD_STEP)
+        _attention_hook.take_back()
+        _make_prompt_cache_hook.take_back()
+        _cache_classes.take_back()
+        for model in _attached_models():
+            _detach(model)
+        _observers.clear()
         _load_policy = None
 
 
 def attach(model: Any, preset: str | Policy = DEFAULT_PRESET, **overrides: Any) -> Any:
     """Let a loaded model make compressed caches; returns the model.
 
-    Which layers can be compressed is found out (`probe`) when the first cache is made.
+    Which layers can be compressed is found out (`probe`) when the first cache is made. The model's class becomes a
+    subclass of its own, with another ``make_cache``; copies of the model are attached as well.
     """
     policy = get_policy(preset, **overrides)
-    hook()
-    detach(model)
-    probed: list[Report] = []
+    with _lock:
+        hook()
+        return _attach(model, _Attachment(policy))
 
-    def make_cache() -> list[Any]:
-        if not probed:
-            probed.append(probe(model, policy))
-        cache = _compressed(stock_cache(model), probed[0])
-        for observer in _observers:
-            observer(probed[0], cache)
+
+# The place of a model's attachment in its ``__dict__``; None there: `detach` has excluded it from `install`.
+_KEY = "_tqext_attachment"
+
+
+@dataclass(eq=False)
+class _Attachment:
+    """What `attach` leaves on a model. It does not refer to the model, whose weights would then outlive their last user.
+
+    Attributes:
+        policy: How to compress.
+        installed: Whether `install` attached the model.
+        own: The ``make_cache`` that was set on this very model before.
+        report: The probe's, once a cache was made.
+    """
+
+    policy: Policy
+    installed: bool = False
+    own: Callable[[], Any] | None = None
+    report: Report | None = None
+
+
+class _CompressedCaches:
+    """Comes before the class of an attached model."""
+
+    __slots__ = ()
+
+    def make_cache(self) -> list[Any]:
+        """A compressed cache for every layer that allows it."""
+        hook()
+        report = self._tqext_report()
+        cache = _compressed(stock_cache(self), report)
+        for observer in list(_observers):
+            observer(report, cache)
         return cache
 
-    model.make_cache = make_cache
+    def _tqext_report(self) -> Report:
+        attachment: _Attachment = vars(self)[_KEY]
+        with _lock:
+            if attachment.report is None:
+                attachment.report = probe(self, attachment.policy)
+        return attachment.report
+
+
+def _attach(model: Any, attachment: _Attachment) -> Any:
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"[attach] model: expected a model of mlx.nn, got {type(model).__name__}")
+    names = vars(model)
+    attachment.own = names.get("make_cache")
+    if isinstance(model, _CompressedCaches):
+        attachment.own = attachment.own or names[_KEY].own
+        names[_KEY] = attachment
+    else:
+        names[_KEY] = attachment
+        cls = type(model)
+        like = {"__slots__": (), "__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+        object.__setattr__(model, "__class__", type(cls.__name__, (_CompressedCaches, cls), like))
+        _attached[:] = [known for known in _attached if known() is not None]
+        _attached.append(weakref.ref(model))
+    names.pop("make_cache", None)
     return model
 
 
+def _attached_models() -> list[Any]:
+    return [model for known in _attached if (model := known()) is not None]
+
+
+def _detach(model: Any) -> None:
+    attachment = vars(model).pop(_KEY, None)
+    if isinstance(model, _CompressedCaches):
+        object.__setattr__(model, "__class__", type(model).__mro__[2])
+        if attachment.own is not None:
+            vars(model).setdefault("make_cache", attachment.own)
+    _attached[:] = [known for known in _attached if known() is not model]
+
+
 def on_cache(observer: Callable[[Report, list[Any]], None]) -> None:
-    """Call ``observer(report, cache)`` for every cache that an attached model makes."""
+    """Call ``observer(report, cache)`` for every cache that an attached model makes, until `uninstall`."""
     _observers.append(observer)
 
 
 def detach(model: Any) -> Any:
-    """Undo `attach`; returns the model."""
-    vars(model).pop("make_cache", None)
+    """Undo `attach`, and let `install` pass the model by; returns the model."""
+    with _lock:
+        _detach(model)
+        vars(model)[_KEY] = None
     return model
 
 
@@ -168,12 +259,21 @@ def make_prompt_cache(model: Any, preset: str | Policy = DEFAULT_PRESET, **overr
 
 def stock_cache(model: Any) -> list[Any]:
     """The cache mlx-lm would make for the model without tqext."""
-    own = vars(model).pop("make_cache", None)
-    try:
-        return list(mlx_lm_cache.make_prompt_cache(model))
-    finally:
-        if own is not None:
-            model.make_cache = own
+    make = _stock_make_cache(model)
+    return list(_make_prompt_cache_hook.unhooked()(_layers_of(model)) if make is None else make())
+
+
+def _stock_make_cache(model: Any) -> Callable[[], Any] | None:
+    """The model's own ``make_cache``, which is looked up without a change of the model: other threads may use it."""
+    if not isinstance(model, _CompressedCaches):
+        return getattr(model, "make_cache", None)
+    own: Callable[[], Any] | None = vars(model)[_KEY].own
+    return own or getattr(super(_CompressedCaches, model), "make_cache", None)
+
+
+def _layers_of(model: Any) -> Any:
+    """What mlx-lm's ``make_prompt_cache`` asks a model without ``make_cache`` for."""
+    return types.SimpleNamespace(layers=model.layers)
 
 
 # Probe
@@ -334,10 +434,8 @@ def probe(model: Any, preset: str | Policy = DEFAULT_PRESET, **overrides: Any) -
     reasons: dict[str, str] = {}
     members = dict(_members(stock))
     for path, cache in members.items():
-        if type(cache) is not mlx_lm_cache.KVCache:
-            reasons[path] = _WHY_NOT.get(type(cache).__name__, "not a plain KV cache")
-        elif policy.of_layer(first + int(path.split(".")[0]), n_layers) is None:
-            reasons[path] = "left out by the policy"
+        if reason := _why_not(cache, policy.of_layer(first + int(path.split(".")[0]), n_layers)):
+            reasons[path] = reason
     while True:
         tried, failure = _dry_run(model, reasons)
         if failure is None:
@@ -348,6 +446,16 @@ def probe(model: Any, preset: str | Policy = DEFAULT_PRESET, **overrides: Any) -
         recipe = policy.of_layer(first + int(path.split(".")[0]), n_layers)
         layers.append(_judge(path, members[path], recipe, reasons.get(path), tried[path]))
     return Report(policy, tuple(layers))
+
+
+def _why_not(cache: Any, recipe: Recipe | None) -> str:
+    """Why a cache cannot be replaced by a compressed one, as far as its class and the policy tell; empty if it can."""
+    kind = type(cache)
+    if kind is mlx_lm_cache.KVCache:
+        return "left out by the policy" if recipe is None else ""
+    if not kind.__module__.startswith("mlx_lm."):
+        return f"a class of {kind.__module__}, not mlx-lm's own KVCache"
+    return _WHY_NOT.get(kind.__name__, "not a plain KV cache")
 
 
 _WHY_NOT = {
@@ -519,20 +627,34 @@ def upgrade(cache: list[Any], preset: str | Policy = DEFAULT_PRESET, *, model: A
 
     Returns:
         The same list.
+
+    Warns:
+        UserWarning: Nothing was compressed, nor was it before; the message says why.
     """
     policy = get_policy(preset, **overrides)
     hook()
-    allowed = None if model is None else {layer.path for layer in probe(model, policy).compressed}
+    kept = {}
+    if model is not None:
+        kept = {layer.path: layer.reason for layer in probe(model, policy).layers if layer.recipe is None}
     first, n_layers = (0, len(cache)) if model is None else _layer_range(model, len(cache))
+    reasons: dict[tuple[str, str], list[str]] = {}
 
     def new(path: str, member: Any) -> Any:
         recipe = policy.of_layer(first + int(path.split(".")[0]), n_layers)
-        if type(member) is not mlx_lm_cache.KVCache or recipe is None or (allowed is not None and path not in allowed):
-            return member
-        return _encoded(member, recipe)
+        if isinstance(member, TurboQuantKVCache):
+            reason = "" if member.recipe == recipe else "it is compressed with another recipe"
+        elif not (reason := _why_not(member, recipe) or kept.get(path, "")):
+            assert recipe is not None
+            return _encoded(member, recipe)
+        reasons.setdefault((type(member).__name__, reason), []).append(path)
+        return member
 
+    before = [id(member) for _, member in _members(cache)]
     for i, member in enumerate(cache):
         cache[i] = _replaced([member], lambda path, c, i=i: new(f"{i}{path[1:]}", c))[0]  # type: ignore[misc]
+    if before == [id(member) for _, member in _members(cache)] and all(reason for _, reason in reasons):
+        why = "; ".join(f"layers {', '.join(paths)}: {kind} stays: {reason}" for (kind, reason), paths in reasons.items())
+        warnings.warn(f"[upgrade] cache: expected layers to compress, got none ({why or 'an empty list'})", stacklevel=2)
     return cache
 
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ import mlx.nn
 import mlx_lm.utils
 from mlx.utils import tree_flatten
 
-from tqext import nn
+from tqext import hooks, nn
 from tqext._ext import format as _format
 
 # The key of config.json that marks a native checkpoint. mlx-lm without tqext stops at the unknown *.scales.
@@ -24,27 +22,24 @@ CONFIG_KEY = "tqext_weights"
 _FORMAT = {"format": "q1_0", "group_size": nn.GROUP_SIZE, "version": 1}
 _FLOATS = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
-_lock = threading.RLock()
-_hooked: Callable[..., Any] | None = None
+_LOAD_STEP = "1-bit"
 
 
 def hook() -> None:
     """Let ``mlx_lm.utils.load_model`` load 1-bit checkpoints into `tqext.nn` layers; other models load as before."""
-    global _hooked
-    with _lock:
-        if _hooked is not None:
-            return
-        previous = mlx_lm.utils.load_model
-
-        @functools.wraps(previous)
-        def load_model(model_path: Any, *args: Any, **kwargs: Any) -> Any:
-            return _load_model(previous, Path(model_path), args, kwargs)
-
-        _hooked = load_model
-        mlx_lm.utils.load_model = load_model
+    hooks.add_load_step(_LOAD_STEP, _load_model)
 
 
-def _load_model(previous: Callable[..., Any], path: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def unhook() -> None:
+    """Take `hook` back.
+
+    Raises:
+        RuntimeError: Another extension has wrapped ``load_model`` since; take that one back first.
+    """
+    hooks.remove_load_step(_LOAD_STEP)
+
+
+def _load_model(previous: Callable[..., Any], path: Path, *args: Any, **kwargs: Any) -> Any:
     config = mlx_lm.utils.load_config(path)
     native = config.get(CONFIG_KEY)
     refuse_hadamard(config)

@@ -1,0 +1,132 @@
+"""Functions of MLX and mlx-lm that are replaced, and given back: the one owner of every such replacement."""
+
+from __future__ import annotations
+
+import functools
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import mlx_lm.models.cache as mlx_lm_cache
+import mlx_lm.utils
+
+lock = threading.RLock()
+
+
+class Hook:
+    """A function of another package, with a wrapper in its place.
+
+    Args:
+        owner: The module that holds the function.
+        name: The function's name there.
+        call: ``call(previous, *args, **kwargs)``, which is run instead.
+        everywhere: Also replace the function in the modules that imported it by name.
+    """
+
+    def __init__(self, owner: Any, name: str, call: Callable[..., Any], *, everywhere: bool = False) -> None:
+        self.owner = owner
+        self.name = name
+        self.call = call
+        self.everywhere = everywhere
+        self.previous: Callable[..., Any] | None = None
+        self._wrapper: Callable[..., Any] | None = None
+
+    def put(self) -> None:
+        """Replace the function, unless it is replaced already."""
+        with lock:
+            if self.previous is not None:
+                return
+            previous, call = getattr(self.owner, self.name), self.call
+
+            @functools.wraps(previous)
+            def wrapper(*args: Any, **kwargs: Any) -> Any:
+                return call(previous, *args, **kwargs)
+
+            self.previous, self._wrapper = previous, wrapper
+            self._replace(previous, wrapper)
+
+    def check(self) -> None:
+        """Raise a RuntimeError if the function cannot be given back, because somebody else has replaced ours."""
+        if self.previous is not None and getattr(self.owner, self.name) is not self._wrapper:
+            where = f"{self.owner.__name__}.{self.name}"
+            raise RuntimeError(f"[uninstall] {where} was replaced again after tqext's hook: take that one back first")
+
+    def take_back(self) -> None:
+        """Give the function back; nothing happens if it is not replaced."""
+        with lock:
+            self.check()
+            if self.previous is not None:
+                self._replace(self._wrapper, self.previous)
+                self.previous = self._wrapper = None
+
+    def unhooked(self) -> Callable[..., Any]:
+        """The function as it is without this hook."""
+        with lock:
+            return self.previous or getattr(self.owner, self.name)
+
+    def _replace(self, old: Any, new: Any) -> None:
+        for module in self._modules(old):
+            setattr(module, self.name, new)
+
+    def _modules(self, function: Any) -> Iterator[Any]:
+        yield self.owner
+        for module in list(sys.modules.values()) if self.everywhere else []:
+            names = getattr(module, "__dict__", None)
+            if module is not self.owner and isinstance(names, dict) and names.get(self.name) is function:
+                yield module
+
+
+# By name: ``step(load, path, *args, **kwargs)`` runs ``load(path, *args, **kwargs)``, which is mlx-lm's load_model or the step
+# before, and returns what it does.
+LoadStep = Callable[..., Any]
+_load_steps: dict[str, LoadStep] = {}
+
+
+def _load_model(previous: Callable[..., Any], model_path: Any, *args: Any, **kwargs: Any) -> Any:
+    load = previous
+    for step in list(_load_steps.values()):
+        load = functools.partial(step, load)
+    return load(Path(model_path), *args, **kwargs)
+
+
+_load_model_hook = Hook(mlx_lm.utils, "load_model", _load_model, everywhere=True)
+
+
+def add_load_step(name: str, step: LoadStep) -> None:
+    """Let ``mlx_lm.utils.load_model`` take another step, or replace the one of this name."""
+    with lock:
+        _load_steps[name] = step
+        _load_model_hook.put()
+
+
+def check_load_step(name: str) -> None:
+    """Raise a RuntimeError if the step cannot be taken back."""
+    if set(_load_steps) == {name}:
+        _load_model_hook.check()
+
+
+def remove_load_step(name: str) -> None:
+    """Take a step back, and with the last one the hook. The other steps stay."""
+    with lock:
+        check_load_step(name)
+        _load_steps.pop(name, None)
+        if not _load_steps:
+            _load_model_hook.take_back()
+
+
+class CacheClasses:
+    """Cache classes in ``mlx_lm.models.cache``, where load_prompt_cache looks them up by name."""
+
+    def __init__(self, *classes: type) -> None:
+        self.classes = classes
+
+    def put(self) -> None:
+        for cls in self.classes:
+            setattr(mlx_lm_cache, cls.__name__, cls)
+
+    def take_back(self) -> None:
+        for cls in self.classes:
+            if getattr(mlx_lm_cache, cls.__name__, None) is cls:
+                delattr(mlx_lm_cache, cls.__name__)
