@@ -36,6 +36,7 @@ _LAZY = {
     "Recipe": "tqext.presets",
     "TurboQuantKVCache": "tqext.cache",
     "attach": "tqext.mlx_lm",
+    "calibrate": "tqext.mlx_lm",
     "detach": "tqext.mlx_lm",
     "get_policy": "tqext.presets",
     "install": "tqext.mlx_lm",
@@ -50,7 +51,7 @@ _LAZY = {
 if TYPE_CHECKING:
     from tqext.batch import BatchTurboQuantKVCache
     from tqext.cache import TurboQuantKVCache
-    from tqext.mlx_lm import attach, detach, install, make_prompt_cache, probe, uninstall, upgrade, verify
+    from tqext.mlx_lm import attach, calibrate, detach, install, make_prompt_cache, probe, uninstall, upgrade, verify
     from tqext.models import load
     from tqext.presets import Policy, Recipe, get_policy
 
@@ -72,6 +73,7 @@ __all__ = [
     "attach",
     "available_isas",
     "block_means",
+    "calibrate",
     "dequantize",
     "detach",
     "format",

@@ -7,7 +7,7 @@ import types
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
@@ -16,8 +16,9 @@ from mlx import nn
 
 from tqext import hooks
 from tqext.batch import BatchTurboQuantKVCache
+from tqext.calibration import Calibration, LayerCalibration, ObservedTokens, calibrate_layers, ladder
 from tqext.cache import Exact, Snapshot, TurboQuantKVCache
-from tqext.presets import DEFAULT_PRESET, Policy, Recipe, get_policy
+from tqext.presets import BLOCK, DEFAULT_PRESET, Policy, Recipe, get_policy
 
 MAX_HEAD_DIM = 512
 UPGRADE_CHUNK = 2048
@@ -49,6 +50,10 @@ def _attention(previous: Callable[..., Any], q: mx.array, k: Any, v: Any, *args:
         return _attend_snapshot(q, k, v, *args, **kwargs)
     if isinstance(k, _ProbeTokens):
         return k.hit(q, v)
+    if isinstance(k, ObservedTokens):
+        if v is not k:
+            raise TypeError("[scaled_dot_product_attention] v: expected the values of the keys' cache")
+        return k.attend(previous, q, *args, **kwargs)
     return previous(q, k, v, *args, **kwargs)
 
 
@@ -202,7 +207,7 @@ class _CompressedCaches:
         attachment: _Attachment = vars(self)[_KEY]
         with _lock:
             if attachment.report is None:
-                attachment.report = probe(self, attachment.policy)
+                attachment.report = _judged(self, attachment.policy)
         return attachment.report
 
 
@@ -254,7 +259,7 @@ def detach(model: Any) -> Any:
 def make_prompt_cache(model: Any, preset: str | Policy = DEFAULT_PRESET, **overrides: Any) -> list[Any]:
     """A prompt cache for ``mlx_lm.generate(..., prompt_cache=)``, compressed where the model allows it."""
     hook()
-    return _compressed(stock_cache(model), probe(model, get_policy(preset, **overrides)))
+    return _compressed(stock_cache(model), _judged(model, get_policy(preset, **overrides)))
 
 
 def stock_cache(model: Any) -> list[Any]:
@@ -291,6 +296,8 @@ class Layer:
         n_kv_heads: 0 for a cache without keys and values. So are `head_dim` and `value_dim`.
         dtype_size: Bytes of an element of its keys.
         shared: Whether other layers attend to its tokens.
+        calibration: Its balance and errors under `recipe`, None before the calibration (`probe`) or without a need for one.
+        note: Why the guard chose another recipe than the policy's, empty if it did not.
     """
 
     path: str
@@ -302,6 +309,8 @@ class Layer:
     value_dim: int = 0
     dtype_size: int = 2
     shared: bool = False
+    calibration: LayerCalibration | None = None
+    note: str = ""
 
     @property
     def bytes_per_token(self) -> int:
@@ -332,6 +341,7 @@ class Report:
             lines[0] += f", {packed} bytes per token in place of {plain} in fp16 ({plain / packed:.2f} times less)"
         for (cache, reason), paths in _grouped(self.layers).items():
             lines.append(f"  layers {', '.join(paths)}: {cache} stays: {reason}")
+        lines += [f"  layer {layer.path}: {layer.note}" for layer in done if layer.note]
         return "\n".join(lines)
 
     def table(self) -> str:
@@ -343,7 +353,8 @@ class Report:
             if r is not None:
                 bits = f"K{r.key_bits}{'+1' if r.qjl else ''} V{r.value_bits}"
                 dims = f"{layer.n_kv_heads} heads of {layer.head_dim}/{layer.value_dim}"
-                how = f"{bits}, tail {r.tail}, first {r.sinks}, {dims}, {layer.bytes_per_token} bytes per token"
+                how = f"{bits}, tail {r.tail}, first {r.first}, {dims}, {layer.bytes_per_token} bytes per token"
+                how += "".join(f", {x}" for x in (layer.calibration, layer.note) if x)
             lines.append(f"  {layer.path:>5}  {how}")
         return "\n".join(lines)
 
@@ -494,7 +505,10 @@ def _compressed(stock: Sequence[Any], report: Report) -> list[Any]:
 
     def new(path: str, cache: Any) -> Any:
         layer = layers[path]
-        return cache if layer.recipe is None else TurboQuantKVCache(layer.recipe, shared=layer.shared)
+        if layer.recipe is None:
+            return cache
+        balance = None if layer.calibration is None else layer.calibration.balance
+        return TurboQuantKVCache(layer.recipe, balance=balance, shared=layer.shared)
 
     return _replaced(stock, new)
 
@@ -542,6 +556,62 @@ def _judge(path: str, stock: Any, recipe: Recipe | None, reason: str | None, tri
     return Layer(path, cache, recipe, "", *shape, shared=tried.asked)
 
 
+# Calibration and guard
+
+
+def calibrate(model: Any, preset: str | Policy = DEFAULT_PRESET, **overrides: Any) -> Calibration:
+    """The balance and the errors of every layer that a policy compresses, by a few runs of a fixed prompt of 512 tokens.
+
+    The prompt is run at several positions of the context that the model was trained for. The result is kept in the cache
+    folder under a fingerprint of the weights; caches of an attached model use it.
+
+    Args:
+        model: Any mlx-lm model.
+        preset: See `install`.
+        **overrides: See `tqext.presets.get_policy`.
+    """
+    return _calibrate(model, probe(model, preset, **overrides))
+
+
+def _calibrate(model: Any, report: Report) -> Calibration:
+    wanted = {
+        layer.path: layer.recipe for layer in report.compressed if layer.recipe and (layer.recipe.balance or report.policy.guard)
+    }
+
+    def make_cache(new: Callable[[], Any]) -> tuple[list[Any], dict[str, Any]]:
+        made: dict[str, Any] = {}
+
+        def replace_wanted(path: str, cache: Any) -> Any:
+            if path in wanted:
+                made[path] = cache = new()
+            return cache
+
+        return _replaced(stock_cache(model), replace_wanted), made
+
+    return calibrate_layers(model, make_cache, wanted)
+
+
+def _judged(model: Any, policy: Policy) -> Report:
+    """What the probe finds, calibrated, with the layers stepped up that the guard finds inaccurate."""
+    report = probe(model, policy)
+    calibration = _calibrate(model, report)
+    return Report(policy, tuple(_guarded(layer, calibration, policy.guard) for layer in report.layers))
+
+
+def _guarded(layer: Layer, calibration: Calibration, guard: bool) -> Layer:
+    if layer.recipe is None or (layer.path, layer.recipe) not in calibration.layers:
+        return layer
+    first = calibration.layers[layer.path, layer.recipe]
+    for recipe in ladder(layer.recipe):
+        found = calibration.layers[layer.path, recipe]
+        if found.accurate or not guard:
+            note = "" if found is first else f"stepped up to {recipe.key_bits}-bit keys: with {layer.recipe.key_bits} bits {first}"
+            return replace(layer, recipe=recipe, calibration=found, note=note)
+    bits = ladder(layer.recipe)[-1].key_bits
+    reason = f"compression is not accurate here: with {bits}-bit keys {found}"
+    return replace(layer, recipe=None, reason=reason)
+
+
 # Path proof
 
 
@@ -567,7 +637,10 @@ def verify(model: Any, preset: str | Policy = DEFAULT_PRESET, *, n_tokens: int |
         PathError: A layer fails; the message names it.
     """
     policy = get_policy(preset, **overrides)
-    report = probe(model, policy)
+    report = _judged(model, policy)
+    for layer in report.compressed:
+        if layer.calibration is not None and not layer.calibration.accurate:
+            raise PathError(f"[verify] layer {layer.path}: not accurate: {layer.calibration}")
     if n_tokens is None:
         n_tokens = max((_n_to_verify(layer.recipe) for layer in report.compressed if layer.recipe), default=1)
     cache = _compressed(stock_cache(model), report)
@@ -589,8 +662,8 @@ def verify(model: Any, preset: str | Policy = DEFAULT_PRESET, *, n_tokens: int |
 
 def _n_to_verify(recipe: Recipe) -> int:
     """The length of a prompt of which at least `VERIFY_CODED` tokens are encoded, and no fewer than stay in the tail."""
-    n_blocks = -(-max(VERIFY_CODED, recipe.tail) // recipe.flush)
-    return recipe.sinks + recipe.tail + n_blocks * recipe.flush
+    n_blocks = -(-max(VERIFY_CODED, recipe.tail) // BLOCK)
+    return recipe.first + recipe.tail + n_blocks * BLOCK
 
 
 def _same(a: mx.array, b: mx.array, *, fp32: float, half: float) -> bool:
@@ -622,8 +695,9 @@ def upgrade(cache: list[Any], preset: str | Policy = DEFAULT_PRESET, *, model: A
     Args:
         cache: What ``mlx_lm.models.cache.make_prompt_cache`` made; changed in place.
         preset: See `install`.
-        model: The cache's model, to leave the layers alone that it cannot attend to when compressed. Without it
-            every plain ``KVCache`` is compressed, and such a model stops with an error.
+        model: The cache's model, for its calibration, and to leave the layers alone that it cannot attend to when compressed.
+            Without it every plain ``KVCache`` is compressed, without a balance and a guard, and such a model stops with an
+            error.
 
     Returns:
         The same list.
@@ -633,19 +707,19 @@ def upgrade(cache: list[Any], preset: str | Policy = DEFAULT_PRESET, *, model: A
     """
     policy = get_policy(preset, **overrides)
     hook()
-    kept = {}
-    if model is not None:
-        kept = {layer.path: layer.reason for layer in probe(model, policy).layers if layer.recipe is None}
+    judged = {} if model is None else {layer.path: layer for layer in _judged(model, policy).layers}
     first, n_layers = (0, len(cache)) if model is None else _layer_range(model, len(cache))
     reasons: dict[tuple[str, str], list[str]] = {}
 
     def new(path: str, member: Any) -> Any:
-        recipe = policy.of_layer(first + int(path.split(".")[0]), n_layers)
+        layer = judged.get(path)
+        recipe = policy.of_layer(first + int(path.split(".")[0]), n_layers) if layer is None else layer.recipe
         if isinstance(member, TurboQuantKVCache):
             reason = "" if member.recipe == recipe else "it is compressed with another recipe"
-        elif not (reason := _why_not(member, recipe) or kept.get(path, "")):
+        elif not (reason := layer.reason if layer is not None else _why_not(member, recipe)):
             assert recipe is not None
-            return _encoded(member, recipe)
+            calibration = None if layer is None else layer.calibration
+            return _encoded(member, recipe, None if calibration is None else calibration.balance)
         reasons.setdefault((type(member).__name__, reason), []).append(path)
         return member
 
@@ -658,8 +732,8 @@ def upgrade(cache: list[Any], preset: str | Policy = DEFAULT_PRESET, *, model: A
     return cache
 
 
-def _encoded(member: Any, recipe: Recipe) -> TurboQuantKVCache:
-    out = TurboQuantKVCache(recipe)
+def _encoded(member: Any, recipe: Recipe, balance: mx.array | None) -> TurboQuantKVCache:
+    out = TurboQuantKVCache(recipe, balance=balance)
     for begin in range(0, member.offset, UPGRADE_CHUNK):
         end = min(member.offset, begin + UPGRADE_CHUNK)
         tokens = Exact(member.keys, member.values).cut(begin, end)
