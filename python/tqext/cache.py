@@ -330,8 +330,9 @@ class TurboQuantKVCache(Buffers):
         shared: Other layers attend to these tokens too (`keys_and_values`), and find what this layer found.
     """
 
-    def __init__(self, recipe: Recipe | None = None, *, shared: bool = False) -> None:
+    def __init__(self, recipe: Recipe | None = None, *, balance: mx.array | None = None, shared: bool = False) -> None:
         self.recipe = recipe or Recipe()
+        self.balance = balance
         self.shared = shared
         self._clear()
 

@@ -6,9 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+from tqext._ext import format as packed_format
+
 ROTATIONS = ("hadamard", "orthogonal")
-# Room for exact tokens is set aside at once: a number from a damaged file must not ask for more than a machine has.
+VALUE_BITS = {"groups": (2, 4), "lloyd": (2, 3, 4)}
+# The most exact tokens that a recipe may ask for, also one from a damaged file.
 MAX_EXACT_TOKENS = 1 << 20
+# Exact tokens of the recipes that do not say otherwise.
+DEFAULT_TAIL = 64
+DEFAULT_FIRST = 64
 
 
 def _padded(head_dim: int) -> int:
@@ -24,39 +30,56 @@ def _check(ok: bool, argument: str, expected: str, got: object) -> None:
 class Recipe:
     """How one layer stores its tokens.
 
+    Tokens are coded in blocks of 64 (``format.BLOCK``), oldest first: when `tail` + 64 recent tokens are held, the oldest 64
+    of them become a block. So `tail` to `tail` + 63 recent tokens are exact between two steps of decoding.
+
     Attributes:
         key_bits: Bits of a key code: 2, 3 or 4.
-        value_bits: Bits of a value code: 2 or 4.
+        value_bits: Bits of a value code: 2 or 4 with groups, 2, 3 or 4 with Lloyd-Max codes.
+        value_coding: ``"groups"`` (a scale and a bias per 32 dimensions) or ``"lloyd"`` (the keys' codebook, one norm per token).
         qjl: One more bit per key dimension: the sign of the rotated residual.
         rotation: ``"hadamard"``, or ``"orthogonal"`` for a dense seeded matrix.
-        mean: Store keys less their mean over the first encoded tokens, which softmax cannot see.
-        tail: The number of most recent tokens that stay exact. Between `tail` and `tail` + `flush` - 1 are held.
-        sinks: The number of first tokens that stay exact.
-        flush: Tokens are encoded in blocks of this many.
+        means: Store the keys of each block less their mean, which is kept in fp16.
+        balance: Weigh the key's channels by what the queries need, if the model was calibrated (`TurboQuantKVCache`'s
+            ``balance``).
+        tail: The number of most recent tokens that stay exact.
+        first: The number of first tokens that stay exact: attention goes back to them from everywhere.
     """
 
     key_bits: int = 3
     value_bits: int = 2
+    value_coding: str = "groups"
     qjl: bool = False
     rotation: str = "hadamard"
-    mean: bool = True
-    tail: int = 32
-    sinks: int = 4
-    flush: int = 32
+    means: bool = True
+    balance: bool = True
+    tail: int = DEFAULT_TAIL
+    first: int = DEFAULT_FIRST
 
     def __post_init__(self) -> None:
         _check(self.key_bits in (2, 3, 4), "key_bits", "2, 3 or 4", self.key_bits)
-        _check(self.value_bits in (2, 4), "value_bits", "2 or 4", self.value_bits)
+        _check(self.value_coding in VALUE_BITS, "value_coding", f"one of {', '.join(VALUE_BITS)}", self.value_coding)
+        bits = VALUE_BITS[self.value_coding]
+        _check(self.value_bits in bits, "value_bits", f"one of {bits} ({self.value_coding})", self.value_bits)
         _check(self.rotation in ROTATIONS, "rotation", f"one of {ROTATIONS}", self.rotation)
-        for name, least in (("tail", 0), ("sinks", 0), ("flush", 1)):
+        for name in ("qjl", "means", "balance"):
+            _check(isinstance(getattr(self, name), bool), name, "True or False", getattr(self, name))
+        for name in ("tail", "first"):
             n = getattr(self, name)
-            _check(least <= n <= MAX_EXACT_TOKENS, name, f"{least} to {MAX_EXACT_TOKENS}", n)
+            _check(isinstance(n, int) and 0 <= n <= MAX_EXACT_TOKENS, name, f"0 to {MAX_EXACT_TOKENS}", n)
+
+    def bytes_per_block(self, key_dim: int, value_dim: int | None = None) -> int:
+        """Packed bytes of a block of 64 tokens of one KV head, its mean included."""
+        value_dim = value_dim or key_dim
+        padded_key, padded_value = _padded(key_dim), _padded(value_dim)
+        keys = padded_key * self.key_bits // 8 + 2 + (padded_key // 8 + 2 if self.qjl else 0)
+        params = 2 if self.value_coding == "lloyd" else padded_value // 32 * 4
+        values = padded_value * self.value_bits // 8 + params
+        return packed_format.BLOCK * (keys + values) + (2 * key_dim if self.means else 0)
 
     def bytes_per_token(self, key_dim: int, value_dim: int | None = None) -> int:
-        """Packed bytes of one token of one KV head (what a coded token costs)."""
-        key_dim, value_dim = _padded(key_dim), _padded(value_dim or key_dim)
-        keys = key_dim * self.key_bits // 8 + 2 + (key_dim // 8 + 2 if self.qjl else 0)
-        return keys + value_dim * self.value_bits // 8 + value_dim // 32 * 4
+        """Packed bytes of one coded token of one KV head, with its share of the block's mean, rounded up."""
+        return -(-self.bytes_per_block(key_dim, value_dim) // packed_format.BLOCK)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,12 +91,14 @@ class Policy:
         recipe: The recipe of every compressed layer.
         first_last: So many first and so many last layers keep their own cache.
         layers: Layer index to its own recipe, or to None to leave that layer alone.
+        study: Whether the preset is there to reproduce or to compare, not to be used.
     """
 
     name: str
     recipe: Recipe = field(default_factory=Recipe)
     first_last: int = 0
     layers: Mapping[int, Recipe | None] = field(default_factory=dict)
+    study: bool = False
 
     def __post_init__(self) -> None:
         _check(self.first_last >= 0, "first_last", "at least 0", self.first_last)
@@ -91,15 +116,16 @@ PRESETS: dict[str, Policy] = {
     policy.name: policy
     for policy in (
         Policy("tq3"),
-        Policy("tq4", Recipe(key_bits=4, value_bits=4)),
-        Policy("tq2", Recipe(key_bits=2, value_bits=2)),
-        Policy("tq3-plain", Recipe(mean=False, tail=0, sinks=0, flush=1)),
-        Policy("tq3-qjl", Recipe(qjl=True)),
-        Policy("tq2-qjl", Recipe(key_bits=2, qjl=True)),
-        Policy("bonsai", first_last=4),
-        Policy("paper-mse", Recipe(value_bits=4)),
-        Policy("paper-prod", Recipe(value_bits=4, qjl=True)),
-        Policy("polarquant", Recipe(value_bits=4, rotation="orthogonal")),
+        Policy("tq33", Recipe(value_bits=3, value_coding="lloyd")),
+        Policy("tq4", Recipe(key_bits=4, value_bits=4, value_coding="lloyd")),
+        Policy("tq2", Recipe(key_bits=2, value_bits=2, value_coding="lloyd")),
+        Policy("tq3-plain", Recipe(means=False, balance=False, tail=0, first=0), study=True),
+        Policy("tq3-qjl", Recipe(qjl=True), study=True),
+        Policy("tq2-qjl", Recipe(key_bits=2, qjl=True), study=True),
+        Policy("bonsai", first_last=4, study=True),
+        Policy("paper-mse", Recipe(value_bits=4), study=True),
+        Policy("paper-prod", Recipe(value_bits=4, qjl=True), study=True),
+        Policy("polarquant", Recipe(value_bits=4, rotation="orthogonal"), study=True),
     )
 }
 DEFAULT_PRESET = "tq3"
