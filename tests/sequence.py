@@ -14,9 +14,7 @@ BLOCK = 64  # tokens of a block; as many new ones find what they would find one 
 class Sequence:
     """Keys and values ``[n_kv_heads, n_tokens, D]`` of one sequence, and which of them are codes."""
 
-    def __init__(
-        self, recipe: Recipe, n_kv_heads: int, head_dim: int, value_dim: int, balance: mx.array | None = None
-    ) -> None:
+    def __init__(self, recipe: Recipe, n_kv_heads: int, head_dim: int, value_dim: int, balance: mx.array | None = None) -> None:
         self.recipe = recipe
         self.balance = balance
         self.k = np.zeros((n_kv_heads, 0, head_dim), np.float32)

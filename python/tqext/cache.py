@@ -508,16 +508,6 @@ class TurboQuantKVCache(Buffers):
             total = total + saved.sum_of([x], first=1 + len(coded) + i)
         return [saved.header_array(numbers, total), *coded, *exact]
 
-    def _coded_sum(self) -> mx.array:
-        """The coded tokens' part of the checksum; only that of blocks that are new is computed."""
-        assert self._codec is not None
-        n, total = self._summed or (0, mx.zeros(1, mx.uint32))
-        if n < self.n_coded:
-            begin = [n // per for per in self._codec.per_row]
-            total = total + saved.sum_of(self._codec.cut(self._packed, n, self.n_coded), begin)
-        self._summed = (self.n_coded, total)
-        return total
-
     @state.setter
     def state(self, arrays: Sequence[mx.array]) -> None:
         header = saved.read_header(arrays)
@@ -551,6 +541,16 @@ class TurboQuantKVCache(Buffers):
         self._tail = tail
         self.n_first, self.n_coded, self.n_tail = header.counts
 
+    def _coded_sum(self) -> mx.array:
+        """The coded tokens' part of the checksum; only that of blocks that are new is computed."""
+        assert self._codec is not None
+        n, total = self._summed or (0, mx.zeros(1, mx.uint32))
+        if n < self.n_coded:
+            begin = [n // per for per in self._codec.per_row]
+            total = total + saved.sum_of(self._codec.cut(self._packed, n, self.n_coded), begin)
+        self._summed = (self.n_coded, total)
+        return total
+
     def _coded_arrays(self) -> list[mx.array]:
         return self._codec.cut(self._packed, 0, self.n_coded) if self._codec is not None and self.n_coded else []
 
@@ -569,9 +569,11 @@ class TurboQuantKVCache(Buffers):
         return [*self._coded_arrays(), *(exact if self._balance is None else exact[:-1])]
 
     def _header(self) -> saved.Header:
-        sizes, dtypes = (0, 0, 0, 0), (mx.float32, mx.float32)
+        sizes: tuple[int, int, int, int] = (0, 0, 0, 0)
+        dtypes = (mx.float32, mx.float32)
         if self._codec is not None and self._tail is not None:
-            sizes = (self._codec.head_dim, self._codec.value_dim, *self._tail.keys.shape[:2])
+            batch, n_kv_heads = self._tail.keys.shape[:2]
+            sizes = (self._codec.head_dim, self._codec.value_dim, batch, n_kv_heads)
             dtypes = (self._tail.keys.dtype, self._tail.values.dtype)
         elif self._balance is not None:
             sizes = (self._balance.shape[1], 0, 0, self._balance.shape[0])

@@ -36,7 +36,7 @@ class Recipe:
     Attributes:
         key_bits: Bits of a key code: 2, 3 or 4.
         value_bits: Bits of a value code: 2 or 4 with groups, 2, 3 or 4 with Lloyd-Max codes.
-        value_coding: ``"groups"`` (a scale and a bias per 32 dimensions) or ``"lloyd"`` (the keys' codebook, one norm per token).
+        value_coding: ``"groups"`` (a scale and a bias per 32 dimensions) or ``"lloyd"`` (the keys' codebook and one norm).
         qjl: One more bit per key dimension: the sign of the rotated residual.
         rotation: ``"hadamard"``, or ``"orthogonal"`` for a dense seeded matrix.
         means: Store the keys of each block less their mean, which is kept in fp16.

@@ -140,8 +140,8 @@ def check_arrays(arrays: Sequence[mx.array], header: Header, codec: Codec) -> No
         check(x.shape == shape and x.dtype == dtype, f"{shape} of {dtype}", f"{x.shape} of {x.dtype}")
 
 
-# Checksum. mlx-lm asks for the state after every chunk of a prompt, only to evaluate it. So the checksum is a lazy array, computed
-# where the codes are, and the codes' part of it is a sum that grows with them: a CRC would have to go through all of them.
+# Checksum. mlx-lm asks for the state after every chunk of a prompt, only to evaluate it. So the checksum is a lazy array, where
+# the codes are, and the codes' part of it is a sum that grows with them: a CRC would have to go through all of them.
 
 _ROW, _WORD, _ARRAY = 0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D
 
