@@ -8,20 +8,19 @@ import numpy as np
 import tqext
 from tqext import Recipe
 
-STEP = 8  # at most so many tokens are a decode step
-MEAN_LEAST, MEAN_MOST = 64, 256
+BLOCK = 64  # tokens of a block; as many new ones find what they would find one by one
 
 
 class Sequence:
     """Keys and values ``[n_kv_heads, n_tokens, D]`` of one sequence, and which of them are codes."""
 
-    def __init__(self, recipe: Recipe, n_kv_heads: int, head_dim: int, value_dim: int) -> None:
+    def __init__(self, recipe: Recipe, n_kv_heads: int, head_dim: int, value_dim: int, balance: mx.array | None = None) -> None:
         self.recipe = recipe
+        self.balance = balance
         self.k = np.zeros((n_kv_heads, 0, head_dim), np.float32)
         self.v = np.zeros((n_kv_heads, 0, value_dim), np.float32)
         self.coded_k, self.coded_v = self.k.copy(), self.v.copy()  # same tokens, as the codes have them
         self.n_first = self.n_coded = 0
-        self.mean: np.ndarray | None = None
 
     @property
     def n_tokens(self) -> int:
@@ -31,38 +30,37 @@ class Sequence:
     def n_tail(self) -> int:
         return self.n_tokens - self.n_first - self.n_coded
 
+    @property
+    def counts(self) -> list[int]:
+        return [self.n_first, self.n_coded, self.n_tail]
+
     def append(self, k: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Add tokens; returns the keys and values that they attend to."""
+        """Add tokens; returns the keys and values that they attend to, if they are one token or a prompt."""
         self.flush()
         self.k, self.coded_k = (np.concatenate([x, k], axis=1) for x in (self.k, self.coded_k))
         self.v, self.coded_v = (np.concatenate([x, v], axis=1) for x in (self.v, self.coded_v))
-        attended = self.attended()
         if self.n_coded == 0:
-            self.n_first = min(self.recipe.sinks, self.n_tokens)
-        if k.shape[1] > STEP:
+            self.n_first = min(self.recipe.first, self.n_tokens)
+        attended = self.attended()
+        if k.shape[1] > BLOCK:
             self.flush()
         return attended
 
     def flush(self) -> None:
-        r = self.recipe
-        least = r.tail + r.flush
-        if r.mean and self.mean is None:
-            least = max(least, MEAN_LEAST)
-        if self.n_tail < least:
-            return
-        begin = self.n_first + self.n_coded
-        if r.mean and self.mean is None:
-            n = min(self.n_tail // MEAN_LEAST * MEAN_LEAST, MEAN_MOST)
-            self.mean = self.k[:, begin : begin + n].mean(axis=1)
-        n = (self.n_tail - r.tail) // r.flush * r.flush
-        mean = None if self.mean is None else mx.array(self.mean)[None]
-        keys = tqext.quantize_keys(
-            mx.array(self.k[None, :, begin : begin + n]), bits=r.key_bits, mean=mean, rotation=r.rotation
-        )
-        values = tqext.quantize_values(mx.array(self.v[None, :, begin : begin + n]), bits=r.value_bits, rotation=r.rotation)
-        self.coded_k[:, begin : begin + n] = np.array(tqext.dequantize(keys))[0]
-        self.coded_v[:, begin : begin + n] = np.array(tqext.dequantize(values))[0]
-        self.n_coded += n
+        while self.n_tail >= self.recipe.tail + BLOCK:
+            self.encode()
+
+    def encode(self) -> None:
+        """The oldest recent tokens become a block."""
+        r, begin = self.recipe, self.n_first + self.n_coded
+        block = slice(begin, begin + BLOCK)
+        k, v = mx.array(self.k[None, :, block]), mx.array(self.v[None, :, block])
+        means = tqext.block_means(k) if r.means else None
+        keys = tqext.quantize_keys(k, bits=r.key_bits, means=means, balance=self.balance, rotation=r.rotation)
+        values = tqext.quantize_values(v, bits=r.value_bits, coding=r.value_coding, rotation=r.rotation)
+        self.coded_k[:, block] = np.array(tqext.dequantize(keys))[0]
+        self.coded_v[:, block] = np.array(tqext.dequantize(values))[0]
+        self.n_coded += BLOCK
 
     def attended(self) -> tuple[np.ndarray, np.ndarray]:
         coded = np.zeros(self.n_tokens, bool)
@@ -71,19 +69,17 @@ class Sequence:
         return np.where(pick, self.coded_k, self.k), np.where(pick, self.coded_v, self.v)
 
     def trim(self, n: int) -> None:
-        n = min(n, self.n_tokens)
-        left = self.n_tokens - n
-        was_coded = self.n_coded
-        self.n_first = min(self.n_first, left)
-        self.n_coded = min(self.n_coded, left - self.n_first)
-        if was_coded and not self.n_coded:
-            self.mean = None
+        """What is left of a block that is cut is exact from then on, as the codes had it."""
+        left = self.n_tokens - min(n, self.n_tokens)
+        n_first = min(self.n_first, left)
+        n_coded = min(self.n_coded, (left - n_first) // BLOCK * BLOCK)
+        again = slice(n_first + n_coded, min(left, self.n_first + self.n_coded))
         for name in ("k", "v"):
             exact, coded = getattr(self, name), getattr(self, f"coded_{name}")
-            kept = np.arange(left)
-            # A token that is no longer in the coded range is gone, so what is left there is unchanged.
-            setattr(self, name, exact[:, kept])
-            setattr(self, f"coded_{name}", coded[:, kept])
+            exact[:, again] = coded[:, again]
+            setattr(self, name, exact[:, :left].copy())
+            setattr(self, f"coded_{name}", coded[:, :left].copy())
+        self.n_first, self.n_coded = n_first, n_coded
 
 
 def attention(

@@ -5,11 +5,15 @@ import numpy as np
 import pytest
 from mlx_lm.models.cache import BatchKVCache, KVCache
 
-from sequence import Sequence, attention
-from test_cache import DV, HQ, RECIPES, D, H, answer, close, tokens
+from sequence import attention
+from test_cache import DV, HQ, RECIPES, D, H, answer, balance_of, close, make, make_reference, random_tokens, tokens
 from tqext import BatchTurboQuantKVCache, Recipe, TurboQuantKVCache
 
 pytestmark = pytest.mark.usefixtures("device")
+
+
+def make_batch(left_padding, recipe):
+    return BatchTurboQuantKVCache(left_padding, recipe, balance=balance_of(recipe))
 
 
 class Batch:
@@ -17,9 +21,9 @@ class Batch:
 
     def __init__(self, recipe, n_rows, seed=0):
         self.recipe = recipe
-        self.cache = BatchTurboQuantKVCache([0] * n_rows, recipe)
+        self.cache = make_batch([0] * n_rows, recipe)
         self.stock = BatchKVCache([0] * n_rows)
-        self.rows = [Sequence(recipe, H, D, DV) for _ in range(n_rows)]
+        self.rows = [make_reference(recipe) for _ in range(n_rows)]
         self.seed = seed
 
     def step(self, lengths, *, mask="own", window=None):
@@ -66,8 +70,7 @@ class Batch:
                 close(got[i, :, begin : begin + length], expected, dense=self.recipe.rotation == "orthogonal")
 
     def check(self):
-        counts = [[r.n_first, r.n_coded, r.n_tail] for r in self.rows]
-        assert self.cache._counts.tolist() == counts
+        assert self.cache.counts.tolist() == [row.counts for row in self.rows]
         assert mx.array_equal(self.cache.offset, self.stock.offset)
         assert mx.array_equal(self.cache.left_padding, self.stock.left_padding)
         assert self.cache.size() == self.stock.size()
@@ -91,20 +94,22 @@ class Batch:
 @pytest.mark.parametrize("mask", ["own", "stock", "additive"])
 def test_batch_rows_are_as_if_alone(recipe, mask):
     batch = Batch(recipe, 3)
-    batch.step((100, 37, 250), mask=mask)
-    for _ in range(40):
+    batch.step((300, 37, 450), mask=mask)
+    for _ in range(70):
         batch.step((1, 1, 1), mask=mask)
-    batch.step((20, 1, 9), mask=mask)
+    batch.step((20, 1, 60), mask=mask)
+    batch.step((64, 300, 33), mask=mask)
     for _ in range(3):
         batch.step((1, 1, 1), mask=mask)
 
 
 def test_batch_decode_over_every_phase_of_the_schedule():
     """Rows whose blocks fill at different steps, for two whole blocks."""
-    batch = Batch(Recipe(), 4)
-    batch.step((70, 81, 5, 2))
-    for _ in range(130):
+    batch = Batch(Recipe(tail=8, first=16), 4)
+    batch.step((70, 181, 5, 2))
+    for _ in range(150):
         batch.step((1,) * 4)
+    assert min(row.n_coded for row in batch.rows) > 0
     assert len({row.n_coded for row in batch.rows}) > 1
 
 
@@ -112,27 +117,30 @@ def test_batch_decode_over_every_phase_of_the_schedule():
 @pytest.mark.parametrize("window", [None, 30])
 def test_batch_follow_ups_of_a_few_tokens_are_as_if_alone(mask, window):
     """A block of some rows is encoded within the new tokens, whatever the others get."""
-    batch = Batch(Recipe(), 4)
+    batch = Batch(Recipe(tail=16, first=8), 4)
     batch.step((100, 37, 250, 61), mask=mask)
-    for lengths in ((5, 2, 8, 7), (8, 8, 8, 8), (3, 20, 1, 6), (7, 0, 8, 2), (8, 5, 5, 8), (6, 8, 0, 40)):
+    for lengths in ((5, 2, 8, 7), (64, 64, 64, 64), (30, 90, 1, 60), (7, 0, 58, 20), (8, 55, 5, 33), (6, 64, 0, 140)):
         batch.step(lengths, mask=mask, window=window)
         batch.step((1, 1, 1, 1), mask=mask, window=window)
 
 
-@pytest.mark.parametrize("short", [0, 1, 2, 3])
+@pytest.mark.parametrize("short", [0, 1, 59, 63, 64])
 def test_batch_with_sequences_shorter_than_the_first_tokens(short):
     batch = Batch(Recipe(), 2)
-    batch.step((short, 40))
+    batch.step((short, 240))
     for _ in range(6):
         batch.step((1, 1))
-    assert batch.rows[0].n_first == 4
+    assert batch.rows[0].n_first == min(64, short + 6)
+    batch.step((200, 1))
+    batch.step((1, 1))
+    assert batch.rows[0].n_coded == 128 - 64 * (short == 0)
 
 
 def test_batch_window_masks():
     batch = Batch(Recipe(), 3)
-    batch.step((100, 37, 150), window=30, mask="own")
-    batch.step((1, 1, 1), window=30, mask="stock")
-    batch.step((5, 1, 12), window=30, mask="stock")
+    batch.step((300, 37, 450), window=130, mask="own")
+    batch.step((1, 1, 1), window=130, mask="stock")
+    batch.step((5, 1, 60), window=130, mask="stock")
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -149,7 +157,7 @@ def test_batch_random_histories(seed):
                 batch.step((1,) * n, mask=str(random.choice(["own", "stock"])))
         elif action < 0.75:
             batch.step(
-                tuple(int(x) for x in random.choice([1, 2, 6, 33, 90], size=n)), mask=str(random.choice(["own", "stock"]))
+                tuple(int(x) for x in random.choice([1, 2, 33, 64, 190], size=n)), mask=str(random.choice(["own", "stock"]))
             )
         elif action < 0.87 and n > 1:
             keep = sorted(random.choice(n, size=int(random.integers(1, n)), replace=False).tolist())
@@ -157,17 +165,18 @@ def test_batch_random_histories(seed):
         elif n < 6:
             other = Batch(recipe, int(random.integers(1, 3)), seed=10_000 + i)
             if random.random() < 0.8:
-                other.step(tuple(int(x) for x in random.choice([1, 3, 50, 120], size=len(other.rows))))
+                other.step(tuple(int(x) for x in random.choice([1, 3, 90, 320], size=len(other.rows))))
             batch.extend(other)
 
 
 def test_batch_left_padding():
     """The older way of mlx-lm: prompts padded on the left."""
-    lengths, n = (100, 37, 3), 100
-    cache = BatchTurboQuantKVCache([n - length for length in lengths])
+    lengths, n = (300, 137, 3), 300
+    recipe = Recipe(first=20)
+    cache = make_batch([n - length for length in lengths], recipe)
     stock = BatchKVCache([n - length for length in lengths])
-    rows = [Sequence(Recipe(), H, D, DV) for _ in lengths]
-    for chunk in (60, 40, 1, 1):
+    rows = [make_reference(recipe) for _ in lengths]
+    for chunk in (180, 120, 1, 1):
         new = [tokens(chunk, 7 * i + cache.size()) for i in range(len(lengths))]
         k, v, q = (mx.array(np.stack([x[part] for x in new])) for part in range(3))
         mask = cache.make_mask(chunk)
@@ -182,7 +191,8 @@ def test_batch_left_padding():
             if p < chunk:
                 attended = row.append(new[i][0][:, p:], new[i][1][:, p:])
                 close(got[i, :, p:], attention(new[i][2][:, p:], *attended, D**-0.5))
-    assert cache._counts.tolist() == [[r.n_first, r.n_coded, r.n_tail] for r in rows]
+    assert cache.counts.tolist() == [row.counts for row in rows]
+    assert max(row.n_coded for row in rows) > 0
 
 
 def test_batch_prepare_left_padding_needs_an_empty_cache():
@@ -197,7 +207,7 @@ def test_batch_prepare_left_padding_needs_an_empty_cache():
 
 
 def single(recipe, n, seed):
-    cache, row = TurboQuantKVCache(recipe), Sequence(recipe, H, D, DV)
+    cache, row = make(recipe), make_reference(recipe)
     if n:
         k, v, _ = tokens(n, seed)
         cache.update_and_fetch(mx.array(k)[None], mx.array(v)[None])
@@ -205,7 +215,7 @@ def single(recipe, n, seed):
     return cache, row
 
 
-@pytest.mark.parametrize("lengths", [(200, 30, 0, 97), (0, 0), (5,), (64, 64)])
+@pytest.mark.parametrize("lengths", [(300, 30, 0, 197), (0, 0), (5,), (264, 264)])
 def test_batch_merge_and_extract_are_bit_exact(lengths):
     """Out of the batch comes the state that went in."""
     recipe = Recipe()
@@ -225,12 +235,12 @@ def test_batch_merge_and_extract_are_bit_exact(lengths):
 
 def test_batch_extracted_sequences_go_on_as_if_they_had_been_alone():
     recipe = Recipe()
-    singles = [single(recipe, n, i) for i, n in enumerate((200, 30, 97))]
+    singles = [single(recipe, n, i) for i, n in enumerate((400, 30, 197))]
     batch = Batch(recipe, 3)
     batch.rows = [row for _, row in singles]
     batch.cache = BatchTurboQuantKVCache.merge([cache for cache, _ in singles])
     stock = []
-    for i, n in enumerate((200, 30, 97)):
+    for i, n in enumerate((400, 30, 197)):
         member = KVCache()
         member.update_and_fetch(*(mx.array(x)[None] for x in tokens(n, i)[:2]))
         stock.append(member)
@@ -239,7 +249,7 @@ def test_batch_extracted_sequences_go_on_as_if_they_had_been_alone():
         batch.step((1, 1, 1))
     for i, row in enumerate(batch.rows):
         out = batch.cache.extract(i)
-        assert (out.n_first, out.n_coded, out.n_tail) == (row.n_first, row.n_coded, row.n_tail)
+        assert [out.n_first, out.n_coded, out.n_tail] == row.counts
         for j in range(40):
             k, v, q = tokens(1, 5000 + j)
             attended = row.append(k, v)
@@ -247,17 +257,88 @@ def test_batch_extracted_sequences_go_on_as_if_they_had_been_alone():
             close(got[0], attention(q, *attended, D**-0.5))
 
 
-def test_batch_trim():
-    batch = Batch(Recipe(), 3)
-    batch.step((150, 90, 20))
-    for n in (1, 5, 70):
+@pytest.mark.parametrize("trims", [(1, 5, 70), (250, 40), (290, 5), (64, 64, 64)])
+def test_batch_trim(trims):
+    """Into the tail, blocks and first tokens of every sequence, some of them at once."""
+    batch = Batch(Recipe(first=30), 3)
+    batch.step((450, 390, 300))
+    for n in trims:
         assert batch.cache.trim(n) == n
         batch.stock.trim(n)
         for row in batch.rows:
             row.trim(n)
-        assert batch.cache._counts.tolist() == [[r.n_first, r.n_coded, r.n_tail] for r in batch.rows]
-        if n < 70:
-            batch.step((1, 1, 1))
+        batch.check()
+        batch.step((1, 1, 1))
+        batch.step((3, 60, 90))
+    large = batch.cache.nbytes
+    batch.cache.trim(min(row.n_tokens for row in batch.rows) - 1)
+    assert batch.cache.nbytes < large
+
+
+def test_batch_trim_of_padding_that_is_to_come():
+    """Columns of padding come again: what is fed after the trim is what was fed before it."""
+    cache, stock = BatchTurboQuantKVCache([0, 30]), BatchKVCache([0, 30])
+    row = make_reference(Recipe(balance=False))
+    for n, cut in ((20, 10), (15, 3), (200, 100), (200, 0)):
+        k, v = random_tokens(n, batch=2)
+        begin = max(0, -int(cache.offset[1].item()))
+        out = cache.update_and_fetch(k, v)[0]
+        stock.update_and_fetch(k, v)
+        row.append(*(np.array(x)[1, :, begin:] for x in (k, v)))
+        assert out.shape[2] == stock.size()
+        for c in (cache, stock):
+            assert c.trim(cut) == cut
+        row.trim(cut)
+        assert mx.array_equal(cache.offset, stock.offset)
+        assert cache.counts.sum(axis=1).tolist() == [max(n, 0) for n in cache.offset.tolist()]
+        assert cache.counts[1].tolist() == row.counts
+
+
+def test_batch_trim_within_a_prompt_padded_on_the_right_is_refused():
+    cache = BatchTurboQuantKVCache([0, 0])
+    cache.prepare(lengths=[20, 5], right_padding=[0, 15])
+    cache.update_and_fetch(*random_tokens(20, batch=2))
+    with pytest.raises(ValueError, match=r"\[trim\] cache: expected a complete prompt"):
+        cache.trim(3)
+    cache.finalize()
+    assert cache.trim(3) == 3
+    assert cache.offset.tolist() == [17, 2]
+
+
+@pytest.mark.parametrize("rows", [[True, False], [2], [-1], [0.5], [[0]], mx.array([True, False])])
+def test_batch_filter_refuses_what_is_no_index(rows):
+    cache = BatchTurboQuantKVCache([0, 3])
+    cache.update_and_fetch(*random_tokens(100, batch=2))
+    with pytest.raises(ValueError, match=r"\[filter\] batch_indices: expected indices of 2 sequences"):
+        cache.filter(rows)
+    assert cache.counts.sum(axis=1).tolist() == [100, 97]
+
+
+@pytest.mark.parametrize("idx", [-1, 2])
+def test_batch_extract_refuses_what_is_no_index(idx):
+    cache = BatchTurboQuantKVCache([0, 3])
+    cache.update_and_fetch(*random_tokens(100, batch=2))
+    with pytest.raises(ValueError, match=r"\[extract\] idx: expected 0 to 1, got"):
+        cache.extract(idx)
+
+
+def test_batch_shared_snapshot_ends_with_the_tokens_it_shows():
+    """What other layers attend to is never that of before a trim, a filter or an extension."""
+
+    def shared():
+        cache = BatchTurboQuantKVCache([0, 0], shared=True)
+        cache.update_and_fetch(*random_tokens(10, batch=2))
+        return cache
+
+    cache = shared()
+    cache.trim(3)
+    assert cache.keys_and_values()[0].tail.n_tokens == 7
+    cache = shared()
+    cache.filter([1])
+    assert cache.keys_and_values()[0].shape[0] == 1
+    cache = shared()
+    cache.extend(shared())
+    assert cache.keys_and_values()[0].shape[0] == 4
 
 
 def test_batch_of_another_recipe_is_refused():
@@ -265,13 +346,25 @@ def test_batch_of_another_recipe_is_refused():
         BatchTurboQuantKVCache([0], Recipe()).extend(BatchTurboQuantKVCache([0], Recipe(key_bits=4)))
     with pytest.raises(ValueError, match=r"\[merge\] caches: expected the recipe"):
         BatchTurboQuantKVCache.merge([TurboQuantKVCache(), TurboQuantKVCache(Recipe(key_bits=4))])
+    balances = [mx.ones((H, D)), mx.ones((H, D)), mx.full((H, D), 2.0), None]
+    caches = [TurboQuantKVCache(balance=balance) for balance in balances]
+    assert BatchTurboQuantKVCache.merge(caches[:2]).balance is balances[0]
+    for wrong in caches[2:]:
+        with pytest.raises(ValueError, match=r"\[merge\] caches: expected the balance of the first cache, got another"):
+            BatchTurboQuantKVCache.merge([caches[0], wrong])
+    for other in (random_tokens(5, heads=1), random_tokens(5, dim=32), random_tokens(5, dtype=mx.float16)):
+        caches = [TurboQuantKVCache() for _ in range(2)]
+        caches[0].update_and_fetch(*random_tokens(5))
+        caches[1].update_and_fetch(*other)
+        with pytest.raises(ValueError, match=r"\[merge\] caches: expected KV heads, head dimension and type"):
+            BatchTurboQuantKVCache.merge(caches)
     with pytest.raises(ValueError, match="expected 2 sequences, got 3"):
         BatchTurboQuantKVCache([0, 0]).update_and_fetch(mx.ones((3, H, 1, D)), mx.ones((3, H, 1, DV)))
 
 
 def test_batch_nbytes_shrink_with_the_sequences():
     batch = Batch(Recipe(), 2)
-    batch.step((3000, 20))
+    batch.step((5000, 20))
     large = batch.cache.nbytes
     batch.filter([1])
     assert batch.cache.nbytes < large / 4
@@ -279,8 +372,8 @@ def test_batch_nbytes_shrink_with_the_sequences():
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
 def test_batch_keeps_the_model_type(dtype):
-    cache = BatchTurboQuantKVCache([0, 0])
-    for n in (100, 1, 1):
+    cache = make_batch([0, 0], Recipe())
+    for n in (250, 1, 1):
         k, v, q = (mx.array(x)[None].astype(dtype) for x in tokens(n, n))
         k, v, q = (mx.concatenate([x, x]) for x in (k, v, q))
         mask = cache.make_mask(n)

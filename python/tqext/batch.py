@@ -10,22 +10,20 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from tqext.cache import (
-    GROWTH,
-    MAX_STEP_TOKENS,
-    Alone,
-    Buffers,
+from tqext.cache import Alone, Buffers, Snapshot, TurboQuantKVCache, trim_count
+from tqext.ops import PackedKeys, PackedValues
+from tqext.presets import Recipe
+from tqext.tokens import (
+    BLOCK,
     Codec,
     Exact,
-    Snapshot,
-    TurboQuantKVCache,
-    crosses_block,
-    flush_at,
-    n_for_mean,
+    check_balance,
+    check_tokens,
+    coded_room,
+    exact_room,
     resize_tokens,
     wait_for_readers,
 )
-from tqext.presets import Recipe
 
 Ints = npt.NDArray[np.int32]
 FIRST, CODED, TAIL = 0, 1, 2
@@ -55,7 +53,7 @@ class Columns:
     are in the columns of three parts (first, coded, tail), each filled from its left, and then come the step's own tokens.
 
     Args:
-        counts: int32 ``[B, 3]``, tokens of each part before the step.
+        counts: int32 ``[B, 3]``, tokens in the buffer of each part before the step.
         widths: Columns of each part.
         n_new: The step's own tokens; 0 if they are already counted in the tail.
         left_padding: As mlx-lm counts it, before the step.
@@ -85,6 +83,8 @@ class Columns:
 
     def translate(self, mask: mx.array | str | None, n_queries: int) -> tuple[mx.array | str | None, mx.array | None]:
         """The mask and lengths for attention of a mask in mlx-lm's columns."""
+        if isinstance(mask, str) and mask != "causal":
+            raise ValueError(f'[attend] mask: expected None, "causal" or an array, got "{mask}"')
         if self.plain and (mask is None or self.is_own(mask, n_queries) or isinstance(mask, str)):
             # One query sees its own token and all before; without own columns its token is counted in the tail.
             causal = mask is not None and self.n_new > 0
@@ -133,6 +133,15 @@ class Columns:
         return mx.where(is_valid, taken, masked)
 
 
+class _NotSaved:
+    """In a batch's state: says to whoever saves it what to save in its place."""
+
+    def __str__(self) -> str:
+        return "a batch of compressed caches cannot be saved; save the cache of each sequence, batch.extract(i)"
+
+    __repr__ = __str__
+
+
 class BatchTurboQuantKVCache(Buffers):
     """The cache of one layer for a batch: in place of mlx-lm's ``BatchKVCache``.
 
@@ -142,21 +151,29 @@ class BatchTurboQuantKVCache(Buffers):
     Args:
         left_padding: Padding of each sequence of the prompt to come.
         recipe: See `TurboQuantKVCache`.
+        balance: See `TurboQuantKVCache`; the sequences of a batch share it.
         shared: See `TurboQuantKVCache`.
     """
 
-    def __init__(self, left_padding: Sequence[int], recipe: Recipe | None = None, *, shared: bool = False) -> None:
+    def __init__(
+        self,
+        left_padding: Sequence[int],
+        recipe: Recipe | None = None,
+        *,
+        balance: mx.array | None = None,
+        shared: bool = False,
+    ) -> None:
         self.recipe = recipe or Recipe()
+        self._balance = check_balance(balance, self.recipe)
         self.shared = shared
         self._last: Snapshot | None = None
         n = len(left_padding)
         self._codec: Codec | None = None
-        self._mean: mx.array | None = None
         self._packed: list[mx.array] = []
+        self._now: tuple[PackedKeys, PackedValues] | None = None
         self._first: Exact | None = None
         self._tail: Exact | None = None
-        self._counts: Ints = np.zeros((n, 3), np.int32)
-        self._has_mean = np.zeros(n, bool)
+        self._counts: Ints = np.zeros((n, 3), np.int32)  # in the buffers: see Buffers
         self._left_padding: Ints = np.array(left_padding, np.int32).reshape(n)
         self._idx = 0  # columns of mlx-lm's left-padded batch
         self._skip = self._left_padding.copy()  # padding of each sequence that is still to come
@@ -174,8 +191,11 @@ class BatchTurboQuantKVCache(Buffers):
 
         Returns:
             The same snapshot twice.
+
+        Raises:
+            ValueError: As `TurboQuantKVCache.update_and_fetch`.
         """
-        before = {**vars(self), "_counts": self._counts.copy(), "_has_mean": self._has_mean.copy()}
+        before = {**vars(self), "_counts": self._counts.copy()}
         try:
             return self._update(keys, values)
         except BaseException:  # as in TurboQuantKVCache
@@ -183,6 +203,7 @@ class BatchTurboQuantKVCache(Buffers):
             raise
 
     def _update(self, keys: mx.array, values: mx.array) -> tuple[Snapshot, Snapshot]:
+        check_tokens(keys, values, self._tail)
         self._last = None
         if self._codec is None:
             self._open(keys, values)
@@ -195,7 +216,7 @@ class BatchTurboQuantKVCache(Buffers):
         self._flush(n_real > 0)
         self._skip = self._skip - skip
         tokens = Exact(keys, values)
-        if n_new == 1 and (n_real == 1).all() and (self._n_missing_first() == 0).all():
+        if n_new == 1 and (n_real == 1).all():
             snapshot = self._step(tokens)
         else:
             snapshot = self._extend_tail(tokens, skip.astype(np.int32), n_real.astype(np.int32))
@@ -204,28 +225,33 @@ class BatchTurboQuantKVCache(Buffers):
         return snapshot, snapshot
 
     def _open(self, keys: mx.array, values: mx.array) -> None:
-        batch, n_kv_heads = keys.shape[:2]
-        _check_rows(batch == len(self._counts), len(self._counts), batch)
+        _check_rows(keys.shape[0] == len(self._counts), len(self._counts), keys.shape[0])
         super()._open(keys, values)
-        self._mean = mx.zeros((batch, n_kv_heads, keys.shape[-1])) if self.recipe.mean else None
+
+    def _n_leading(self, n_held: Ints) -> Ints:
+        """First tokens among so many exact ones that each sequence has in the buffer of recent tokens."""
+        return np.where(self._counts[:, CODED] > 0, 0, np.minimum(self.recipe.first, n_held)).astype(np.int32)
 
     @property
-    def _tail_room(self) -> int:
-        return flush_at(self.recipe, bool(self._has_mean.all())) + MAX_STEP_TOKENS
+    def counts(self) -> Ints:
+        """int32 ``[B, 3]``: first, coded and recent tokens of each sequence."""
+        held = self._counts[:, TAIL]
+        leading = self._n_leading(held)
+        return np.stack([self._counts[:, FIRST] + leading, self._counts[:, CODED], held - leading], axis=1)
 
-    def _n_missing_first(self) -> Ints:
-        """First tokens that each sequence has yet to get."""
-        missing = np.maximum(self.recipe.sinks - self._counts[:, FIRST], 0)
-        return np.where(self._counts[:, CODED] > 0, 0, missing).astype(np.int32)
+    def _room(self, n_held: int) -> int:
+        """Columns of a buffer of recent tokens whose longest sequence holds so many."""
+        return exact_room(n_held, int(self._counts.sum(axis=1).max(initial=0)))
 
     def _step(self, tokens: Exact) -> Snapshot:
         """One real token for every sequence."""
         assert self._tail is not None
         at = self._counts[:, TAIL]
-        if at.max() >= self._tail.n_tokens:
-            self._tail = self._tail.resized(int(at.max()) + MAX_STEP_TOKENS)
+        most = int(at.max())
+        if most >= self._tail.n_tokens:
+            self._tail = self._tail.resized(max(most + 1, self._room(most)))
         if (at == at[0]).all():
-            self._tail.write(int(at[0]), tokens)
+            self._tail.write(most, tokens)
         else:
             index = mx.array(at)[:, None, None, None]
             self._tail = Exact(*(put_tokens(x, index, new) for x, new in zip(self._tail, tokens, strict=True)))
@@ -241,118 +267,95 @@ class BatchTurboQuantKVCache(Buffers):
         snapshot = self._snapshot(joined, tokens.n_tokens, plain=not skip.any(), n_queries=tokens.n_tokens)
         snapshot.alone = self._alone(tokens, skip, n_real)
         n_held = n_tail + n_real
-        n_first = np.minimum(self._n_missing_first(), n_held)
-        if n_first.any():
-            self._keep_first(joined, n_tail, width, skip, n_first)
-        rest = n_held - n_first
-        n_flushed = np.where(n_real > MAX_STEP_TOKENS, self._n_to_flush(rest), 0)
-        columns = _StreamColumns(n_tail, width, skip, n_first)
-        self._encode(joined, columns, rest, n_flushed)
-        left = rest - n_flushed
-        self._move_tail(joined, columns, n_flushed, left)
+        columns = _StreamColumns(n_tail, width, skip)
+        self._encode_oldest(joined, columns, n_held, np.where(n_real > BLOCK, self._n_due(n_held), 0))
         return snapshot
 
     def _alone(self, tokens: Exact, skip: Ints, n_real: Ints) -> tuple[Alone, ...]:
         """Sequences that a block is encoded for within a few new tokens; each token finds what it would find alone."""
-        goes_on = self._counts.sum(axis=1) > 0
-        rows = np.flatnonzero(goes_on & crosses_block(n_real, self._counts[:, TAIL], self._flush_at))
+        n_held = self._counts[:, TAIL] + n_real
+        crosses = (n_real > 1) & (n_real <= BLOCK) & (n_held - self._n_leading(n_held) > self.recipe.tail + BLOCK)
         out = []
-        for row in rows.tolist():
+        for row in np.flatnonzero(crosses).tolist():
             begin, end = int(skip[row]), int(skip[row] + n_real[row])
-            own = Exact(*(x[row : row + 1, :, begin:end] for x in tokens))
-            out.append(Alone(row, begin, end, self._view(row)._draft_snapshot(own)))
+            one = self._view(row)
+            one._append(Exact(*(x[row : row + 1, :, begin:end] for x in tokens)))
+            out.append(Alone(row, begin, end, one._step_snapshot()))
         return tuple(out)
-
-    @property
-    def _flush_at(self) -> Ints:
-        """The tail's length, for each sequence, at which its oldest tokens are encoded."""
-        return np.where(self._has_mean, flush_at(self.recipe, True), flush_at(self.recipe, False)).astype(np.int32)
 
     def _flush(self, rows: npt.NDArray[np.bool_]) -> None:
         """Encode the oldest tokens of each of these sequences whose tail is full."""
         assert self._tail is not None
-        n_tail = self._counts[:, TAIL].copy()
-        n_flushed = np.where(rows, self._n_to_flush(n_tail), 0).astype(np.int32)
-        if not n_flushed.any():
-            return
-        zeros = np.zeros_like(n_tail)
-        columns = _StreamColumns(n_tail, 0, zeros, zeros)
-        self._encode(self._tail, columns, n_tail, n_flushed)
-        self._move_tail(self._tail, columns, n_flushed, n_tail - n_flushed)
+        n_held = self._counts[:, TAIL].copy()
+        n_due = np.where(rows, self._n_due(n_held), 0).astype(np.int32)
+        if n_due.any():
+            self._encode_oldest(self._tail, _StreamColumns(n_held, 0, np.zeros_like(n_held)), n_held, n_due)
 
-    def _n_to_flush(self, n_tail: Ints) -> Ints:
-        r = self.recipe
-        return np.where(n_tail >= self._flush_at, (n_tail - r.tail) // r.flush * r.flush, 0).astype(np.int32)
+    def _n_due(self, n_held: Ints) -> Ints:
+        """Tokens to encode of each sequence that holds so many exact ones in the buffer of recent tokens."""
+        n_tail = n_held - self._n_leading(n_held)
+        return np.where(n_tail >= self.recipe.tail + BLOCK, (n_tail - self.recipe.tail) // BLOCK * BLOCK, 0).astype(np.int32)
 
-    def _keep_first(self, joined: Exact, n_tail: Ints, width: int, skip: Ints, n_first: Ints) -> None:
-        assert self._first is not None
-        held = self._counts[:, FIRST]
-        slots = np.arange(self.recipe.sinks, dtype=np.int32)[None]
-        stream = _StreamColumns(n_tail, width, skip, np.zeros_like(skip)).of(slots - held[:, None])
-        index = np.where(slots < held[:, None], slots, self.recipe.sinks + stream)
-        self._first = _take(self._first.then(joined), index)
-        self._counts[:, FIRST] += n_first
+    def _encode_oldest(self, source: Exact, columns: _StreamColumns, n_held: Ints, n_due: Ints) -> None:
+        """Make codes of the oldest tokens of `source` after the first ones, and recent tokens of the others."""
+        rows = np.flatnonzero(n_due)
+        leading = np.where(n_due > 0, self._n_leading(n_held), 0)
+        if leading.any():
+            self._keep_first(source, columns, leading)
+        if len(rows):
+            assert self._codec is not None
+            n = n_due[rows]
+            index = columns.of(leading[:, None] + np.arange(n.max(), dtype=np.int32)[None])[rows]
+            tokens = _take(Exact(*(_rows(x, rows) for x in source)), index)
+            self._write_packed(self._codec.encode(tokens), rows, n)
+        self._move_tail(source, columns, leading + n_due, n_held - leading - n_due)
 
-    def _encode(self, source: Exact, columns: _StreamColumns, n_held: Ints, n_flushed: Ints) -> None:
-        """Encode the first `n_flushed` tokens that each sequence has in `source`."""
-        rows = np.flatnonzero(n_flushed)
-        if not len(rows):
-            return
-        assert self._codec is not None
-        self._fix_mean(source, columns, n_held, rows)
-        mean = None if self._mean is None else _rows(self._mean, rows)
-        n = n_flushed[rows]
-        index = columns.of(np.arange(n.max(), dtype=np.int32)[None])[rows]
-        tokens = _take(Exact(*(_rows(x, rows) for x in source)), index)
-        self._write_packed(self._codec.encode(tokens, mean), rows, n)
-
-    def _fix_mean(self, source: Exact, columns: _StreamColumns, n_held: Ints, rows: npt.NDArray[Any]) -> None:
-        fresh = rows[~self._has_mean[rows]]
-        if self._mean is None or not len(fresh):
-            return
-        n = np.array([n_for_mean(int(held)) for held in n_held[fresh]], np.int32)
-        slots = np.arange(n.max(), dtype=np.int32)[None]
-        keys = _take_tokens(_rows(source.keys, fresh), columns.of(slots)[fresh]).astype(mx.float32)
-        held = mx.array(slots < n[:, None])[:, None, :, None]
-        sums = mx.where(held, keys, 0.0).sum(axis=2)
-        self._mean[mx.array(fresh)] = sums / mx.array(n)[:, None, None]
-        self._has_mean[fresh] = True
+    def _keep_first(self, source: Exact, columns: _StreamColumns, leading: Ints) -> None:
+        """Give the first tokens of these sequences their own place."""
+        n, batch = self.recipe.first, len(leading)
+        taken = _take(source, columns.of(np.broadcast_to(np.arange(n, dtype=np.int32), (batch, n))))
+        own = Exact(*(resize_tokens(x, n) for x in taken))
+        if self._first is not None and (self._counts[:, FIRST] > 0).any():
+            new = mx.array(leading > 0)[:, None, None, None]
+            own = Exact(*(mx.where(new, x, held) for x, held in zip(own, self._first, strict=True)))
+        self._first = own
+        self._counts[:, FIRST] += leading
 
     def _write_packed(self, parts: Sequence[mx.array], rows: npt.NDArray[Any], n: Ints) -> None:
+        assert self._codec is not None
         begin = self._counts[rows, CODED]
         end = int((begin + n).max())
-        if end > self._packed[0].shape[2]:
-            room = (end + GROWTH - 1) // GROWTH * GROWTH
+        self._now = None
+        if end > self._packed[0].shape[2] * self._codec.per_row[0]:
             kept = int(self._counts[:, CODED].max())
-            self._packed = [resize_tokens(x[:, :, :kept], room) for x in self._packed]
+            self._packed = self._codec.resized(self._codec.cut(self._packed, 0, kept), coded_room(end))
         else:
             wait_for_readers(self._packed)
-        for buffer, new in zip(self._packed, parts, strict=True):
-            if len(rows) == len(self._counts) and (begin == begin[0]).all() and (n == n[0]).all():
-                buffer[:, :, int(begin[0]) : end] = new
+        together = len(rows) == len(self._counts) and (begin == begin[0]).all() and (n == n[0]).all()
+        for buffer, new, per in zip(self._packed, parts, self._codec.per_row, strict=True):
+            if together:
+                buffer[:, :, int(begin[0]) // per : end // per] = new
                 continue
             for i, (row, b, count) in enumerate(zip(rows.tolist(), begin.tolist(), n.tolist(), strict=True)):
-                buffer[row : row + 1, :, b : b + count] = new[i : i + 1, :, :count]
+                buffer[row : row + 1, :, b // per : (b + count) // per] = new[i : i + 1, :, : count // per]
         self._counts[rows, CODED] += n
 
     def _move_tail(self, source: Exact, columns: _StreamColumns, n_dropped: Ints, n_left: Ints) -> None:
         """Make the tail of what follows the first `n_dropped` tokens of each sequence."""
-        slots = np.arange(n_left.max(), dtype=np.int32)[None]
+        most = int(n_left.max())
+        slots = np.arange(most, dtype=np.int32)[None]
         index = np.minimum(columns.of(slots + n_dropped[:, None]), source.n_tokens - 1)
         self._counts[:, TAIL] = n_left
-        room = max(int(n_left.max()), self._tail_room)
-        self._tail = _take(source, index).resized(room)
+        self._tail = _take(source, index).resized(self._room(most))
 
     # Reading
 
     def _snapshot(self, tail: Exact, n_new: int, *, plain: bool, n_queries: int) -> Snapshot:
-        assert self._codec is not None and self._first is not None
         counts = self._counts.copy()
         n_first, n_coded, n_tail = (int(n) for n in counts.max(axis=0))
-        packed = self._codec.pack([x[:, :, :n_coded] for x in self._packed], self._mean)
-        first = self._first.cut(0, n_first) if n_first else None
+        first = self._first if n_first else None
         columns = Columns(counts, (n_first, n_coded, n_tail), n_new, self._left_padding.copy(), self._idx, plain, n_queries)
-        return Snapshot(packed, first, tail.cut(0, n_tail + n_new), self._idx + n_queries, columns)
+        return Snapshot(self._coded(n_coded), first, tail.cut(0, n_tail + n_new), self._idx + n_queries, columns)
 
     def keys_and_values(self) -> tuple[Snapshot, Snapshot]:
         """The snapshot of the last step, twice (see `TurboQuantKVCache.keys_and_values`)."""
@@ -381,13 +384,11 @@ class BatchTurboQuantKVCache(Buffers):
         return self._codec is None
 
     @property
-    def state(self) -> list[mx.array]:
-        """All arrays, for ``mx.eval``. Sequences are saved one by one, from `extract`."""
+    def state(self) -> list[Any]:
+        """All arrays, for ``mx.eval``; mlx-lm refuses to save it. Sequences are saved one by one, from `extract`."""
         self._last = None
-        if self._tail is None or self._first is None:
-            return []
-        mean = [] if self._mean is None else [self._mean]
-        return [*mean, *self._first, *self._tail, *self._packed]
+        exact = [part for part in (self._first, self._tail) if part is not None]
+        return [*(x for part in exact for x in part), *self._packed, _NotSaved()]
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> mx.array:
         """bool ``[B, 1, N, columns]`` of the left-padded batch."""
@@ -434,6 +435,7 @@ class BatchTurboQuantKVCache(Buffers):
 
     def finalize(self) -> None:
         """The padded prompt is complete. Nothing moves: its padding was never stored."""
+        self._last = None
         if self._right_padding is not None:
             self._left_padding = self._left_padding + self._right_padding
         self._right_padding = self._remaining = None
@@ -441,37 +443,75 @@ class BatchTurboQuantKVCache(Buffers):
     # Trimming
 
     def trim(self, n: int) -> int:
-        """Forget the last n tokens of every sequence; returns how many columns are gone."""
-        n = min(n, self._idx)
-        for counts, has_mean in zip(self._counts, range(len(self._counts)), strict=True):
-            missing = n
-            for part in (TAIL, CODED, FIRST):
-                cut = min(missing, int(counts[part]))
-                counts[part] -= cut
-                missing -= cut
-                if part == CODED and cut and not counts[CODED]:
-                    self._has_mean[has_mean] = False
+        """Forget the last n columns; returns how many are gone.
+
+        Columns of a sequence's padding are to come again, as in mlx-lm's own batch.
+
+        Raises:
+            ValueError: n is negative, or a prompt padded on the right is not complete (`finalize`).
+        """
+        n = min(trim_count(n), self._idx)
+        if self._right_padding is not None:
+            raise ValueError("[trim] cache: expected a complete prompt, got one whose padding is to come: call finalize first")
+        self._last = None
+        n_gone = np.minimum(n, self._counts.sum(axis=1))
+        cut = np.flatnonzero((n_gone > self._counts[:, TAIL]) & (self._counts[:, CODED] > 0))
+        views = [self._view(row) for row in cut.tolist()]
+        self._counts[:, TAIL] -= np.where(np.isin(np.arange(len(n_gone)), cut), 0, n_gone)
+        for row, one in zip(cut.tolist(), views, strict=True):
+            one.trim(int(n_gone[row]))
+            self._put_back(row, one)
+        if len(cut):
+            self._now = None
+            self._shrink()
+        self._skip = self._skip + (n - n_gone)
         self._idx -= n
-        self._left_padding = np.minimum(self._left_padding, self._idx)
         return n
+
+    def _put_back(self, row: int, one: TurboQuantKVCache) -> None:
+        """Take the exact tokens and the counts of one sequence from its own cache; its codes are where they were."""
+        assert self._tail is not None
+        held = 0 if one._tail is None else one._n_leading + one.n_tail
+        if held > self._tail.n_tokens:
+            self._tail = self._tail.resized(self._room(held))
+        if one._tail is not None and held:
+            for buffer, x in zip(self._tail, one._tail, strict=True):
+                buffer[row : row + 1, :, :held] = x[:, :, :held]
+        self._counts[row] = 0 if one._first is None else one.n_first, one.n_coded, held
+
+    def _shrink(self) -> None:
+        assert self._codec is not None
+        n_coded = int(self._counts[:, CODED].max(initial=0))
+        if self._packed[0].shape[2] > 2 * coded_room(n_coded):
+            self._packed = self._codec.resized(self._codec.cut(self._packed, 0, n_coded), coded_room(n_coded))
 
     # Rows
 
     def filter(self, batch_indices: Any) -> None:
-        """Keep the sequences of these indices, in this order."""
-        rows = np.array(batch_indices.tolist() if isinstance(batch_indices, mx.array) else batch_indices, np.int64)
+        """Keep the sequences of these indices, in this order.
+
+        Raises:
+            ValueError: Not a list of whole numbers from 0 to the number of sequences less one.
+        """
+        given = np.array(batch_indices.tolist() if isinstance(batch_indices, mx.array) else batch_indices)
+        n = len(self._counts)
+        good = given.ndim == 1 and (given.size == 0 or (given.dtype.kind in "iu" and given.min() >= 0 and given.max() < n))
+        if not good:
+            raise ValueError(f"[filter] batch_indices: expected indices of {n} sequences, got {batch_indices}")
+        rows = given.astype(np.int64)
+        self._last = self._now = None
         self._counts = self._counts[rows]
-        self._has_mean = self._has_mean[rows]
         self._left_padding = self._left_padding[rows]
         self._skip = self._skip[rows]
         if self._remaining is not None and self._right_padding is not None:
             self._remaining, self._right_padding = self._remaining[rows], self._right_padding[rows]
-        if self._tail is not None and self._first is not None:
-            self._mean = None if self._mean is None else _rows(self._mean, rows)
-            self._first = Exact(*(_rows(x, rows) for x in self._first))
-            self._tail = Exact(*(_rows(x, rows) for x in self._tail))
-            room = (int(self._counts[:, CODED].max(initial=0)) + GROWTH - 1) // GROWTH * GROWTH
-            self._packed = [_rows(x[:, :, :room], rows) for x in self._packed]
+        if self._tail is not None and self._codec is not None:
+            n_first, n_coded, n_tail = (int(n) for n in self._counts.max(axis=0, initial=0))
+            self._first = Exact(*(_rows(x, rows) for x in self._first)) if self._first is not None and n_first else None
+            room = min(self._tail.n_tokens, self._room(n_tail))
+            self._tail = Exact(*(_rows(x[:, :, :room], rows) for x in self._tail))
+            room = min(self._packed[0].shape[2], coded_room(n_coded))
+            self._packed = [_rows(x, rows) for x in self._codec.cut(self._packed, 0, room)]
         shared = int(self._left_padding.min(initial=self._idx))
         self._left_padding = self._left_padding - shared
         self._idx -= shared
@@ -480,44 +520,51 @@ class BatchTurboQuantKVCache(Buffers):
         """Append the sequences of another batch.
 
         Raises:
-            ValueError: The other batch has another recipe, or is not compressed.
+            ValueError: The other batch is not compressed, or has another recipe, another balance, or keys and values of other
+                sizes or types.
         """
         _check_compressed(other, BatchTurboQuantKVCache, "[extend] other")
-        if other.recipe != self.recipe:
-            raise ValueError(f"[extend] other: expected the recipe {self.recipe}, got {other.recipe}")
+        _check_alike([self, other], "[extend] other")
         width = max(self._idx, other._idx)
         paddings = [c._left_padding + (width - c._idx) for c in (self, other)]
-        counts = np.concatenate([self._counts, other._counts])
         parts = _joined([self, other])
+        self._last = None
         self._left_padding = np.concatenate(paddings).astype(np.int32)
         self._skip = np.concatenate([self._skip, other._skip])
-        self._has_mean = np.concatenate([self._has_mean, other._has_mean])
-        self._counts = counts
+        self._counts = np.concatenate([self._counts, other._counts])
         self._idx = width
         if parts is not None:
-            self._codec, self._mean, self._first, self._tail, self._packed = parts
+            self._codec, self._first, self._tail, self._packed = parts
+            self._now = None
 
     def _view(self, idx: int) -> TurboQuantKVCache:
         """The cache of one sequence, on the arrays of the batch."""
-        out = TurboQuantKVCache(self.recipe, shared=self.shared)
-        if self._codec is None or self._tail is None or self._first is None:
+        out = TurboQuantKVCache(self.recipe, balance=self._balance, shared=self.shared)
+        if self._codec is None or self._tail is None or not self._counts[idx].any():
             return out
         row = slice(idx, idx + 1)
+        n_first, n_coded, n_held = (int(n) for n in self._counts[idx])
         out._codec = self._codec
-        out.n_first, out.n_coded, out.n_tail = (int(n) for n in self._counts[idx])
-        out._mean = self._mean[row] if self._mean is not None and self._has_mean[idx] else None
-        out._packed = [x[row, :, : out.n_coded] for x in self._packed]
-        out._tail = Exact(*(x[row, :, : out.n_tail] for x in self._tail))
-        if self.recipe.sinks:
-            out._first = Exact(*(x[row, :, : out.n_first] for x in self._first)).resized(self.recipe.sinks)
+        out._packed = [x[row] for x in self._codec.cut(self._packed, 0, n_coded)]
+        out._tail = Exact(*(x[row, :, :n_held] for x in self._tail))
+        if n_first and self._first is not None:
+            out._first = Exact(*(x[row] for x in self._first))
+        out.n_first, out.n_coded, out.n_tail = (int(n) for n in self.counts[idx])
         return out
 
     def extract(self, idx: int) -> TurboQuantKVCache:
-        """The cache of one sequence, as if it had been alone."""
+        """The cache of one sequence, as if it had been alone.
+
+        Raises:
+            ValueError: There is no such sequence.
+        """
+        if not 0 <= idx < len(self._counts):
+            raise ValueError(f"[extract] idx: expected 0 to {len(self._counts) - 1}, got {idx}")
         out = self._view(idx)
-        out._packed = [resize_tokens(x, out.n_coded) for x in out._packed]
-        if out._tail is not None:
-            out._tail = out._tail.resized(max(out.n_tail, out._tail_room))
+        if out._codec is not None and out._tail is not None:
+            out._packed = out._codec.resized(out._packed, out.n_coded)
+            out._tail = out._tail.resized(exact_room(out._tail.n_tokens, out.offset))
+            out._first = None if out._first is None else out._first.resized(out.n_first)
         return out
 
     @classmethod
@@ -525,24 +572,21 @@ class BatchTurboQuantKVCache(Buffers):
         """A batch of single caches, which may be empty.
 
         Raises:
-            ValueError: They have different recipes, or some are not compressed.
+            ValueError: As `extend`.
         """
         for cache in caches:
             _check_compressed(cache, TurboQuantKVCache, "[merge] caches")
         batches = [_batch_of_one(cache) for cache in caches]
         merged = batches[0]
-        for other in batches[1:]:
-            if other.recipe != merged.recipe:
-                raise ValueError(f"[merge] caches: expected the recipe {merged.recipe}, got {other.recipe}")
         if len(batches) > 1:
+            _check_alike(batches, "[merge] caches")
             parts = _joined(batches)
             merged._idx = max(b._idx for b in batches)
             merged._left_padding = np.array([merged._idx - int(b._counts.sum()) for b in batches], np.int32)
             merged._skip = np.zeros(len(batches), np.int32)
-            merged._has_mean = np.concatenate([b._has_mean for b in batches])
             merged._counts = np.concatenate([b._counts for b in batches])
             if parts is not None:
-                merged._codec, merged._mean, merged._first, merged._tail, merged._packed = parts
+                merged._codec, merged._first, merged._tail, merged._packed = parts
         return merged
 
 
@@ -553,17 +597,14 @@ class _StreamColumns:
         n_tail: Tokens that each sequence has in the tail.
         width: The tail's columns.
         skip: Padding before each sequence's new tokens.
-        begin: Tokens to leave out at the start.
     """
 
-    def __init__(self, n_tail: Ints, width: int, skip: Ints, begin: Ints) -> None:
+    def __init__(self, n_tail: Ints, width: int, skip: Ints) -> None:
         self.n_tail = n_tail[:, None]
         self.jump = (width + skip - n_tail)[:, None]
-        self.begin = begin[:, None]
 
     def of(self, tokens: npt.NDArray[Any]) -> Ints:
         """The column of the token of that number; ``tokens`` is ``[B or 1, n]``."""
-        tokens = np.maximum(tokens + self.begin, 0)
         return np.where(tokens < self.n_tail, tokens, tokens + self.jump).astype(np.int32)
 
 
@@ -607,25 +648,42 @@ def put_tokens(x: mx.array, index: mx.array, new: mx.array) -> mx.array:
 
 
 def _batch_of_one(cache: TurboQuantKVCache) -> BatchTurboQuantKVCache:
-    out = BatchTurboQuantKVCache([0], cache.recipe, shared=cache.shared)
+    out = BatchTurboQuantKVCache([0], cache.recipe, balance=cache._balance, shared=cache.shared)
     if cache._codec is None or cache._tail is None:
         return out
-    batch, n_kv_heads = cache._tail.keys.shape[:2]
-    _check_rows(batch == 1, 1, batch)
+    _check_rows(cache._tail.keys.shape[0] == 1, 1, cache._tail.keys.shape[0])
     out._codec = cache._codec
-    out._counts = np.array([[cache.n_first, cache.n_coded, cache.n_tail]], np.int32)
-    out._has_mean = np.array([cache._mean is not None])
+    n_held = cache._n_leading + cache.n_tail
+    out._counts = np.array([[cache.offset - cache.n_coded - n_held, cache.n_coded, n_held]], np.int32)
     out._idx = cache.offset
-    if cache.recipe.mean:
-        out._mean = mx.zeros((1, n_kv_heads, cache._codec.head_dim)) if cache._mean is None else cache._mean[:]
-    out._packed = [x[:, :, : cache.n_coded] for x in cache._packed]
-    out._tail = cache._tail.cut(0, cache.n_tail)
-    first = cache._tail.cut(0, 0) if cache._first is None else cache._first.cut(0, cache.n_first)
-    out._first = first.resized(cache.recipe.sinks)
+    out._packed = cache._codec.cut(cache._packed, 0, cache.n_coded)
+    out._tail = cache._tail.cut(0, n_held)
+    out._first = None if cache._first is None else Exact(*(x[:] for x in cache._first))
     return out
 
 
-_Parts = tuple[Codec, mx.array | None, Exact, Exact, list[mx.array]]
+def _check_alike(caches: Sequence[BatchTurboQuantKVCache], what: str) -> None:
+    """The caches can be one batch."""
+    one = caches[0]
+    like = next((c._tail for c in caches if c._tail is not None), None)
+    for other in caches[1:]:
+        if other.recipe != one.recipe:
+            raise ValueError(f"{what}: expected the recipe {one.recipe}, got {other.recipe}")
+        a, b = one._balance, other._balance
+        if a is not b:
+            if a is None or b is None or a.shape != b.shape or not mx.array_equal(a, b).item():
+                raise ValueError(f"{what}: expected the balance of the first cache, got another")
+            other._balance = a
+    for c in caches:
+        if c._tail is None or like is None:
+            continue
+        for x, held in zip(c._tail, like, strict=True):
+            expected, got = ((y.shape[1], y.shape[3], y.dtype) for y in (held, x))
+            if expected != got:
+                raise ValueError(f"{what}: expected KV heads, head dimension and type {expected}, got {got}")
+
+
+_Parts = tuple[Codec, Exact | None, Exact, list[mx.array]]
 
 
 def _joined(caches: Sequence[BatchTurboQuantKVCache]) -> _Parts | None:
@@ -633,23 +691,20 @@ def _joined(caches: Sequence[BatchTurboQuantKVCache]) -> _Parts | None:
     model = next((c for c in caches if c._codec is not None), None)
     if model is None or model._codec is None or model._tail is None:
         return None
-    like = model._tail
-    n_coded = max(int(c._counts[:, CODED].max(initial=0)) for c in caches)
-    n_coded = (n_coded + GROWTH - 1) // GROWTH * GROWTH
-    n_tail = max(max(int(c._counts[:, TAIL].max(initial=0)), c._tail_room) for c in caches)
-    means, firsts, tails, packed = [], [], [], []
+    counts = np.concatenate([c._counts for c in caches]).max(axis=0, initial=0)
+    n_first, n_coded, n_tail = (int(n) for n in counts)
+    n_tail = exact_room(n_tail, max(int(c._counts.sum(axis=1).max(initial=0)) for c in caches))
+    firsts, tails, packed = [], [], []
     for c in caches:
-        if c._tail is None or c._first is None:
-            nothing = BatchTurboQuantKVCache([0] * len(c._counts), c.recipe)
-            nothing._open(*(mx.zeros((len(c._counts), x.shape[1], 0, x.shape[3]), x.dtype) for x in like))
+        if c._tail is None:
+            nothing = BatchTurboQuantKVCache([0] * len(c._counts), c.recipe, balance=c._balance)
+            nothing._open(*(mx.zeros((len(c._counts), x.shape[1], 0, x.shape[3]), x.dtype) for x in model._tail))
             c = nothing
-        assert c._tail is not None and c._first is not None
-        means.append(c._mean)
-        firsts.append(c._first)
+        assert c._tail is not None
+        firsts.append((c._tail.cut(0, 0) if c._first is None else c._first).resized(n_first))
         tails.append(c._tail.resized(n_tail))
-        packed.append([resize_tokens(x, n_coded) for x in c._packed])
-    mean = mx.concatenate([m for m in means if m is not None]) if model.recipe.mean else None
+        packed.append(model._codec.resized(c._packed, coded_room(n_coded)))
     first, tail = (
         Exact(mx.concatenate([p.keys for p in part]), mx.concatenate([p.values for p in part])) for part in (firsts, tails)
     )
-    return model._codec, mean, first, tail, [mx.concatenate(list(x)) for x in zip(*packed, strict=True)]
+    return model._codec, first if n_first else None, tail, [mx.concatenate(list(x)) for x in zip(*packed, strict=True)]

@@ -3,154 +3,42 @@
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import mlx.core as mx
 
-from tqext._ext import format as packed_format
-from tqext.ops import PackedKeys, PackedValues, quantize_keys, quantize_values, turboquant_attention
-from tqext.presets import ROTATIONS, Recipe
+from tqext import state as saved
+from tqext.ops import PackedKeys, PackedValues, turboquant_attention
+from tqext.presets import Recipe
+from tqext.state import STATE_MAGIC, STATE_VERSION
+from tqext.state import checksum as _checksum
+from tqext.tokens import (
+    BLOCK,
+    GROWTH,
+    Codec,
+    Exact,
+    check_balance,
+    check_tokens,
+    coded_room,
+    exact_room,
+    wait_for_readers,
+)
 
 if TYPE_CHECKING:
     from tqext.batch import BatchTurboQuantKVCache, Columns
 
-# At most so many new tokens are a decode step (or the check of a draft); more are a prompt.
-MAX_STEP_TOKENS = 8
-# The packed buffers grow by so many tokens: copying them then costs 1/256 of reading them at every step.
-GROWTH = 512
-# Tokens the key mean is taken over; with fewer than the lower number at hand, encoding waits.
-MEAN_TOKENS = (64, 256)
-# In a pipelined loop the last step's attention still holds the packed buffers, and writing to them would copy them.
-# Waiting for it is cheaper than copying this many bytes.
-WAIT_BYTES = 1 << 20
-
-STATE_MAGIC = 0x54515854
-STATE_VERSION = 1
-
-
-class Exact(NamedTuple):
-    """Keys and values as the model made them: ``[B, n_kv_heads, n_tokens, D]`` and ``[..., Dv]``."""
-
-    keys: mx.array
-    values: mx.array
-
-    @property
-    def n_tokens(self) -> int:
-        return int(self.keys.shape[2])
-
-    def cut(self, begin: int, end: int) -> Exact:
-        return Exact(self.keys[:, :, begin:end], self.values[:, :, begin:end])
-
-    def then(self, other: Exact) -> Exact:
-        return Exact(
-            mx.concatenate([self.keys, other.keys.astype(self.keys.dtype)], axis=2),
-            mx.concatenate([self.values, other.values.astype(self.values.dtype)], axis=2),
-        )
-
-    def resized(self, n_tokens: int) -> Exact:
-        """A copy with room for `n_tokens` (a slice would keep the longer array it was cut from alive)."""
-        return Exact(resize_tokens(self.keys, n_tokens), resize_tokens(self.values, n_tokens))
-
-    def write(self, begin: int, other: Exact) -> None:
-        """Store tokens from `begin` on, in place where nothing else holds the buffers."""
-        for buffer, x in zip(self, other, strict=True):
-            buffer[:, :, begin : begin + other.n_tokens] = owned(x) if other.n_tokens == self.n_tokens else x
-
-    @property
-    def nbytes(self) -> int:
-        return int(self.keys.nbytes + self.values.nbytes)
-
-
-def owned(x: mx.array) -> mx.array:
-    """A copy of ``x [B, H, T, ...]``.
-
-    A slice keeps the array that it was cut from, which may be a whole prompt, and so does a buffer that a slice is assigned to
-    as a whole: MLX then stores the slice.
-    """
-    return mx.take(x, mx.arange(x.shape[2]), axis=2)
-
-
-def resize_tokens(x: mx.array, n_tokens: int) -> mx.array:
-    """A copy of ``x [B, H, T, ...]`` cut or zero-padded to `n_tokens`."""
-    kept = min(x.shape[2], n_tokens)
-    if kept == n_tokens:
-        return owned(x[:, :, :kept])
-    out = mx.zeros((*x.shape[:2], n_tokens, *x.shape[3:]), x.dtype)
-    if kept:
-        out[:, :, :kept] = x[:, :, :kept]
-    return out
-
-
-def flush_at(recipe: Recipe, has_mean: bool) -> int:
-    """The tail's length at which its oldest tokens are encoded."""
-    least = recipe.tail + recipe.flush
-    return max(least, MEAN_TOKENS[0]) if recipe.mean and not has_mean else least
-
-
-def crosses_block(n_new: Any, n_tail: Any, least: Any) -> Any:
-    """Whether a few tokens (numbers, or arrays of them) would have a block encoded between them if they came one by one."""
-    return (n_new > 1) & (n_new <= MAX_STEP_TOKENS) & (n_tail + n_new > least)
-
-
-def n_for_mean(n_tokens: int) -> int:
-    """Tokens to take the mean of, of so many at hand. In whole steps: a few more from a draft change nothing."""
-    least, most = MEAN_TOKENS
-    return min(n_tokens // least * least, most)
-
-
-def wait_for_readers(buffers: Sequence[mx.array]) -> None:
-    """Wait for a step in flight before its buffers are written to, where that is cheaper than the copy it would cost."""
-    if sum(x.nbytes for x in buffers) > WAIT_BYTES:
-        mx.synchronize()
-
-
-class Codec:
-    """The packed form of a recipe as a flat list of arrays, token axis at -2."""
-
-    __slots__ = ("head_dim", "recipe", "value_dim")
-
-    def __init__(self, recipe: Recipe, head_dim: int, value_dim: int):
-        self.recipe = recipe
-        self.head_dim = head_dim
-        self.value_dim = value_dim
-
-    @property
-    def n_key_parts(self) -> int:
-        return 4 if self.recipe.qjl else 2
-
-    def encode(self, tokens: Exact, mean: mx.array | None) -> list[mx.array]:
-        """Packed arrays of exact tokens: codes, norms(, signs, residual norms) of keys; codes, params of values."""
-        r = self.recipe
-        k = quantize_keys(tokens.keys, bits=r.key_bits, mean=mean, qjl=r.qjl, rotation=r.rotation)
-        v = quantize_values(tokens.values, bits=r.value_bits, rotation=r.rotation)
-        residual = [] if k.signs is None or k.residual_norms is None else [k.signs, k.residual_norms]
-        return [k.codes, k.norms, *residual, v.codes, v.params]
-
-    def pack(self, parts: Sequence[mx.array], mean: mx.array | None) -> tuple[PackedKeys, PackedValues]:
-        """The objects that attention takes."""
-        r, n = self.recipe, self.n_key_parts
-        signs, residual_norms = (parts[2], parts[3]) if r.qjl else (None, None)
-        keys = PackedKeys(
-            codes=parts[0],
-            norms=parts[1],
-            mean=mean,
-            signs=signs,
-            residual_norms=residual_norms,
-            bits=r.key_bits,
-            head_dim=self.head_dim,
-            rotation=r.rotation,
-        )
-        values = PackedValues(
-            codes=parts[n], params=parts[n + 1], bits=r.value_bits, head_dim=self.value_dim, rotation=r.rotation
-        )
-        return keys, values
-
-    def empty(self, batch: int, n_kv_heads: int) -> list[mx.array]:
-        """Packed arrays of no tokens."""
-        no_keys = mx.zeros((batch, n_kv_heads, 0, self.head_dim))
-        no_values = mx.zeros((batch, n_kv_heads, 0, self.value_dim))
-        return self.encode(Exact(no_keys, no_values), None)
+__all__ = [
+    "BLOCK",
+    "GROWTH",
+    "STATE_MAGIC",
+    "STATE_VERSION",
+    "Exact",
+    "Snapshot",
+    "TurboQuantKVCache",
+    "_checksum",
+]
 
 
 class Snapshot:
@@ -164,7 +52,7 @@ class Snapshot:
         tail: The exact last tokens; the step's own tokens are its last ones.
         shape: ``(B, n_kv_heads, n_tokens, D)``, as the keys would have it.
         columns: None, or how a batch's mask columns and lengths are told (`tqext.batch.Columns`).
-        earlier: What the step's earlier tokens attend to, where a block was encoded in between.
+        earlier: What the step's earlier tokens attend to, where a block is encoded in between.
         alone: Sequences of a batch for which a block is encoded within the step, and what their tokens attend to.
     """
 
@@ -277,33 +165,48 @@ def create_mask(n_new: int, offset: int, return_array: bool = False, window_size
 
 
 class Buffers:
-    """What the caches of one sequence and of a batch keep."""
+    """What the caches of one sequence and of a batch keep.
+
+    Until the first block is encoded all tokens are in the buffer of recent tokens, the first ones as well; then the first ones
+    get their own.
+    """
 
     recipe: Recipe
+    _balance: mx.array | None
     _codec: Codec | None
-    _mean: mx.array | None
     _packed: list[mx.array]
+    _now: tuple[PackedKeys, PackedValues] | None  # of the coded tokens; None after they changed
     _first: Exact | None
     _tail: Exact | None
 
     def _open(self, keys: mx.array, values: mx.array) -> None:
         """Make room for tokens like these."""
-        self._codec = Codec(self.recipe, keys.shape[-1], values.shape[-1])
+        if self._balance is not None:
+            expected = (keys.shape[1], keys.shape[3])
+            if self._balance.shape != expected:
+                raise ValueError(f"[update_and_fetch] keys: expected {self._balance.shape} as the balance has, got {expected}")
+        self._codec = Codec(self.recipe, keys.shape[3], values.shape[3], self._balance)
         self._packed = self._codec.empty(*keys.shape[:2])
-        nothing = Exact(keys[:, :, :0], values[:, :, :0])
-        self._tail = nothing.resized(self._tail_room)
-        self._first = nothing.resized(self.recipe.sinks)
+        self._now = None
+        self._tail = Exact(*(mx.zeros((*x.shape[:2], 0, x.shape[3]), x.dtype) for x in (keys, values)))
+
+    def _coded(self, n_coded: int) -> tuple[PackedKeys, PackedValues]:
+        """The coded tokens as attention takes them: the same objects until the next block."""
+        if self._now is None:
+            assert self._codec is not None
+            self._now = self._codec.pack(self._codec.cut(self._packed, 0, n_coded))
+        return self._now
 
     @property
-    def _tail_room(self) -> int:
-        raise NotImplementedError
+    def balance(self) -> mx.array | None:
+        """float32 ``[n_kv_heads, head_dim]``, or None: what the keys are multiplied with before they are coded."""
+        return self._balance
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all buffers, room for growth included."""
+        """Bytes of all buffers, room for growth included; the balance is the model's."""
         exact = sum(part.nbytes for part in (self._first, self._tail) if part is not None)
-        mean = 0 if self._mean is None else self._mean.nbytes
-        return int(exact + mean + sum(x.nbytes for x in self._packed))
+        return int(exact + sum(x.nbytes for x in self._packed))
 
     @property
     def keys(self) -> mx.array | None:
@@ -334,6 +237,15 @@ class Buffers:
     def is_trimmable(self) -> bool:
         return True
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A copy that shares the balance, which never changes."""
+        out = copy.copy(self)
+        memo[id(self)] = out
+        if self._balance is not None:
+            memo[id(self._balance)] = self._balance
+        vars(out).update(copy.deepcopy(vars(self), memo))
+        return out
+
 
 class TurboQuantKVCache(Buffers):
     """The cache of one layer: first tokens exact, then codes, then the recent tokens exact.
@@ -342,22 +254,28 @@ class TurboQuantKVCache(Buffers):
     attention over it is ``snapshot.attend``, which `tqext.install` routes ``mx.fast.scaled_dot_product_attention`` to.
 
     Args:
-        recipe: What to store. Default: 3-bit keys, 2-bit values, the last 32 and the first 4 tokens exact.
+        recipe: What to store. Default: that of `tq3`.
+        balance: float32 ``[n_kv_heads, head_dim]``, positive, from `tqext.calibrate`; None for a model that is not calibrated.
         shared: Other layers attend to these tokens too (`keys_and_values`), and find what this layer found.
+
+    Attributes:
+        n_first: First tokens, exact. ``n_coded``: coded tokens, whole blocks. ``n_tail``: recent tokens, exact.
     """
 
-    def __init__(self, recipe: Recipe | None = None, *, shared: bool = False) -> None:
+    def __init__(self, recipe: Recipe | None = None, *, balance: mx.array | None = None, shared: bool = False) -> None:
         self.recipe = recipe or Recipe()
+        self._balance = check_balance(balance, self.recipe)
         self.shared = shared
         self._clear()
 
     def _clear(self) -> None:
         self._codec: Codec | None = None
-        self._mean: mx.array | None = None
         self._packed: list[mx.array] = []
+        self._now: tuple[PackedKeys, PackedValues] | None = None
         self._first: Exact | None = None
         self._tail: Exact | None = None
         self._last: Snapshot | None = None
+        self._summed: tuple[int, mx.array] | None = None  # coded tokens in the checksum so far, and their part of it
         self.n_first = 0
         self.n_coded = 0
         self.n_tail = 0
@@ -367,12 +285,17 @@ class TurboQuantKVCache(Buffers):
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Snapshot, Snapshot]:
         """Append tokens and return what the step attends to.
 
+        Up to 64 tokens find what they would find if they came one by one. More are a prompt, and find each other exact.
+
         Args:
             keys: ``[B, n_kv_heads, L, D]``, any float type.
             values: ``[B, n_kv_heads, L, Dv]``.
 
         Returns:
             The same snapshot twice. The L tokens themselves are exact in it.
+
+        Raises:
+            ValueError: Keys and values that do not fit each other or the tokens that are stored; nothing is changed then.
         """
         before = dict(vars(self))
         try:
@@ -382,6 +305,7 @@ class TurboQuantKVCache(Buffers):
             raise
 
     def _update(self, keys: mx.array, values: mx.array) -> tuple[Snapshot, Snapshot]:
+        check_tokens(keys, values, self._tail)
         self._last = None
         if self._codec is None:
             self._open(keys, values)
@@ -389,118 +313,110 @@ class TurboQuantKVCache(Buffers):
         # step before no longer holds the packed buffers.
         self._flush()
         tokens = Exact(keys, values)
-        # The first tokens of all are a prompt, however short.
-        if self.offset > 0 and crosses_block(tokens.n_tokens, self.n_tail, self._flush_at):
-            snapshot = self._draft_snapshot(tokens)
-            self._append(tokens)
+        self._append(tokens)
+        if tokens.n_tokens <= BLOCK:
+            snapshot = self._step_snapshot()
         else:
-            self._append(tokens)
             snapshot = self._snapshot()
-        self._keep_first()
-        if tokens.n_tokens > MAX_STEP_TOKENS:
             self._flush()  # at once: no layer keeps its prompt uncompressed while the next one runs
         self._last = snapshot if self.shared else None
         return snapshot, snapshot
 
-    def _draft_snapshot(self, tokens: Exact) -> Snapshot:
-        """What each of a few tokens would attend to if they came one by one, some of them after a block is encoded.
-
-        Checking a draft then gives the answer that decoding without one gives. Nothing is encoded for good: the draft may be
-        wrong, and then its tokens are trimmed.
-        """
-        fork = copy.copy(self)
-        fork._packed = [x[:] for x in self._packed]
-        fork._first = None if self._first is None else Exact(*(x[:] for x in self._first))
-        fork._tail = None if self._tail is None else Exact(*(x[:] for x in self._tail))
-        parts: list[Snapshot] = []
-        begin = 0
-        while begin < tokens.n_tokens:
-            fork._flush()
-            end = min(tokens.n_tokens, begin + max(1, fork._flush_at - fork.n_tail))
-            fork._append(tokens.cut(begin, end))
-            parts.append(fork._snapshot())
-            fork._keep_first()
-            begin = end
-        parts[-1].earlier = tuple(parts[:-1])
-        return parts[-1]
-
     @property
-    def _tail_room(self) -> int:
-        return self._flush_at + MAX_STEP_TOKENS
+    def _n_leading(self) -> int:
+        """First tokens that are in the buffer of recent tokens."""
+        return self.n_first if self._first is None else 0
 
     @property
     def _flush_at(self) -> int:
-        return flush_at(self.recipe, self._mean is not None)
+        """Recent tokens of which the oldest are encoded before the next token comes."""
+        return self.recipe.tail + BLOCK
 
     def _append(self, tokens: Exact) -> None:
         assert self._tail is not None
-        end = self.n_tail + tokens.n_tokens
-        if end <= self._tail.n_tokens:
-            self._tail.write(self.n_tail, tokens)
+        held = self._n_leading + self.n_tail
+        end = held + tokens.n_tokens
+        n_tokens = self.offset + tokens.n_tokens
+        if tokens.n_tokens > BLOCK:
+            self._tail = self._tail.cut(0, held).then(tokens)
         else:
-            self._tail = self._tail.cut(0, self.n_tail).then(tokens)
-        self.n_tail = end
+            if end > self._tail.n_tokens:
+                self._tail = self._tail.cut(0, held).resized(exact_room(end, n_tokens))
+            self._tail.write(held, tokens)
+        n_first = self.n_first if self.n_coded else min(self.recipe.first, n_tokens)
+        vars(self).update(n_first=n_first, n_tail=n_tokens - n_first - self.n_coded)
+
+    def _flush(self) -> None:
+        """Encode the oldest recent tokens, in whole blocks, down to `tail` and a part of a block."""
+        if self.n_tail < self._flush_at:
+            return
+        assert self._tail is not None and self._codec is not None
+        leading = self._n_leading
+        n = (self.n_tail - self.recipe.tail) // BLOCK * BLOCK
+        begin, end = leading + n, leading + self.n_tail
+        self._write_packed(self._codec.encode(self._tail.cut(leading, begin)), n)
+        first = self._tail.cut(0, leading).resized(leading) if leading else self._first
+        tail = self._tail.cut(begin, end).resized(exact_room(end - begin, self.offset))
+        vars(self).update(n_coded=self.n_coded + n, n_tail=self.n_tail - n, _first=first, _tail=tail)
+
+    def _write_packed(self, parts: Sequence[mx.array], n: int) -> None:
+        """Put the codes of n tokens behind those that are counted."""
+        assert self._codec is not None
+        end = self.n_coded + n
+        self._now = None  # a view that is kept would have the buffer copied
+        if end > self._packed[0].shape[2]:
+            self._packed = self._codec.resized(self._codec.cut(self._packed, 0, self.n_coded), coded_room(end))
+        else:
+            wait_for_readers(self._packed)
+        for buffer, new, per in zip(self._packed, parts, self._codec.per_row, strict=True):
+            buffer[:, :, self.n_coded // per : end // per] = new
 
     def overwrite(self, *, attended: bool) -> None:
         """Flip bits of every code, or (`attended` False) fill the room that no token owns: for tests of what is read."""
         garbage = 0x5A5A5A5A
-        n = self.n_coded
+        self._now = None
         for i, x in enumerate(self._packed):
             if attended:
                 self._packed[i] = x ^ garbage if x.dtype == mx.uint32 else x
             else:
+                assert self._codec is not None
+                n = self.n_coded // self._codec.per_row[i]
                 filler = mx.full(
                     (*x.shape[:2], x.shape[2] - n + 1, x.shape[3]), garbage if x.dtype == mx.uint32 else 1e4, x.dtype
                 )
                 self._packed[i] = mx.concatenate([x[:, :, :n], filler], axis=2)
         if not attended and self._tail is not None:
             poison = Exact(*(mx.full((*x.shape[:2], 8, x.shape[3]), 1e4, x.dtype) for x in self._tail))
-            self._tail = self._tail.cut(0, self.n_tail).then(poison)
-
-    def _keep_first(self) -> None:
-        """Move the first tokens ever from the tail to their place."""
-        missing = self.recipe.sinks - self.n_first
-        if missing <= 0 or self.n_coded or self._tail is None or self._first is None:
-            return
-        n = min(missing, self.n_tail)
-        self._first.write(self.n_first, self._tail.cut(0, n))
-        self.n_first += n
-        self._drop_from_tail(n)
-
-    def _drop_from_tail(self, n: int) -> None:
-        assert self._tail is not None
-        self.n_tail -= n
-        self._tail = self._tail.cut(n, n + self.n_tail).resized(max(self.n_tail, self._tail_room))
-
-    def _flush(self) -> None:
-        """Encode the tail's oldest tokens, in whole blocks, down to `tail` and a part of a block."""
-        if self.n_tail < self._flush_at or self._tail is None or self._codec is None:
-            return
-        if self.recipe.mean and self._mean is None:
-            n = n_for_mean(self.n_tail)
-            self._mean = self._tail.keys[:, :, :n].astype(mx.float32).sum(axis=2) / n
-        n = (self.n_tail - self.recipe.tail) // self.recipe.flush * self.recipe.flush
-        self._append_packed(self._codec.encode(self._tail.cut(0, n), self._mean), n)
-        self._drop_from_tail(n)
-
-    def _append_packed(self, parts: Sequence[mx.array], n: int) -> None:
-        end = self.n_coded + n
-        if end > self._packed[0].shape[2]:
-            room = (end + GROWTH - 1) // GROWTH * GROWTH
-            self._packed = [resize_tokens(x[:, :, : self.n_coded], room) for x in self._packed]
-        else:
-            wait_for_readers(self._packed)
-        for buffer, new in zip(self._packed, parts, strict=True):
-            buffer[:, :, self.n_coded : end] = new
-        self.n_coded = end
+            self._tail = self._tail.cut(0, self._n_leading + self.n_tail).then(poison)
 
     # Reading
 
     def _snapshot(self) -> Snapshot:
-        assert self._codec is not None and self._tail is not None
-        packed = self._codec.pack([x[:, :, : self.n_coded] for x in self._packed], self._mean)
-        first = self._first.cut(0, self.n_first) if self._first is not None and self.n_first else None
-        return Snapshot(packed, first, self._tail.cut(0, self.n_tail), self.offset)
+        assert self._tail is not None
+        tail = self._tail.cut(0, self._n_leading + self.n_tail)
+        return Snapshot(self._coded(self.n_coded), self._first, tail, self.offset)
+
+    def _step_snapshot(self) -> Snapshot:
+        """What each of the last few tokens attends to, as if they had come one by one.
+
+        A block that is due between them is encoded, but not for good: they may be a draft that is wrong, and then they are
+        trimmed. It is written behind the tokens that are counted.
+        """
+        n_tail, due = self.n_tail, self._flush_at
+        if n_tail <= due:
+            return self._snapshot()
+        assert self._tail is not None and self._codec is not None
+        leading = self._n_leading
+        self._write_packed(self._codec.encode(self._tail.cut(leading, leading + BLOCK)), BLOCK)
+        # Only now: a view of what was there before would have the buffers copied.
+        before = self._coded(self.n_coded)
+        after = self._codec.pack(self._codec.cut(self._packed, 0, self.n_coded + BLOCK))
+        n_before = self.offset - n_tail + due
+        earlier = Snapshot(before, self._first, self._tail.cut(0, leading + due), n_before)
+        first = self._tail.cut(0, leading) if leading else self._first
+        snapshot = Snapshot(after, first, self._tail.cut(leading + BLOCK, leading + n_tail), self.offset)
+        snapshot.earlier = (earlier,)
+        return snapshot
 
     def keys_and_values(self) -> tuple[Snapshot, Snapshot]:
         """The snapshot of the last step, twice, for layers that share another layer's tokens.
@@ -546,68 +462,139 @@ class TurboQuantKVCache(Buffers):
     # Trimming
 
     def trim(self, n: int) -> int:
-        """Forget the last n tokens; returns how many were there to forget."""
+        """Forget the last n tokens; returns how many were there to forget.
+
+        What is left of a block that is cut becomes exact tokens again, at most 63: as the codes had them.
+
+        Raises:
+            ValueError: n is negative.
+        """
+        n = min(trim_count(n), self.offset)
         self._last = None
-        n = min(n, self.offset)
-        from_tail = min(n, self.n_tail)
-        from_coded = min(n - from_tail, self.n_coded)
-        self.n_tail -= from_tail
-        self.n_coded -= from_coded
-        self.n_first -= n - from_tail - from_coded
-        if from_coded and self.n_coded == 0:
-            self._mean = None  # the mean belongs to codes that are gone
+        left = self.offset - n
+        if left == 0:
+            self._clear()
+        elif self.n_coded == 0 or n <= self.n_tail:
+            n_first = self.n_first if self.n_coded else min(self.n_first, left)
+            vars(self).update(n_first=n_first, n_tail=left - n_first - self.n_coded)
+            self._shrink_tail()
+        else:
+            self._trim_coded(left)
         return n
+
+    def _shrink_tail(self) -> None:
+        assert self._tail is not None
+        room = exact_room(self._n_leading + self.n_tail, self.offset)
+        if self._tail.n_tokens > 2 * room + BLOCK:
+            self._tail = self._tail.resized(room)
+
+    def _trim_coded(self, left: int) -> None:
+        """Keep the first `left` tokens, of which the last is a coded or a first one."""
+        assert self._codec is not None and self._tail is not None
+        n_first = min(self.n_first, left)
+        n_coded = (left - n_first) // BLOCK * BLOCK
+        n_tail = left - n_first - n_coded
+        first, tail, packed = self._first, self._tail.cut(0, 0), self._packed
+        if n_coded == 0 and first is not None:
+            tail, first = first.cut(0, n_first), None
+        if n_tail:
+            tail = tail.then(self._codec.decode(packed, n_coded, n_coded + n_tail, *(x.dtype for x in tail)))
+        tail = tail.resized(exact_room(tail.n_tokens, left))
+        room = coded_room(n_coded)
+        if packed[0].shape[2] > 2 * room:
+            packed = self._codec.resized(self._codec.cut(packed, 0, n_coded), room)
+        counts = {"n_first": n_first, "n_coded": n_coded, "n_tail": n_tail}
+        vars(self).update(counts, _first=first, _tail=tail, _packed=packed, _now=None, _summed=None)
 
     # State
 
     @property
     def state(self) -> list[mx.array]:
-        """Arrays that hold everything: the header, mean, first tokens, tail, and the packed arrays.
+        """Arrays that hold everything: the header, the coded, first and recent tokens if any, the balance if any.
 
         The header ends in a checksum of itself and the arrays, so that a damaged file is no other cache.
         """
         self._last = None  # mlx-lm evaluates the state when a step is over
-        arrays = self._arrays()
-        sizes = (self._codec.head_dim, self._codec.value_dim, arrays[0].shape[0]) if self._codec is not None else (0, 0, 0)
-        return [_with_checksum(self._header(*sizes), arrays), *arrays]
+        numbers = self._header().numbers()
+        total = saved.checksum(numbers, [])
+        coded, exact = self._coded_arrays(), self._exact_arrays()
+        if coded:
+            total = total + self._coded_sum()
+        for i, x in enumerate(exact):
+            total = total + saved.sum_of([x], first=1 + len(coded) + i)
+        return [saved.header_array(numbers, total), *coded, *exact]
 
     @state.setter
     def state(self, arrays: Sequence[mx.array]) -> None:
-        header = _read_header(arrays)
+        header = saved.read_header(arrays)
+        codec = Codec(header.recipe, header.head_dim, header.value_dim)
+        saved.check_arrays(arrays[1:], header, codec)
+        saved.check_checksum(arrays)
         self.recipe = header.recipe
+        self._balance = None
         self._clear()
-        if len(arrays) == 1:
-            _check_state(sum(header.counts) == 0, "no tokens without arrays", header.counts)
-            _check_checksum(arrays)
+        rest = list(arrays[1:])
+        if header.has_balance:
+            self._balance = rest.pop()
+            good = mx.isfinite(self._balance).all() & (self._balance > 0).all()
+            saved.check(bool(good.item()), "a balance of positive numbers", "others")
+        if sum(header.counts) == 0:
             return
-        codec = Codec(self.recipe, header.head_dim, header.value_dim)
-        _check_arrays(arrays, header, codec)
-        _check_checksum(arrays)
-        self._codec = codec
-        mean, first_keys, first_values, tail_keys, tail_values, *packed = arrays[1:]
+        self._codec = Codec(header.recipe, header.head_dim, header.value_dim, self._balance)
+        rows = (header.batch, header.n_kv_heads)
+        n_parts = len(self._codec.per_row) if header.counts[1] else 0
+        self._packed = rest[:n_parts] if n_parts else self._codec.empty(*rows)
+        given = iter(rest[n_parts:])
+        dims = (header.head_dim, header.value_dim)
+
+        def exact(n: int) -> Exact:
+            if n:
+                return Exact(next(given), next(given))
+            return Exact(*(mx.zeros((*rows, 0, dim), dtype) for dim, dtype in zip(dims, header.dtypes, strict=True)))
+
+        first, tail = (exact(n) for n in header.n_exact)
+        self._first = first if first.n_tokens else None
+        self._tail = tail
         self.n_first, self.n_coded, self.n_tail = header.counts
-        self._mean = mean if mean.size else None
-        self._packed = list(packed)
-        self._tail = Exact(tail_keys, tail_values).resized(max(self.n_tail, self._tail_room))
-        if self.recipe.sinks:
-            self._first = Exact(first_keys, first_values).resized(self.recipe.sinks)
+
+    def _coded_sum(self) -> mx.array:
+        """The coded tokens' part of the checksum; only that of blocks that are new is computed."""
+        assert self._codec is not None
+        n, total = self._summed or (0, mx.zeros(1, mx.uint32))
+        if n < self.n_coded:
+            begin = [n // per for per in self._codec.per_row]
+            total = total + saved.sum_of(self._codec.cut(self._packed, n, self.n_coded), begin)
+        self._summed = (self.n_coded, total)
+        return total
+
+    def _coded_arrays(self) -> list[mx.array]:
+        return self._codec.cut(self._packed, 0, self.n_coded) if self._codec is not None and self.n_coded else []
+
+    def _exact_arrays(self) -> list[mx.array]:
+        """The exact tokens without room for growth, and the balance."""
+        out: list[mx.array] = []
+        if self._first is not None:
+            out += self._first
+        if self._tail is not None and self._n_leading + self.n_tail:
+            out += self._tail.cut(0, self._n_leading + self.n_tail)
+        return out if self._balance is None else [*out, self._balance]
 
     def _arrays(self) -> list[mx.array]:
-        """The tokens without room for growth: mean, first tokens, tail, packed arrays; nothing if none was ever stored."""
-        if self._tail is None:
-            return []
-        tail = self._tail.cut(0, self.n_tail)
-        first = tail.cut(0, 0) if self._first is None else self._first.cut(0, self.n_first)
-        mean = mx.zeros((*tail.keys.shape[:2], 0)) if self._mean is None else self._mean
-        return [mean, *first, *tail, *(x[:, :, : self.n_coded] for x in self._packed)]
+        """The tokens without room for growth."""
+        exact = self._exact_arrays()
+        return [*self._coded_arrays(), *(exact if self._balance is None else exact[:-1])]
 
-    def _header(self, head_dim: int, value_dim: int, batch: int) -> list[int]:
-        r = self.recipe
-        rotation = ROTATIONS.index(r.rotation)
-        recipe = [r.key_bits, r.value_bits, int(r.qjl), rotation, int(r.mean), r.tail, r.sinks, r.flush]
-        counts = [self.n_first, self.n_coded, self.n_tail]
-        head = [STATE_MAGIC, STATE_VERSION, packed_format.VERSION]
-        return [*head, *recipe, head_dim, value_dim, batch, *counts]
+    def _header(self) -> saved.Header:
+        sizes: tuple[int, int, int, int] = (0, 0, 0, 0)
+        dtypes = (mx.float32, mx.float32)
+        if self._codec is not None and self._tail is not None:
+            batch, n_kv_heads = self._tail.keys.shape[:2]
+            sizes = (self._codec.head_dim, self._codec.value_dim, batch, n_kv_heads)
+            dtypes = (self._tail.keys.dtype, self._tail.values.dtype)
+        elif self._balance is not None:
+            sizes = (self._balance.shape[1], 0, 0, self._balance.shape[0])
+        counts = (self.n_first, self.n_coded, self.n_tail)
+        return saved.Header(self.recipe, *sizes, dtypes, counts, self._balance is not None)
 
     @property
     def meta_state(self) -> str:
@@ -623,7 +610,7 @@ class TurboQuantKVCache(Buffers):
         """A cache from the arrays of `state`.
 
         Raises:
-            ValueError: The arrays are not a cache's, are incomplete, or of another format version.
+            ValueError: The arrays are not a cache's, are incomplete, or of another state or format version.
         """
         cache = cls()
         cache.state = state
@@ -639,78 +626,9 @@ class TurboQuantKVCache(Buffers):
         return BatchTurboQuantKVCache.merge(caches)
 
 
-class _Header(NamedTuple):
-    recipe: Recipe
-    head_dim: int
-    value_dim: int
-    batch: int
-    counts: tuple[int, int, int]
-
-
-_HEADER_INTS = 18  # with the checksum
-
-
-def _check_state(ok: bool, expected: str, got: object) -> None:
-    if not ok:
-        raise ValueError(f"[TurboQuantKVCache] state: expected {expected}, got {got}")
-
-
-def _read_header(arrays: Any) -> _Header:
-    _check_state(isinstance(arrays, (list, tuple)) and len(arrays) > 0, "a list of arrays", type(arrays).__name__)
-    for x in arrays:
-        _check_state(isinstance(x, mx.array), "a list of arrays", f"one with {type(x).__name__} in it")
-    first = arrays[0]
-    _check_state(first.dtype == mx.int32 and first.ndim == 1, "an int32 header first", f"{first.shape} of {first.dtype}")
-    ints: Any = first.tolist()
-    _check_state(len(ints) >= 3 and ints[0] == STATE_MAGIC, "a tqext cache", "arrays of something else")
-    versions = (STATE_VERSION, packed_format.VERSION)
-    _check_state((ints[1], ints[2]) == versions, f"state and format versions {versions}", (ints[1], ints[2]))
-    _check_state(len(ints) == _HEADER_INTS, f"a header of {_HEADER_INTS} numbers", len(ints))
-    key_bits, value_bits, qjl, rotation, mean, tail, sinks, flush, head_dim, value_dim, batch, *counts = ints[3:-1]
-    _check_state(rotation in range(len(ROTATIONS)), "a known rotation", rotation)
-    _check_state(min(counts) >= 0, "counts of tokens", counts)
-    _check_state(min(head_dim, value_dim, batch) >= 0, "sizes of at least 0", (head_dim, value_dim, batch))
-    recipe = Recipe(key_bits, value_bits, bool(qjl), ROTATIONS[rotation], bool(mean), tail, sinks, flush)
-    return _Header(recipe, head_dim, value_dim, batch, (counts[0], counts[1], counts[2]))
-
-
-def _checksum(header: Sequence[int], arrays: Sequence[mx.array]) -> mx.array:
-    """uint32 ``[1]``: all words, each array's and each number's times another odd number, modulo 2**32."""
-    total = mx.array([sum((2 * i + 1) * n for i, n in enumerate(header)) % 2**32], mx.uint32)
-    for i, x in enumerate(arrays):
-        words = x.view(mx.uint32 if x.dtype.size == 4 else mx.uint16)
-        total = total + words.astype(mx.uint32).sum() * mx.array(2 * i + 1, mx.uint32)
-    return total
-
-
-def _with_checksum(header: Sequence[int], arrays: Sequence[mx.array]) -> mx.array:
-    return mx.concatenate([mx.array(list(header), mx.int32), _checksum(header, arrays).view(mx.int32)])
-
-
-def _check_checksum(arrays: Sequence[mx.array]) -> None:
-    numbers: Any = arrays[0].tolist()
-    *header, stored = numbers
-    found = _checksum(header, arrays[1:]).view(mx.int32).item()
-    _check_state(found == stored, f"arrays with the checksum {stored} (the file is damaged)", found)
-
-
-def _check_arrays(arrays: Sequence[mx.array], header: _Header, codec: Codec) -> None:
-    """Every array has the shape and type that the header implies."""
-    n_arrays = 6 + codec.n_key_parts + 2
-    _check_state(len(arrays) == n_arrays, f"{n_arrays} arrays", len(arrays))
-    tail_keys = arrays[4]
-    _check_state(tail_keys.ndim == 4, "tail keys with 4 axes", tail_keys.shape)
-    n_kv_heads, dtype = tail_keys.shape[1], tail_keys.dtype
-    _check_state(dtype in (mx.float32, mx.float16, mx.bfloat16), "tail keys of a float type", dtype)
-    n_first, n_coded, n_tail = header.counts
-    rows = (header.batch, n_kv_heads)
-    mean_dim = header.head_dim if header.recipe.mean and n_coded else 0
-    dims = (header.head_dim, header.value_dim)
-    expected: list[tuple[int, ...]] = [(*rows, mean_dim)]
-    expected += [(*rows, n, dim) for n in (n_first, n_tail) for dim in dims]
-    dtypes = [mx.float32] + [dtype] * 4
-    for template in codec.empty(*rows):
-        expected.append((*rows, n_coded, template.shape[-1]))
-        dtypes.append(template.dtype)
-    for x, shape, kind in zip(arrays[1:], expected, dtypes, strict=True):
-        _check_state(x.shape == shape and x.dtype == kind, f"{shape} of {kind}", f"{x.shape} of {x.dtype}")
+def trim_count(n: Any) -> int:
+    """A number of tokens to forget."""
+    n = operator.index(n)
+    if n < 0:
+        raise ValueError(f"[trim] n: expected at least 0, got {n}")
+    return n

@@ -15,10 +15,11 @@ import mlx_lm.models.cache as mlx_lm_cache
 from mlx import nn
 
 from tqext import hooks
+from tqext._ext import format as packed_format
 from tqext.batch import BatchTurboQuantKVCache
 from tqext.calibration import Calibration, LayerCalibration, ObservedTokens, calibrate_layers, ladder
 from tqext.cache import Exact, Snapshot, TurboQuantKVCache
-from tqext.presets import BLOCK, DEFAULT_PRESET, Policy, Recipe, get_policy
+from tqext.presets import DEFAULT_PRESET, Policy, Recipe, get_policy
 
 MAX_HEAD_DIM = 512
 UPGRADE_CHUNK = 2048
@@ -351,7 +352,7 @@ class Report:
             r = layer.recipe
             how = f"{layer.cache} stays: {layer.reason}"
             if r is not None:
-                bits = f"K{r.key_bits}{'+1' if r.qjl else ''} V{r.value_bits}"
+                bits = f"K{r.key_bits}{'+1' if r.qjl else ''} V{r.value_bits}{' Lloyd' if r.value_coding == 'lloyd' else ''}"
                 dims = f"{layer.n_kv_heads} heads of {layer.head_dim}/{layer.value_dim}"
                 how = f"{bits}, tail {r.tail}, first {r.first}, {dims}, {layer.bytes_per_token} bytes per token"
                 how += "".join(f", {x}" for x in (layer.calibration, layer.note) if x)
@@ -662,8 +663,8 @@ def verify(model: Any, preset: str | Policy = DEFAULT_PRESET, *, n_tokens: int |
 
 def _n_to_verify(recipe: Recipe) -> int:
     """The length of a prompt of which at least `VERIFY_CODED` tokens are encoded, and no fewer than stay in the tail."""
-    n_blocks = -(-max(VERIFY_CODED, recipe.tail) // BLOCK)
-    return recipe.first + recipe.tail + n_blocks * BLOCK
+    n_blocks = -(-max(VERIFY_CODED, recipe.tail) // packed_format.BLOCK)
+    return recipe.first + recipe.tail + n_blocks * packed_format.BLOCK
 
 
 def _same(a: mx.array, b: mx.array, *, fp32: float, half: float) -> bool:

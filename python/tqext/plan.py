@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
+from tqext._ext import format as packed_format
 from tqext.presets import PRESETS, Policy, get_policy
 
 UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
@@ -58,7 +59,7 @@ def plan(model: Any, preset: str | Policy | None) -> Plan:
         plain = layer.n_kv_heads * (layer.head_dim + layer.value_dim) * layer.dtype_size
         if preset is not None and layer.recipe is not None:
             grows += layer.bytes_per_token
-            fixed += plain * (layer.recipe.sinks + layer.recipe.tail + layer.recipe.flush)
+            fixed += plain * (layer.recipe.first + layer.recipe.tail + packed_format.BLOCK - 1)
         elif layer.cache == "KVCache":
             grows += plain
     weights = tree_reduce(lambda n, x: n + x.nbytes, model.parameters(), 0)

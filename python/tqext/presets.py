@@ -6,13 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+from tqext._ext import format as packed_format
+
 ROTATIONS = ("hadamard", "orthogonal")
-# Codings of values, and the bits that each has. The order is that of saved states.
-VALUE_CODINGS = {"groups": (2, 4), "lloyd": (2, 3, 4)}
-# Coded tokens that share a mean; they are coded together. tqext.format.BLOCK, without loading the extension.
-BLOCK = 64
-# Room for exact tokens is set aside at once: a number from a damaged file must not ask for more than a machine has.
+VALUE_BITS = {"groups": (2, 4), "lloyd": (2, 3, 4)}
+# The most exact tokens that a recipe may ask for, also one from a damaged file.
 MAX_EXACT_TOKENS = 1 << 20
+# Exact tokens of the recipes that do not say otherwise.
+DEFAULT_TAIL = 64
+DEFAULT_FIRST = 64
 
 
 def _padded(head_dim: int) -> int:
@@ -24,25 +26,24 @@ def _check(ok: bool, argument: str, expected: str, got: object) -> None:
         raise ValueError(f"[policy] {argument}: expected {expected}, got {got}")
 
 
-# Exact tokens of a recipe: decided by KL on four models (docs/quality.md).
-DEFAULT_TAIL = 64
-DEFAULT_FIRST = 64
-
-
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """How one layer stores its tokens: the first ones exact, then coded blocks of 64, then the recent ones exact.
+    """How one layer stores its tokens.
+
+    Tokens are coded in blocks of 64 (``format.BLOCK``), oldest first: when `tail` + 64 recent tokens are held, the oldest 64
+    of them become a block. So `tail` to `tail` + 63 recent tokens are exact between two steps of decoding.
 
     Attributes:
         key_bits: Bits of a key code: 2, 3 or 4.
-        value_bits: Bits of a value code: 2 or 4 as groups, 2, 3 or 4 as lloyd.
-        value_coding: ``"groups"`` (scale and bias per 32) or ``"lloyd"`` (the keys' codebook and one norm).
+        value_bits: Bits of a value code: 2 or 4 with groups, 2, 3 or 4 with Lloyd-Max codes.
+        value_coding: ``"groups"`` (a scale and a bias per 32 dimensions) or ``"lloyd"`` (the keys' codebook and one norm).
         qjl: One more bit per key dimension: the sign of the rotated residual.
         rotation: ``"hadamard"``, or ``"orthogonal"`` for a dense seeded matrix.
-        means: Store the keys of each block less their mean.
-        balance: Give each channel of the keys the precision that queries need, from a calibration of the model.
-        tail: The number of most recent tokens that stay exact (residual window). Between `tail` and `tail` + 63 are held.
-        first: The number of first tokens that stay exact.
+        means: Store the keys of each block less their mean, which is kept in fp16.
+        balance: Weigh the key's channels by what the queries need, if the model was calibrated (`TurboQuantKVCache`'s
+            ``balance``).
+        tail: The number of most recent tokens that stay exact.
+        first: The number of first tokens that stay exact: attention goes back to them from everywhere.
     """
 
     key_bits: int = 3
@@ -57,22 +58,28 @@ class Recipe:
 
     def __post_init__(self) -> None:
         _check(self.key_bits in (2, 3, 4), "key_bits", "2, 3 or 4", self.key_bits)
-        _check(self.value_coding in VALUE_CODINGS, "value_coding", f"one of {tuple(VALUE_CODINGS)}", self.value_coding)
-        bits = VALUE_CODINGS[self.value_coding]
-        _check(self.value_bits in bits, "value_bits", f"one of {bits} for {self.value_coding!r}", self.value_bits)
+        _check(self.value_coding in VALUE_BITS, "value_coding", f"one of {', '.join(VALUE_BITS)}", self.value_coding)
+        bits = VALUE_BITS[self.value_coding]
+        _check(self.value_bits in bits, "value_bits", f"one of {bits} ({self.value_coding})", self.value_bits)
         _check(self.rotation in ROTATIONS, "rotation", f"one of {ROTATIONS}", self.rotation)
+        for name in ("qjl", "means", "balance"):
+            _check(isinstance(getattr(self, name), bool), name, "True or False", getattr(self, name))
         for name in ("tail", "first"):
             n = getattr(self, name)
-            _check(0 <= n <= MAX_EXACT_TOKENS, name, f"0 to {MAX_EXACT_TOKENS}", n)
+            _check(isinstance(n, int) and 0 <= n <= MAX_EXACT_TOKENS, name, f"0 to {MAX_EXACT_TOKENS}", n)
+
+    def bytes_per_block(self, key_dim: int, value_dim: int | None = None) -> int:
+        """Packed bytes of a block of 64 tokens of one KV head, its mean included."""
+        value_dim = value_dim or key_dim
+        padded_key, padded_value = _padded(key_dim), _padded(value_dim)
+        keys = padded_key * self.key_bits // 8 + 2 + (padded_key // 8 + 2 if self.qjl else 0)
+        params = 2 if self.value_coding == "lloyd" else padded_value // 32 * 4
+        values = padded_value * self.value_bits // 8 + params
+        return packed_format.BLOCK * (keys + values) + (2 * key_dim if self.means else 0)
 
     def bytes_per_token(self, key_dim: int, value_dim: int | None = None) -> int:
-        """Packed bytes of one token of one KV head (what a coded token costs), its share of the block's mean included."""
-        value_dim = _padded(value_dim or key_dim)
-        mean = -(-2 * key_dim // BLOCK) if self.means else 0
-        key_dim = _padded(key_dim)
-        keys = key_dim * self.key_bits // 8 + 2 + (key_dim // 8 + 2 if self.qjl else 0)
-        values = value_dim * self.value_bits // 8 + (2 if self.value_coding == "lloyd" else value_dim // 32 * 4)
-        return keys + mean + values
+        """Packed bytes of one coded token of one KV head, with its share of the block's mean, rounded up."""
+        return -(-self.bytes_per_block(key_dim, value_dim) // packed_format.BLOCK)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +92,7 @@ class Policy:
         first_last: So many first and so many last layers keep their own cache.
         layers: Layer index to its own recipe, or to None to leave that layer alone.
         guard: Step a layer up that the calibration finds inaccurate: to 4-bit keys, then to no compression.
-        study: A published or reduced recipe, for comparison.
+        study: Whether the preset is there to reproduce or to compare, not to be used.
     """
 
     name: str
@@ -107,11 +114,7 @@ class Policy:
         return self.recipe
 
 
-def _study(name: str, recipe: Recipe | None = None, first_last: int = 0) -> Policy:
-    """A recipe as it is: the guard would make another one of it."""
-    return Policy(name, recipe or Recipe(), first_last, guard=False, study=True)
-
-
+# Recipes for study are taken as they are: the guard would make others of them.
 PRESETS: dict[str, Policy] = {
     policy.name: policy
     for policy in (
@@ -119,13 +122,13 @@ PRESETS: dict[str, Policy] = {
         Policy("tq33", Recipe(value_bits=3, value_coding="lloyd")),
         Policy("tq4", Recipe(key_bits=4, value_bits=4, value_coding="lloyd")),
         Policy("tq2", Recipe(key_bits=2, value_bits=2, value_coding="lloyd")),
-        _study("tq3-plain", Recipe(means=False, balance=False, tail=0, first=0)),
-        _study("tq3-qjl", Recipe(qjl=True)),
-        _study("tq2-qjl", Recipe(key_bits=2, qjl=True)),
-        _study("bonsai", first_last=4),
-        _study("paper-mse", Recipe(value_bits=4)),
-        _study("paper-prod", Recipe(value_bits=4, qjl=True)),
-        _study("polarquant", Recipe(value_bits=4, rotation="orthogonal")),
+        Policy("tq3-plain", Recipe(means=False, balance=False, tail=0, first=0), guard=False, study=True),
+        Policy("tq3-qjl", Recipe(qjl=True), guard=False, study=True),
+        Policy("tq2-qjl", Recipe(key_bits=2, qjl=True), guard=False, study=True),
+        Policy("bonsai", first_last=4, guard=False, study=True),
+        Policy("paper-mse", Recipe(value_bits=4), guard=False, study=True),
+        Policy("paper-prod", Recipe(value_bits=4, qjl=True), guard=False, study=True),
+        Policy("polarquant", Recipe(value_bits=4, rotation="orthogonal"), guard=False, study=True),
     )
 }
 DEFAULT_PRESET = "tq3"

@@ -1,0 +1,216 @@
+"""The saved state of a cache, version 2: a header of numbers with a checksum, then the arrays that hold anything."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+
+from tqext._ext import format as packed_format
+from tqext.presets import ROTATIONS, VALUE_BITS, Recipe
+from tqext.tokens import BLOCK, FLOATS, Codec
+
+STATE_MAGIC = 0x54515854
+STATE_VERSION = 2
+
+_CODINGS = tuple(VALUE_BITS)
+_HEADER_INTS = 24  # with the checksum
+
+
+class Header(NamedTuple):
+    """The numbers of a state.
+
+    Attributes:
+        recipe: The cache's.
+        head_dim: Of the keys; 0, as all sizes, in a cache without tokens.
+        value_dim: Of the values.
+        batch: Sequences.
+        n_kv_heads: KV heads.
+        dtypes: Types of exact keys and values.
+        counts: First, coded and recent tokens.
+        has_balance: Whether a balance is among the arrays.
+    """
+
+    recipe: Recipe
+    head_dim: int
+    value_dim: int
+    batch: int
+    n_kv_heads: int
+    dtypes: tuple[mx.Dtype, mx.Dtype]
+    counts: tuple[int, int, int]
+    has_balance: bool
+
+    def numbers(self) -> list[int]:
+        """As they are saved, without the checksum."""
+        r = self.recipe
+        recipe = [r.key_bits, r.value_bits, _CODINGS.index(r.value_coding), int(r.qjl), ROTATIONS.index(r.rotation)]
+        recipe += [int(r.means), int(r.balance), r.tail, r.first]
+        sizes = [self.head_dim, self.value_dim, self.batch, self.n_kv_heads, *(FLOATS.index(d) for d in self.dtypes)]
+        head = [STATE_MAGIC, STATE_VERSION, packed_format.VERSION]
+        return [*head, *recipe, *sizes, *self.counts, 0, int(self.has_balance)]
+
+    @property
+    def n_exact(self) -> tuple[int, int]:
+        """Tokens in the arrays of first and of recent tokens: they are apart once there are codes between them."""
+        n_first, n_coded, n_tail = self.counts
+        return (n_first, n_tail) if n_coded else (0, n_first + n_tail)
+
+
+def check(ok: bool, expected: str, got: object) -> None:
+    """Refuse a state."""
+    if not ok:
+        raise ValueError(f"[TurboQuantKVCache] state: expected {expected}, got {got}")
+
+
+def read_header(arrays: Any) -> Header:
+    """The header of a state, its numbers checked as far as they go without the arrays.
+
+    Raises:
+        ValueError: The arrays are not a state, are one of another version, or have numbers that no cache has.
+    """
+    check(isinstance(arrays, (list, tuple)) and len(arrays) > 0, "a list of arrays", type(arrays).__name__)
+    for x in arrays:
+        check(isinstance(x, mx.array), "a list of arrays", f"one with {type(x).__name__} in it")
+    first = arrays[0]
+    check(first.dtype == mx.int32 and first.ndim == 1, "an int32 header first", f"{first.shape} of {first.dtype}")
+    ints: Any = first.tolist() if first.size <= 1 << 10 else []
+    check(len(ints) >= 3 and ints[0] == STATE_MAGIC, "a tqext cache", "arrays of something else")
+    versions = (STATE_VERSION, packed_format.VERSION)
+    check((ints[1], ints[2]) == versions, f"state and format versions {versions}", (ints[1], ints[2]))
+    check(len(ints) == _HEADER_INTS, f"a header of {_HEADER_INTS} numbers", len(ints))
+    key_bits, value_bits, coding, qjl, rotation, means, balance, tail, n_first = ints[3:12]
+    *sizes, key_dtype, value_dtype = ints[12:18]
+    *counts, reserved, has_balance = ints[18:23]
+    flags = (qjl, means, balance, has_balance, reserved)
+    check(all(flag in (0, 1) for flag in flags) and not reserved, "flags of 0 or 1", flags)
+    check(coding in range(len(_CODINGS)), "a known value coding", coding)
+    check(rotation in range(len(ROTATIONS)), "a known rotation", rotation)
+    check({key_dtype, value_dtype} <= set(range(len(FLOATS))), "known types", (key_dtype, value_dtype))
+    check(min(sizes) >= 0, "sizes of at least 0", sizes)
+    recipe = Recipe(
+        key_bits=key_bits,
+        value_bits=value_bits,
+        value_coding=_CODINGS[coding],
+        qjl=bool(qjl),
+        rotation=ROTATIONS[rotation],
+        means=bool(means),
+        balance=bool(balance),
+        tail=tail,
+        first=n_first,
+    )
+    _check_counts(counts, recipe)
+    check(recipe.balance or not has_balance, "no balance with a recipe without", has_balance)
+    head_dim, value_dim, batch, n_kv_heads = sizes
+    dtypes = FLOATS[key_dtype], FLOATS[value_dtype]
+    return Header(recipe, head_dim, value_dim, batch, n_kv_heads, dtypes, (counts[0], counts[1], counts[2]), bool(has_balance))
+
+
+def _check_counts(counts: Sequence[int], recipe: Recipe) -> None:
+    check(min(counts) >= 0, "counts of tokens", counts)
+    n_first, n_coded, n_tail = counts
+    check(n_coded % BLOCK == 0, f"whole blocks of {BLOCK} coded tokens", n_coded)
+    check(n_first == min(recipe.first, sum(counts)), f"the first {recipe.first} tokens exact", f"{n_first} of {sum(counts)}")
+    most = recipe.tail + 2 * BLOCK - 1  # a block that is due, and as many tokens of a last short step
+    check(n_tail <= most, f"at most {most} recent tokens", n_tail)
+
+
+def check_arrays(arrays: Sequence[mx.array], header: Header, codec: Codec) -> None:
+    """Every array has the shape and the type that the header implies.
+
+    Args:
+        arrays: Without the header: codes if any, first and recent keys and values if any, the balance if any.
+    """
+    rows = (header.batch, header.n_kv_heads)
+    dims = (header.head_dim, header.value_dim)
+    n_coded = header.counts[1]
+    expected: list[tuple[tuple[int, ...], mx.Dtype]] = []
+    if n_coded:
+        for template, per in zip(codec.empty(1, 1), codec.per_row, strict=True):
+            expected.append(((*rows, n_coded // per, template.shape[-1]), template.dtype))
+    for n in header.n_exact:
+        expected += [((*rows, n, dim), dtype) for dim, dtype in zip(dims, header.dtypes, strict=True) if n]
+    if header.has_balance:
+        expected.append(((header.n_kv_heads, header.head_dim), mx.float32))
+    check(len(arrays) == len(expected), f"{len(expected)} arrays after the header", len(arrays))
+    for x, (shape, dtype) in zip(arrays, expected, strict=True):
+        check(x.shape == shape and x.dtype == dtype, f"{shape} of {dtype}", f"{x.shape} of {x.dtype}")
+
+
+# Checksum. mlx-lm asks for the state after every chunk of a prompt, only to evaluate it. So the checksum is a lazy array, where
+# the codes are, and the codes' part of it is a sum that grows with them: a CRC would have to go through all of them.
+
+_ROW, _WORD, _ARRAY = 0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D
+
+
+def _uint(n: int) -> mx.array:
+    return mx.array(n & 0xFFFFFFFF, mx.uint32)
+
+
+def _mixed(words: mx.array) -> mx.array:
+    """The finaliser of MurmurHash3 (Appleby): a bijection of 32-bit words in which every bit moves half of the others."""
+    words = (words ^ (words >> 16)) * _uint(0x85EBCA6B)
+    words = (words ^ (words >> 13)) * _uint(0xC2B2AE35)
+    return words ^ (words >> 16)
+
+
+@functools.lru_cache(maxsize=64)
+def _word_keys(spans: tuple[tuple[int, int, int], ...]) -> npt.NDArray[np.uint32]:
+    keys = [(np.arange(begin, end, dtype=np.uint64) * _WORD + salt * _ARRAY).astype(np.uint32) for begin, end, salt in spans]
+    return np.concatenate(keys)
+
+
+def _row_words(x: mx.array) -> mx.array:
+    """uint32 ``[rows, words of a row]``; the rows are heads of sequences, or of the balance."""
+    rows = x.shape[0] * x.shape[1] if x.ndim == 4 else x.shape[0] if x.ndim else 1
+    flat = x.reshape(rows, -1)
+    if x.dtype.size == 4:
+        return flat.view(mx.uint32)
+    return flat.view(mx.uint32) if flat.shape[1] % 2 == 0 else flat.view(mx.uint16).astype(mx.uint32)
+
+
+def sum_of(arrays: Sequence[mx.array], begin: Sequence[int] = (), first: int = 1) -> mx.array:
+    """uint32 ``[1]``: the sum of all words, each mixed with its place, modulo 2**32.
+
+    One damaged word is always seen; several, or words that changed places, with a chance of all but 2**-32.
+
+    Args:
+        arrays: ``[B, H, n, words]`` with as many rows each, or any with at least one axis.
+        begin: Where each array begins on its token axis; default: at 0.
+        first: The place of the first array in the state.
+    """
+    words, spans = [], []
+    for i, x in enumerate(arrays):
+        row_words = _row_words(x)
+        start = (begin[i] * row_words.shape[1] // x.shape[2]) if begin else 0
+        words.append(row_words)
+        spans.append((start, start + row_words.shape[1], first + i))
+    rows = mx.arange(words[0].shape[0], dtype=mx.uint32)[:, None] * _uint(_ROW)
+    keys = rows + mx.array(_word_keys(tuple(spans)))
+    joined = words[0] if len(words) == 1 else mx.concatenate(words, axis=1)
+    return _mixed(joined ^ keys).sum().reshape(1)
+
+
+def checksum(numbers: Sequence[int], arrays: Sequence[mx.array]) -> mx.array:
+    """uint32 ``[1]``: of the header's numbers and of the arrays that follow it; empty ones do not count."""
+    total = sum_of([mx.array(list(numbers), mx.int32).reshape(1, -1)], first=0)
+    for i, x in enumerate(arrays, 1):
+        if x.size:
+            total = total + sum_of([x], first=i)
+    return total
+
+
+def header_array(numbers: Sequence[int], total: mx.array) -> mx.array:
+    """The numbers and the checksum as the first array of a state."""
+    return mx.concatenate([mx.array(list(numbers), mx.int32), total.view(mx.int32)])
+
+
+def check_checksum(arrays: Sequence[mx.array]) -> None:
+    """The last number of the header is the checksum of all else."""
+    numbers: Any = arrays[0].tolist()
+    *numbers, stored = numbers
+    found = checksum(numbers, arrays[1:]).view(mx.int32).item()
+    check(found == stored, f"arrays with the checksum {stored} (the file is damaged)", found)
