@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from tqext import gguf_file
+from tqext import disk, gguf_file
 from tqext.models import BLOCK_NAMES, OUTER_NAMES
 from tqext.nn import GROUP_SIZE
 
@@ -88,19 +86,7 @@ def folder_of(path: str | Path, cache: Path) -> Path:
     dtype = mx.float32 if mx.default_device() == mx.cpu else mx.float16
     key = hashlib.sha256(f"{path}\0{stats}\0{dtype}".encode()).hexdigest()[:16]
     folder = cache / f"gguf-{path.stem}-{key}"
-    if (folder / "config.json").exists():
-        return folder
-    cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache) as scratch:
-        made = Path(scratch) / "model"
-        convert(path, made, dtype)
-        shutil.rmtree(folder, ignore_errors=True)
-        try:
-            made.rename(folder)  # in one step: a reader never sees half a model
-        except OSError:
-            if not (folder / "config.json").exists():  # not just another process that was faster
-                raise
-    return folder
+    return disk.make_once(folder, lambda made: convert(path, made, dtype))
 
 
 def convert(path: str | Path, folder: str | Path, dtype: mx.Dtype = mx.float16, *, dense: bool = False) -> None:

