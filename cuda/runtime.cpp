@@ -27,6 +27,7 @@ struct Driver {
   int (*device_get)(CUdevice*, int);
   int (*device_get_attribute)(int*, int, CUdevice);
   int (*module_load_data)(void**, const void*);
+  int (*module_unload)(void*);
   int (*module_get_function)(CUfunc_st**, void*, const char*);
   int (*func_set_attribute)(CUfunc_st*, int, int);
   int (*occupancy)(int*, CUfunc_st*, int, size_t);
@@ -67,6 +68,7 @@ const Driver& driver() {
     find(library, "cuDeviceGet", d.device_get);
     find(library, "cuDeviceGetAttribute", d.device_get_attribute);
     find(library, "cuModuleLoadData", d.module_load_data);
+    find(library, "cuModuleUnload", d.module_unload);
     find(library, "cuModuleGetFunction", d.module_get_function);
     find(library, "cuFuncSetAttribute", d.func_set_attribute);
     find(library, "cuOccupancyMaxActiveBlocksPerMultiprocessor", d.occupancy);
@@ -213,6 +215,40 @@ const DeviceInfo& device_info(int device) {
   return found->second;
 }
 
+namespace {
+
+bool driver_accepts(const std::string& binary) {
+  void* module = nullptr;
+  if (driver().module_load_data(&module, binary.data()) != 0) return false;
+  driver().module_unload(module);
+  return true;
+}
+
+std::string compile_source(const Compiler& c, const char* file, const char* source, const std::vector<const char*>& names,
+                           const std::vector<const char*>& texts, const std::vector<const char*>& arguments, bool exact) {
+  void* program = nullptr;
+  if (c.create(&program, source, file, int(names.size()), texts.data(), names.data()) != 0) {
+    throw std::runtime_error("[tqext] nvrtcCreateProgram failed");
+  }
+  const int result = c.compile(program, int(arguments.size()), arguments.data());
+  size_t size = 0;
+  std::string text;
+  if (result != 0) {
+    c.log_size(program, &size);
+    text.resize(size);
+    c.log(program, text.data());
+    c.destroy(&program);
+    throw std::runtime_error(std::string("[tqext] compiling ") + file + " failed:\n" + text);
+  }
+  (exact ? c.binary_size : c.ptx_size)(program, &size);
+  text.resize(size);
+  (exact ? c.binary : c.ptx)(program, text.data());
+  c.destroy(&program);
+  return text;
+}
+
+}  // namespace
+
 std::string compile(const char* file, const std::vector<Define>& defines, bool contract, int device) {
   const Compiler& c = compiler();
   const int wanted = device_info(device).architecture;
@@ -250,28 +286,7 @@ std::string compile(const char* file, const std::vector<Define>& defines, bool c
   int major = 0, minor = 0;
   c.version(&major, &minor);
   const BinaryCache cache(key + '\n' + std::to_string(major) + '.' + std::to_string(minor));
-  if (std::string kept = cache.read(); !kept.empty()) return kept;
-
-  void* program = nullptr;
-  if (c.create(&program, source, file, int(names.size()), texts.data(), names.data()) != 0) {
-    throw std::runtime_error("[tqext] nvrtcCreateProgram failed");
-  }
-  const int result = c.compile(program, int(arguments.size()), arguments.data());
-  size_t size = 0;
-  std::string text;
-  if (result != 0) {
-    c.log_size(program, &size);
-    text.resize(size);
-    c.log(program, text.data());
-    c.destroy(&program);
-    throw std::runtime_error(std::string("[tqext] compiling ") + file + " failed:\n" + text);
-  }
-  (exact ? c.binary_size : c.ptx_size)(program, &size);
-  text.resize(size);
-  (exact ? c.binary : c.ptx)(program, text.data());
-  c.destroy(&program);
-  cache.write(text);
-  return text;
+  return cache.read_or_make(driver_accepts, [&] { return compile_source(c, file, source, names, texts, arguments, exact); });
 }
 
 Kernel load_kernel(const std::string& binary, const char* name, int shared_bytes, int threads, int device) {

@@ -1,6 +1,7 @@
 """Damaged files (hypothesis): loaders refuse them or give what was written, and never end the process."""
 
 import json
+import os
 import shutil
 import struct
 
@@ -18,7 +19,14 @@ import tqext.mlx_lm
 from tqext import TurboQuantKVCache, nn, one_bit
 from tqext import gguf as loader
 
-fuzz = settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+# TQEXT_FUZZ=100000 tries as many other files as it says; without it the same 200 are tried every time.
+EXAMPLES = int(os.environ.get("TQEXT_FUZZ", 0))
+fuzz = settings(
+    max_examples=EXAMPLES or 200,
+    deadline=None,
+    derandomize=not EXAMPLES,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 
 
 class Good:
@@ -198,7 +206,7 @@ def checkpoints(tmp_path_factory):
     one_bit.unhook()
 
 
-@settings(fuzz, max_examples=80)
+@settings(fuzz, max_examples=EXAMPLES or 80)
 @given(kind=st.sampled_from(["affine", "native"]), damage=damages())
 def test_damaged_checkpoints_are_refused(checkpoints, kind, damage):
     good = getattr(checkpoints, kind)

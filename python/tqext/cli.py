@@ -105,6 +105,10 @@ def _run_mlx_lm(command: str, args: list[str]) -> None:
         module = importlib.import_module(f"mlx_lm.{command}")
     except ModuleNotFoundError as error:
         parser.error(f"mlx_lm.{command} needs the package {error.name}, which is not installed")
+    if command == "server":
+        from tqext import server
+
+        server.guard(module)
     if hasattr(module, "load_prompt_cache"):
         _treat_loaded_caches(module, policy, witness)
     module.main()

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from tqext import disk, gguf_file
 from tqext.models import BLOCK_NAMES, OUTER_NAMES
 from tqext.nn import GROUP_SIZE
 
@@ -34,7 +33,7 @@ _GEMMA3_NAMES = {
     "post_ffw_norm": "post_feedforward_layernorm",
 }
 _GEMMA3_WINDOW_PATTERN = 6  # of six layers the last one is global; no GGUF says so
-_GEMMA3_LOCAL_ROPE_BASE = 10_000.0  # of the windowed layers; no GGUF says so
+_GEMMA3_LOCAL_ROPE_BASE = 10_000.0  # of the windowed layers; few GGUFs say so
 # Two quantisations of one matrix differ by no more than this share of its norm: Q4_K and Q6_K of the same weights by 0.08.
 _SAME_MATRIX = 0.2
 # Pre-tokenizers by their name in a GGUF, as the models' own tokenizer.json files have them.
@@ -42,7 +41,32 @@ _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _SPLIT = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}DIGITS| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _DIGITS = {"qwen2": "", "llama-bpe": "{1,3}", "llama3": "{1,3}", "llama-v3": "{1,3}"}
 _SPLITS = {name: f"{_CONTRACTIONS}|{_SPLIT.replace('DIGITS', digits)}" for name, digits in _DIGITS.items()}
-_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
+_NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
+# Vocabularies of Llama 3 take a word that they hold as it is, and begin every text with their first token (llama.cpp).
+_LLAMA3 = ("llama-bpe", "llama3", "llama-v3")
+# Tokens that end a turn, as llama.cpp has them: the ids in the metadata name one of a chat model's two or three, or none.
+_END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>")
+# Metadata of an architecture that `_config` reads, or that says nothing which a model here could need.
+_KNOWN = {
+    "attention.head_count",
+    "attention.head_count_kv",
+    "attention.key_length",
+    "attention.layer_norm_rms_epsilon",
+    "attention.sliding_window",
+    "attention.value_length",
+    "block_count",
+    "context_length",
+    "embedding_length",
+    "feed_forward_length",
+    "rope.dimension_count",
+    "rope.freq_base",
+    "rope.freq_base_swa",
+    "rope.scaling.factor",
+    "rope.scaling.finetuned",
+    "rope.scaling.original_context_length",
+    "rope.scaling.type",
+    "vocab_size",
+}
 
 
 def folder_of(path: str | Path, cache: Path) -> Path:
@@ -57,24 +81,12 @@ def folder_of(path: str | Path, cache: Path) -> Path:
         ImportError: The package ``gguf`` is not installed.
     """
     path = Path(path).resolve()
-    stat = path.stat()
+    stats = [(part.name, stat.st_size, stat.st_mtime_ns) for part in gguf_file.parts_of(path) for stat in [part.stat()]]
     # MLX's half-precision products on the CPU are several times slower than its fp32 ones.
     dtype = mx.float32 if mx.default_device() == mx.cpu else mx.float16
-    key = hashlib.sha256(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}\0{dtype}".encode()).hexdigest()[:16]
+    key = hashlib.sha256(f"{path}\0{stats}\0{dtype}".encode()).hexdigest()[:16]
     folder = cache / f"gguf-{path.stem}-{key}"
-    if (folder / "config.json").exists():
-        return folder
-    cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache) as scratch:
-        made = Path(scratch) / "model"
-        convert(path, made, dtype)
-        shutil.rmtree(folder, ignore_errors=True)
-        try:
-            made.rename(folder)  # in one step: a reader never sees half a model
-        except OSError:
-            if not (folder / "config.json").exists():  # not just another process that was faster
-                raise
-    return folder
+    return disk.make_once(folder, lambda made: convert(path, made, dtype))
 
 
 def convert(path: str | Path, folder: str | Path, dtype: mx.Dtype = mx.float16, *, dense: bool = False) -> None:
@@ -147,41 +159,13 @@ def read(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
         ValueError: The file cannot be read, or its weights are Hadamard-folded.
         ImportError: The package ``gguf`` is not installed.
     """
-    try:
-        import gguf
-    except ImportError as error:
-        raise ImportError("GGUF files are read with the package gguf: run `pip install 'tqext[gguf]'`") from error
-    try:
-        reader = gguf.GGUFReader(str(path))
-        metadata = {name: part.contents() for name, part in reader.fields.items()}
-    except FileNotFoundError:
-        raise
-    except Exception as error:
-        # 142 and 143 are PQ2_0 and PTQ1_0, known to no other program than their maker's.
-        hint = ""
-        if "GGMLQuantizationType" in str(error) and any(kind in str(error) for kind in ("142", "143")):
-            hint = "; PQ2_0 and PTQ1_0 tensors of 'Bonsai 2' models are not supported"
-        raise ValueError(f"[gguf] {path}: expected a readable GGUF file, got {type(error).__name__}: {error}{hint}") from error
+    tensors, metadata = gguf_file.read(path)
     if folded := [name for name in metadata if "hadamard" in name.lower()]:
         raise ValueError(
             f"[gguf] {path}: expected plain weights, got Hadamard-folded ones ('Bonsai 2', {folded[0]}); their inputs must be "
             "rotated before every product, which this version does not do, and without it the model would answer nonsense"
         )
-    _check_places(path, reader)
-    return {tensor.name: tensor for tensor in reader.tensors}, metadata
-
-
-def _check_places(path: str | Path, reader: Any) -> None:
-    """Raise a ValueError unless the tensors fill the file one after the other, as ggml's own reader wants them."""
-    end = int(reader.data_offset)
-    for tensor in reader.tensors:
-        begin = -(-end // reader.alignment) * reader.alignment
-        if tensor.data_offset != begin:
-            raise ValueError(f"[gguf] {path}: expected {tensor.name} at byte {begin}, got {tensor.data_offset}")
-        end = begin + int(tensor.n_bytes)
-    size = Path(path).stat().st_size
-    if not end <= size <= -(-end // reader.alignment) * reader.alignment:
-        raise ValueError(f"[gguf] {path}: expected tensors up to byte {end}, got a file of {size} bytes")
+    return tensors, metadata
 
 
 def _convert_tensor(name: str, tensor: Any, config: dict[str, Any], dtype: mx.Dtype) -> dict[str, mx.array]:
@@ -276,6 +260,7 @@ def _config(metadata: dict[str, Any], tensors: dict[str, Any]) -> dict[str, Any]
             raise ValueError(f"[gguf] {arch}.{key}: expected a value, got none")
         return metadata[f"{arch}.{key}"]
 
+    _check_metadata(metadata, arch)
     n_heads, hidden = int(get("attention.head_count")), int(get("embedding_length"))
     config: dict[str, Any] = {
         "model_type": _ARCHITECTURES[arch][0],
@@ -289,10 +274,17 @@ def _config(metadata: dict[str, Any], tensors: dict[str, Any]) -> dict[str, Any]
         "max_position_embeddings": int(get("context_length")),
         "rms_norm_eps": float(get("attention.layer_norm_rms_epsilon")),
         "rope_theta": float(get("rope.freq_base", 10000.0)),
-        "vocab_size": len(_tokens(metadata)),
+        "vocab_size": _vocab_size(metadata, tensors),
         "tie_word_embeddings": "output.weight" not in tensors,
         **_special_ids(metadata),
     }
+    if len(stops := _stop_ids(metadata)) > 1:
+        config["eos_token_id"] = stops
+    if (value_dim := int(get("attention.value_length", config["head_dim"]))) != config["head_dim"]:
+        raise ValueError(f"[gguf] {arch}.attention.value_length: expected {config['head_dim']}, got {value_dim}")
+    window = int(get("attention.sliding_window", 0))
+    if arch != "gemma3" and 0 < window < config["max_position_embeddings"]:
+        raise ValueError(f"[gguf] {arch}.attention.sliding_window: expected none in a plain {arch} model, got {window}")
     rotary = int(get("rope.dimension_count", config["head_dim"]))
     if rotary != config["head_dim"]:
         raise ValueError(f"[gguf] {arch}.rope.dimension_count: expected {config['head_dim']}, got {rotary}")
@@ -308,7 +300,7 @@ def _config(metadata: dict[str, Any], tensors: dict[str, Any]) -> dict[str, Any]
         config |= {
             "sliding_window": int(get("attention.sliding_window")),
             "sliding_window_pattern": _GEMMA3_WINDOW_PATTERN,
-            "rope_local_base_freq": _GEMMA3_LOCAL_ROPE_BASE,
+            "rope_local_base_freq": float(get("rope.freq_base_swa", _GEMMA3_LOCAL_ROPE_BASE)),
             "query_pre_attn_scalar": config["head_dim"],
         }
     return config
@@ -321,9 +313,52 @@ def _tokens(metadata: dict[str, Any]) -> list[str]:
     return list(tokens)
 
 
+def _check_metadata(metadata: dict[str, Any], arch: str) -> None:
+    """Raise a ValueError for metadata that changes what the model computes, or how it is used, and is not taken over."""
+    if (kind := metadata.get("general.type", "model")) != "model":
+        raise ValueError(f"[gguf] general.type: expected 'model', got {kind!r}")
+    for name, value in metadata.items():
+        key = name.removeprefix(f"{arch}.")
+        if key != name and key not in _KNOWN and value not in (0, "", []):  # nothing, and no experts
+            raise ValueError(f"[gguf] {name}: expected no such setting in a plain {arch} model, got {value!r:.100}")
+    for key in ("add_eos_token", "suppress_tokens"):
+        if value := metadata.get(f"tokenizer.ggml.{key}"):
+            raise ValueError(f"[gguf] tokenizer.ggml.{key}: expected none, which cannot be followed here, got {value!r:.100}")
+
+
+def _vocab_size(metadata: dict[str, Any], tensors: dict[str, Any]) -> int:
+    """Rows of the embedding. There may be more of them than tokens, and fewer if the surplus tokens are unused."""
+    tokens = _tokens(metadata)
+    if "token_embd.weight" not in tensors:
+        raise ValueError("[gguf] token_embd.weight: expected an embedding, got none")
+    n_rows = int(tensors["token_embd.weight"].shape[-1])
+    surplus = _token_kinds(metadata)[n_rows:]
+    if any(kind != _UNUSED for kind in surplus):
+        raise ValueError(f"[gguf] token_embd.weight: expected a row for each of the {len(tokens)} tokens, got {n_rows}")
+    if "output.weight" in tensors and (n_outputs := int(tensors["output.weight"].shape[-1])) != n_rows:
+        raise ValueError(f"[gguf] output.weight: expected {n_rows} rows as in token_embd.weight, got {n_outputs}")
+    return n_rows
+
+
+def _token_id(metadata: dict[str, Any], role: str) -> int | None:
+    """The token of a role (bos, eos, eot, ...), None if the file names none."""
+    number, n_tokens = metadata.get(f"tokenizer.ggml.{role}_token_id"), len(_tokens(metadata))
+    if number is not None and not (isinstance(number, int) and 0 <= number < n_tokens):
+        raise ValueError(f"[gguf] tokenizer.ggml.{role}_token_id: expected a token from 0 to {n_tokens - 1}, got {number!r}")
+    return number
+
+
 def _special_ids(metadata: dict[str, Any]) -> dict[str, int]:
-    ids = {kind: metadata.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("bos", "eos")}
-    return {f"{kind}_token_id": int(value) for kind, value in ids.items() if value is not None}
+    ids = {role: _token_id(metadata, role) for role in ("bos", "eos")}
+    return {f"{role}_token_id": value for role, value in ids.items() if value is not None}
+
+
+def _stop_ids(metadata: dict[str, Any]) -> list[int]:
+    """Tokens that end an answer: the end of the text first, then those of a turn or message."""
+    stops = [_token_id(metadata, role) for role in ("eos", "eot", "eom")]
+    # Whatever their type: Gemma's are exported as normal tokens.
+    stops += [number for number, token in enumerate(_tokens(metadata)) if token in _END_OF_TURN]
+    return list(dict.fromkeys(number for number in stops if number is not None))
 
 
 def _write_tokenizer(metadata: dict[str, Any], folder: Path) -> None:
@@ -340,17 +375,17 @@ def _write_tokenizer(metadata: dict[str, Any], folder: Path) -> None:
     tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in control])
     # SentencePiece finds its own symbols in the normalised text, where a space is another character.
     tokenizer.add_tokens([AddedToken(token, normalized=maker == "llama") for token in own])
-    ids = _special_ids(metadata)
-    if metadata.get("tokenizer.ggml.add_bos_token", False) and "bos_token_id" in ids:
-        bos = tokens[ids["bos_token_id"]]
-        template = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, ids["bos_token_id"])])
+    begins = maker == "llama" or metadata.get("tokenizer.ggml.pre") in _LLAMA3  # as llama.cpp does where the file is silent
+    if metadata.get("tokenizer.ggml.add_bos_token", begins) and (number := _token_id(metadata, "bos")) is not None:
+        bos = tokens[number]
+        template = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, number)])
         tokenizer.post_processor = template
     tokenizer.save(str(folder / "tokenizer.json"))
 
     config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     for role in ("bos", "eos", "unknown", "padding"):
-        if (number := metadata.get(f"tokenizer.ggml.{role}_token_id")) is not None:
-            config[{"unknown": "unk", "padding": "pad"}.get(role, role) + "_token"] = tokens[int(number)]
+        if (number := _token_id(metadata, role)) is not None:
+            config[{"unknown": "unk", "padding": "pad"}.get(role, role) + "_token"] = tokens[number]
     if chat_template := metadata.get("tokenizer.chat_template"):
         config["chat_template"] = chat_template
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
@@ -358,7 +393,10 @@ def _write_tokenizer(metadata: dict[str, Any], folder: Path) -> None:
 
 def _token_kinds(metadata: dict[str, Any]) -> list[int]:
     tokens = _tokens(metadata)
-    return list(metadata.get("tokenizer.ggml.token_type", [_NORMAL] * len(tokens)))
+    kinds = list(metadata.get("tokenizer.ggml.token_type", [_NORMAL] * len(tokens)))
+    if len(kinds) != len(tokens):
+        raise ValueError(f"[gguf] tokenizer.ggml.token_type: expected {len(tokens)} numbers, got {len(kinds)}")
+    return kinds
 
 
 def _byte_level_tokenizer(metadata: dict[str, Any]) -> Any:
@@ -378,7 +416,8 @@ def _byte_level_tokenizer(metadata: dict[str, Any]) -> Any:
         expected = sorted([*_SPLITS, "gpt-2", "smollm"])
         raise ValueError(f"[gguf] tokenizer.ggml.pre: expected one of {expected}, got {pre!r}")
     merges = [tuple(merge.split(" ", 1)) for merge in metadata.get("tokenizer.ggml.merges", [])]
-    tokenizer = Tokenizer(models.BPE(vocab=_vocabulary(metadata), merges=merges))
+    whole_words = pre in _LLAMA3
+    tokenizer = Tokenizer(models.BPE(vocab=_vocabulary(metadata), merges=merges, ignore_merges=whole_words))
     if pre == "qwen2":
         tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = words
@@ -405,7 +444,9 @@ def _sentencepiece_tokenizer(metadata: dict[str, Any]) -> Any:
             if left is not None and right is not None:
                 ranked.append((-scores[number], number, left, right, (token[:i], token[i:])))
     ranked.sort()
-    unknown = _tokens(metadata)[int(metadata["tokenizer.ggml.unknown_token_id"])]
+    if (unknown_id := _token_id(metadata, "unknown")) is None:
+        raise ValueError("[gguf] tokenizer.ggml.unknown_token_id: expected a token, got none")
+    unknown = _tokens(metadata)[unknown_id]
     merges = [pair for *_, pair in ranked]
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
     tokenizer.normalizer = normalizers.Replace(" ", "▁")

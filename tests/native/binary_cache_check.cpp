@@ -47,6 +47,44 @@ int main(int, char** arguments) {
   cache.write(binary);
   expect(cache.read() == binary, "and is written again");
 
+  int made = 0;
+  auto make = [&] { return made++, std::string("made anew"); };
+  expect(cache.read_or_make([](const std::string&) { return true; }, make) == binary && made == 0, "a kept binary is taken");
+  expect(cache.read_or_make([](const std::string&) { return false; }, make) == "made anew" && made == 1,
+         "one that the driver refuses is made anew");
+  expect(cache.read() == "made anew", "and the new one is kept");
+  expect(BinaryCache("another key").read_or_make([](const std::string&) { return true; }, make) == "made anew" && made == 2,
+         "an absent one is made");
+  cache.write(binary);
+
+  for (const fs::path& path : {folder / "kernels", file}) {
+    const auto before = fs::status(path).permissions();
+    expect((before & (fs::perms::group_write | fs::perms::others_write)) == fs::perms::none, "only the owner may write");
+    for (auto perms : {fs::perms::group_write, fs::perms::others_write}) {
+      fs::permissions(path, before | perms);
+      expect(cache.read().empty(), "what others can write is not read");
+    }
+    fs::permissions(path, before);
+    expect(cache.read() == binary, "what they cannot is read again");
+  }
+  fs::permissions(folder / "kernels", fs::perms::all);
+  cache.write("planted");
+  fs::permissions(folder / "kernels", fs::perms::owner_all);
+  expect(cache.read() == binary, "nor is such a folder written to");
+  if (geteuid() == 0) {
+    for (const fs::path& path : {folder / "kernels", file}) {
+      expect(chown(path.c_str(), 12345, 12345) == 0, "the owner changes");
+      expect(cache.read().empty(), "another user's is not read");
+      expect(chown(path.c_str(), 0, 0) == 0, "the owner changes back");
+    }
+  }
+
+  const fs::path old = folder / "kernels" / "0123.part-abcdef", fresh = folder / "kernels" / "0123.part-ghijkl";
+  overwrite(old, "half"), overwrite(fresh, "half");
+  fs::last_write_time(old, fs::file_time_type::clock::now() - std::chrono::hours(2));
+  cache.write(binary);
+  expect(!fs::exists(old) && fs::exists(fresh), "what a killed process left is removed, what is being written is not");
+
   setenv("TQEXT_CACHE", arguments[2], 1);
   const BinaryCache nowhere("source and options");
   nowhere.write(binary);

@@ -1,0 +1,259 @@
+"""The door of ``tqext server``: mlx-lm's server, with requests refused that would end it for everybody.
+
+mlx-lm generates in one thread, which an exception outside of a request's own part ends: an empty prompt, a stop sequence that
+is no string, a `top_k` beyond the vocabulary. A bias of a token beyond the vocabulary writes outside of the logits and ends the
+process. Such requests are answered with status 400 here. Connections are bounded in number, size and time.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import json
+import math
+import socket
+import threading
+import time
+from http.server import ThreadingHTTPServer
+from typing import Any, cast
+
+import mlx_lm.server as mlx_lm_server
+
+# Connections that wait to be taken; the system may allow fewer.
+BACKLOG = 128
+# Clients served at once, each by a thread; more of them get status 503.
+MAX_CONNECTIONS = 512
+# Seconds that a client may take to send its request, and to take each part of the answer.
+CLIENT_SECONDS = 60.0
+# Bytes of a request: some images, or a text of a million tokens many times over.
+MAX_REQUEST_BYTES = 128 << 20
+
+_NUMBERS = (
+    "temperature",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "xtc_probability",
+    "xtc_threshold",
+)
+
+
+class RequestError(ValueError):
+    """A request that cannot be served, whoever sends it."""
+
+
+class _Refusal(BaseException):
+    """Carries a `RequestError` past mlx-lm's handler, which answers every Exception with status 404."""
+
+
+def _check(holds: bool, name: str, expected: str, got: Any) -> None:
+    if not holds:
+        raise RequestError(f"[request] {name}: expected {expected}, got {got!r:.100}")
+
+
+# What a request says
+
+
+def check_body(body: dict[str, Any], path: str) -> None:
+    """Raise a RequestError unless the parts that mlx-lm does not check are of the right kind.
+
+    Args:
+        body: A completion request's JSON.
+        path: The URL's, which tells chats from texts.
+    """
+    if path.endswith("/chat/completions"):
+        messages = body.get("messages")
+        _check(isinstance(messages, list) and bool(messages), "messages", "a list of messages, at least one", messages)
+        for i, message in enumerate(cast("list[Any]", messages)):
+            is_message = isinstance(message, dict) and isinstance(message.get("role"), str)
+            _check(is_message, f"messages[{i}]", "an object with a role", message)
+    else:
+        prompt = body.get("prompt")
+        _check(isinstance(prompt, str) and bool(prompt), "prompt", "a text, not empty", prompt)
+    stop = body.get("stop")
+    words = [stop] if isinstance(stop, str) else stop
+    _check(words is None or isinstance(words, list), "stop", "a text or a list of texts", stop)
+    for word in words or []:
+        _check(isinstance(word, str) and _is_unicode(word), "stop", "a text or a list of texts", stop)
+    bias = body.get("logit_bias")
+    _check(bias is None or isinstance(bias, dict), "logit_bias", "an object of token to number", bias)
+    for token, value in (bias or {}).items():
+        _check(token.isascii() and token.isdigit(), "logit_bias", "tokens by their number", token)
+        _check(_is_finite(value), f"logit_bias[{token}]", "a finite number", value)
+    for name in _NUMBERS:
+        if isinstance(value := body.get(name), int | float):
+            _check(_is_finite(value), name, "a finite number", value)
+    for name, kind, expected in (
+        ("draft_model", str, "a text"),
+        ("stream_options", dict, "an object"),
+        ("chat_template_kwargs", dict, "an object"),
+        ("role_mapping", dict, "an object"),
+        ("tools", list, "a list"),
+    ):
+        _check(body.get(name) is None or isinstance(body[name], kind), name, expected, body.get(name))
+    if body.get("stream_options"):
+        _check("include_usage" in body["stream_options"], "stream_options", "include_usage", body["stream_options"])
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can hold
+        return False
+    return True
+
+
+def _is_finite(value: Any) -> bool:
+    try:
+        return isinstance(value, int | float) and math.isfinite(value)
+    except OverflowError:  # an integer beyond every float
+        return False
+
+
+def check_tokens(prompt: list[int], args: Any, vocab_size: int) -> None:
+    """Raise a RequestError unless a tokenised request fits the model.
+
+    Args:
+        prompt: The tokens.
+        args: mlx-lm's GenerationArguments.
+        vocab_size: Tokens that the model tells apart.
+    """
+    _check(len(prompt) > 0, "prompt", "at least one token", "none")
+    _check(all(isinstance(token, int) for token in prompt), "prompt", "tokens", prompt)
+    for token in args.logits.logit_bias or {}:
+        _check(0 <= token < vocab_size, "logit_bias", f"tokens from 0 to {vocab_size - 1}", token)
+    _check(args.sampling.top_k < vocab_size, "top_k", f"less than {vocab_size}", args.sampling.top_k)
+    _check(args.top_logprobs < vocab_size, "top_logprobs", f"less than {vocab_size}", args.top_logprobs)
+
+
+class Generator(mlx_lm_server.ResponseGenerator):
+    """mlx-lm's generation thread, which refuses what it could not finish."""
+
+    def _tokenize(self, tokenizer: Any, request: Any, args: Any) -> Any:
+        """mlx-lm calls this where an exception is the request's own; what comes next is tried here for that reason."""
+        tokenized = super()._tokenize(tokenizer, request, args)
+        check_tokens(tokenized[0], args, self._vocab_size(tokenizer))
+        self._make_state_machine(self.model_provider.model_key, tokenizer, args.stop_words)
+        mlx_lm_server._make_sampler(args, tokenizer)
+        mlx_lm_server._make_logits_processors(args)
+        return tokenized
+
+    def _vocab_size(self, tokenizer: Any) -> int:
+        """The model's, no more than the tokenizer's: beyond the one are no logits, beyond the other no tokens."""
+        known: Any = getattr(self, "_known_vocab", None)
+        if known is None or known[0] is not tokenizer:
+            known = self._known_vocab = (tokenizer, max(tokenizer.get_vocab().values(), default=-1) + 1)
+        of_model = getattr(getattr(self.model_provider.model, "args", None), "vocab_size", None)
+        return min(known[1], of_model) if isinstance(of_model, int) else int(known[1])
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().generate(*args, **kwargs)
+        except RequestError as error:
+            raise _Refusal(str(error)) from None
+
+
+# Who sends it
+
+
+class _Request(io.RawIOBase):
+    """What a client sends, until its time is over."""
+
+    def __init__(self, connection: socket.socket, seconds: float) -> None:
+        self.connection = connection
+        self.seconds = seconds
+        self.deadline = time.monotonic() + seconds
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        left = self.deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("the request took too long to come")
+        self.connection.settimeout(left)
+        try:
+            return self.connection.recv_into(buffer)
+        finally:
+            self.connection.settimeout(self.seconds)
+
+
+class Handler(mlx_lm_server.APIHandler):
+    """mlx-lm's handler of one connection, behind the checks."""
+
+    timeout = CLIENT_SECONDS  # of the socket
+
+    def setup(self) -> None:
+        super().setup()
+        self.rfile = io.BufferedReader(_Request(self.connection, self.timeout))
+
+    def do_POST(self) -> None:
+        try:
+            length = int(self.headers.get("Content-Length", "0"))
+        except ValueError:
+            length = -1
+        if length < 0:
+            return self._refuse(400, "[request] Content-Length: expected a number of bytes")
+        if length > MAX_REQUEST_BYTES:
+            return self._refuse(413, f"[request] Content-Length: expected at most {MAX_REQUEST_BYTES} bytes, got {length}")
+        body = self.rfile.read(length)
+        try:
+            json.loads(body.decode())
+        except (ValueError, RecursionError) as error:
+            return self._refuse(400, f"[request] body: expected JSON, got {type(error).__name__}: {error!s:.200}")
+        self.rfile = io.BytesIO(body)
+        super().do_POST()
+
+    def validate_model_parameters(self) -> None:
+        check_body(self.body, self.path)
+        super().validate_model_parameters()
+
+    def handle_completion(self, request: Any, stop_words: list[str]) -> None:
+        try:
+            super().handle_completion(request, stop_words)
+        except _Refusal as refusal:
+            self._refuse(400, str(refusal))
+
+    def _refuse(self, status: int, message: str) -> None:
+        answer = json.dumps({"error": message}).encode()
+        self.close_connection = True
+        self._set_completion_headers(status)
+        self.send_header("Content-Length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
+
+
+class Server(ThreadingHTTPServer):
+    """One thread for each connection, up to a number."""
+
+    request_queue_size = BACKLOG
+    daemon_threads = True
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._free = threading.Semaphore(MAX_CONNECTIONS)
+        super().__init__(*args, **kwargs)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        if self._free.acquire(blocking=False):
+            super().process_request(request, client_address)
+            return
+        try:
+            request.settimeout(1.0)
+            request.sendall(b"HTTP/1.0 503 Service Unavailable\r\nRetry-After: 1\r\nContent-Length: 0\r\n\r\n")
+        except OSError:
+            pass
+        self.shutdown_request(request)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._free.release()
+
+
+def guard(module: Any) -> None:
+    """Let mlx-lm's server module run with these classes."""
+    module.ResponseGenerator = Generator
+    module._run_http_server = functools.partial(module._run_http_server, server_class=Server, handler_class=Handler)
