@@ -426,7 +426,7 @@ def test_copies_share_the_balance():
 
 
 def test_cache_is_not_taken_for_mlx_lms_own_quantised_one():
-    for name in ("bits", "group_size", "to_quantized"):
+    for name in ("bits", "group_size"):
         assert not hasattr(TurboQuantKVCache(), name)
 
 
