@@ -142,10 +142,20 @@ def draft_prompts(tokenizer: Any, options: argparse.Namespace) -> list[list[int]
 # Runs
 
 
+def measured(file: File, presets: list[str], part: str) -> bool:
+    """Whether the file holds every row. If not, the uncompressed answers are needed again."""
+    done = all(file.has(preset=name, recipe=recipe_of(name)) for name in ("none", *presets))
+    if done:
+        print(f"{part}: measured already")
+    return done
+
+
 def run_tools(model: Any, tokenizer: Any, presets: list[str], options: argparse.Namespace, settings: dict[str, Any]) -> None:
     n = len(conversations(options.rows)[: options.conversations])
     settings = {"bench": "agents", **settings, "rows": options.rows, "conversations": n, "turns": options.turns}
     file = File(options.json, settings)
+    if measured(file, presets, "tools"):
+        return
     reference: Board | None = None
     for name in ("none", *presets):
         if name != "none" and file.has(preset=name, recipe=recipe_of(name)):
@@ -165,6 +175,8 @@ def run_tools(model: Any, tokenizer: Any, presets: list[str], options: argparse.
 def run_code(model: Any, tokenizer: Any, presets: list[str], options: argparse.Namespace, settings: dict[str, Any]) -> None:
     settings = {"bench": "agents_code", **settings, "tasks": len(TASKS[: options.tasks])}
     file = File(options.json, settings)
+    if measured(file, presets, "code"):
+        return
     reference: list[str] | None = None
     for name in ("none", *presets):
         if name != "none" and file.has(preset=name, recipe=recipe_of(name)):
@@ -191,6 +203,8 @@ def run_drafts(model: Any, tokenizer: Any, presets: list[str], options: argparse
     }  # fmt: skip
     file = File(options.json, settings)
     prompts = draft_prompts(tokenizer, options)
+    if measured(file, presets, "drafts"):
+        return
     reference: list[list[int]] | None = None
     for name in ("none", *presets):
         if name != "none" and file.has(preset=name, recipe=recipe_of(name)):
@@ -202,8 +216,8 @@ def run_drafts(model: Any, tokenizer: Any, presets: list[str], options: argparse
         same = sum(a == b for a, b in zip(tokens, reference, strict=True))
         row = {"preset": name, "n_tokens": n, "accepted": drafted / n, "tokens_per_pass": n / max(1, n - drafted), "same": same}
         file.put({**row, "recipe": recipe_of(name), "seconds": round(time.perf_counter() - start, 1)}, "preset")
-        print(f"drafts  {name:<12} {drafted / n:.1%} of {n} tokens from the draft model, {row['tokens_per_pass']:.2f} tokens a pass, "
-              f"{same} of {len(tokens)} texts as uncompressed; {time.perf_counter() - start:.0f} s", flush=True)  # fmt: skip
+        print(f"drafts  {name:<12} {drafted / n:.1%} of {n} tokens from the draft model, "
+              f"{row['tokens_per_pass']:.2f} tokens a pass, {same} of {len(tokens)} texts as uncompressed; {time.perf_counter() - start:.0f} s", flush=True)  # fmt: skip
 
 
 def main() -> None:

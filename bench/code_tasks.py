@@ -30,7 +30,8 @@ TASKS = (
     _task(
         "`is_palindrome(text)` that says whether a text reads the same backwards, without regard to case, spaces and "
         "punctuation.",
-        "def is_palindrome(text):\n    letters = [c.lower() for c in text if c.isalnum()]\n    return letters == letters[::-1]\n",
+        "def is_palindrome(text):\n    letters = [c.lower() for c in text if c.isalnum()]\n"
+        "    return letters == letters[::-1]\n",
         "assert is_palindrome('A man, a plan, a canal: Panama')\nassert not is_palindrome('ab')\nassert is_palindrome('')",
     ),
     _task(
@@ -96,11 +97,13 @@ TASKS = (
         "`run_lengths(text)` that returns a list of pairs (character, count) of the runs of equal characters in a text.",
         "def run_lengths(text):\n    out = []\n    for c in text:\n        if out and out[-1][0] == c:\n"
         "            out[-1] = (c, out[-1][1] + 1)\n        else:\n            out.append((c, 1))\n    return out\n",
-        "assert [tuple(x) for x in run_lengths('aabccc')] == [('a', 2), ('b', 1), ('c', 3)]\nassert list(run_lengths('')) == []",
+        "assert [tuple(x) for x in run_lengths('aabccc')] == [('a', 2), ('b', 1), ('c', 3)]\n"
+        "assert list(run_lengths('')) == []",
     ),
     _task(
         "`roman(n)` that returns the Roman numeral of an integer from 1 to 3999.",
-        "def roman(n):\n    out = ''\n    for value, letters in ((1000, 'M'), (900, 'CM'), (500, 'D'), (400, 'CD'), (100, 'C'),\n"
+        "def roman(n):\n    out = ''\n"
+        "    for value, letters in ((1000, 'M'), (900, 'CM'), (500, 'D'), (400, 'CD'), (100, 'C'),\n"
         "                           (90, 'XC'), (50, 'L'), (40, 'XL'), (10, 'X'), (9, 'IX'), (5, 'V'), (4, 'IV'), (1, 'I')):\n"
         "        out += letters * (n // value)\n        n %= value\n    return out\n",
         "assert [roman(n) for n in (1, 4, 9, 14, 40, 1994, 3999)] == ['I', 'IV', 'IX', 'XIV', 'XL', 'MCMXCIV', 'MMMCMXCIX']",
@@ -114,7 +117,8 @@ TASKS = (
     ),
     _task(
         "`second_largest(numbers)` that returns the second largest distinct number of a list, or None if there is none.",
-        "def second_largest(numbers):\n    distinct = sorted(set(numbers))\n    return distinct[-2] if len(distinct) > 1 else None\n",
+        "def second_largest(numbers):\n    distinct = sorted(set(numbers))\n"
+        "    return distinct[-2] if len(distinct) > 1 else None\n",
         "assert second_largest([3, 9, 9, 5]) == 5\nassert second_largest([4, 4]) is None\nassert second_largest([]) is None",
     ),
 )

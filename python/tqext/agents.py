@@ -92,7 +92,7 @@ _DOMAINS = (
         (
             ("send_reminder", "text", "Send a reminder for the loan of {who}. Its text is: {value}.",
              ("please return it", "it is overdue", "last reminder")),
-            ("extend_loan", "weeks", "Extend the loan of {who} by {value} weeks.", (1, 3, 6)),
+            ("extend_loan", "weeks", "Extend the loan of {who} by {value} weeks.", (2, 3, 6)),
         ),
     ),
 )  # fmt: skip
