@@ -216,8 +216,9 @@ def run_drafts(model: Any, tokenizer: Any, presets: list[str], options: argparse
         same = sum(a == b for a, b in zip(tokens, reference, strict=True))
         row = {"preset": name, "n_tokens": n, "accepted": drafted / n, "tokens_per_pass": n / max(1, n - drafted), "same": same}
         file.put({**row, "recipe": recipe_of(name), "seconds": round(time.perf_counter() - start, 1)}, "preset")
-        print(f"drafts  {name:<12} {drafted / n:.1%} of {n} tokens from the draft model, "
-              f"{row['tokens_per_pass']:.2f} tokens a pass, {same} of {len(tokens)} texts as uncompressed; {time.perf_counter() - start:.0f} s", flush=True)  # fmt: skip
+        seconds = time.perf_counter() - start
+        print(f"drafts  {name:<12} {drafted / n:.1%} of {n} tokens from the draft model, {row['tokens_per_pass']:.2f} "
+              f"tokens a pass, {same} of {len(tokens)} texts as uncompressed; {seconds:.0f} s", flush=True)  # fmt: skip
 
 
 def main() -> None:
