@@ -23,13 +23,14 @@ BENCHES = {
     "decode": "bench_decode.py",
     "quality": "bench_quality.py",
     "key_bias": "bench_key_bias.py",
+    "agents": "bench_agents.py",
     "server": "bench_server.py",
     "peers": "bench_peers.py",
     "cuda": "bench_cuda.py",
     "report": "report.py",
 }
-# They need a GPU, a large download, or what other benches wrote.
-NOT_IN_ALL = ("cuda", "fetch-models", "texts", "report")
+# They need arguments, a GPU, a large download, or what other benches wrote.
+NOT_IN_ALL = ("agents", "cuda", "fetch-models", "texts", "report")
 
 
 def title(path: Path) -> str:

@@ -2,8 +2,8 @@
 
     python bench/bench_quality.py --json bench/results/quality_smollm2.json
 
-One window of each text in texts.py, fed 8 tokens at a time, each of which finds what it would find alone. A run goes on where
-the file ends: rows that it holds are not measured again.
+One window of each text in TEXTS, fed 8 tokens at a time, each of which finds what it would find alone. A run goes on where
+the file ends: rows that it holds are not measured again. With --by-position it is bench_by_position.py that runs, on any model.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ VARIANTS = [
     replace(get_policy("tq3", tail=0, flush=1), name="tq3, no tail"),
 ]
 STOCK_BITS = (8, 4, 3)
+TEXTS = ("emma", "modern")
 PASSKEY_PRESETS = ("tq3", "tq4", "tq2-qjl", "tq3-plain")
 
 
@@ -56,7 +57,13 @@ def stock_quantised(n_layers: int, bits: int) -> list[Any]:
 
 
 def main() -> None:
+    if "--by-position" in sys.argv:
+        import bench_by_position
+
+        bench_by_position.main()
+        return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--by-position", action="store_true", help="another measurement, with other options")
     parser.add_argument("--window", type=int, default=1024)
     parser.add_argument("--step", type=int, default=8)
     parser.add_argument("--only", nargs="*", help="names of presets")
@@ -67,7 +74,7 @@ def main() -> None:
     model, tokenizer = load("smollm2")
     use_blas(model)
     head_dim = model.args.head_dim or model.args.hidden_size // model.args.num_attention_heads
-    prose = {name: texts.read(name) for name in texts.TEXTS}
+    prose = {name: texts.read(name) for name in TEXTS}
     tokens = mx.concatenate([windows(tokenizer, text, options.window, 1) for text in prose.values()])
     chosen = [p for p in policies() if not options.only or p.name in options.only]
     data: dict[str, Any] = {

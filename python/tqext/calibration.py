@@ -97,7 +97,11 @@ def trained_context(model: Any) -> int:
     """``max_position_embeddings`` of the model's arguments; `DEFAULT_CONTEXT` where they do not say."""
     args = getattr(model, "args", None)
     for holder in (args, getattr(args, "text_config", None)):
-        value = holder.get("max_position_embeddings") if isinstance(holder, dict) else getattr(holder, "max_position_embeddings", None)
+        value = (
+            holder.get("max_position_embeddings")
+            if isinstance(holder, dict)
+            else getattr(holder, "max_position_embeddings", None)
+        )
         if isinstance(value, int) and value > 0:
             return value
     return DEFAULT_CONTEXT

@@ -1,4 +1,4 @@
-"""``tqext eval``: what compression costs, measured through the cache: perplexity, KL, agreement and passkeys."""
+"""``tqext eval``: what compression costs, measured through the cache: perplexity, KL, agreement, passkeys, tool calls."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ import numpy as np
 from tqext.presets import DEFAULT_PRESET, PRESETS, Policy, get_policy
 
 REFERENCE_STEP = 256
+PROMPT_CHUNK = 2048  # of mlx-lm's own commands
 PASSKEY_TRIALS = {1: 22, 4: 20}  # number of hidden keys: number of trials
 NAMES = ("Alice", "Boris", "Carla", "David")
 
@@ -148,65 +149,125 @@ def passkeys(
 ) -> list[Passkeys]:
     """Hide 5-digit numbers in a text and ask for one.
 
-    The context is stored first, so that the question and the answer see it as codes. It attends to itself exactly, so one
-    pass over it serves all presets.
+    The context goes through each preset's own cache, as a user's prompt does. A single number is hidden deeper in each trial,
+    so that the trials share what lies before it; of several numbers each is asked for in turn, from one pass.
 
     Args:
         model: Any mlx-lm model.
         tokenizer: Its tokenizer.
         text: What to hide the numbers in.
         presets: See `tqext.install`; None is mlx-lm's own cache.
-        n_keys: Numbers to hide.
+        n_keys: Numbers to hide, up to 4.
         trials: How often. Default: `PASSKEY_TRIALS`.
         context: Tokens of text in each trial.
-        progress: Called with 1 after each trial.
+        progress: Called with 1 after each trial of each preset.
+
+    Raises:
+        ValueError: The text is shorter than the context.
     """
-    from tqext.mlx_lm import probe, stock_cache, upgrade
+    from tqext.mlx_lm import make_prompt_cache, stock_cache
 
-    for preset in presets:
-        if preset is not None:
-            probe(model, preset)
-    words = tokenizer.encode(text, add_special_tokens=False)
     trials = PASSKEY_TRIALS[n_keys] if trials is None else trials
-    found = [0] * len(presets)
+    words = tokenizer.encode(text, add_special_tokens=False)
+    if len(words) < context:
+        raise ValueError(f"[passkeys] text: expected at least {context} tokens, got {len(words)}")
+    find = _one_hidden if n_keys == 1 else _several_hidden
+    out = []
+    for preset in presets:
+        cache = stock_cache(model) if preset is None else make_prompt_cache(model, preset)
+        found = 0
+        for right in find(model, tokenizer, words, cache, n_keys, trials, context):
+            found += right
+            progress(1)
+        out.append(Passkeys("none" if preset is None else get_policy(preset).name, n_keys, found, trials))
+    return out
+
+
+def _one_hidden(
+    model: Any, tokenizer: Any, words: Sequence[int], cache: list[Any], n_keys: int, trials: int, context: int
+) -> Iterator[bool]:
+    """Whether each trial's number is found. `cache` runs ahead over the text without any number."""
+    rng = random.Random(f"passkey {trials} {context}")
+    filler = _filler(words, context, rng)
+    before, after = _passkey_prompt(tokenizer)
+    _prefill(model, cache, before)
+    read = 0
     for trial in range(trials):
-        haystack, question, answer = _passkey_trial(tokenizer, words, n_keys, trial, context)
-        stored = stock_cache(model)
-        model(mx.array([haystack]), cache=stored)
-        mx.eval([c.state for c in stored])
-        for i, preset in enumerate(presets):
-            cache = copy.deepcopy(stored)
-            if preset is not None:
-                upgrade(cache, preset, model=model)
-            found[i] += _continues_with(model, tokenizer, cache, question, answer)
-        progress(1)
-    names = ["none" if preset is None else get_policy(preset).name for preset in presets]
-    return [Passkeys(name, n_keys, n, trials) for name, n in zip(names, found, strict=True)]
+        place = _least_place(context) + (_most_place(context) - _least_place(context)) * trial // max(1, trials - 1)
+        _prefill(model, cache, filler[read:place])
+        read = place
+        key = _number(rng)
+        trial_cache = copy.deepcopy(cache)
+        _prefill(model, trial_cache, _sentence(tokenizer, "The pass key", key) + list(filler[place:]))
+        yield _continues_with(model, tokenizer, trial_cache, _question(tokenizer, after, "The pass key"), key)
 
 
-def _passkey_trial(
-    tokenizer: Any, words: Sequence[int], n_keys: int, trial: int, context: int
-) -> tuple[list[int], list[int], str]:
-    """Tokens of the context and of the question with the beginning of the answer, and the rest of the answer."""
-    rng = random.Random(f"passkey {n_keys} {trial}")
-    keys = [str(rng.randrange(10_000, 100_000)) for _ in range(n_keys)]
-    asked = rng.randrange(n_keys)
-    labels = [f"The pass key of {name}" for name in NAMES[:n_keys]] if n_keys > 1 else ["The pass key"]
+def _several_hidden(
+    model: Any, tokenizer: Any, words: Sequence[int], cache: list[Any], n_keys: int, trials: int, context: int
+) -> Iterator[bool]:
+    """Whether each trial's number is found, each of those in one text in turn."""
+    before, after = _passkey_prompt(tokenizer)
+    _prefill(model, cache, before)
+    for layout in range(-(-trials // n_keys)):
+        rng = random.Random(f"passkeys {n_keys} {layout} {context}")
+        haystack = _filler(words, context, rng)
+        labels = [f"The pass key of {name}" for name in NAMES[:n_keys]]
+        keys = [_number(rng) for _ in labels]
+        places = sorted((rng.randrange(_least_place(context), _most_place(context)) for _ in keys), reverse=True)
+        for place, label, key in zip(places, reversed(labels), reversed(keys), strict=True):
+            haystack[place:place] = _sentence(tokenizer, label, key)
+        layout_cache = copy.deepcopy(cache)
+        _prefill(model, layout_cache, haystack)
+        for label, key in list(zip(labels, keys, strict=True))[: trials - layout * n_keys]:
+            trial_cache = copy.deepcopy(layout_cache)
+            yield _continues_with(model, tokenizer, trial_cache, _question(tokenizer, after, label), key)
+
+
+def _filler(words: Sequence[int], context: int, rng: random.Random) -> list[int]:
     begin = rng.randrange(max(1, len(words) - context))
-    filler = list(words[begin : begin + context])
-    # Not in the last part, which stays exact.
-    places = sorted((rng.randrange(16, context * 3 // 4) for _ in keys), reverse=True)
-    for place, label, key in zip(places, reversed(labels), reversed(keys), strict=True):
-        sentence = f" {label} is {key}. Remember it: {label[0].lower()}{label[1:]} is {key}. "
-        filler[place:place] = tokenizer.encode(sentence, add_special_tokens=False)
+    return list(words[begin : begin + context])
+
+
+def _least_place(context: int) -> int:
+    return context // 32
+
+
+def _most_place(context: int) -> int:
+    """Not in the last part, of which some stays exact."""
+    return max(context * 3 // 4, context - 512)
+
+
+def _number(rng: random.Random) -> str:
+    return str(rng.randrange(10_000, 100_000))
+
+
+def _sentence(tokenizer: Any, label: str, key: str) -> list[int]:
+    text = f" {label} is {key}. Remember it: {label[0].lower()}{label[1:]} is {key}. "
+    return list(tokenizer.encode(text, add_special_tokens=False))
+
+
+def _passkey_prompt(tokenizer: Any) -> tuple[list[int], str]:
+    """The tokens before the text, and what stands after it, with ``<label>`` for what is asked."""
     intro = "There is an important piece of information hidden in the following text. Find it and memorize it.\n\n"
-    ask = f"\n\nWhat is {labels[asked][0].lower()}{labels[asked][1:]}?"
-    prompt = tokenizer.apply_chat_template(
-        [{"role": "user", "content": f"{intro}<text>{ask}"}], tokenize=False, add_generation_prompt=True
-    )
-    before, after = prompt.split("<text>")
-    haystack = tokenizer.encode(before, add_special_tokens=False) + filler
-    return haystack, tokenizer.encode(f"{after}{labels[asked]} is", add_special_tokens=False), keys[asked]
+    content, prompt = f"{intro}<text>\n\nWhat is <label>?", None
+    if getattr(tokenizer, "chat_template", None):
+        messages = [{"role": "user", "content": content}]
+        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    before, after = (prompt or f"{content}\n\n").split("<text>")
+    # Without a chat template the tokenizer itself adds what a text begins with.
+    return list(tokenizer.encode(before, add_special_tokens=prompt is None)), after
+
+
+def _question(tokenizer: Any, after: str, label: str) -> list[int]:
+    """Tokens of the question with the beginning of the answer."""
+    text = after.replace("<label>", label[0].lower() + label[1:])
+    return list(tokenizer.encode(f"{text}{label} is", add_special_tokens=False))
+
+
+def _prefill(model: Any, cache: list[Any], tokens: Sequence[int]) -> None:
+    for begin in range(0, len(tokens), PROMPT_CHUNK):
+        model(mx.array([tokens[begin : begin + PROMPT_CHUNK]]), cache=cache)
+        mx.eval([c.state for c in cache])
 
 
 def _continues_with(model: Any, tokenizer: Any, cache: list[Any], question: list[int], answer: str) -> bool:
@@ -240,6 +301,30 @@ def _bar(total: int, name: str) -> Any:
     return tqdm(total=total, desc=name, unit="token", file=sys.stderr)
 
 
+def _by_position(model: Any, tokenizer: Any, text: str, policies: Sequence[Policy], options: argparse.Namespace) -> None:
+    from tqext.by_position import as_row, by_position, contenders, table
+
+    tokens = tokenizer.encode(text)[: options.tokens]
+    with _bar(len(tokens), "by position") as bar:
+        results = by_position(model, tokens, contenders(model, policies), chunk=options.chunk, progress=bar.update)
+    print(table(results))
+    if options.json:
+        data = {"model": options.model, "by_position": [as_row(result) for result in results]}
+        options.json.write_text(json.dumps(data, indent=2))
+
+
+def _agents(model: Any, tokenizer: Any, policies: Sequence[Policy], options: argparse.Namespace) -> None:
+    from tqext.agents import tool_calls
+
+    boards = []
+    for policy in (None, *policies):
+        boards.append(tool_calls(model, tokenizer, policy, reference=boards[0] if boards else None))
+        print(boards[-1])
+    if options.json:
+        data = {"model": options.model, "agents": [board.as_row() for board in boards]}
+        options.json.write_text(json.dumps(data, indent=2))
+
+
 def main(argv: Sequence[str]) -> None:
     """The command."""
     from tqext.cli import add_kv_options, policy_of
@@ -248,22 +333,32 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--model", required=True, help="a folder, a hub id, or smollm2")
     add_kv_options(parser)
     parser.add_argument("--all", action="store_true", help="every preset in place of one")
-    parser.add_argument("--text", type=Path, required=True, help="a plain text file")
+    parser.add_argument("--text", type=Path, help="a plain text file")
     parser.add_argument("--window", type=int, default=1024)
     parser.add_argument("--windows", type=int, default=2)
     parser.add_argument("--step", type=int, default=8, help="tokens fed at a time; up to 8 change nothing (default 8)")
     parser.add_argument("--passkey", action="store_true", help="also hide numbers and ask for them")
+    parser.add_argument("--by-position", action="store_true", help="feed the text in order: quality over the context's length")
+    parser.add_argument("--tokens", type=int, default=4096, help="of the text, for --by-position (default 4096)")
+    parser.add_argument("--chunk", type=int, default=256, help="tokens fed at a time, for --by-position (default 256)")
+    parser.add_argument("--agents", action="store_true", help="tool calls over long conversations, in place of a text")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the figures to a file")
     options = parser.parse_args(argv)
-    from tqext.blas import use_blas
+    if options.text is None and not options.agents:
+        parser.error("--text: expected a plain text file")
+    from tqext.blas import for_evaluation
     from tqext.mlx_lm import probe
     from tqext.models import load
 
     one = policy_of(options)
     policies = [get_policy(name) for name in PRESETS] if options.all else [] if one is None else [one]
     model, tokenizer = load(options.model)
-    use_blas(model)
+    model = for_evaluation(model)
+    if options.agents:
+        return _agents(model, tokenizer, policies, options)
     text = options.text.read_text()
+    if options.by_position:
+        return _by_position(model, tokenizer, text, policies, options)
     tokens = windows(tokenizer, text, options.window, options.windows)
     if options.kv_report:
         for policy in policies:

@@ -17,8 +17,8 @@ from mlx import nn
 from tqext import hooks
 from tqext._ext import format as packed_format
 from tqext.batch import BatchTurboQuantKVCache
-from tqext.calibration import Calibration, LayerCalibration, ObservedTokens, calibrate_layers, ladder
 from tqext.cache import Exact, Snapshot, TurboQuantKVCache
+from tqext.calibration import Calibration, LayerCalibration, ObservedTokens, calibrate_layers, ladder
 from tqext.presets import DEFAULT_PRESET, Policy, Recipe, get_policy
 
 MAX_HEAD_DIM = 512
@@ -576,7 +576,9 @@ def calibrate(model: Any, preset: str | Policy = DEFAULT_PRESET, **overrides: An
 
 def _calibrate(model: Any, report: Report) -> Calibration:
     wanted = {
-        layer.path: layer.recipe for layer in report.compressed if layer.recipe and (layer.recipe.balance or report.policy.guard)
+        layer.path: layer.recipe
+        for layer in report.compressed
+        if layer.recipe and (layer.recipe.balance or report.policy.guard)
     }
 
     def make_cache(new: Callable[[], Any]) -> tuple[list[Any], dict[str, Any]]:
@@ -606,7 +608,9 @@ def _guarded(layer: Layer, calibration: Calibration, guard: bool) -> Layer:
     for recipe in ladder(layer.recipe):
         found = calibration.layers[layer.path, recipe]
         if found.accurate or not guard:
-            note = "" if found is first else f"stepped up to {recipe.key_bits}-bit keys: with {layer.recipe.key_bits} bits {first}"
+            note = (
+                "" if found is first else f"stepped up to {recipe.key_bits}-bit keys: with {layer.recipe.key_bits} bits {first}"
+            )
             return replace(layer, recipe=recipe, calibration=found, note=note)
     bits = ladder(layer.recipe)[-1].key_bits
     reason = f"compression is not accurate here: with {bits}-bit keys {found}"
