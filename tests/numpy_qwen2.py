@@ -1,7 +1,7 @@
 """Qwen2 on a compressed cache in NumPy float64, from the specification: nothing of tqext or MLX computes anything here.
 
-The model sees a text in chunks. A chunk's queries attend to the exact first tokens, to codes (`reference.py`'s, decoded), and to
-the exact rest, which includes the chunk.
+The model sees a text in chunks. A chunk's queries attend to the exact first tokens, to codes (`reference.py`'s, decoded), and
+to the exact rest, which includes the chunk.
 """
 
 from __future__ import annotations

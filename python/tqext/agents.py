@@ -292,7 +292,11 @@ def tool_calls(
         for i, turn in enumerate(conversation.turns[:n_turns]):
             prompt = _prompt(tokenizer, conversation, i)
             called = functools.partial(read_call, tools=conversation.tools)
-            text = kept.answer(tokenizer, prompt, MAX_TOKENS, lambda text, called=called: called(text) is not None)
+
+            def is_call(text: str, called: Callable[[str], Any] = called) -> bool:
+                return called(text) is not None
+
+            text = kept.answer(tokenizer, prompt, MAX_TOKENS, is_call)
             got = called(text)
             answers.append(Answer(conversation.name, i, len(prompt), turn.call, got, text))
             progress(1)
@@ -356,7 +360,9 @@ class KeptCache:
         self._read(list(prompt[:-1]))
         text = ""
         fork = copy.deepcopy(self.cache)
-        for step in stream_generate(self.model, tokenizer, mx.array(prompt[-1:]), max_tokens=max_tokens, prompt_cache=fork):
+        for step in stream_generate(
+            self.model, tokenizer, mx.array(list(prompt[-1:])), max_tokens=max_tokens, prompt_cache=fork
+        ):
             text += step.text
             if done(text):
                 break

@@ -170,9 +170,9 @@ def by_position(
     reference = Contender("uncompressed", stock_cache(model), 0.0)
     reached = 0
     for begin in range(0, len(tokens) - 1, chunk):
-        fed = mx.array([tokens[begin : begin + chunk]])
+        fed = mx.array([list(tokens[begin : begin + chunk])])
         n = min(chunk, len(tokens) - 1 - begin)  # nothing follows the last token
-        following = mx.array(tokens[begin + 1 : begin + 1 + n])[:, None]
+        following = mx.array(list(tokens[begin + 1 : begin + 1 + n]))[:, None]
         expected = _logits(model, fed, reference)[:n]
         reference.nll.append(_loss(expected, following))
         for entry in entries:

@@ -280,12 +280,9 @@ def _calibrated(observations: Sequence[_Observation], recipe: Recipe) -> LayerCa
             mx.stack([o.query_square for o in observations]).mean(axis=0),
             mx.stack([o.key_square for o in observations]).mean(axis=0),
         )
-    # The worst place decides.
-    errors = [_errors(o, recipe, balance) for o in observations]
-    mx.eval(errors)
-    output, score = (max(float(e[i].item()) for e in errors) for i in (0, 1))
-    if any(np.isnan(float(x.item())) for e in errors for x in e):
-        output = score = float("nan")
+    errors = mx.stack([mx.stack(_errors(o, recipe, balance)) for o in observations])
+    # The worst place decides; NaN stays NaN.
+    output, score = np.array(errors, np.float64).max(axis=0).tolist()
     return LayerCalibration(balance, output, score)
 
 
@@ -321,7 +318,7 @@ def fingerprint(model: Any) -> str:
     """A hash of the model's parameters: names, shapes, types, and 32 numbers of each."""
     digest = hashlib.sha256()
     samples = []
-    for name, x in sorted(tree_flatten(model.parameters())):
+    for name, x in sorted(dict(tree_flatten(model.parameters())).items()):
         digest.update(f"{name} {x.shape} {x.dtype};".encode())
         flat = x.reshape(-1)
         sample = flat[:: max(1, flat.size // 32)][:32] if flat.size else flat
@@ -393,7 +390,7 @@ def _all_ranks(flag: bool) -> bool:
     """Whether it holds on every rank: all of them run the model, or none."""
     if _world_size() == 1:
         return flag
-    return int(mx.distributed.all_sum(mx.array(int(flag)), stream=mx.cpu).item()) == _world_size()
+    return bool((mx.distributed.all_sum(mx.array(int(flag)), stream=mx.cpu) == _world_size()).item())
 
 
 def calibrate_layers(model: Any, make_cache: Any, recipes: Mapping[str, Recipe]) -> Calibration:

@@ -316,7 +316,7 @@ def _by_position(model: Any, tokenizer: Any, text: str, policies: Sequence[Polic
 def _agents(model: Any, tokenizer: Any, policies: Sequence[Policy], options: argparse.Namespace) -> None:
     from tqext.agents import tool_calls
 
-    boards = []
+    boards: list[Any] = []
     for policy in (None, *policies):
         boards.append(tool_calls(model, tokenizer, policy, reference=boards[0] if boards else None))
         print(boards[-1])
