@@ -87,11 +87,14 @@ void score_means_portable(const float* q, int n_rows, const BlockMeans& means, i
 #if defined(__x86_64__)
 void attend_coded_avx2(const CodedHead&, const CodecShape&, const QueryRows&, int begin, int end, Partial* partials);
 void attend_exact_avx2(const ExactHead&, const QueryRows&, int begin, int end, Partial* partials);
+void score_means_avx2(const float* q, int n_rows, const BlockMeans& means, int first, int n, float* offset);
 void attend_coded_avx512(const CodedHead&, const CodecShape&, const QueryRows&, int begin, int end, Partial* partials);
 void attend_exact_avx512(const ExactHead&, const QueryRows&, int begin, int end, Partial* partials);
+void score_means_avx512(const float* q, int n_rows, const BlockMeans& means, int first, int n, float* offset);
 #elif defined(__aarch64__)
 void attend_coded_neon(const CodedHead&, const CodecShape&, const QueryRows&, int begin, int end, Partial* partials);
 void attend_exact_neon(const ExactHead&, const QueryRows&, int begin, int end, Partial* partials);
+void score_means_neon(const float* q, int n_rows, const BlockMeans& means, int first, int n, float* offset);
 void attend_coded_neon_dotprod(const CodedHead&, const CodecShape&, const QueryRows&, int begin, int end, Partial* partials);
 #endif
 

@@ -18,6 +18,7 @@
 
 #include "exp2_polynomial.h"
 #include "fp32_attention.h"
+#include "mean_scores.h"
 #include "x86_vectors.h"
 
 namespace tqext::cpu {
@@ -29,6 +30,7 @@ struct Avx2 : X86Vectors {
   static constexpr int kWidth = 8;
   static constexpr int kRows = 6;       // 12 sums, 2 vectors of the panel and a broadcast in 16 registers
   static constexpr int kPanelsOne = 4;  // 8 sums hide a latency of 4 at two multiply-adds a cycle
+  static constexpr int kMeans = 2;      // 8 sums, for the same reason
 
   static F load(const float* p) { return _mm256_loadu_ps(p); }
   static void store(float* p, F x) { _mm256_storeu_ps(p, x); }
@@ -84,6 +86,12 @@ struct Avx2 : X86Vectors {
   static F byte_to_float(I x) {
     return _mm256_cvtepi32_ps(_mm256_srai_epi32(b == 3 ? x : _mm256_slli_epi32(x, 24 - 8 * b), 24));
   }
+  // The word in all lanes.
+  static I spread_words(const uint32_t* x) { return _mm256_set1_epi32(int(*x)); }
+  // Eight signed bytes.
+  static F load_bytes(const int8_t* x) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(x))));
+  }
   static F sign_of_top_bit(I x) {  // bit 31 set: +1, else -1
     return _mm256_xor_ps(_mm256_set1_ps(-1.0f), _mm256_and_ps(_mm256_castsi256_ps(x), _mm256_set1_ps(-0.0f)));
   }
@@ -114,12 +122,15 @@ struct Avx2 : X86Vectors {
 
 void attend_coded_avx2(const CodedHead& head, const CodecShape& shape, const QueryRows& rows, int begin, int end,
                        Partial* partials) {
-  if (shape.value_coding == kValueLloyd) return attend_coded_portable(head, shape, rows, begin, end, partials);
   Fp32Attention<Avx2>::attend_coded(head, shape, rows, begin, end, partials);
 }
 
 void attend_exact_avx2(const ExactHead& head, const QueryRows& rows, int begin, int end, Partial* partials) {
   Fp32Attention<Avx2>::attend_exact(head, rows, begin, end, partials);
+}
+
+void score_means_avx2(const float* q, int n_rows, const BlockMeans& means, int first, int n, float* offset) {
+  MeanScores<Avx2>::score(q, n_rows, means, first, n, offset);
 }
 
 }  // namespace tqext::cpu

@@ -24,7 +24,6 @@
 #include <cstdint>
 
 #include "attention_kernels.h"
-#include "scratch.h"
 #include "softmax.h"
 
 #if defined(__clang__)
@@ -37,6 +36,7 @@
 #include "exp2_polynomial.h"
 #include "fp32_attention.h"
 #include "integer_attention.h"
+#include "mean_scores.h"
 #include "x86_vectors.h"
 
 namespace tqext::cpu {
@@ -58,6 +58,7 @@ struct Avx512 : X86Vectors {
   static constexpr int kWidth = 16;
   static constexpr int kRows = 12;      // 24 sums, 2 vectors of the panel and a broadcast in 32 registers
   static constexpr int kPanelsOne = 4;  // 8 sums hide a latency of 4 at two multiply-adds a cycle
+  static constexpr int kMeans = 4;
 
   static F load(const float* p) { return _mm512_loadu_ps(p); }
   static void store(float* p, F x) { _mm512_storeu_ps(p, x); }
@@ -97,6 +98,10 @@ struct Avx512 : X86Vectors {
   }
   static I look_up(I table, I index) { return _mm512_shuffle_epi8(table, index); }
   static constexpr int kPick = 16;
+  // Two words, each in eight lanes.
+  static I spread_words(const uint32_t* x) {
+    return _mm512_inserti64x4(_mm512_set1_epi32(int(x[0])), _mm256_set1_epi32(int(x[1])), 1);
+  }
   // Lane `index` of the table, of which the four lowest bits count.
   static F pick(F table, I index) { return _mm512_permutexvar_ps(index, table); }
   // Byte b of every lane, signed.
@@ -164,8 +169,10 @@ inline void load_4x16(const uint32_t* words, ptrdiff_t stride, int n_words, __m5
 }
 
 // One call's state. N: bytes of a query element and of a weight.
-template <int N>
+template <int N, ValueCoding kCoding>
 class IntegerAttention {
+  static constexpr bool kLloyd = kCoding == kValueLloyd;
+
  public:
   IntegerAttention(const CodedHead& head, const CodecShape& shape, const QueryRows& rows)
       : head_(head),
@@ -176,56 +183,28 @@ class IntegerAttention {
         value_bits_(shape.value_bits),
         key_words_(code_words(shape.key_dim, shape.key_bits)),
         value_words_(code_words(shape.value_dim, shape.value_bits)),
-        n_chunks_((value_words_ + 3) / 4),
-        n_slots_(8 / shape.value_bits),
-        n_groups_(shape.value_dim / kGroup),
-        straddle_((shape.value_dim & (shape.value_dim - 1)) != 0),
-        n_patterns_(value_dim_ <= 128 ? 1 : value_dim_ / 128),
+        n_units_(shape.value_dim <= 64 ? shape.value_dim / kUnit : 4),
+        fold_(kLloyd && value_bits_ == 3 ? 4 / n_units_ : 1),
+        n_chunks_(kLloyd && value_bits_ == 3 ? 4 * ((value_words_ + 11) / 12) : (value_words_ + 3) / 4),
+        n_slots_(!kLloyd            ? 8 / value_bits_
+                 : value_bits_ == 2 ? 4
+                                    : 2),
+        n_groups_(kLloyd ? 1 : shape.value_dim / kGroup),
+        n_params_(value_params(shape.value_dim, kCoding)),
+        straddle_(!kLloyd && (shape.value_dim & (shape.value_dim - 1)) != 0),
+        n_patterns_(kLloyd || value_dim_ <= 128 ? 1 : value_dim_ / 128),
         out_size_(n_chunks_ * n_slots_ * 16),
-        natural_(head.key_stride == key_words_ && head.value_stride == value_words_ && head.param_stride == 2 * n_groups_) {
-    const int n_sets = (rows.n_rows + kSet - 1) / kSet;
-    const size_t per_row = out_size_ + 16 * n_groups_ + 16;
-    Arrays arrays(sizeof(float) *
-                      (size_t(key_dim_ / 8) * kBlock + 3 * kBlock + size_t(n_chunks_) * kQuads * 16 + 2 * n_groups_ * kBlock +
-                       kSet * kBlock + size_t(out_size_) + rows.n_rows * per_row + size_t(n_sets) * key_dim_ * N + 64) +
-                  weight_bytes() + 16 * sizeof(uint32_t) * (size_t(key_words_) + value_words_ + n_groups_ + 1) +
-                  size_t(rows.n_rows) * (N + 3) * 64 + 64 * 32);
-    planes_ = arrays.take<uint32_t>(size_t(key_dim_ / 8) * kBlock);
-    norms_ = arrays.take<float>(kBlock);
-    values_ = arrays.take<uint8_t>(size_t(n_chunks_) * kQuads * 64);
-    scales_ = arrays.take<float>(size_t(n_groups_) * kBlock);
-    biases_ = arrays.take<float>(size_t(n_groups_) * kBlock);
-    largest_scales_ = arrays.take<float>(kBlock);
-    scores_ = arrays.take<float>(kSet * kBlock);
-    weights_ = arrays.take<int8_t>(weight_bytes());
-    group_of_ = arrays.take<int32_t>(out_size_);
-    query_ = arrays.take<int32_t>(size_t(n_sets) * key_dim_ * N);
-    tail_keys_ = arrays.take<uint32_t>(16 * size_t(key_words_));
-    tail_values_ = arrays.take<uint32_t>(16 * size_t(value_words_));
-    tail_params_ = arrays.take<uint32_t>(16 * size_t(n_groups_));
-    out_ = arrays.take<float>(size_t(rows.n_rows) * out_size_);
-    bias_sums_ = arrays.take<float>(size_t(rows.n_rows) * n_groups_ * 16);
-    sums_ = arrays.take<float>(size_t(rows.n_rows) * 16);
-    query_offset_ = arrays.take<int32_t>(size_t(rows.n_rows) * N);
-    query_step_ = arrays.take<float>(rows.n_rows);
-    max_ = arrays.take<float>(rows.n_rows);
-    nan_ = arrays.take<bool>(rows.n_rows);
-
-    alignas(16) uint8_t levels[16];
-    for (int i = 0; i < 16; i++) levels[i] = uint8_t(shape.codebook[i] + 128);
-    table_ = _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(levels)));
-    // Lane 4w + j of chunk c and slot i: word 4c + w, byte j.
-    for (int i = 0; i < out_size_; i++) {
+        natural_(head.key_stride == key_words_ && head.value_stride == value_words_ && head.param_stride == n_params_) {
+    Arrays::place(*this);
+    const size_t n_rows = rows.n_rows;
+    table_ = load_table(shape.codebook);
+    if constexpr (kLloyd) set_value_tables(shape);
+    for (int i = 0; i < out_size_ && !kLloyd; i++) {
       const int d = dimension(i);
       group_of_[i] = d < 0 ? 0 : d / kGroup;
     }
-    for (int r = 0; r < rows.n_rows; r++) {
-      max_[r] = kNegInf;
-      nan_[r] = false;
-    }
-    for (size_t i = 0; i < rows.n_rows * per_row; i += 16) {
-      _mm512_store_ps(out_ + i, _mm512_setzero_ps());  // out_, bias_sums_ and sums_ are one run
-    }
+    for (int r = 0; r < rows.n_rows; r++) max_[r] = kNegInf;
+    for (size_t i = 0; i < n_rows * row_size(); i += 16) _mm512_store_ps(out_ + i, _mm512_setzero_ps());
     for (int r = 0; r < rows.n_rows; r++) split_query(r);
   }
 
@@ -243,11 +222,12 @@ class IntegerAttention {
       Partial& p = partials[r];
       p.max = max_[r];
       p.sum = _mm512_reduce_add_ps(_mm512_load_ps(sums_ + 16 * r));
+      for (int d = 0; d < value_dim_; d++) p.out[d] = 0;
       for (int i = 0; i < out_size_; i++) {
         const int d = dimension(i);
-        if (d >= 0) p.out[d] = out_[size_t(r) * out_size_ + i];
+        if (d >= 0) p.out[d] += out_[size_t(r) * out_size_ + i];
       }
-      for (int g = 0; g < n_groups_; g++) {
+      for (int g = 0; g < n_groups_ && !kLloyd; g++) {
         const float bias = _mm512_reduce_add_ps(_mm512_load_ps(bias_sums_ + (size_t(r) * n_groups_ + g) * 16));
         for (int d = 0; d < kGroup; d++) p.out[kGroup * g + d] += bias;
       }
@@ -258,14 +238,63 @@ class IntegerAttention {
  private:
   template <class Attention>
   friend void attend_sets(Attention& attention, int n_rows);
+  friend class Arrays;
 
-  size_t weight_bytes() const { return size_t(kSet) * N * kQuads * (straddle_ ? 64 : 16 * n_patterns_); }
+  void place(Arrays& arrays) {
+    const size_t n_rows = rows_.n_rows, n_sets = (n_rows + kSet - 1) / kSet;
+    planes_ = arrays.take<uint32_t>(size_t(key_dim_ / 8) * kBlock);
+    norms_ = arrays.take<float>(kBlock);
+    values_ = arrays.take<uint8_t>(size_t(n_chunks_) * kQuads * 64);
+    scales_ = arrays.take<float>(size_t(n_groups_) * kBlock);
+    biases_ = kLloyd ? nullptr : arrays.take<float>(size_t(n_groups_) * kBlock);
+    largest_scales_ = arrays.take<float>(kBlock);
+    scores_ = arrays.take<float>(kSet * kBlock);
+    weights_ = arrays.take<int8_t>(kSet * N * row_weights());
+    group_of_ = kLloyd ? nullptr : arrays.take<int32_t>(out_size_);
+    query_ = arrays.take<int32_t>(n_sets * key_dim_ * N);
+    tail_keys_ = arrays.take<uint32_t>(16 * size_t(key_words_));
+    tail_values_ = arrays.take<uint32_t>(16 * size_t(value_words_));
+    tail_params_ = kLloyd ? nullptr : arrays.take<uint32_t>(16 * size_t(n_groups_));
+    out_ = arrays.take<float>(n_rows * row_size());
+    sums_ = out_ + n_rows * out_size_;
+    bias_sums_ = kLloyd ? nullptr : sums_ + n_rows * 16;
+    query_offset_ = arrays.take<int32_t>(n_rows * N);
+    query_step_ = arrays.take<float>(n_rows);
+    max_ = arrays.take<float>(n_rows);
+    nan_ = arrays.take<bool>(n_rows);
+  }
 
-  // Dimension of element i of out_: -1 for the words that fill up the last chunk.
+  // A row's sums: output, softmax weights and biases, in lanes.
+  size_t row_size() const { return size_t(out_size_) + 16 + (kLloyd ? 0 : 16 * n_groups_); }
+  // Bytes of a row's weights, of each significance.
+  size_t row_weights() const {
+    if (kLloyd) return fold_ == 1 ? kBlock : kBlock / 4 / fold_ * 64;
+    return size_t(kQuads) * (straddle_ ? 64 : 16 * n_patterns_);
+  }
+
+  // The codebook plus 128, as often as it fits.
+  static __m512i load_table(const int8_t* levels) {
+    alignas(16) uint8_t x[16];
+    for (int i = 0; i < 16; i++) x[i] = uint8_t(levels[i] + 128);
+    return _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(x)));
+  }
+
+  // Dimension of element i of out_, or -1: lanes that fill up the last chunk.
   int dimension(int i) const {
-    const int lane = i % 16, slot = i / 16 % n_slots_, chunk = i / 16 / n_slots_;
-    const int word = 4 * chunk + lane / 4;
-    return word < value_words_ ? value_words_ * (n_slots_ * (lane % 4) + slot) + word : -1;
+    const int byte = i % 4, word = i / 4 % 4, slot = i / 16 % n_slots_, chunk = i / 16 / n_slots_;
+    if (!kLloyd) {  // byte of word 4 * chunk + word
+      const int w = 4 * chunk + word;
+      return w < value_words_ ? value_words_ * (n_slots_ * byte + slot) + w : -1;
+    }
+    int unit = chunk, eight = word;  // of the unit's dimensions
+    if (value_bits_ == 2) {
+      unit = 2 * chunk + word / 2;
+      eight = word % 2 + slot / 2 * 2;
+    } else if (value_bits_ == 3) {
+      unit = chunk / 4 * 4 + word % n_units_;
+      eight = chunk % 4;
+    }
+    return unit < value_dim_ / kUnit ? kUnit * unit + 8 * eight + 2 * byte + slot % 2 : -1;
   }
 
   // The row as integers in N bytes relative to its largest element, in the order of use: [word of codes][even, odd
@@ -317,7 +346,7 @@ class IntegerAttention {
   Stream values_ahead(ptrdiff_t offset) const {
     const ptrdiff_t size = ptrdiff_t(kBlock) * value_words_ * 4;
     if (offset < size) return stream(head_.value_codes + block_ * head_.value_stride, offset, size);
-    return stream(head_.value_params + block_ * head_.param_stride, offset - size, ptrdiff_t(kBlock) * n_groups_ * 4);
+    return stream(head_.value_params + block_ * head_.param_stride, offset - size, ptrdiff_t(kBlock) * n_params_ * 2);
   }
   Stream keys_ahead(ptrdiff_t offset) const {
     return stream(head_.key_codes + (block_ + kBlock) * head_.key_stride, offset, ptrdiff_t(kBlock) * key_words_ * 4);
@@ -337,7 +366,7 @@ class IntegerAttention {
     if (rows_.n_rows > kSet) {
       for (int t = 0; t < n_padded_; t += 16) load_keys(t, n, t);
     }
-    load_norms(t0, n);
+    load_norms();
   }
 
   void load_block_values() {
@@ -346,7 +375,19 @@ class IntegerAttention {
     n_bad_ = 0;
     const int n = n_, whole = n / 16 * 16;
     const uint32_t* values = head_.value_codes + block_ * head_.value_stride;
-    for (int g = 0; g < n_groups_; g += 4) load_params(head_.value_params + block_ * head_.param_stride, g, whole, n);
+    if constexpr (kLloyd) {
+      load_value_norms();
+      if (value_bits_ == 3) {
+        for (int t = 0; t < n_padded_; t += 4 * fold_) {
+          const bool in_tail = t >= whole;
+          load_lloyd_3(in_tail ? tail_values_ + (t - whole) * value_words_ : values + t * head_.value_stride,
+                       in_tail ? value_words_ : head_.value_stride, values_ + size_t(t / 4 / fold_) * 64);
+        }
+        return;
+      }
+    } else {
+      for (int g = 0; g < n_groups_; g += 4) load_params(head_.value_params + block_ * head_.param_stride, g, whole, n);
+    }
     for (int t = 0; t < whole; t += 4) load_values(values + t * head_.value_stride, head_.value_stride, t / 4);
     for (int t = whole; t < n_padded_; t += 4) load_values(tail_values_ + (t - whole) * value_words_, value_words_, t / 4);
   }
@@ -361,7 +402,7 @@ class IntegerAttention {
       for (int w = 0; w < key_words_; w++) tail_keys_[i * key_words_ + w] = t < n ? keys[t * head_.key_stride + w] : 0;
       for (int w = 0; w < value_words_; w++)
         tail_values_[i * value_words_ + w] = t < n ? values[t * head_.value_stride + w] : 0;
-      for (int g = 0; g < n_groups_; g++) {
+      for (int g = 0; g < n_groups_ && !kLloyd; g++) {
         uint32_t x = 0;
         if (t < n) __builtin_memcpy(&x, params + t * head_.param_stride + 2 * g, 4);
         tail_params_[i * n_groups_ + g] = x;
@@ -370,15 +411,15 @@ class IntegerAttention {
   }
 
   // Three words of 3-bit codes to four planes; the fourth's bits are the tops of the nibbles.
-  static void store_3_bit(__m512i w0, __m512i w1, __m512i w2, uint32_t* to) {
+  static void store_3_bit(__m512i w0, __m512i w1, __m512i w2, uint32_t* to, ptrdiff_t step = kBlock) {
     const __m512i code = _mm512_set1_epi32(0x77777777);
     const __m512i a = _mm512_srli_epi32(w0, 3), b = _mm512_srli_epi32(w1, 2), c = _mm512_srli_epi32(w2, 1);
     __m512i last = _mm512_ternarylogic_epi32(_mm512_set1_epi32(0x11111111), a, b, 0xca);  // bit 0 of a, else b
     last = _mm512_ternarylogic_epi32(_mm512_set1_epi32(0x44444444), c, last, 0xca);
     _mm512_store_si512(to, _mm512_and_si512(w0, code));
-    _mm512_store_si512(to + kBlock, _mm512_and_si512(w1, code));
-    _mm512_store_si512(to + 2 * kBlock, _mm512_and_si512(w2, code));
-    _mm512_store_si512(to + 3 * kBlock, _mm512_and_si512(last, code));
+    _mm512_store_si512(to + step, _mm512_and_si512(w1, code));
+    _mm512_store_si512(to + 2 * step, _mm512_and_si512(w2, code));
+    _mm512_store_si512(to + 3 * step, _mm512_and_si512(last, code));
   }
 
   // Words of 16 tokens -> planes: plane 4u + i, lane t, nibble k = code of dimension 32u + 8i + k, no other bits.
@@ -424,27 +465,33 @@ class IntegerAttention {
     }
   }
 
-  void load_norms(int t0, int n) {
-    const uint16_t* norms = head_.key_norms + t0 * head_.norm_stride;
+  void load_norms() {
+    n_bad_keys_ = load_halves(head_.key_norms + block_ * head_.norm_stride, head_.norm_stride, norms_, bad_keys_);
+  }
+
+  // The block's numbers as fp32; those that are not finite become zero, and their tokens' places are returned.
+  int load_halves(const uint16_t* from, ptrdiff_t stride, float* to, int* places) const {
     const __m256i magnitude = _mm256_set1_epi16(0x7fff), largest = _mm256_set1_epi16(0x7bff);
+    int n_places = 0;
     for (int t = 0; t < n_padded_; t += 16) {
       __m256i half;
-      if (head_.norm_stride == 1 && t + 16 <= n) {
-        half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(norms + t));
+      if (stride == 1 && t + 16 <= n_) {
+        half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + t));
       } else {
         alignas(32) uint16_t copy[16] = {};
-        for (int i = 0; i < smaller(16, n - t); i++) copy[i] = norms[(t + i) * head_.norm_stride];
+        for (int i = 0; i < smaller(16, n_ - t); i++) copy[i] = from[(t + i) * stride];
         half = _mm256_load_si256(reinterpret_cast<const __m256i*>(copy));
       }
       const __mmask16 bad = _mm256_cmpgt_epi16_mask(_mm256_and_si256(half, magnitude), largest);
       if (__builtin_expect(bad != 0, 0)) {
         half = _mm256_maskz_mov_epi16(__mmask16(~bad), half);
         for (int i = 0; i < 16; i++) {
-          if (bad >> i & 1) bad_keys_[n_bad_keys_++] = t + i;
+          if (bad >> i & 1) places[n_places++] = t + i;
         }
       }
-      _mm512_store_ps(norms_ + t, _mm512_cvtph_ps(half));
+      _mm512_store_ps(to + t, _mm512_cvtph_ps(half));
     }
+    return n_places;
   }
 
   // Scales of groups g .. g + 3, and biases moved to the middle of the codes' range, from which `values` counts: a group's
@@ -507,22 +554,94 @@ class IntegerAttention {
     }
   }
 
+  // ---- values coded as keys: a chunk is four words (3 bits: of four units, or of the same word of several quads' units) of
+  // four tokens, its nibbles are indices of the table
+
+  void load_value_norms() {
+    n_bad_ = load_halves(head_.value_params + block_ * head_.param_stride, head_.param_stride, scales_, bad_);
+    for (int t = 0; t < n_padded_; t += 16) {
+      _mm512_store_ps(largest_scales_ + t, _mm512_abs_ps(_mm512_load_ps(scales_ + t)));
+    }
+  }
+
+  void set_value_tables(const CodecShape& shape) {
+    int8_t levels[2][16];
+    for (int i = 0; i < 16; i++) {
+      levels[0][i] = shape.value_codebook[value_bits_ == 2 ? i % 4 : i];
+      levels[1][i] = shape.value_codebook[i / 4];
+    }
+    value_tables_[0] = load_table(levels[0]);
+    value_tables_[1] = load_table(levels[1]);
+    // Word w of four tokens' units: where load_lloyd_3 finds it in 48 words that follow each other, or in three runs of four
+    // words of four tokens.
+    whole_runs_ = n_units_ == 4 && value_dim_ != 128;
+    for (int i = 0; i < 16; i++) {
+      const int quad = i / 4 / n_units_, unit = i / 4 % n_units_, token = 4 * quad + i % 4;
+      for (int w = 0; w < 3; w++) {
+        const int word = 3 * unit + w;
+        word_index_[w][i] = whole_runs_ ? 16 * (word / 4) + 4 * token + word % 4 : 3 * n_units_ * token + word;
+      }
+    }
+  }
+
+  // 3 bits: four tokens' units, up to four at a time; of fewer than three units, those of several quads, as if one token had
+  // them. Plane i has dimensions 8i .. 8i + 7 of each, a lane is a byte of four tokens.
+  void load_lloyd_3(const uint32_t* x, ptrdiff_t stride, uint8_t* to) const {
+    if (whole_runs_) {
+      for (int w = 0; w < value_words_; w += 12, to += 4 * kQuads * 64) {
+        __m512i z[3];
+        for (int i = 0; i < 3; i++) {
+          const int n_words = value_words_ - w - 4 * i;
+          const __mmask8 in = __mmask8(n_words >= 4 ? 15 : n_words > 0 ? (1 << n_words) - 1 : 0);
+          const uint32_t* from = x + w + 4 * i;
+          z[i] = _mm512_castsi128_si512(_mm_maskz_loadu_epi32(in, from));
+          z[i] = _mm512_mask_broadcast_i32x4(z[i], 0x00f0, _mm_maskz_loadu_epi32(in, from + stride));
+          z[i] = _mm512_mask_broadcast_i32x4(z[i], 0x0f00, _mm_maskz_loadu_epi32(in, from + 2 * stride));
+          z[i] = _mm512_mask_broadcast_i32x4(z[i], 0xf000, _mm_maskz_loadu_epi32(in, from + 3 * stride));
+        }
+        store_lloyd_3(z, to);
+      }
+      return;
+    }
+    alignas(64) uint32_t copy[48];
+    if (stride != value_words_) {
+      for (int i = 0; i < 48; i++) copy[i] = x[i / value_words_ * stride + i % value_words_];
+      x = copy;
+    }
+    const __m512i z[3] = {_mm512_loadu_si512(x), _mm512_loadu_si512(x + 16), _mm512_loadu_si512(x + 32)};
+    store_lloyd_3(z, to);
+  }
+
+  void store_lloyd_3(const __m512i z[3], uint8_t* to) const {
+    const __m512i bytes = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+    __m512i words[3];
+    for (int w = 0; w < 3; w++) {
+      const __m512i index = _mm512_load_si512(word_index_[w]);
+      const __m512i y = _mm512_permutex2var_epi32(z[0], index, z[1]);
+      const __mmask16 third = _mm512_cmpgt_epi32_mask(index, _mm512_set1_epi32(31));
+      words[w] = _mm512_shuffle_epi8(_mm512_mask_permutexvar_epi32(y, third, index, z[2]), bytes);
+    }
+    store_3_bit(words[0], words[1], words[2], reinterpret_cast<uint32_t*>(to), kQuads * 16);
+  }
+
   // ---- rows r .. r + H - 1 on the block
 
   // Not inlined: four rows in three bytes are 5 % slower with the caller's state.
   template <int H>
   __attribute__((noinline)) void attend_set(int r) {
     ahead_ &= r == 0;  // once a block
+    StepOffset offsets[H];
+    for (int h = 0; h < H; h++) offsets[h] = StepOffset(rows_, r + h, block_, n_);
     if (key_bits_ == 4) {
-      scores<H, true>(r);
+      scores<H, true>(r, offsets);
     } else {
-      scores<H, false>(r);
+      scores<H, false>(r, offsets);
     }
     alignas(64) float factors[16] = {};  // of the old state (0 ..) and of this block (8 ..)
     float reference[H];
     bool negligible = true;
     for (int h = 0; h < H; h++) {
-      const float block_max = finish_scores(r + h, scores_ + h * kBlock);
+      const float block_max = finish_scores(r + h, scores_ + h * kBlock, offsets[h]);
       negligible &= raise_max(block_max, max_[r + h], factors[h], factors[8 + h]);
       reference[h] = block_max == kNegInf ? 0.0f : block_max;
     }
@@ -548,18 +667,23 @@ class IntegerAttention {
     for (int i = 0; i < n_bad_; i++) {
       for (int h = 0; h < H; h++) nan_[r + h] |= scores_[h * kBlock + bad_[i]] != 0;
     }
-    add_biases<H>(r, factors);
-    split_weights<H>(largest_product);
-    if (value_bits_ == 2) {
-      values<H, 2>(r, factors);
+    if constexpr (kLloyd) {
+      split_lloyd_weights<H>(largest_product);
+      fold_ == 1 ? lloyd_values<H, false>(r, factors) : lloyd_values<H, true>(r, factors);
     } else {
-      values<H, 4>(r, factors);
+      add_biases<H>(r, factors);
+      split_weights<H>(largest_product);
+      if (value_bits_ == 2) {
+        values<H, 2>(r, factors);
+      } else {
+        values<H, 4>(r, factors);
+      }
     }
   }
 
   // Integer dot products with the token as the lane, times norm; tokens beyond the block come out as the offset.
   template <int H, bool kFourBits>
-  void scores(int r) {
+  void scores(int r, const StepOffset* offsets) {
     constexpr int V = H * N <= 3 ? 4 : 2;  // registers of 16 tokens at a time
     const int32_t* query = query_ + size_t(r / kSet) * kSet * key_dim_ / 4 * N;
     // One set of rows unpacks keys where it needs them, so that they stay in the first-level cache.
@@ -597,7 +721,8 @@ class IntegerAttention {
       for (int h = 0; h < H; h++) {
         const __m512 step = _mm512_set1_ps(query_step_[r + h]);
         for (int v = 0; v < V; v++) {
-          const __m512 offset = _mm512_set1_ps(block_offset(r + h, smaller(t + 16 * v, n_padded_ - 1)));
+          // A register whose tokens are of two blocks is that of a call which ends with the first.
+          const __m512 offset = _mm512_set1_ps(offsets[h].value[t + 16 * v >= offsets[h].cut]);
           const __m512 factor = _mm512_mul_ps(_mm512_load_ps(norms_ + t + 16 * v), step);
           _mm512_store_ps(scores_ + h * kBlock + t + 16 * v, _mm512_fmadd_ps(join<N>(&acc[h][0][v], V), factor, offset));
         }
@@ -605,14 +730,8 @@ class IntegerAttention {
     }
   }
 
-  // What the mean of token t's block adds to row r's score.
-  float block_offset(int r, int t) const {
-    if (!rows_.offset || nan_[r]) return 0.0f;
-    return rows_.offset[r * rows_.offset_stride + (block_ + t) / kBlockTokens - rows_.first_block];
-  }
-
   // Applies what is particular to a row; returns the largest score.
-  float finish_scores(int r, float* s) {
+  float finish_scores(int r, float* s, const StepOffset& offset) {
     const int limit = smaller(n_, rows_.end[r] - block_);
     if (rows_.bias) {
       const float* bias = rows_.bias[r] + block_;
@@ -624,6 +743,7 @@ class IntegerAttention {
     }
     for (int t = limit < 0 ? 0 : limit; t < n_padded_; t++) s[t] = kNegInf;
     for (int i = 0; i < n_bad_keys_; i++) nan_[r] |= s[bad_keys_[i]] != kNegInf;
+    nan_[r] |= offset.lost(s, n_);
     __m512 top = _mm512_set1_ps(kNegInf);
     for (int t = 0; t < n_padded_; t += 16) top = _mm512_max_ps(top, _mm512_load_ps(s + t));
     return _mm512_reduce_max_ps(top);
@@ -835,11 +955,149 @@ class IntegerAttention {
     }
   }
 
+  // Weight times norm as integers relative to the row's largest such product in this block, in bytes: [row][piece][token], or
+  // as a chunk of several quads' words needs them.
+  template <int H>
+  void split_lloyd_weights(const float* largest_product) {
+    const __m512 magic = _mm512_set1_ps(Pieces<N>::kMagic);
+    const __m512i flip = _mm512_set1_epi8(-128);
+    const __m512i spread = fold_ == 2 ? _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1)
+                                      : _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+    for (int h = 0; h < H; h++) {
+      const __m512 inverse = _mm512_set1_ps(weight_factor<N>(largest_product[h], weight_step_[h]));
+      __m512i total = _mm512_setzero_si512();
+      int8_t* to = weights_ + h * N * row_weights();
+      for (int t = 0; t < n_padded_; t += 16) {
+        const __m512 p = _mm512_mul_ps(_mm512_load_ps(scores_ + h * kBlock + t), inverse);
+        const __m512i x = _mm512_castps_si512(_mm512_fmadd_ps(p, _mm512_load_ps(scales_ + t), magic));
+        total = _mm512_add_epi32(total, x);
+        for (int i = 0; i < N; i++) {
+          __m128i piece = _mm512_cvtepi32_epi8(_mm512_srli_epi32(x, 8 * (N - 1 - i)));
+          if (i > 0) piece = _mm_xor_si128(piece, _mm512_castsi512_si128(flip));
+          if (N == 3 && i == 0) piece = _mm_sub_epi8(piece, _mm_set1_epi8(64));  // the mantissa's own 2^22
+          int8_t* const at = to + i * row_weights();
+          if (fold_ == 1) {
+            _mm_store_si128(reinterpret_cast<__m128i*>(at + t), piece);
+            continue;
+          }
+          const __m512i quads = _mm512_castsi128_si512(piece);
+          _mm512_store_si512(at + t / 4 / fold_ * 64, _mm512_permutexvar_epi32(spread, quads));
+          if (fold_ == 2) {
+            const __m512i next = _mm512_add_epi32(spread, _mm512_set1_epi32(2));
+            _mm512_store_si512(at + (t / 8 + 1) * 64, _mm512_permutexvar_epi32(next, quads));
+          }
+        }
+      }
+      set_table_offset(h,
+                       _mm512_sub_epi32(total, _mm512_set1_epi32(int32_t(uint32_t(n_padded_ / 16) * Pieces<N>::kMagicBits))));
+    }
+  }
+
+  // The table holds level + 128: minus 128 times the sums of the weights of a lane's tokens, what the sums of the first and the
+  // last piece start with. total: lane t % 16.
+  void set_table_offset(int h, __m512i total) {
+    total = _mm512_add_epi32(total, _mm512_shuffle_epi32(total, _MM_PERM_BADC));
+    total = _mm512_add_epi32(total, _mm512_shuffle_epi32(total, _MM_PERM_CDAB));  // sums of quads: t / 4 % 4
+    if (fold_ <= 2) total = _mm512_add_epi32(total, _mm512_shuffle_i32x4(total, total, _MM_PERM_BADC));
+    if (fold_ == 1) total = _mm512_add_epi32(total, _mm512_shuffle_i32x4(total, total, _MM_PERM_CDAB));
+    if (fold_ == 2) total = _mm512_shuffle_i32x4(total, total, _MM_PERM_BBAA);
+    if constexpr (N == 3) {
+      const __m512i first = _mm512_slli_epi32(_mm512_srai_epi32(total, 16), 7);
+      _mm512_store_si512(middle_first_[h], _mm512_sub_epi32(_mm512_setzero_si512(), first));
+      total = _mm512_and_si512(total, _mm512_set1_epi32(0xffff));
+    }
+    _mm512_store_si512(middle_last_[h], _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_slli_epi32(total, 7)));
+  }
+
+  template <int H, bool kFolded>
+  void lloyd_values(int r, const float* factors) {
+    constexpr int kAtOnce = H * N <= 2 ? 4 : H * N <= 4 ? 2 : 1;  // chunks, for 12 to 24 sums: an instruction takes 5 cycles
+    for (int half = 0; half < n_slots_ / 2; half++) {
+      int c = 0;
+      if (value_bits_ == 3) {
+        for (; c + kAtOnce <= n_chunks_; c += kAtOnce) lloyd_values<H, kAtOnce, kFolded, false>(r, factors, c, half);
+      } else {
+        for (; c + kAtOnce <= n_chunks_; c += kAtOnce) lloyd_values<H, kAtOnce, false, true>(r, factors, c, half);
+        for (; kAtOnce > 1 && c < n_chunks_; c++) lloyd_values<H, 1, false, true>(r, factors, c, half);
+      }
+    }
+  }
+
+  // Sum over the block of weight * level for the even and the odd nibbles of chunks c .. c + V - 1. kMasked: the nibbles hold
+  // other bits. half: of 2 bits, the lower or the upper half of a nibble.
+  template <int H, int V, bool kFolded, bool kMasked>
+  __attribute__((noinline)) void lloyd_values(int r, const float* factors, int c, int half) {
+    __m512i acc[V][2][H][N];
+#pragma GCC unroll 4
+    for (int v = 0; v < V; v++) {
+#pragma GCC unroll 2
+      for (int i = 0; i < 2; i++) {
+#pragma GCC unroll 4
+        for (int h = 0; h < H; h++) {
+#pragma GCC unroll 3
+          for (int p = 0; p < N; p++) {
+            acc[v][i][h][p] = p == N - 1 ? _mm512_load_si512(middle_last_[h])
+                              : p == 0   ? _mm512_load_si512(middle_first_[h])
+                                         : _mm512_setzero_si512();
+          }
+        }
+      }
+    }
+    const __m512i table = value_tables_[half], nibble = _mm512_set1_epi8(15);
+    const uint8_t* codes = values_ + size_t(c) * kQuads * 64;
+    const ptrdiff_t row_step = row_weights();
+    const int8_t* weights = weights_;
+    const int n_steps = kFolded ? n_padded_ / 4 / fold_ : n_padded_ / 4;
+    const Stream ahead = keys_ahead(ptrdiff_t(c * n_slots_ / 2 + half) * kQuads * 64);
+    for (int step = 0; step < n_steps; step++, codes += 64, weights += kFolded ? 64 : 4) {
+      _mm_prefetch(ahead.next + step * ahead.step, _MM_HINT_T0);
+      __m512i x[V][2];
+#pragma GCC unroll 4
+      for (int v = 0; v < V; v++) {
+        const __m512i y = _mm512_load_si512(codes + v * kQuads * 64), z = _mm512_srli_epi32(y, 4);
+        x[v][0] = _mm512_shuffle_epi8(table, kMasked ? _mm512_and_si512(y, nibble) : y);
+        x[v][1] = _mm512_shuffle_epi8(table, kMasked ? _mm512_and_si512(z, nibble) : z);
+      }
+#pragma GCC unroll 4
+      for (int h = 0; h < H; h++) {
+#pragma GCC unroll 3
+        for (int p = 0; p < N; p++) {
+          const int8_t* from = weights + (h * N + p) * row_step;
+          int32_t four;
+          __builtin_memcpy(&four, from, 4);
+          const __m512i w = kFolded ? _mm512_load_si512(from) : _mm512_set1_epi32(four);
+#pragma GCC unroll 4
+          for (int v = 0; v < V; v++) {
+            dot(acc[v][0][h][p], x[v][0], w);
+            dot(acc[v][1][h][p], x[v][1], w);
+          }
+        }
+      }
+    }
+#pragma GCC unroll 4
+    for (int h = 0; h < H; h++) {
+      const __m512 old = _mm512_set1_ps(factors[h]);
+      const __m512 factor = _mm512_set1_ps(weight_step_[h] * factors[8 + h] * (1.0f / float(kCodebookTop)));
+#pragma GCC unroll 4
+      for (int v = 0; v < V; v++) {
+        float* to = out_ + size_t(r + h) * out_size_ + ((c + v) * n_slots_ + 2 * half) * 16;
+#pragma GCC unroll 2
+        for (int i = 0; i < 2; i++) {
+          const __m512 kept = _mm512_mul_ps(_mm512_load_ps(to + 16 * i), old);
+          _mm512_store_ps(to + 16 * i, _mm512_fmadd_ps(join<N>(acc[v][i][h], 1), factor, kept));
+        }
+      }
+    }
+  }
+
   static constexpr int kMaxBad = kBlock * (kMaxDim / kGroup);
 
   const CodedHead& head_;
   const QueryRows& rows_;
-  const int key_dim_, value_dim_, key_bits_, value_bits_, key_words_, value_words_, n_chunks_, n_slots_, n_groups_;
+  const int key_dim_, value_dim_, key_bits_, value_bits_, key_words_, value_words_;
+  const int n_units_;  // lloyd: that share a chunk
+  const int fold_;     // lloyd: quads that share a chunk
+  const int n_chunks_, n_slots_, n_groups_, n_params_;
   const bool straddle_;  // a run of words crosses the groups' borders, which then differ from word to word
   const int n_patterns_, out_size_;
   int n_ = 0, n_padded_ = 0, n_bad_ = 0;
@@ -852,6 +1110,9 @@ class IntegerAttention {
   int n_bad_keys_ = 0, bad_keys_[kBlock];  // tokens of the block with a norm that is not finite, replaced by zero
   int bad_[kMaxBad];                       // the same of scales and biases
   __m512i table_;
+  __m512i value_tables_[2];  // lloyd: of 2 bits, for the lower and the upper half of a nibble
+  alignas(64) int32_t word_index_[3][16];
+  bool whole_runs_ = false;
   uint32_t *planes_, *tail_keys_, *tail_values_, *tail_params_;
   float *scales_, *biases_, *largest_scales_;  // [group][token of the block]; per token, of all groups
   float *norms_, *scores_, *out_, *bias_sums_, *sums_, *query_step_, *max_;
@@ -865,9 +1126,7 @@ class IntegerAttention {
 
 void attend_coded_avx512(const CodedHead& head, const CodecShape& shape, const QueryRows& rows, int begin, int end,
                          Partial* partials) {
-  if (shape.value_coding == kValueLloyd) {
-    attend_coded_portable(head, shape, rows, begin, end, partials);
-  } else if (head.key_signs || head.param_stride % 2) {
+  if (head.key_signs || (shape.value_coding == kValueGroups && head.param_stride % 2)) {
     Fp32Attention<Avx512>::attend_coded(head, shape, rows, begin, end, partials);
   } else {
     attend_in_integers<IntegerAttention>(head, shape, rows, begin, end, partials);
@@ -876,6 +1135,10 @@ void attend_coded_avx512(const CodedHead& head, const CodecShape& shape, const Q
 
 void attend_exact_avx512(const ExactHead& head, const QueryRows& rows, int begin, int end, Partial* partials) {
   Fp32Attention<Avx512>::attend_exact(head, rows, begin, end, partials);
+}
+
+void score_means_avx512(const float* q, int n_rows, const BlockMeans& means, int first, int n, float* offset) {
+  MeanScores<Avx512>::score(q, n_rows, means, first, n, offset);
 }
 
 }  // namespace tqext::cpu

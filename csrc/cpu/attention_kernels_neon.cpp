@@ -8,8 +8,8 @@
 
 #include "attention_kernels.h"
 #include "fp32_attention.h"
+#include "mean_scores.h"
 #include "neon_exp2.h"
-#include "scratch.h"
 #include "softmax.h"
 
 namespace tqext::cpu {
@@ -20,6 +20,7 @@ struct Neon : NeonFloats {
   static constexpr int kWidth = 4;
   static constexpr int kRows = 8;  // 16 sums of 32 registers; Apple's cores have a latency of 4 at four multiply-adds a cycle
   static constexpr int kPanelsOne = 8;
+  static constexpr int kMeans = 4;
 
   static F load(const float* p) { return vld1q_f32(p); }
   static void store(float* p, F x) { vst1q_f32(p, x); }
@@ -56,6 +57,20 @@ struct Neon : NeonFloats {
     if constexpr (b == 3) return vcvtq_f32_s32(vshrq_n_s32(vreinterpretq_s32_u32(x), 24));
     if constexpr (b < 3) return vcvtq_f32_s32(vshrq_n_s32(vshlq_n_s32(vreinterpretq_s32_u32(x), 24 - 8 * b), 24));
   }
+  // Four signed bytes.
+  static F load_bytes(const int8_t* x) {
+    uint32_t bytes;
+    __builtin_memcpy(&bytes, x, 4);
+    return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_u32(vdup_n_u32(bytes))))));
+  }
+  // The table's bytes at the nibbles of four words, low nibbles first.
+  static void look_up_nibbles(const int8_t table[16], const uint32_t words[4], int8_t to[32]) {
+    const int8x16_t levels = vld1q_s8(table);
+    const uint8x16_t x = vreinterpretq_u8_u32(vld1q_u32(words));
+    const int8x16_t even = vqtbl1q_s8(levels, vandq_u8(x, vdupq_n_u8(15))), odd = vqtbl1q_s8(levels, vshrq_n_u8(x, 4));
+    vst1q_s8(to, vzip1q_s8(even, odd));
+    vst1q_s8(to + 16, vzip2q_s8(even, odd));
+  }
   static F sign_of_top_bit(I x) {  // bit 31 set: +1, else -1
     return vreinterpretq_f32_u32(veorq_u32(vdupq_n_u32(0xbf800000u), vandq_u32(x, vdupq_n_u32(0x80000000u))));
   }
@@ -87,6 +102,10 @@ void attend_coded_neon(const CodedHead& head, const CodecShape& shape, const Que
 
 void attend_exact_neon(const ExactHead& head, const QueryRows& rows, int begin, int end, Partial* partials) {
   Fp32Attention<Neon>::attend_exact(head, rows, begin, end, partials);
+}
+
+void score_means_neon(const float* q, int n_rows, const BlockMeans& means, int first, int n, float* offset) {
+  MeanScores<Neon>::score(q, n_rows, means, first, n, offset);
 }
 
 }  // namespace tqext::cpu

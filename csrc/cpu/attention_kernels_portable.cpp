@@ -19,6 +19,9 @@ float dot(const float* a, const float* b, int n) {
   return ((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])) + ((lanes[4] + lanes[5]) + (lanes[6] + lanes[7]));
 }
 
+// An infinity in a norm or a mean must not make a score minus infinity, which is that of a token that is not attended.
+float finite_or_nan(float x) { return x + 0.0f * x; }
+
 // decode_key(t, key) writes token t's key; score(row, key, t) its score; decode_value(t, value) its value.
 template <class DecodeKey, class Score, class DecodeValue>
 void attend(const QueryRows& rows, int value_dim, int begin, int end, Partial* partials, const DecodeKey& decode_key,
@@ -38,7 +41,9 @@ void attend(const QueryRows& rows, int value_dim, int begin, int end, Partial* p
         float s = kNegInf;
         if (t0 + t < rows.end[r]) {
           s = score(r, vector, t0 + t);
-          if (rows.offset) s += rows.offset[r * rows.offset_stride + (t0 + t) / kBlockTokens - rows.first_block];
+          if (rows.offset) {
+            s += finite_or_nan(rows.offset[r * rows.offset_stride + (t0 + t) / kBlockTokens - rows.first_block]);
+          }
           if (rows.bias) s = rows.bias[r][t0 + t] == kNegInf ? kNegInf : s + rows.bias[r][t0 + t];
         }
         scores[r * kStep + t] = s;
@@ -90,10 +95,10 @@ void attend_coded_portable(const CodedHead& head, const CodecShape& shape, const
     decode_levels(head.key_codes + t * head.key_stride, shape.key_dim, shape.key_bits, shape.codebook, key);
   };
   auto score = [&](int r, const float* key, int t) {
-    const float norm = half_to_float(head.key_norms[t * head.norm_stride]);
+    const float norm = finite_or_nan(half_to_float(head.key_norms[t * head.norm_stride]));
     float s = norm / float(kCodebookTop) * dot(rows.q + r * shape.key_dim, key, shape.key_dim);
     if (head.key_signs) {
-      const float residual_norm = half_to_float(head.residual_norms[t * head.residual_stride]);
+      const float residual_norm = finite_or_nan(half_to_float(head.residual_norms[t * head.residual_stride]));
       s +=
           residual_norm * signed_sum(head.key_signs + t * head.sign_stride, rows.residual_q + r * shape.key_dim, shape.key_dim);
     }

@@ -14,8 +14,8 @@
 // linkage and use no function template of the standard library, or the linker may keep this copy for all.
 #pragma once
 
+#include "arrays.h"
 #include "attention_kernels.h"
-#include "scratch.h"
 #include "softmax.h"
 
 namespace tqext::cpu {
@@ -65,27 +65,28 @@ class Fp32Attention {
  private:
   Fp32Attention(const QueryRows& rows, int key_dim, int value_dim, bool signs)
       : rows_(rows), key_dim_(key_dim), value_dim_(value_dim), out_dim_(round_up(value_dim, kPanel)), signs_(signs) {
-    const size_t tile_keys = size_t(key_dim) * kTile, tile_values = size_t(out_dim_ / kPanel) * kValuePanel;
-    const size_t staging = 4 * kStagingRow;
-    float* next = static_cast<float*>(
-        scratch(sizeof(float) * (tile_keys * (signs ? 2 : 1) + tile_values + staging + (V::kRows + 2) * size_t(kTile) +
-                                 size_t(rows.n_rows) * (out_dim_ + 2 * kWidth))));
-    auto take = [&next](size_t n) { return (next += n) - n; };
-    keys_ = take(tile_keys);
-    sign_keys_ = signs ? take(tile_keys) : nullptr;
-    values_ = take(tile_values);
-    staging_ = take(staging);
-    scores_ = take(size_t(V::kRows) * kTile);
-    norms_ = take(kTile);
-    residual_norms_ = take(kTile);
-    out_ = take(size_t(rows.n_rows) * out_dim_);
-    max_ = take(size_t(rows.n_rows) * kWidth);  // one number a row; the rest is padding
-    sum_ = take(size_t(rows.n_rows) * kWidth);  // one partial sum a lane
+    Arrays::place(*this);
     for (int r = 0; r < rows.n_rows; r++) {
       max_[r] = kNegInf;
       V::store(sum_ + r * kWidth, V::set1(0));
     }
     for (size_t i = 0; i < size_t(rows.n_rows) * out_dim_; i += kWidth) V::store(out_ + i, V::set1(0));
+  }
+
+  friend class Arrays;
+  void place(Arrays& arrays) {
+    const size_t tile_keys = size_t(key_dim_) * kTile, n_rows = rows_.n_rows;
+    keys_ = arrays.take<float>(tile_keys);
+    sign_keys_ = signs_ ? arrays.take<float>(tile_keys) : nullptr;
+    values_ = arrays.take<float>(size_t(out_dim_ / kPanel) * kValuePanel);
+    staging_ = arrays.take<float>(4 * kStagingRow);
+    scores_ = arrays.take<float>(size_t(V::kRows) * kTile);
+    norms_ = arrays.take<float>(kTile);
+    residual_norms_ = arrays.take<float>(kTile);
+    value_norms_ = arrays.take<float>(kTile);
+    out_ = arrays.take<float>(n_rows * out_dim_);
+    max_ = arrays.take<float>(n_rows);
+    sum_ = arrays.take<float>(n_rows * kWidth);  // one partial sum a lane
   }
 
   bool anyone_attends(int t0) const {
@@ -107,6 +108,15 @@ class Fp32Attention {
       levels_ = V::load(x);
       for (int i = 0; i < V::kPick; i++) x[i] = float(i % 4);
       steps_ = V::load(x);
+    }
+    if (shape.value_coding == kValueLloyd) {
+      const int n_value_levels = 1 << shape.value_bits;
+      for (int i = 0; i < kMaxKeyLevels; i++) value_table_[i] = shape.value_codebook[i % n_value_levels];
+      if constexpr (V::kPick > 0) {
+        alignas(64) float x[V::kPick];
+        for (int i = 0; i < V::kPick; i++) x[i] = value_table_[i];
+        value_levels_ = V::load(x);
+      }
     }
   }
 
@@ -164,14 +174,17 @@ class Fp32Attention {
       }
       alignas(64) uint16_t half[kWidth];
       for (int i = 0; i < kWidth; i++) half[i] = head.key_norms[(t0 + smaller(t + i, n - 1)) * head.norm_stride];
-      V::store(norms_ + t, V::mul(V::load_half(half), V::set1(1.0f / float(kCodebookTop))));
+      V::store(norms_ + t, finite_or_nan(V::mul(V::load_half(half), V::set1(1.0f / float(kCodebookTop)))));
       if (signs_) {
         for (int i = 0; i < kWidth; i++) half[i] = head.residual_norms[(t0 + smaller(t + i, n - 1)) * head.residual_stride];
-        V::store(residual_norms_ + t, V::load_half(half));
+        V::store(residual_norms_ + t, finite_or_nan(V::load_half(half)));
         decode_signs(head, t0, t, n);
       }
     }
   }
+
+  // An infinite norm must not make a score minus infinity, which is that of a token that is not attended.
+  static F finite_or_nan(F x) { return V::fma(x, V::set1(0), x); }
 
   // +1 or -1 per dimension, in the layout of keys_.
   void decode_signs(const CodedHead& head, int t0, int t, int n) {
@@ -187,6 +200,94 @@ class Fp32Attention {
   }
 
   void decode_values(const CodedHead& head, const CodecShape& shape, int t0, int n) {
+    if (shape.value_coding == kValueGroups) {
+      decode_groups(head, shape, t0, n);
+    } else {
+      load_value_norms(head, t0, n);
+      if (shape.value_bits == 2) {
+        decode_lloyd<2>(head, t0, n);
+      } else if (shape.value_bits == 3) {
+        decode_lloyd<3>(head, t0, n);
+      } else {
+        decode_lloyd<4>(head, t0, n);
+      }
+    }
+    if constexpr (kPanel > kUnit) {
+      for (int t = 0; t < n && value_dim_ % kPanel; t++) clear_values(t, value_dim_);
+    }
+    clear_tokens(n);
+  }
+
+  void load_value_norms(const CodedHead& head, int t0, int n) {
+    F poison = V::set1(0);
+    for (int t = 0; t < round_up(n, kWidth); t += kWidth) {
+      alignas(64) uint16_t half[kWidth];
+      for (int i = 0; i < kWidth; i++) half[i] = head.value_params[(t0 + smaller(t + i, n - 1)) * head.param_stride];
+      const F x = V::mul(V::load_half(half), V::set1(1.0f / float(kCodebookTop)));
+      poison = V::fma(x, V::set1(0), poison);
+      V::store(value_norms_ + t, x);
+    }
+    poisoned_ = !(V::sum(poison) == 0);
+  }
+
+  // Eight dimensions' codes a word, each in the low bits of a nibble: dimensions 8i .. 8i + 7 of a unit in word i. The
+  // nibbles' other bits may be anything.
+  template <int kBits>
+  static void unit_words(const uint32_t* w, uint32_t out[4]) {
+    out[0] = w[0];
+    out[1] = w[1];
+    if constexpr (kBits == 2) {
+      out[2] = w[0] >> 2;
+      out[3] = w[1] >> 2;
+    } else {
+      out[2] = w[2];
+      out[3] = kBits == 4 ? w[3] : (w[0] >> 3 & 0x11111111) | (w[1] >> 2 & 0x22222222) | (w[2] >> 1 & 0x44444444);
+    }
+  }
+
+  // Values coded as keys, the dimension as the lane. Where a vector holds all levels, it holds them times the token's norm.
+  template <int kBits>
+  void decode_lloyd(const CodedHead& head, int t0, int n) {
+    const int n_units = value_dim_ / kUnit;
+    if constexpr (V::kPick >= 1 << kBits) {
+      alignas(64) uint32_t nibble[kWidth];
+      for (int i = 0; i < kWidth; i++) nibble[i] = 4 * (i % 8);
+      const I shift = V::load_int(nibble);
+      const F all = value_levels_;
+      for (int t = 0; t < n; t++) {
+        const uint32_t* w = head.value_codes + (t0 + t) * head.value_stride;
+        float* to = values_ + t * kPanel;
+        const F levels = V::mul(all, V::set1(value_norms_[t]));
+        for (int unit = 0; unit < n_units; unit++, w += kBits, to += kUnit / kPanel * kValuePanel) {
+          uint32_t x[4];
+          unit_words<kBits>(w, x);
+#pragma GCC unroll 4
+          for (int j = 0; j < kUnit / kWidth; j++) {
+            const I words = V::spread_words(x + j * kWidth / 8);
+            V::store(to + j / 2 * kValuePanel + j % 2 * kWidth, V::pick(levels, V::shift_right_lanes(words, shift)));
+          }
+        }
+      }
+    } else {
+      for (int t = 0; t < n; t++) {
+        const uint32_t* w = head.value_codes + (t0 + t) * head.value_stride;
+        float* to = values_ + t * kPanel;
+        const F norm = V::set1(value_norms_[t]);
+        for (int unit = 0; unit < n_units; unit++, w += kBits, to += kUnit / kPanel * kValuePanel) {
+          uint32_t x[4];
+          alignas(64) int8_t levels[kUnit];
+          unit_words<kBits>(w, x);
+          V::look_up_nibbles(value_table_, x, levels);
+#pragma GCC unroll 8
+          for (int j = 0; j < kUnit / kWidth; j++) {
+            V::store(to + j / 2 * kValuePanel + j % 2 * kWidth, V::mul(V::load_bytes(levels + j * kWidth), norm));
+          }
+        }
+      }
+    }
+  }
+
+  void decode_groups(const CodedHead& head, const CodecShape& shape, int t0, int n) {
     const int bits = shape.value_bits, n_words = code_words(value_dim_, bits), n_params = 2 * (value_dim_ / kGroup);
     const I mask = V::set1_int((1 << bits) - 1);
     // A vector holds a part of one slot, or whole slots, or (dims that are not powers of two) goes through staging_.
@@ -263,12 +364,8 @@ class Fp32Attention {
           V::store(value_at(t, d), V::fma(V::load(staging_ + d), V::set1(scale[0]), V::set1(scale[1])));
         }
       }
-      if constexpr (kPanel > kUnit) {
-        if (value_dim_ % kPanel) clear_values(t, value_dim_);
-      }
     }
     poisoned_ = !(V::sum(poison) == 0);
-    clear_tokens(n);
   }
 
   float* value_at(int t, int d) const { return values_ + d / kPanel * kValuePanel + t * kPanel + d % kPanel; }
@@ -466,7 +563,8 @@ class Fp32Attention {
   float softmax(int r, float* s, int t0, int n, int n_padded) {
     const int limit = smaller(n, rows_.end[r] - t0);
     if (rows_.offset) {
-      const F offset = V::set1(rows_.offset[r * rows_.offset_stride + t0 / kBlockTokens - rows_.first_block]);
+      const float x = rows_.offset[r * rows_.offset_stride + t0 / kBlockTokens - rows_.first_block];
+      const F offset = finite_or_nan(V::set1(x));
       for (int t = 0; t < n_padded; t += kWidth) V::store(s + t, V::add(V::load(s + t), offset));
     }
     if (rows_.bias) {  // may end with the tile
@@ -524,7 +622,9 @@ class Fp32Attention {
   bool pick_levels_ = false;  // levels_ holds all levels
   I table_;
   F levels_ = V::set1(0), steps_ = V::set1(0);  // 0 1 2 3, again and again
-  float *keys_, *sign_keys_, *values_, *staging_, *scores_, *norms_, *residual_norms_, *out_, *max_, *sum_;
+  F value_levels_ = V::set1(0);                 // as often as they fit
+  alignas(16) int8_t value_table_[kMaxKeyLevels] = {};
+  float *keys_, *sign_keys_, *values_, *staging_, *scores_, *norms_, *residual_norms_, *value_norms_, *out_, *max_, *sum_;
 };
 
 }  // namespace

@@ -5,7 +5,6 @@
 
 #include "attention_kernels.h"
 #include "fp32_attention.h"
-#include "scratch.h"
 #include "softmax.h"
 
 namespace tqext::cpu {
@@ -63,6 +62,33 @@ inline void finish_row(Partial& p, bool lost, int value_dim) {
   for (int d = 0; d < value_dim; d++) p.out[d] = p.sum;
 }
 
+// What the means of a step's blocks add to a row's scores: `value[0]` to those of tokens [0, cut), `value[1]` to the rest. One
+// that is not finite is taken as zero and marked.
+struct StepOffset {
+  float value[2] = {};
+  bool bad[2] = {};
+  int cut = kBlockTokens;
+
+  StepOffset() = default;
+  // The step: tokens [begin, begin + n), at most two blocks.
+  StepOffset(const QueryRows& rows, int r, int begin, int n) : cut(kBlockTokens - begin % kBlockTokens) {
+    if (!rows.offset) return;
+    const float* x = rows.offset + r * rows.offset_stride + begin / kBlockTokens - rows.first_block;
+    for (int i = 0; i < (n > cut ? 2 : 1); i++) {
+      bad[i] = x[i] - x[i] != 0;
+      value[i] = bad[i] ? 0.0f : x[i];
+    }
+  }
+  // Whether a row with the scores s attends to a token whose offset was not finite.
+  bool lost(const float* s, int n) const {
+    if (!bad[0] && !bad[1]) return false;
+    for (int t = 0; t < n; t++) {
+      if (bad[t >= cut] && s[t] != kNegInf) return true;
+    }
+    return false;
+  }
+};
+
 // One past the last token that any row attends to.
 inline int last_attended(const QueryRows& rows) {
   int last = 0;
@@ -90,22 +116,6 @@ void attend_sets(Attention& attention, int n_rows) {
   }
 }
 
-// Cuts a call's working memory into arrays that begin with a cache line.
-class Arrays {
- public:
-  explicit Arrays(size_t n_bytes) : next_(static_cast<char*>(scratch(n_bytes))) {}
-
-  template <class T>
-  T* take(size_t n) {
-    T* const taken = reinterpret_cast<T*>(next_);
-    next_ += (n * sizeof(T) + 63) / 64 * 64;
-    return taken;
-  }
-
- private:
-  char* next_;
-};
-
 template <class Attention>
 void attend_with(const CodedHead& head, const CodecShape& shape, const QueryRows& rows, int begin, int end, Partial* partials) {
   Attention attention(head, shape, rows);
@@ -113,14 +123,17 @@ void attend_with(const CodedHead& head, const CodecShape& shape, const QueryRows
   attention.finish(partials);
 }
 
-// Attention<N>: the kernel with N bytes for a query element and a weight.
-template <template <int> class Attention>
+// Attention<N, coding>: the kernel with N bytes for a query element and a weight.
+template <template <int, ValueCoding> class Attention>
 void attend_in_integers(const CodedHead& head, const CodecShape& shape, const QueryRows& rows, int begin, int end,
                         Partial* partials) {
+  const bool lloyd = shape.value_coding == kValueLloyd;
   if (shape.half_query) {
-    attend_with<Attention<2>>(head, shape, rows, begin, end, partials);
+    (lloyd ? attend_with<Attention<2, kValueLloyd>> : attend_with<Attention<2, kValueGroups>>)(head, shape, rows, begin, end,
+                                                                                               partials);
   } else {
-    attend_with<Attention<3>>(head, shape, rows, begin, end, partials);
+    (lloyd ? attend_with<Attention<3, kValueLloyd>> : attend_with<Attention<3, kValueGroups>>)(head, shape, rows, begin, end,
+                                                                                               partials);
   }
 }
 

@@ -21,6 +21,9 @@ void* scratch(size_t n) {
       throw std::bad_alloc();
     }
   }
+#if defined(TQ_REDZONES)
+  ASAN_UNPOISON_MEMORY_REGION(memory.get(), size);  // the last owner's gaps between arrays
+#endif
   return memory.get();
 }
 

@@ -35,15 +35,17 @@ struct Case {
   float spread = 1;    // standard deviation of the scores, natural logarithm
   bool equal = false;  // all keys are one key, values lie around zero: the output is an average near zero
   int octaves = 0;     // by which value scales differ between tokens and groups
+  bool lloyd = false;  // values are coded as keys
 };
 
 std::string name(const Case& c) {
-  char text[240];
-  std::snprintf(text, sizeof(text),
-                "D=%d/%d bits=%d/%d rows=%d [%d,%d) half=%d signs=%d bias=%d ends=%d offset=%d poison=%d padding=%d spread=%g "
-                "equal=%d octaves=%d",
-                c.key_dim, c.value_dim, c.key_bits, c.value_bits, c.rows, c.begin, c.begin + c.n, c.half, c.signs, c.bias,
-                c.ends, c.offset, c.poison, c.padding, c.spread, c.equal, c.octaves);
+  char text[260];
+  std::snprintf(
+      text, sizeof(text),
+      "D=%d/%d bits=%d/%d%s rows=%d [%d,%d) half=%d signs=%d bias=%d ends=%d offset=%d poison=%d padding=%d spread=%g "
+      "equal=%d octaves=%d",
+      c.key_dim, c.value_dim, c.key_bits, c.value_bits, c.lloyd ? " lloyd" : "", c.rows, c.begin, c.begin + c.n, c.half,
+      c.signs, c.bias, c.ends, c.offset, c.poison, c.padding, c.spread, c.equal, c.octaves);
   return text;
 }
 
@@ -64,10 +66,18 @@ struct Problem {
     std::mt19937 random(seed);
     std::normal_distribution<float> normal;
     const int total = c.begin + c.n, pad = c.padding;
-    shape = {c.key_dim, c.value_dim, c.key_bits, c.value_bits, {}, c.half};
-    const Codebook book = codebook(c.key_bits, c.key_dim);
-    std::copy_n(book.levels, kMaxKeyLevels, shape.codebook);
-    const int kw = code_words(c.key_dim, c.key_bits), vw = code_words(c.value_dim, c.value_bits), np = 2 * c.value_dim / kGroup;
+    shape = {.key_dim = c.key_dim,
+             .value_dim = c.value_dim,
+             .key_bits = c.key_bits,
+             .value_bits = c.value_bits,
+             .value_coding = c.lloyd ? kValueLloyd : kValueGroups,
+             .codebook = {},
+             .value_codebook = {},
+             .half_query = c.half};
+    std::copy_n(codebook(c.key_bits, c.key_dim).levels, kMaxKeyLevels, shape.codebook);
+    if (c.lloyd) std::copy_n(codebook(c.value_bits, c.value_dim).levels, kMaxKeyLevels, shape.value_codebook);
+    const int kw = code_words(c.key_dim, c.key_bits), vw = code_words(c.value_dim, c.value_bits);
+    const int np = value_params(c.value_dim, shape.value_coding);
     auto fill = [&](auto& v, int width, int stride, auto make) {
       v.assign(size_t(std::max(total - 1, 0)) * stride + (total ? width : 0), 0);
       for (auto& x : v) x = make();
@@ -82,7 +92,7 @@ struct Problem {
     float last_scale = 0;
     fill(params, np, np + pad, [&] {
       float x;
-      if (scale) {
+      if (scale || c.lloyd) {
         x = (0.5f + (random() % 1000) / 1000.0f) * (random() % 16 ? 1 : -1);
         if (c.octaves) x *= std::exp2(-float(random() % (c.octaves + 1)));
         last_scale = x;
@@ -100,8 +110,9 @@ struct Problem {
     }
     for (int i = 0; i < c.rows * c.key_dim; i++) q.push_back(normal(random) * c.spread / std::sqrt(float(c.key_dim)) * 1.4427f);
     for (int i = 0; i < c.rows * c.key_dim; i++) residual_q.push_back(q[i] * std::sqrt(float(M_PI / 2) / c.key_dim));
+    const int first_block = c.begin / kBlockTokens, n_offsets = n_blocks(total) - first_block;
     for (int r = 0; r < c.rows; r++) {
-      offset.push_back(normal(random) * 5);
+      for (int i = 0; i < n_offsets; i++) offset.push_back(normal(random) * 5);
       ends.push_back(c.ends ? std::max(0, total - 1 - int(random() % 70)) : total);
       std::vector<float> row(total);
       for (int t = 0; t < total; t++) row[t] = random() % 5 == 0 ? -kInf : normal(random);
@@ -121,17 +132,19 @@ struct Problem {
             1 + pad,
             vw + pad,
             np + pad};
-    rows = {c.rows,
-            q.data(),
-            c.signs ? residual_q.data() : nullptr,
-            c.offset ? offset.data() : nullptr,
-            ends.data(),
-            c.bias ? bias.data() : nullptr};
+    rows = {.n_rows = c.rows,
+            .q = q.data(),
+            .residual_q = c.signs ? residual_q.data() : nullptr,
+            .offset = c.offset ? offset.data() : nullptr,
+            .offset_stride = n_offsets,
+            .first_block = first_block,
+            .end = ends.data(),
+            .bias = c.bias ? bias.data() : nullptr};
     if (c.poison && total > 2) {  // NaN in tokens that no row attends
       const int t = c.begin + c.n / 2;
       norms[t * (1 + pad)] = 0x7e00;
       params[t * (np + pad)] = 0x7e00;
-      params[t * (np + pad) + 1] = 0x7c00;
+      if (np > 1) params[t * (np + pad) + 1] = 0x7c00;
       for (auto& row : bias_store) row[t] = -kInf;
     }
   }
@@ -153,7 +166,8 @@ std::vector<State> reference(const QueryRows& rows, int value_dim, int begin, in
     for (int t = begin; t < std::min(end, rows.end[r]); t++) {
       const float bias = rows.bias ? rows.bias[r][t] : 0;
       if (bias == -kInf) continue;
-      x[t - begin] = score(r, t) + (rows.offset ? rows.offset[r] : 0) + bias;
+      x[t - begin] = score(r, t) + bias;
+      if (rows.offset) x[t - begin] += rows.offset[r * rows.offset_stride + t / kBlockTokens - rows.first_block];
     }
     for (double y : x) s.max = std::max(s.max, y);
     for (int t = begin; t < end; t++) {
@@ -188,7 +202,10 @@ std::vector<State> reference(const Problem& p) {
       [&](int t, double* v) {
         const uint32_t* w = p.head.value_codes + t * p.head.value_stride;
         const uint16_t* params = p.head.value_params + t * p.head.param_stride;
-        for (int d = 0; d < c.value_dim; d++) {
+        for (int d = 0; d < c.value_dim && c.lloyd; d++) {
+          v[d] = double(half_to_float(params[0])) * p.shape.value_codebook[key_code(w, c.value_bits, d)] / int(kCodebookTop);
+        }
+        for (int d = 0; d < c.value_dim && !c.lloyd; d++) {
           const int code = w[value_word(c.value_dim, c.value_bits, d)] >> value_shift(c.value_dim, c.value_bits, d) &
                            ((1 << c.value_bits) - 1);
           v[d] = double(half_to_float(params[d / kGroup * 2])) * code + half_to_float(params[d / kGroup * 2 + 1]);
@@ -249,19 +266,83 @@ void test_coded(const Kernels& isa, const Case& c, unsigned seed, double worst[2
   expect(e <= (c.half ? 5e-4 : 1e-5) * (c.spread > 4 ? 3 : 1), isa.name, name(c), e);
 }
 
-void test_nan(const Kernels& isa, const Case& c, bool in_query) {
+enum class Place { kQuery, kKey, kValue };
+
+void test_nan(const Kernels& isa, const Case& c, Place place) {
   Problem p(c, 5);
-  if (in_query)
+  const int last = c.begin + c.n - 1;
+  const bool in_query = place == Place::kQuery;
+  if (in_query) {
     p.q[3] = kNaN;  // row 0
-  else
-    p.norms[(c.begin + c.n - 1) * (1 + c.padding)] = 0x7e00;  // every row that attends it
+  } else if (place == Place::kKey) {
+    p.norms[last * (1 + c.padding)] = 0x7e00;  // every row that attends it
+  } else {
+    p.params[last * p.head.param_stride] = 0x7e00;
+  }
   std::vector<float> store;
   auto got = partials(store, c.rows, c.value_dim);
   isa.k.attend_coded(p.head, p.shape, p.rows, c.begin, c.begin + c.n, got.data());
-  expect(std::isnan(got[0].sum) && std::isnan(got[0].out[0]) && got[0].max != -kInf, isa.name,
-         "NaN must propagate: " + name(c));
+  const bool in_sum = place == Place::kValue || std::isnan(got[0].sum);
+  expect(in_sum && std::isnan(got[0].out[0]) && got[0].max != -kInf, isa.name,
+         "NaN must propagate from place " + std::to_string(int(place)) + ": " + name(c));
   if (in_query && c.rows > 1)
     expect(!std::isnan(got[1].sum) && !std::isnan(got[1].out[0]), isa.name, "NaN of one row must stay there");
+}
+
+// A number that is not finite in a block's mean makes NaN of the rows that attend to a token of the block, of no other.
+void test_bad_offset(const Kernels& isa, const Case& c, int bad_block, float bad) {
+  Problem p(c, 6);
+  const int begin = std::max(c.begin, bad_block * kBlockTokens), end = begin + kBlockTokens;
+  for (int r = 0; r < c.rows; r++) p.offset[r * p.rows.offset_stride + bad_block - p.rows.first_block] = bad;
+  for (int r = 0; r < c.rows; r++) {
+    for (auto& x : p.bias_store[r]) x = 0;
+    if (r % 4 == 1) p.ends[r] = begin;  // the last token before the block
+    if (r % 4 == 2) p.ends[r] = std::min(begin + 1, c.begin + c.n);
+    for (int t = begin; r % 4 == 3 && t < std::min(end, c.begin + c.n); t++) p.bias_store[r][t] = -kInf;
+  }
+  std::vector<float> store;
+  auto got = partials(store, c.rows, c.value_dim);
+  isa.k.attend_coded(p.head, p.shape, p.rows, c.begin, c.begin + c.n, got.data());
+  for (int r = 0; r < c.rows; r++) {
+    const bool attended = r % 4 == 0 || r % 4 == 2;
+    const bool is_nan = std::isnan(got[r].sum) && std::isnan(got[r].out[0]) && std::isnan(got[r].out[c.value_dim - 1]);
+    const bool finite = std::isfinite(got[r].sum) && std::isfinite(got[r].out[0]) && std::isfinite(got[r].out[c.value_dim - 1]);
+    expect(attended ? is_nan && got[r].max != -kInf : finite, isa.name,
+           "offset " + std::to_string(bad) + " of block " + std::to_string(bad_block) + ", row " + std::to_string(r) + ": " +
+               name(c));
+  }
+}
+
+// Products of query rows with block means, relative to the largest one.
+void test_means(const Kernels& isa, bool half, int dim, int n_rows, int first, int n, int pad, double& worst) {
+  std::mt19937 random(dim + n + n_rows);
+  std::normal_distribution<float> normal;
+  const size_t size = size_t(first + n - 1) * (dim + pad) + dim;  // nothing beyond the last mean
+  std::vector<float> means, q;
+  std::vector<uint16_t> halves;
+  for (size_t i = 0; i < size; i++) {
+    halves.push_back(float_to_half(normal(random) * 20));
+    means.push_back(half ? half_to_float(halves.back()) : normal(random) * 20);
+  }
+  for (int i = 0; i < n_rows * dim; i++) q.push_back(normal(random));
+  std::vector<float> got(size_t(n_rows) * n, kNaN);
+  isa.k.score_means(q.data(), n_rows, {half ? (const void*)halves.data() : means.data(), half, dim, dim + pad}, first, n,
+                    got.data());
+  double top = 0, error = 0;
+  for (int r = 0; r < n_rows; r++) {
+    for (int i = 0; i < n; i++) {
+      double want = 0;
+      for (int d = 0; d < dim; d++) want += double(q[r * dim + d]) * means[size_t(first + i) * (dim + pad) + d];
+      const double e = std::fabs(got[size_t(r) * n + i] - want);
+      error = e == e ? std::max(error, e) : kInf;
+      top = std::max(top, std::fabs(want));
+    }
+  }
+  worst = std::max(worst, error / top);
+  expect(error <= 1e-6 * std::sqrt(double(dim)) * top, isa.name,
+         "means half=" + std::to_string(half) + " D=" + std::to_string(dim) + " rows=" + std::to_string(n_rows) +
+             " n=" + std::to_string(n),
+         error / top);
 }
 
 void test_exact(const Kernels& isa, ExactType type, int dim, int value_dim, int n, int n_rows, int begin, bool bias,
@@ -288,7 +369,14 @@ void test_exact(const Kernels& isa, ExactType type, int dim, int value_dim, int 
     for (auto& x : store.back()) x = random() % 4 == 0 ? -kInf : normal(random);
   }
   for (auto& x : store) pointers.push_back(x.data());
-  const QueryRows rows{n_rows, q.data(), nullptr, nullptr, ends.data(), bias ? pointers.data() : nullptr};
+  const QueryRows rows{.n_rows = n_rows,
+                       .q = q.data(),
+                       .residual_q = nullptr,
+                       .offset = nullptr,
+                       .offset_stride = 0,
+                       .first_block = 0,
+                       .end = ends.data(),
+                       .bias = bias ? pointers.data() : nullptr};
   const bool wide = type == ExactType::kFloat32;
   const ExactHead head{wide ? (const void*)k.data() : k16.data(),
                        wide ? (const void*)v.data() : v16.data(),
@@ -325,39 +413,87 @@ void test(const Kernels& isa, int every) {
     for (int dim : {32, 64, 96, 128, 160, 192, 224, 256, 288, 384, 480, 512}) {
       for (int kb : {2, 3, 4})
         for (int vb : {2, 4}) cases.push_back({dim, dim, kb, vb, 4, 3, 150, half});
+      for (int vb : {2, 3, 4}) {
+        for (int rows : {1, 4}) {
+          cases.push_back({dim, dim, vb, vb, rows, 3, 150, half});
+          cases.back().lloyd = true;
+        }
+        cases.push_back({dim, 544 - dim, 3, vb, 3, 0, 77, half});
+        cases.back().lloyd = true;
+      }
       cases.push_back({dim, 544 - dim, 3, 2, 3, 0, 77, half});
     }
     for (int n : {0, 1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 257, 1000}) {
-      for (int rows : {1, 2, 3, 4, 5, 7, 8}) cases.push_back({128, 128, 3, 2, rows, n % 5, n, half});
-      cases.push_back({64, 96, 4, 4, 6, 1, n, half, true, true, true, true, n > 2, n % 7, 1});
-      cases.push_back({96, 64, 2, 2, 4, 0, n, half, false, true, false, true, n > 2, 2, 1});
+      for (int rows : {1, 2, 3, 4, 5, 7, 8}) {
+        cases.push_back({128, 128, 3, 2, rows, n % 5, n, half});
+        cases.push_back({128, 128, 3, 3, rows, n % 5, n, half});
+        cases.back().lloyd = true;
+      }
+      const int within = kBlockTokens - std::min(n, 40);  // with offsets, calls begin with a block or stay within one
+      for (bool lloyd : {false, true}) {
+        for (int begin : {0, n <= 40 ? within : 2 * kBlockTokens}) {
+          cases.push_back({64, 96, 4, 4, 6, begin, n, half, true, true, true, true, n > 2, n % 7, 1});
+          cases.back().lloyd = lloyd;
+          cases.push_back({96, 64, 2, 2, 4, begin, n, half, false, true, false, true, n > 2, 2, 1});
+          cases.back().lloyd = lloyd;
+          cases.push_back(
+              {128, 128, 3, lloyd ? 3 : 2, 1 + n % 9, begin, n, half, false, n % 2 == 1, n % 4 > 1, true, false, n % 2});
+          cases.back().lloyd = lloyd;
+        }
+      }
     }
     for (int rows : {12, 13, 31, 40}) cases.push_back({128, 128, 3, 2, rows, 3, 200, half, false, false, true});
     for (float spread : {0.1f, 3.0f, 10.0f})
       for (int rows : {1, 4})
-        cases.push_back({128, 128, 3, 2, rows, 0, 1000, half, false, false, false, false, false, 0, spread});
+        for (bool lloyd : {false, true}) {
+          cases.push_back({128, 128, 3, 2, rows, 0, 1000, half, false, false, false, false, false, 0, spread});
+          cases.back().lloyd = lloyd;
+        }
     for (int dim : {64, 96, 128, 160, 256}) {  // 96: a head dimension of 80, padded
       for (int vb : {2, 4}) {
         for (int octaves : {0, 10})
           for (bool equal : {false, true}) {
             if (!octaves && !equal) continue;
-            cases.push_back({dim, dim, 3, vb, 4, 0, 1000, half});
-            cases.back().equal = equal;
-            cases.back().octaves = octaves;
+            for (bool lloyd : {false, true}) {
+              cases.push_back({dim, dim, 3, vb, 4, 0, 1000, half});
+              cases.back().equal = equal;
+              cases.back().octaves = octaves;
+              cases.back().lloyd = lloyd;
+            }
           }
       }
     }
-    cases.push_back({128, 128, 3, 2, 4, 0, 5000, half, true, false, true, true, false, 4});
-    cases.push_back({128, 128, 3, 2, 4, 0, 16384, half});
+    for (bool lloyd : {false, true}) {
+      cases.push_back({128, 128, 3, 2, 4, 0, 5000, half, true, false, true, true, false, 4});
+      cases.back().lloyd = lloyd;
+      cases.push_back({128, 128, 3, 2, 4, 0, 16384, half});
+      cases.back().lloyd = lloyd;
+    }
   }
   unsigned seed = 1;
   for (size_t i = 0; i < cases.size(); i += every) test_coded(isa, cases[i], seed++, worst);
-  for (int n : {1, 40, 300})
-    for (int rows : {1, 4, 30})
+  for (int n : {1, 40, 300}) {
+    for (int rows : {1, 4, 30}) {
       for (bool half : {false, true}) {
-        test_nan(isa, {128, 128, 3, 2, rows, 0, n, half}, true);
-        test_nan(isa, {128, 128, 3, 2, rows, 0, n, half}, false);
+        for (bool lloyd : {false, true}) {
+          Case c{128, 128, 3, 2, rows, 0, n, half};
+          c.lloyd = lloyd;
+          for (Place place : {Place::kQuery, Place::kKey, Place::kValue}) test_nan(isa, c, place);
+          c.offset = c.bias = true;
+          for (int begin : {0, 64, n == 300 ? 128 : 65}) {
+            c.begin = begin;
+            for (int block = begin / kBlockTokens; block < n_blocks(begin + n); block++)
+              for (float bad : {kNaN, kInf, -kInf}) test_bad_offset(isa, c, block, bad);
+          }
+        }
       }
+    }
+  }
+  double worst_mean = 0;
+  for (int dim = kMinDim; dim <= kMaxDim; dim += dim < 136 ? kDimStep : 72)
+    for (int n_rows : {1, 2, 3, 4, 5, 8, 9, 30})
+      for (int n : {1, 2, 3, 4, 5, 8, 23})
+        for (bool half : {false, true}) test_means(isa, half, dim, n_rows, n % 3, n, n_rows % 2 * 8, worst_mean);
   for (ExactType type : {ExactType::kFloat32, ExactType::kFloat16, ExactType::kBFloat16}) {
     for (int dim : {32, 40, 64, 80, 96, 128, 256, 512})
       for (int n : {1, 4, 33, 64, 150})
@@ -365,7 +501,8 @@ void test(const Kernels& isa, int every) {
           if (seed++ % every == 0)
             test_exact(isa, type, dim, rows % 2 ? dim : 72, n, rows, n % 4, rows == 4, rows == 8 || rows == 29, worst_exact);
   }
-  std::printf("%-9s coded: fp32 query %.1e, half query %.1e; exact tokens %.1e\n", isa.name, worst[0], worst[1], worst_exact);
+  std::printf("%-9s coded: fp32 query %.1e, half query %.1e; exact tokens %.1e; means %.1e\n", isa.name, worst[0], worst[1],
+              worst_exact, worst_mean);
 }
 
 double cpu_seconds() {
@@ -378,10 +515,12 @@ void time(const Kernels& isa) {
   struct Shape {
     Case c;
   };
-  const char* one = std::getenv("ONE");  // profile: only fp32 or half, the first shape
+  const char* one = std::getenv("ONE");  // profile: only fp32 or half, and one shape, the first unless SHAPE names it
+  const int only = std::getenv("SHAPE") ? std::atoi(std::getenv("SHAPE")) : 0;
+  const bool with_means = std::getenv("MEANS");
   for (bool half : {false, true})
-    for (int shape = 0; shape < 9; shape++) {
-      if (one && (shape || half != (std::string(one) == "half"))) continue;
+    for (int shape = 0; shape < 15; shape++) {
+      if (one && (shape != only || half != (std::string(one) == "half"))) continue;
       Case c{128, 128, 3, 2, 4, 0, 16384, half};
       if (shape == 1) c.n = 1024;
       if (shape == 2) c.rows = 1;
@@ -391,6 +530,13 @@ void time(const Kernels& isa) {
       if (shape == 6) c.key_dim = c.value_dim = 256;
       if (shape == 7) c.rows = 128, c.n = 4096;
       if (shape == 8) c.key_bits = c.value_bits = 4;
+      if (shape >= 9) c.lloyd = true, c.value_bits = 3;
+      if (shape == 10) c.rows = 1;
+      if (shape == 11) c.rows = 8;
+      if (shape == 12) c.key_dim = c.value_dim = 64;
+      if (shape == 13) c.key_dim = c.value_dim = 256;
+      if (shape == 14) c.key_bits = c.value_bits = 4;
+      c.offset = with_means;
       std::vector<Problem> heads;
       for (int h = 0; h < 8; h++) heads.emplace_back(c, h);
       std::vector<float> store;
@@ -405,8 +551,8 @@ void time(const Kernels& isa) {
       }
       std::sort(seconds.begin(), seconds.end());
       const double keys = 8.0 * c.n;
-      std::printf("%-9s %s D=%-3d bits=%d/%d rows=%-3d n=%-6d  median %8.3f ms, least %8.3f ms, %7.2f ns per key and head\n",
-                  isa.name, half ? "half" : "fp32", c.key_dim, c.key_bits, c.value_bits, c.rows, c.n,
+      std::printf("%-9s %s D=%-3d bits=%d/%d%s rows=%-3d n=%-6d  median %8.3f ms, least %8.3f ms, %7.2f ns per key and head\n",
+                  isa.name, half ? "half" : "fp32", c.key_dim, c.key_bits, c.value_bits, c.lloyd ? " lloyd" : "", c.rows, c.n,
                   seconds[seconds.size() / 2] * 1e3, seconds[0] * 1e3, seconds[0] * 1e9 / keys);
       std::fflush(stdout);
     }
