@@ -23,6 +23,11 @@ TQ_DEVICE float exp2_fast(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+TQ_DEVICE float reciprocal_fast(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 TQ_DEVICE float half_to_float(uint16_t half) {
   float y;
   asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(half));

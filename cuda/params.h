@@ -8,19 +8,28 @@
 namespace tqext::cuda {
 
 enum : int { kTypeFloat32, kTypeFloat16, kTypeBFloat16 };
+enum : int { kMeansNone, kMeansFloat16, kMeansFloat32 };
 enum : int { kMaskNone, kMaskBool, kMaskFloat };
 
 // Threads per block of the decode attention are 32 * kAttentionWarps; a warp takes tiles of kTileTokens coded tokens, a stage
 // of the block's copy pipeline holds one tile for each warp. At most kMaxSlots partial results per head and row tile: one for
-// each of kMaxSplits shares, and of each warp for each of kMaxExactBlocks chunks of exact tokens.
-enum : int { kAttentionWarps = 4, kTileTokens = 32, kMaxSplits = 256, kMaxExactBlocks = 64 };
+// each of kMaxSplits shares, and of each warp for each of kMaxExactBlocks chunks of exact tokens. Scores of block means are
+// made for kMeanSteps tiles of a warp at a time, the columns of a tensor-core product.
+enum : int { kAttentionWarps = 4, kTileTokens = 32, kMeanSteps = 8, kMaxSplits = 256, kMaxExactBlocks = 64 };
 enum : int { kMaxSlots = kMaxSplits + kMaxExactBlocks * kAttentionWarps };
 // Exact tokens of a block at a time, eight for each warp.
 enum : int { kExactStep = 8 * kAttentionWarps };
 
 // Warps, and so tokens, per block of the encoding kernels.
 enum : int { kEncodeWarps = 4 };
-enum : int { kQuantizeKeys, kQuantizeValues, kDequantizeKeys, kDequantizeValues, kRotate };  // OPERATION
+enum : int {  // OPERATION
+  kQuantizeKeys,
+  kQuantizeValues,
+  kDequantizeLevels,
+  kDequantizeGroups,
+  kRotate,
+  kQuantizeValuesLloyd,
+};
 
 // Shared memory of the decode attention, in bytes; the host asks for `total`.
 struct AttentionLayout {
@@ -32,13 +41,16 @@ struct AttentionLayout {
   int query_stride;  // floats between rows; no multiple of 32 banks
   int half_stride;   // bytes between rows of 16 bits; an odd multiple of half the banks
   int rotated_at, exact_query_at;
-  // Behind all that: what the main loop needs.
-  int int8_at, residual_int8_at, row_scale_at, row_offset_at, residual_scale_at, state_at, barrier_at, total;
+  // Behind all that: what the main loop needs. mean_query: fp16 rows for the products with means; with fp32 queries, then as
+  // many rows of what rounding took off.
+  int int8_at, residual_int8_at, row_scale_at, mean_scale_at, residual_scale_at, state_at, mean_query_at, mean_score_at;
+  int barrier_at, total;
 
-  constexpr AttentionLayout(int key_dim, int value_dim, int key_bits, int value_bits, int rows, bool signs, int n_stages)
+  constexpr AttentionLayout(int key_dim, int value_dim, int key_bits, int value_bits, bool lloyd, int rows, int type,
+                            bool signs, int n_stages)
       : key_row(key_dim / 8 * key_bits),
         value_row(value_dim / 8 * value_bits),
-        param_row(value_dim / 8),
+        param_row(lloyd ? 2 : value_dim / 8),
         sign_row(key_dim / 8),
         value_at(tile(key_row)),
         param_at(value_at + tile(value_row)),
@@ -55,10 +67,12 @@ struct AttentionLayout {
                               (rows * (value_dim + 4) + (kMaxSlots + 1) * rows) * 4))),  // the blocks' sums and factors
         residual_int8_at(int8_at + rows * 2 * key_dim),
         row_scale_at(residual_int8_at + (signs ? rows * 2 * key_dim : 0)),
-        row_offset_at(row_scale_at + rows * 4),
-        residual_scale_at(row_offset_at + rows * 4),
+        mean_scale_at(row_scale_at + rows * 4),
+        residual_scale_at(mean_scale_at + rows * 4),
         state_at(residual_scale_at + rows * 4),
-        barrier_at(state_at + kAttentionWarps * rows * 2 * 4),
+        mean_query_at(state_at + kAttentionWarps * rows * 2 * 4),
+        mean_score_at(mean_query_at + rows * half_stride * (type == kTypeFloat32 ? 2 : 1)),
+        barrier_at(mean_score_at + kAttentionWarps * kMeanSteps * rows * 4),
         total(barrier_at + 2 * n_stages * 8) {}
 
  private:
@@ -72,10 +86,11 @@ struct AttentionParams {
   const uint32_t* key_codes;              // [B, n_kv_heads, n_coded, words]
   const uint16_t* key_norms;              // [B, n_kv_heads, n_coded, 1]
   const uint32_t* value_codes;            // [B, n_kv_heads, n_coded, words]
-  const uint16_t* value_params;           // [B, n_kv_heads, n_coded, 2 * groups]
+  const uint16_t* value_params;           // [B, n_kv_heads, n_coded, 2 * groups], or norms [B, n_kv_heads, n_coded, 1]
   const uint32_t* signs;                  // [B, n_kv_heads, n_coded, words]
   const uint16_t* residual_norms;         // [B, n_kv_heads, n_coded, 1]
-  const float* mean;                      // [B, n_kv_heads, head_dim], or null
+  const void* means;                      // [B, n_kv_heads, n_blocks, head_dim], or null
+  const float* balance;                   // [n_kv_heads, head_dim], or null
   const void *first_keys, *first_values;  // [B, n_kv_heads, n_first, head_dim], or null
   const void *tail_keys, *tail_values;    // [B, n_kv_heads, n_tail, head_dim], or null
   const void* mask;                       // [B, n_q_heads, L, n_keys] bool or fp32, or null
@@ -87,16 +102,19 @@ struct AttentionParams {
   float* partial_state;                   // [heads, row tiles, slots, rows, 2]: max, sum
   uint32_t* counters;                     // [heads, row tiles], zero before and after
   int64_t q_stride[4], key_code_stride[4], key_norm_stride[3], value_code_stride[4], value_param_stride[4];
-  int64_t sign_stride[4], residual_norm_stride[3], mean_stride[3];
+  int64_t sign_stride[4], residual_norm_stride[3], mean_stride[4], balance_stride[2];
   int64_t first_key_stride[4], first_value_stride[4], tail_key_stride[4], tail_value_stride[4], mask_stride[4];
   int64_t sinks_stride, left_padding_stride, lengths_stride[2];
   int32_t n_kv_heads, n_repeats, n_queries, head_dim, value_dim, n_first, n_coded, n_tail;
+  // kMeansNone, ...; means_aligned: fp16 that can be loaded 16 bytes at a time.
+  int32_t means_kind, means_aligned;
   // Blocks 0 ... n_exact_blocks - 1 of a head take a chunk of exact_tokens first; each warp has its own result. Such a block
   // takes exact_tiles less of the coded tiles, about as many as take as long.
   int32_t n_exact_blocks, exact_tokens, exact_tiles;
   int32_t causal, hadamard, exact_aligned;  // exact_aligned: 16-byte loads of the exact tokens are possible
   float scale;                              // times log2(e)
   uint32_t codebook[4];                     // 16 int8 levels
+  uint32_t value_codebook[4];               // the same of values; with 4 bits the first eight are lower by one (add_values)
   // 2^16 and 2^(32 - shift of value codes): shifts as multiplications, for which the compiler may not know the factor. They
   // run beside the logic and permutations that bound the kernel.
   uint32_t two_16, two_up;

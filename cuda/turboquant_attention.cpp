@@ -21,38 +21,52 @@ using namespace cuda;  // NOLINT: the backend's own names
 constexpr int kMaxKernelDim = 256;  // padded; beyond it a block's accumulators do not fit into registers
 
 struct Variant {
-  int key_dim, value_dim, key_bits, value_bits, rows, type, mask;
+  int key_dim, value_dim, key_bits, value_bits;
+  bool lloyd;
+  int rows, type, mask;
   bool signs, strided;
+  int stages = 4;  // of the copy pipeline: choose_stages
 
   // Blocks per multiprocessor bound the registers of a thread. Two: 8 columns more or dimensions beyond 128.
   int blocks() const { return rows == 16 || std::max(key_dim, value_dim) > 128 ? 2 : 3; }
-  // Stages of the copy pipeline. Four were as fast as three and five (H200, 64 KV heads x 32768 keys).
-  int stages() const { return 4; }
   uint64_t id() const {
     uint64_t x = key_dim / 32;
-    for (int y : {value_dim / 32, key_bits, value_bits, rows, type, mask, int(signs), int(strided)}) x = x * 17 + y;
+    for (int y : {value_dim / 32, key_bits, value_bits, int(lloyd), rows, type, mask, int(signs), int(strided)}) x = x * 17 + y;
     return x;
   }
-  Kernel build(int device) const {
-    const AttentionLayout layout(key_dim, value_dim, key_bits, value_bits, rows, signs, stages());
+  AttentionLayout layout() const { return {key_dim, value_dim, key_bits, value_bits, lloyd, rows, type, signs, stages}; }
+  // Four, or three where only then blocks() fit into a multiprocessor's shared memory; three, four and five were as fast
+  // (H200, 64 KV heads x 32768 keys).
+  void choose_stages(int device) {
+    constexpr int kReserved = 1024;  // by the system, of each block
+    const int most = (device_info(device).shared_bytes + kReserved) / blocks() - kReserved;
+    auto fit = [&](int n) {
+      stages = n;
+      return layout().total <= most;
+    };
+    if (!fit(4) && !fit(3)) stages = 4;
+  }
+  Kernel build(int device) {
+    choose_stages(device);
     const std::string binary = compile("turboquant_attention.cu",
                                        {{"KEY_DIM", key_dim},
                                         {"VALUE_DIM", value_dim},
                                         {"KEY_BITS", key_bits},
                                         {"VALUE_BITS", value_bits},
+                                        {"LLOYD", lloyd},
                                         {"ROWS", rows},
                                         {"TYPE", type},
                                         {"MASK", mask},
                                         {"SIGNS", signs},
                                         {"STRIDED", strided},
-                                        {"STAGES", stages()},
+                                        {"STAGES", stages},
                                         {"BLOCKS_PER_SM", blocks()}},
                                        true, device);
-    return load_kernel(binary, "turboquant_attention", layout.total, 32 * kAttentionWarps, device);
+    return load_kernel(binary, "turboquant_attention", layout().total, 32 * kAttentionWarps, device);
   }
 };
 
-Kernel find_kernel(const Variant& variant, int device) {
+Kernel find_kernel(Variant variant, int device) {
   static std::shared_mutex mutex;
   static std::unordered_map<uint64_t, Kernel> kernels;
   const uint64_t id = variant.id() * 64 + device;
@@ -92,8 +106,19 @@ void copy_strides(const mx::array& x, int64_t (&to)[n]) {
   for (size_t i = 0; i < n; i++) to[i] = x.strides(int(i));
 }
 
-// Tokens directly one after the other, as the bulk copies need them.
-bool rows_follow(const mx::array& x) { return (x.strides(3) == 1 || x.shape(3) == 1) && x.strides(2) == x.shape(3); }
+// Tokens directly one after the other, as the bulk copies need them: of 16 bytes, or several, from a multiple of 16 on.
+bool rows_follow(const mx::array& x) {
+  if ((x.strides(3) != 1 && x.shape(3) != 1) || x.strides(2) != x.shape(3)) return false;
+  const int64_t size = x.itemsize();
+  if (x.shape(3) * size % 16 != 0) return true;
+  bool aligned = reinterpret_cast<uintptr_t>(device_pointer(x)) % 16 == 0;
+  for (int axis = 0; axis < 2; axis++) aligned = aligned && (x.strides(axis) * size % 16 == 0 || x.shape(axis) == 1);
+  return aligned;
+}
+
+void pack_levels(const Codebook& book, uint32_t (&words)[4]) {
+  for (int i = 0; i < kMaxKeyLevels; i++) words[i / 4] |= uint32_t(uint8_t(book.levels[i])) << (8 * (i % 4));
+}
 
 bool can_load_eight(const mx::array& x) {
   bool can = x.strides(3) == 1 && x.shape(3) % 8 == 0 && reinterpret_cast<uintptr_t>(device_pointer(x)) % 16 == 0;
@@ -117,8 +142,6 @@ void TurboQuantAttention::eval_gpu(const std::vector<mx::array>& inputs, mx::arr
   const AttentionInputs in = named(inputs);
   const auto& [q, key_codes, key_norms, value_codes, value_params, means, balance, signs, residual_norms, first_keys,
                first_values, tail_keys, tail_values, mask, sinks, left_padding, lengths] = in;
-  check(!means && !balance && state_.value_coding == kValueGroups,
-        "[turboquant_attention] packed_k: format 2 on CUDA: not written yet");
   AttentionParams p{};
   p.n_kv_heads = key_codes.shape(1);
   p.n_repeats = q.shape(1) / p.n_kv_heads;
@@ -136,6 +159,7 @@ void TurboQuantAttention::eval_gpu(const std::vector<mx::array>& inputs, mx::arr
                   padded_dim(p.value_dim),
                   state_.key_bits,
                   state_.value_bits,
+                  state_.value_coding == kValueLloyd,
                   8,
                   q.dtype() == mx::float32   ? int(kTypeFloat32)
                   : q.dtype() == mx::float16 ? int(kTypeFloat16)
@@ -169,6 +193,16 @@ void TurboQuantAttention::eval_gpu(const std::vector<mx::array>& inputs, mx::arr
     p.residual_norms = static_cast<const uint16_t*>(device_pointer(*residual_norms));
     copy_strides(*residual_norms, p.residual_norm_stride);
   }
+  if (means) {
+    p.means = device_pointer(*means);
+    copy_strides(*means, p.mean_stride);
+    p.means_kind = means->dtype() == mx::float16 ? kMeansFloat16 : kMeansFloat32;
+    p.means_aligned = p.means_kind == kMeansFloat16 && can_load_eight(*means);
+  }
+  if (balance) {
+    p.balance = static_cast<const float*>(device_pointer(*balance));
+    copy_strides(*balance, p.balance_stride);
+  }
   p.exact_aligned = true;
   auto set_exact = [&](const mx::array* keys, const mx::array* values, const void*& key_data, const void*& value_data,
                        int64_t (&key_stride)[4], int64_t (&value_stride)[4]) {
@@ -197,8 +231,12 @@ void TurboQuantAttention::eval_gpu(const std::vector<mx::array>& inputs, mx::arr
     p.lengths = static_cast<const int32_t*>(device_pointer(*lengths));
     copy_strides(*lengths, p.lengths_stride);
   }
-  const Codebook book = codebook(state_.key_bits, variant.key_dim);
-  for (int i = 0; i < kMaxKeyLevels; i++) p.codebook[i / 4] |= uint32_t(uint8_t(book.levels[i])) << (8 * (i % 4));
+  pack_levels(codebook(state_.key_bits, variant.key_dim), p.codebook);
+  if (variant.lloyd) {
+    Codebook book = codebook(state_.value_bits, variant.value_dim);
+    for (int i = 0; i < 8 && book.bits == 4; i++) book.levels[i]--;
+    pack_levels(book, p.value_codebook);
+  }
   p.two_16 = 1u << 16;
   p.two_up = state_.value_bits == 2 ? 1u << 22 : 1u << 24;
   p.out = device_pointer(out);

@@ -7,11 +7,16 @@
 // Scores: the query is split into two int8 halves (16 bits), the key codes become int8 levels by byte permutation, int8 tensor
 // cores multiply 16 rows (the high halves of 8 query rows, then their low halves) by 8 tokens: both sums of a score meet in one
 // lane, in the place where the next product wants its weight.
-// Values: a code in place in a 16-bit half is an fp16 subnormal, exact as a factor of an fp16 tensor-core product; the group's
-// scale goes into the softmax weight, the group's bias is one more row of the product. With up to four query rows the product
-// has columns to spare: they hold the same weights with another group's scales, so that one fragment serves two groups.
+// A block's mean: the products of eight blocks' means with the rows are one run of fp16 tensor-core products, by each warp for
+// itself and its next eight tiles.
+// Values, groups: a code in place in a 16-bit half is an fp16 subnormal, exact as a factor of an fp16 tensor-core product; the
+// group's scale goes into the softmax weight, the group's bias is one more row of the product. With up to four query rows the
+// product has columns to spare: they hold the same weights with another group's scales, so that one fragment serves two groups.
+// Values, Lloyd-Max: weight times norm is rounded to 16 bits of the tile's largest, in two int8 halves, which int8 tensor cores
+// multiply by the codes' levels, 32 tokens at a time; the sums are added up in fp32. With four query rows the eight columns of
+// a product are both halves of each.
 //
-// Compile-time: KEY_DIM, VALUE_DIM (padded), KEY_BITS, VALUE_BITS, ROWS (4, 8, 16), TYPE, MASK, SIGNS, STRIDED, STAGES,
+// Compile-time: KEY_DIM, VALUE_DIM (padded), KEY_BITS, VALUE_BITS, LLOYD, ROWS (4, 8, 16), TYPE, MASK, SIGNS, STRIDED, STAGES,
 // BLOCKS_PER_SM.
 #include "device.cuh"
 
@@ -20,11 +25,11 @@ namespace {
 
 constexpr int kKeyDim = KEY_DIM, kValueDim = VALUE_DIM, kKeyBits = KEY_BITS, kValueBits = VALUE_BITS;
 constexpr int kRows = ROWS, kType = TYPE, kMask = MASK, kStages = STAGES;
-constexpr bool kSigns = SIGNS, kStrided = STRIDED;
+constexpr bool kSigns = SIGNS, kStrided = STRIDED, kLloyd = LLOYD;
 constexpr int kWarps = kAttentionWarps, kThreads = 32 * kWarps;
 
 constexpr int kKeyWords = kKeyDim / 32 * kKeyBits, kValueWords = kValueDim / 32 * kValueBits;
-constexpr int kGroups = kValueDim / kGroup, kUnits = kKeyDim / kUnit;
+constexpr int kGroups = kValueDim / kGroup, kParams = kLloyd ? 1 : 2 * kGroups, kUnits = kKeyDim / kUnit;
 constexpr int kLaneUnits = (kUnits + 3) / 4;  // units of 32 dimensions that one lane decodes
 constexpr int kSignWords = kKeyDim / 32;
 
@@ -47,7 +52,7 @@ constexpr float kLog2e = 1.44269504f;
 constexpr uint32_t kOnes = 0x3c003c00u;  // fp16
 constexpr float kTop = 4.0f, kGrowth = 8.0f, kSafeShift = 13.0f;
 
-constexpr AttentionLayout kLayout(kKeyDim, kValueDim, kKeyBits, kValueBits, kRows, kSigns, kStages);
+constexpr AttentionLayout kLayout(kKeyDim, kValueDim, kKeyBits, kValueBits, kLloyd, kRows, kType, kSigns, kStages);
 
 TQ_DEVICE int clamp(int x, int low, int high) { return min(max(x, low), high); }
 
@@ -130,8 +135,8 @@ TQ_DEVICE void copy_stage(const AttentionParams& p, const Head& head, char* stag
   if constexpr (kStrided) {
     copy_words_strided<kKeyWords>(to, head.keys, p.key_code_stride, first, n, tid);
     copy_words_strided<kValueWords>(to + kLayout.value_at, head.values, p.value_code_stride, first, n, tid);
-    copy_halves_strided<2 * kGroups>(stage + kLayout.param_at, head.params, p.value_param_stride[2], p.value_param_stride[3],
-                                     first, n, tid);
+    copy_halves_strided<kParams>(stage + kLayout.param_at, head.params, p.value_param_stride[2], p.value_param_stride[3], first,
+                                 n, tid);
     copy_halves_strided<1>(stage + kLayout.norm_at, head.norms, p.key_norm_stride[2], 0, first, n, tid);
     if constexpr (kSigns) {
       copy_words_strided<kSignWords>(to + kLayout.sign_at, head.signs, p.sign_stride, first, n, tid);
@@ -219,7 +224,28 @@ TQ_DEVICE int residual_place(int d) { return 8 * (d % 4) + 4 * (d / 16) + d % 16
 // tokens j, j + 4 (columns 2 j, 2 j + 1) of each run of 8.
 TQ_DEVICE int token_of_column(int column) { return (column >> 1) + 4 * (column & 1); }
 
-// ---- Values: fragment rows of 16 dimensions as fp16 subnormals ----
+// ---- A warp's part of the softmax ----
+
+// A lane's part of a warp's softmax state: max of row row_of_group(g) of each row tile, the products of
+// dimensions value_dimension(i, 0, g), then (i, 1, g) with columns 2 j, 2 j + 1 (Lloyd-Max, four rows: with row j).
+// Groups: bias: of the groups' biases with these columns, then the columns' sums, as products with ones, so that they are sums
+// of the same rounded weights. Lloyd-Max: sum: of the lane's weights of its row.
+constexpr int kAccColumns = kLloyd && kFour ? 2 : 4;
+struct Rows {
+  float max[kRowTiles];
+  float acc[kRowTiles][kValueDim / 16][kAccColumns];
+  float bias[kRowTiles][4];
+  float sum[kRowTiles];
+};
+// Row of a lane's scores within a row tile. With four rows two lanes have the same.
+TQ_DEVICE int row_of_group(int g) { return !kFour ? g : kLloyd ? g >> 1 : g & 3; }
+TQ_DEVICE bool first_of_row(int g) { return !kFour || (kLloyd ? g % 2 == 0 : g < 4); }
+
+#if !LLOYD
+// ---- Values in groups: fragment rows of 16 dimensions as fp16 subnormals ----
+
+// Dimension of row g (r = 0) or g + 8 (r = 1) of product i.
+TQ_DEVICE int value_dimension(int i, int r, int g) { return 16 * i + 8 * r + g; }
 
 // Dimension d of a value vector: word d % kValueWords, bit kValueBits * (d / kValueWords). Rows g and g + 8 of tile i are
 // dimensions 16 i + g and 16 i + 8 + g.
@@ -245,16 +271,367 @@ TQ_DEVICE uint32_t take_codes(uint32_t pair, uint32_t pair_shifted, int bit) {
   return (bit % 16 + kValueBits <= 10 ? pair : pair_shifted) & mask;
 }
 
-// ---- The main loop over a block's share of the coded tokens ----
+// Adds a tile's weights times values.
+TQ_DEVICE void add_values(const AttentionParams& p, Rows& x, const float (&score)[kRowTiles][2][2][2], const uint32_t* values,
+                          const char* param_rows, int lane) {
+  const uint32_t* params = reinterpret_cast<const uint32_t*>(param_rows);
+  const int g = lane >> 2, j = lane & 3;
+  const int bias_token = (lane & 8) + token_of_column(lane & 7);  // row of the transposed load
+#pragma unroll
+  for (int u = 0; u < 2; u++) {
+    uint32_t weight[kRowTiles][2];
+#pragma unroll
+    for (int t = 0; t < kRowTiles; t++) {
+#pragma unroll
+      for (int v = 0; v < 2; v++) {
+        const float w0 = exp2_fast(score[t][u][v][0]), w1 = exp2_fast(score[t][u][v][1]);
+        weight[t][v] = pack_halves(w0, w1);
+      }
+    }
+    const int token = 16 * u + j;  // and + 4, + 8, + 12
+    {
+      uint32_t a0, a2;
+      if constexpr (kBiasTransposed) {
+        load_transposed(a0, a2, shared_address(params + (16 * u + bias_token) * kGroups));
+      } else {
+        const uint32_t* q = params + token * kGroups + min(g, kGroups - 1);
+        a0 = permute(q[0], q[4 * kGroups], 0x7632);
+        a2 = permute(q[8 * kGroups], q[12 * kGroups], 0x7632);
+      }
+#pragma unroll
+      for (int t = 0; t < kRowTiles; t++) multiply_half(x.bias[t], a0, kOnes, a2, kOnes, weight[t][0], weight[t][1]);
+    }
+    uint32_t low_a[kWordsPerLane], high_a[kWordsPerLane], low_b[kWordsPerLane], high_b[kWordsPerLane];
+    if constexpr (kWordLayout != kWordsAny) {
+#pragma unroll
+      for (int n = 0; n < kWordsPerLane; n++) {
+        const uint32_t* w = values + token * kValueWords + (kWordLayout == kWordsMany ? 8 * n + g : g & 3);
+        uint32_t w0 = w[0], w1 = w[4 * kValueWords], w2 = w[8 * kValueWords], w3 = w[12 * kValueWords];
+        if constexpr (kWordLayout == kWordsFour) {
+          const int down = kValueBits * (g >> 2);
+          w0 >>= down, w1 >>= down, w2 >>= down, w3 >>= down;
+        }
+        low_a[n] = permute(w0, w1, 0x5410), high_a[n] = permute(w0, w1, 0x7632);
+        low_b[n] = permute(w2, w3, 0x5410), high_b[n] = permute(w2, w3, 0x7632);
+      }
+    }
+    // The lane's scales of its four tokens.
+    uint32_t scales[4][kScaleSets];
+#pragma unroll
+    for (int n = 0; n < 4; n++) {
+      const uint32_t* q = params + (token + 4 * n) * kGroups;
+      if constexpr (kFour && kGroups == 4) {
+        const uint2 y = *reinterpret_cast<const uint2*>(q + 2 * (g >> 2));
+        scales[n][0] = y.x, scales[n][1] = y.y;
+      } else if constexpr (!kFour && kGroups % 4 == 0) {
+#pragma unroll
+        for (int set = 0; set < kScaleSets; set += 4) {
+          const uint4 y = *reinterpret_cast<const uint4*>(q + set);
+          scales[n][set] = y.x, scales[n][set + 1] = y.y, scales[n][set + 2] = y.z, scales[n][set + 3] = y.w;
+        }
+      } else {
+#pragma unroll
+        for (int set = 0; set < kScaleSets; set++)
+          scales[n][set] = q[kFour ? min(set + kScaleSets * (g >> 2), kGroups - 1) : set];
+      }
+    }
+#pragma unroll
+    for (int set = 0; set < kScaleSets; set++) {
+      const uint32_t scale_a = permute(scales[0][set], scales[1][set], 0x5410);
+      const uint32_t scale_b = permute(scales[2][set], scales[3][set], 0x5410);
+      uint32_t scaled[kRowTiles][2], rest[kRowTiles][2];
+#pragma unroll
+      for (int t = 0; t < kRowTiles; t++) {
+        scaled[t][0] = multiply_halves(weight[t][0], scale_a);
+        scaled[t][1] = multiply_halves(weight[t][1], scale_b);
+        if constexpr (kExactProducts) {
+          rest[t][0] = multiply_subtract_halves(weight[t][0], scale_a, scaled[t][0]);
+          rest[t][1] = multiply_subtract_halves(weight[t][1], scale_b, scaled[t][1]);
+        }
+      }
+#pragma unroll
+      for (int group = set; group < kGroups; group += kScaleSets) {
+#pragma unroll
+        for (int i = 2 * group; i < 2 * group + 2; i++) {
+          uint32_t a[4];
+#pragma unroll
+          for (int r = 0; r < 2; r++) {
+            if constexpr (kWordLayout != kWordsAny) {
+              const int n = kWordLayout == kWordsMany ? word_base(i, r) : 0, bit = code_bit(i, r);
+              const uint32_t pa = bit >= 16 ? high_a[n] : low_a[n], pb = bit >= 16 ? high_b[n] : low_b[n];
+              a[r] = take_codes(pa, __umulhi(pa, p.two_up), bit);
+              a[2 + r] = take_codes(pb, __umulhi(pb, p.two_up), bit);
+            } else {
+              const int d = 16 * i + 8 * r + g, word = d % kValueWords, bit = kValueBits * (d / kValueWords);
+              const uint32_t* w = values + token * kValueWords + word;
+              const uint32_t which = bit >= 16 ? 0x7632 : 0x5410, mask = uint32_t(kCodeMask) * 0x10001u;
+              a[r] = permute(w[0], w[4 * kValueWords], which) >> (bit & 15) & mask;
+              a[2 + r] = permute(w[8 * kValueWords], w[12 * kValueWords], which) >> (bit & 15) & mask;
+            }
+          }
+#pragma unroll
+          for (int t = 0; t < kRowTiles; t++) {
+            multiply_half(x.acc[t][i], a[0], a[1], a[2], a[3], scaled[t][0], scaled[t][1]);
+            if constexpr (kExactProducts) multiply_half(x.acc[t][i], a[0], a[1], a[2], a[3], rest[t][0], rest[t][1]);
+          }
+        }
+      }
+    }
+  }
+}
 
-// A lane's part of a warp's softmax state: max of row g (of each row tile; with four rows, row g % 4), the products of
-// dimensions 16 i + g, 16 i + 8 + g with columns 2 j, 2 j + 1; bias: of the groups' biases with these columns, then the
-// columns' sums, as products with ones, so that they are sums of the same rounded weights.
-struct Rows {
-  float max[kRowTiles];
-  float acc[kRowTiles][kValueDim / 16][4];
-  float bias[kRowTiles][4];
+// Turns what the products added up to into values.
+TQ_DEVICE void finish_values(Rows& x, int lane) {
+  const int j = lane & 3;
+#pragma unroll
+  for (int t = 0; t < kRowTiles; t++) {
+    // Codes in place to codes, plus the biases.
+#pragma unroll
+    for (int group = 0; group < kGroups; group++) {
+      const int from = 4 * (kBiasTransposed ? 2 * group + 1 : group) + j;
+      const float z0 = __shfl_sync(kAllLanes, x.bias[t][0], from), z1 = __shfl_sync(kAllLanes, x.bias[t][1], from);
+#pragma unroll
+      for (int i = 2 * group; i < 2 * group + 2; i++) {
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+          const float f = kWordLayout == kWordsAny ? unscale(0) : unscale(fraction_bit(code_bit(i, r)));
+          x.acc[t][i][2 * r] = fmaf(x.acc[t][i][2 * r], f, z0);
+          x.acc[t][i][2 * r + 1] = fmaf(x.acc[t][i][2 * r + 1], f, z1);
+        }
+      }
+    }
+  }
+}
+
+#else
+// ---- Values by Lloyd-Max levels: fragment rows of 16 dimensions as int8, columns of 32 tokens ----
+
+// Runs of 8, 4, 2 and 1 units of 32 dimensions, as kValueDim asks for. From each word of a run lane group g has as many nibbles
+// as the run has units: four times as many dimensions, two for each of its products.
+constexpr int kPieces = 4;
+constexpr int piece_units(int piece) { return 8 >> piece; }
+constexpr bool has_piece(int piece) { return (kValueDim / 32 & piece_units(piece)) != 0; }
+// Units before it; the largest come first.
+constexpr int piece_begin(int piece) { return kValueDim / 32 & ~(2 * piece_units(piece) - 1); }
+
+// Dimension of row g (r = 0) or g + 8 (r = 1) of product i.
+TQ_DEVICE int value_dimension(int i, int r, int g) {
+#pragma unroll
+  for (int piece = 0; piece < kPieces; piece++) {
+    const int units = piece_units(piece), begin = piece_begin(piece), k = i - 2 * begin;
+    if (!has_piece(piece) || k < 0 || k >= 2 * units) continue;
+    // A word's nibble n of set s (add_piece) is dimension 8 s + n of its unit.
+    if (units == 8) return 32 * (begin + g) + 8 * (k % 8 / 2) + 4 * (k / 8) + 2 * r + k % 2;
+    if (units == 4) return 32 * (begin + (g >> 1)) + 8 * (k / 2) + 4 * (g & 1) + 2 * r + k % 2;
+    if (units == 2) return 32 * (begin + (g >> 2)) + 8 * k + 2 * (g & 3) + r;
+    return 32 * begin + 8 * (2 * k + r) + g;
+  }
+  return 0;
+}
+
+// What a tile's products take besides levels.
+struct TileWeights {
+  // Weights times norms in 16 bits of tokens 0 ... 15 and 16 ... 31: [row tile][high, low half]; four rows: only [0][0], both
+  // halves of a row in columns 2 j and 2 j + 1.
+  uint32_t fragment[kRowTiles][2][2];
+  float unit[kRowTiles][2];   // of the rows of columns 2 j, 2 j + 1; four rows: [0][0], of row j
+  int ones[kRowTiles][2][4];  // with 4 bits: products with ones
 };
+
+// Four tokens' levels of one dimension. With 4 bits they are the sum of two numbers, plus one.
+struct LevelBytes {
+  uint32_t first, second;
+};
+// selector: the codes in its low 16 bits. With 4 bits a code's highest bit makes the permutation repeat the sign of the byte
+// that the others select: the negative levels' table, lower by one, gives -1 for a positive level's code, and the other table,
+// for codes with that bit turned, 0 for a negative one's.
+TQ_DEVICE LevelBytes find_levels(const uint32_t (&book)[4], uint32_t selector) {
+  const uint32_t first = permute(book[0], book[1], selector);
+  return {first, kValueBits == 4 ? permute(book[2], book[3], selector ^ 0x88888888u) : 0};
+}
+
+// Adds product i: a0, a1: rows g and g + 8 of tokens 0 ... 15, a2, a3: of the others.
+TQ_DEVICE void add_product(Rows& x, int i, const LevelBytes& a0, const LevelBytes& a1, const LevelBytes& a2,
+                           const LevelBytes& a3, const TileWeights& weights) {
+  const uint4 first = make_uint4(a0.first, a1.first, a2.first, a3.first);
+  const uint4 second = make_uint4(a0.second, a1.second, a2.second, a3.second);
+#pragma unroll
+  for (int t = 0; t < kRowTiles; t++) {
+    int sums[2][4];
+#pragma unroll
+    for (int half = 0; half < (kFour ? 1 : 2); half++) {
+      const uint32_t (&b)[2] = weights.fragment[t][half];
+#pragma unroll
+      for (int k = 0; k < 4; k++) sums[half][k] = kValueBits == 4 ? weights.ones[t][half][k] : 0;
+      multiply_int8(sums[half], first, b[0], b[1]);
+      if constexpr (kValueBits == 4) multiply_int8(sums[half], second, b[0], b[1]);
+    }
+#pragma unroll
+    for (int k = 0; k < kAccColumns; k++) {
+      const int sum = kFour ? sums[0][2 * k % 4] * 256 + sums[0][2 * k % 4 + 1] : sums[0][k] * 256 + sums[1][k];
+      x.acc[t][i][k] = fmaf(float(sum), weights.unit[t][kFour ? 0 : k & 1], x.acc[t][i][k]);
+    }
+  }
+}
+
+// Codes of one word of four tokens, 4 tokens apart, as selectors: the lowest nibble is the first token's. even: of the low
+// nibble of the byte that `which` takes of each, odd: of the high one; the upper 16 bits: of a second byte.
+struct Selectors {
+  uint32_t even, odd;
+};
+TQ_DEVICE Selectors select_codes(uint32_t a, uint32_t b, uint32_t c, uint32_t d, uint32_t which) {
+  const uint32_t ac = permute(a, c, which), bd = permute(b, d, which);
+  return {(ac & 0x0f0f0f0fu) | (bd << 4 & 0xf0f0f0f0u), (ac >> 4 & 0x0f0f0f0fu) | (bd & 0xf0f0f0f0u)};
+}
+
+// The products of a run of units.
+template <int kPiece>
+TQ_DEVICE void add_piece(Rows& x, const uint32_t* values, const uint32_t (&book)[4], uint32_t two_16,
+                         const TileWeights& weights, int lane) {
+  constexpr int kPieceUnits = piece_units(kPiece), kBegin = piece_begin(kPiece), kHalves = kPieceUnits == 8 ? 2 : 1;
+  constexpr bool kVector = kLayout.value_row % 16 == 0;
+  const int g = lane >> 2, unit = kBegin + (kPieceUnits == 1 ? 0 : g * kPieceUnits / 8);
+  const uint32_t* first = values + (lane & 3) * kValueWords + unit * kValueBits;
+  uint32_t words[2][4][kValueBits];  // [16 tokens][token][word]
+#pragma unroll
+  for (int u = 0; u < 2; u++) {
+#pragma unroll
+    for (int n = 0; n < 4; n++) {
+      const uint32_t* from = first + (16 * u + 4 * n) * kValueWords;
+      uint32_t (&w)[kValueBits] = words[u][n];
+      if constexpr (kVector && kValueBits == 4) {
+        const uint4 y = *reinterpret_cast<const uint4*>(from);
+        w[0] = y.x, w[1] = y.y, w[2] = y.z, w[3] = y.w;
+      } else if constexpr (kVector && kValueBits == 2) {
+        const uint2 y = *reinterpret_cast<const uint2*>(from);
+        w[0] = y.x, w[1] = y.y;
+      } else {
+#pragma unroll
+        for (int i = 0; i < kValueBits; i++) w[i] = from[i];
+      }
+    }
+  }
+#pragma unroll
+  for (int half = 0; half < kHalves; half++) {
+    // Bytes of the lane's nibbles, of both words in turn.
+    const uint32_t which = kPieceUnits == 8   ? 0x5140u + 0x2222u * half
+                           : kPieceUnits == 4 ? 0x5140u + 0x2222u * (g & 1)
+                           : kPieceUnits == 2 ? 0x40u + 0x11u * (g & 3)
+                                              : 0x40u + 0x11u * (g >> 1);
+    // Set s: the codes of dimensions 8 s ... 8 s + 7 of a unit (format.h), without what other codes share a nibble.
+    Selectors sets[2][4] = {};
+#pragma unroll
+    for (int u = 0; u < 2; u++) {
+#pragma unroll
+      for (int i = 0; i < kValueBits; i++) {
+        const uint32_t (&w)[4][kValueBits] = words[u];
+        Selectors y = select_codes(w[0][i], w[1][i], w[2][i], w[3][i], which);
+        if (kPieceUnits == 1 && (g & 1)) y.even = y.odd;
+        if constexpr (kValueBits == 4) {
+          sets[u][i] = y;
+        } else if constexpr (kValueBits == 3) {
+          sets[u][i] = {y.even & 0x77777777u, y.odd & 0x77777777u};
+          sets[u][3].even |= y.even >> (3 - i) & (0x11111111u << i);
+          sets[u][3].odd |= y.odd >> (3 - i) & (0x11111111u << i);
+        } else {
+          sets[u][i] = {y.even & 0x33333333u, y.odd & 0x33333333u};
+          sets[u][2 + i] = {y.even >> 2 & 0x33333333u, y.odd >> 2 & 0x33333333u};
+        }
+      }
+    }
+    auto lower = [&](uint32_t selector) { return find_levels(book, selector); };
+    auto upper = [&](uint32_t selector) { return find_levels(book, __umulhi(selector, two_16)); };
+    LevelBytes before[2];  // one unit: levels of the set before
+#pragma unroll
+    for (int s = 0; s < 4; s++) {
+      const Selectors &y = sets[0][s], &z = sets[1][s];
+      if constexpr (kPieceUnits >= 4) {
+        const int i = 2 * kBegin + 8 * half + 2 * s;
+        add_product(x, i, lower(y.even), upper(y.even), lower(z.even), upper(z.even), weights);
+        add_product(x, i + 1, lower(y.odd), upper(y.odd), lower(z.odd), upper(z.odd), weights);
+      } else if constexpr (kPieceUnits == 2) {
+        add_product(x, 2 * kBegin + s, lower(y.even), lower(y.odd), lower(z.even), lower(z.odd), weights);
+      } else if (s % 2 == 0) {
+        before[0] = lower(y.even), before[1] = lower(z.even);
+      } else {
+        add_product(x, 2 * kBegin + s / 2, before[0], lower(y.even), before[1], lower(z.even), weights);
+      }
+    }
+  }
+}
+
+// Adds a tile's weights times values.
+TQ_DEVICE void add_values(const AttentionParams& p, Rows& x, const float (&score)[kRowTiles][2][2][2], const uint32_t* values,
+                          const char* param_rows, int lane) {
+  const uint16_t* norms = reinterpret_cast<const uint16_t*>(param_rows);
+  const uint32_t book[4] = {p.value_codebook[0], p.value_codebook[1], p.value_codebook[2], p.value_codebook[3]};
+  constexpr float kMost = 127 * 256;
+  const int g = lane >> 2, j = lane & 3;
+  float norm[8];
+#pragma unroll
+  for (int i = 0; i < 8; i++) norm[i] = half_to_float(norms[4 * i + j]);
+  TileWeights weights;
+#pragma unroll
+  for (int t = 0; t < kRowTiles; t++) {
+    float y[8], top = 0;
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+      const float weight = exp2_fast(score[t][i >> 2][i >> 1 & 1][i & 1]);
+      x.sum[t] += weight;
+      y[i] = weight * norm[i];
+      top = max_nan(top, fabsf(y[i]));
+    }
+    top = max_nan(top, __shfl_xor_sync(kAllLanes, top, 1));
+    top = max_nan(top, __shfl_xor_sync(kAllLanes, top, 2));
+    const float inverse = top > power_of_two(-100) ? kMost * reciprocal_fast(top) : 0.0f;
+    const float unit = top * (1.0f / (kMost * kCodebookTop));
+    weights.unit[t][0] = __shfl_sync(kAllLanes, unit, 8 * j);
+    if constexpr (!kFour) weights.unit[t][1] = __shfl_sync(kAllLanes, unit, 8 * j + 4);
+    // In the low bits of a float between 2^23 and 2^24: the 16-bit number plus 128, so that its bytes are the high half and
+    // the low one plus 128.
+    uint32_t bits[8];
+#pragma unroll
+    for (int i = 0; i < 8; i++) bits[i] = __float_as_uint(fmaf(y[i], inverse, 12582912.0f + 128.0f));
+#pragma unroll
+    for (int u = 0; u < 2; u++) {
+      const uint32_t* n = bits + 4 * u;
+      if constexpr (kFour) {
+        const uint32_t which = g & 1 ? 0x40 : 0x51, turn = g & 1 ? 0x80808080u : 0u;
+        weights.fragment[t][0][u] = permute(permute(n[0], n[1], which), permute(n[2], n[3], which), 0x5410) ^ turn;
+      } else {
+        const uint32_t a = permute(n[0], n[1], 0x4051), b = permute(n[2], n[3], 0x4051);
+        weights.fragment[t][0][u] = permute(a, b, 0x5410);
+        weights.fragment[t][1][u] = permute(a, b, 0x7632) ^ 0x80808080u;
+      }
+    }
+    if constexpr (kValueBits == 4) {
+      constexpr uint32_t kOne = 0x01010101u;
+#pragma unroll
+      for (int half = 0; half < (kFour ? 1 : 2); half++) {
+        int (&ones)[4] = weights.ones[t][half];
+#pragma unroll
+        for (int k = 0; k < 4; k++) ones[k] = 0;
+        multiply_int8(ones, make_uint4(kOne, kOne, kOne, kOne), weights.fragment[t][half][0], weights.fragment[t][half][1]);
+      }
+    }
+  }
+  if constexpr (has_piece(0)) add_piece<0>(x, values, book, p.two_16, weights, lane);
+  if constexpr (has_piece(1)) add_piece<1>(x, values, book, p.two_16, weights, lane);
+  if constexpr (has_piece(2)) add_piece<2>(x, values, book, p.two_16, weights, lane);
+  if constexpr (has_piece(3)) add_piece<3>(x, values, book, p.two_16, weights, lane);
+}
+
+// Joins the sums of the lanes of a row.
+TQ_DEVICE void finish_values(Rows& x, int) {
+#pragma unroll
+  for (int t = 0; t < kRowTiles; t++) {
+    x.sum[t] += __shfl_xor_sync(kAllLanes, x.sum[t], 1);
+    x.sum[t] += __shfl_xor_sync(kAllLanes, x.sum[t], 2);
+  }
+}
+#endif
+
+// ---- The main loop over a block's share of the coded tokens ----
 
 struct Share {
   int begin, end;            // tiles of this block
@@ -343,17 +720,97 @@ TQ_DEVICE uint4 query_fragment(const int8_t* rows, int row, int unit, int s) {
   return *reinterpret_cast<const uint4*>(rows + 2 * row * kKeyDim + 64 * unit + 16 * s);
 }
 
+// Scores of the means of the blocks of tiles tile, tile + kWarps, ... with the rows, by one warp: scores[step][row].
+TQ_DEVICE void score_means(const AttentionParams& p, char* shared, float* scores, int tile, int lane, int b, int h) {
+  constexpr int kTilesPerBlock = kBlockTokens / kTileTokens, kPieces = kKeyDim / 32;
+  constexpr bool kSplit = kType == kTypeFloat32;
+  const int g = lane >> 2, j = lane & 3, row_of_lane = kFour ? g & 3 : g;
+  const char* query = shared + kLayout.mean_query_at;
+  const float* row_scale = reinterpret_cast<const float*>(shared + kLayout.mean_scale_at);
+  const int last_block = (p.n_coded - 1) / kBlockTokens;
+  auto block_of = [&](int step) { return min((tile + step * kWarps) / kTilesPerBlock, last_block); };
+  __syncwarp();
+  if (p.means_aligned) {
+    const uint16_t* head = static_cast<const uint16_t*>(p.means) + b * p.mean_stride[0] + h * p.mean_stride[1];
+    const uint16_t* mean = head + block_of(g) * p.mean_stride[2];
+    // The order of dimensions within a product is free: that of the loads.
+    float score[4] = {};  // row g: steps 2 j, 2 j + 1; row g + 8: the same
+    constexpr int kTogether = kPieces % 4 == 0 ? 4 : kPieces % 3 == 0 ? 3 : kPieces % 2 == 0 ? 2 : 1;
+#pragma unroll 1
+    for (int i0 = 0; i0 < kPieces; i0 += kTogether) {
+      uint4 x[kTogether];
+#pragma unroll
+      for (int i = 0; i < kTogether; i++) {
+        const int d = 8 * (j + 4 * (i0 + i));
+        x[i] = make_uint4(0, 0, 0, 0);
+        if (d < p.head_dim) x[i] = *reinterpret_cast<const uint4*>(mean + d);
+      }
+#pragma unroll
+      for (int i = 0; i < kTogether; i++) {
+#pragma unroll
+        for (int part = 0; part < (kSplit ? 2 : 1); part++) {
+          const char* from = query + part * kRows * kLayout.half_stride + 16 * (j + 4 * (i0 + i));
+          const uint4 low = *reinterpret_cast<const uint4*>(from + row_of_lane * kLayout.half_stride);
+          uint4 high = make_uint4(0, 0, 0, 0);
+          if constexpr (kRowTiles == 2) high = *reinterpret_cast<const uint4*>(from + (8 + g) * kLayout.half_stride);
+          multiply_half(score, low.x, high.x, low.y, high.y, x[i].x, x[i].y);
+          multiply_half(score, low.z, high.z, low.w, high.w, x[i].z, x[i].w);
+        }
+      }
+    }
+    // The next blocks, as far as L2.
+    constexpr int kLine = 64, kLines = (kKeyDim + kLine - 1) / kLine;
+    for (int i = lane; i < kMeanSteps * kLines; i += 32) {
+      const int step = kMeanSteps + i / kLines, d = i % kLines * kLine;
+      if (d < p.head_dim && (tile + step * kWarps) / kTilesPerBlock <= last_block) {
+        prefetch_line(head + block_of(step) * p.mean_stride[2] + d);
+      }
+    }
+#pragma unroll
+    for (int t = 0; t < kRowTiles; t++) {
+      if (kFour && g >= 4) continue;
+      const float factor = row_scale[8 * t + g];
+      scores[2 * j * kRows + 8 * t + g] = score[2 * t] * factor;
+      scores[(2 * j + 1) * kRows + 8 * t + g] = score[2 * t + 1] * factor;
+    }
+  } else {
+    // Any strides, and fp32.
+#pragma unroll 1
+    for (int i = 0; i < kMeanSteps * kRows; i++) {
+      const int step = i / kRows, r = i % kRows;
+      const int64_t at = b * p.mean_stride[0] + h * p.mean_stride[1] + block_of(step) * p.mean_stride[2];
+      const uint16_t* row = reinterpret_cast<const uint16_t*>(query + r * kLayout.half_stride);
+      float sum = 0;
+#pragma unroll 1
+      for (int d = lane; d < p.head_dim; d += 32) {
+        float x = half_to_float(row[d]);
+        if constexpr (kSplit) x += half_to_float(row[kRows * kLayout.half_stride / 2 + d]);
+        const int64_t from = at + d * p.mean_stride[3];
+        sum = fmaf(x,
+                   p.means_kind == kMeansFloat32 ? load_element<kTypeFloat32>(p.means, from)
+                                                 : load_element<kTypeFloat16>(p.means, from),
+                   sum);
+      }
+#pragma unroll
+      for (int o = 1; o < 32; o <<= 1) sum += __shfl_xor_sync(kAllLanes, sum, o);
+      if (lane == 0) scores[i] = sum * row_scale[r];
+    }
+  }
+  __syncwarp();
+}
+
 template <class RowEnd>
 TQ_DEVICE void attend_coded(const AttentionParams& p, const Head& head, const Share& share, const Ring& ring, RowEnd row_end,
                             float shift, Rows& x, int lane, int row0, int b, int h) {
   const int g = lane >> 2, j = lane & 3;
-  const char* shared = ring.shared;
-  const int row_of_lane = kFour ? g & 3 : g;
+  char* shared = ring.shared;
+  const int row_of_lane = row_of_group(g);
+  float* mean_scores = reinterpret_cast<float*>(shared + kLayout.mean_score_at) + ring.warp * kMeanSteps * kRows;
   const int8_t* query8 = reinterpret_cast<const int8_t*>(shared + kLayout.int8_at);
   uint4 query[kRowTiles][kLaneUnits][4];  // [step]: fragment of the high and low halves
-  float row_scale[kRowTiles], row_offset[kRowTiles], residual_scale[kRowTiles];
-  // Scores are kept relative to the running maximum: offset = row_offset - maximum; threshold: where it must be renewed.
-  float offset[kRowTiles], threshold[kRowTiles];
+  float row_scale[kRowTiles], residual_scale[kRowTiles];
+  // Scores are kept relative to the running maximum, once there is one; threshold: where it must be renewed.
+  float base[kRowTiles], threshold[kRowTiles];
 #pragma unroll
   for (int t = 0; t < kRowTiles; t++) {
     const int row = 8 * t + row_of_lane;
@@ -363,25 +820,31 @@ TQ_DEVICE void attend_coded(const AttentionParams& p, const Head& head, const Sh
       for (int s = 0; s < 4; s++) query[t][u][s] = query_fragment(query8, row, j + 4 * u, s);
     }
     row_scale[t] = reinterpret_cast<const float*>(shared + kLayout.row_scale_at)[row];
-    row_offset[t] = reinterpret_cast<const float*>(shared + kLayout.row_offset_at)[row];
     residual_scale[t] = kSigns ? reinterpret_cast<const float*>(shared + kLayout.residual_scale_at)[row] : 0.0f;
-    offset[t] = row_offset[t];
+    base[t] = 0;
     threshold[t] = kEmptyMax;
     x.max[t] = kEmptyMax;
 #pragma unroll
     for (int i = 0; i < kValueDim / 16; i++) {
 #pragma unroll
-      for (int k = 0; k < 4; k++) x.acc[t][i][k] = 0;
+      for (int k = 0; k < kAccColumns; k++) x.acc[t][i][k] = 0;
     }
+    if constexpr (kLloyd) {
+      x.sum[t] = 0;
+    } else {
 #pragma unroll
-    for (int k = 0; k < 4; k++) x.bias[t][k] = 0;
+      for (int k = 0; k < 4; k++) x.bias[t][k] = 0;
+    }
+  }
+  if (!p.means) {
+    for (int i = lane; i < kMeanSteps * kRows; i += 32) mean_scores[i] = 0;
+    __syncwarp();
   }
   uint32_t book[4];
 #pragma unroll
   for (int i = 0; i < 4; i++) book[i] = p.codebook[i];
   const float renew = kTop + kGrowth - shift, top = kTop - shift;
   const int key_token = token_of_column(g);
-  const int bias_token = (lane & 8) + token_of_column(lane & 7);  // row of the transposed load
 
   const int steps = share.steps();
 #pragma unroll 1
@@ -392,11 +855,12 @@ TQ_DEVICE void attend_coded(const AttentionParams& p, const Head& head, const Sh
       ring.release(i);
       continue;
     }
+    if (p.means && i % kMeanSteps == 0) score_means(p, shared, mean_scores, tile, lane, b, h);
     char* data = ring.stage(i);
     auto part = [&](int at, int row, int lead) { return data + at + (row % 16 ? lead : 0) + ring.warp * kTileTokens * row; };
     const uint32_t* keys = reinterpret_cast<const uint32_t*>(part(0, kLayout.key_row, head.key_lead));
     const uint32_t* values = reinterpret_cast<const uint32_t*>(part(kLayout.value_at, kLayout.value_row, head.value_lead));
-    uint32_t* params = reinterpret_cast<uint32_t*>(part(kLayout.param_at, kLayout.param_row, head.param_lead));
+    char* params = part(kLayout.param_at, kLayout.param_row, head.param_lead);
     const uint16_t* norms = reinterpret_cast<const uint16_t*>(part(kLayout.norm_at, 2, head.norm_lead));
 
     const int token0 = tile * kTileTokens;
@@ -404,8 +868,12 @@ TQ_DEVICE void attend_coded(const AttentionParams& p, const Head& head, const Sh
     if (!whole) {
       // Weight zero times whatever lies there must be zero.
       if (token0 + lane < share.first_token || token0 + lane >= share.last_token) {
+        if constexpr (kLloyd) {
+          reinterpret_cast<uint16_t*>(params)[lane] = 0;
+        } else {
 #pragma unroll
-        for (int group = 0; group < kGroups; group++) params[lane * kGroups + group] = 0;
+          for (int group = 0; group < kGroups; group++) reinterpret_cast<uint32_t*>(params)[lane * kGroups + group] = 0;
+        }
       }
       if constexpr (kBulk) copy_engine_fence();
       __syncwarp();
@@ -413,6 +881,9 @@ TQ_DEVICE void attend_coded(const AttentionParams& p, const Head& head, const Sh
 
     // score[t][u][v][c]: token 16 u + 8 v + j + 4 c of the tile, row of the lane.
     float score[kRowTiles][2][2][2];
+    float start[kRowTiles];
+#pragma unroll
+    for (int t = 0; t < kRowTiles; t++) start[t] = mean_scores[i % kMeanSteps * kRows + 8 * t + row_of_lane] + base[t];
 #pragma unroll
     for (int u = 0; u < 2; u++) {
       int sums[kRowTiles][2][4] = {};  // [v]: high halves of columns 2 j, 2 j + 1, low halves of the same
@@ -441,7 +912,7 @@ TQ_DEVICE void attend_coded(const AttentionParams& p, const Head& head, const Sh
           const float norm = half_to_float(norms[16 * u + 8 * v + 4 * c + j]);
 #pragma unroll
           for (int t = 0; t < kRowTiles; t++) {
-            score[t][u][v][c] = fmaf(float(sums[t][v][c] * 256 + sums[t][v][2 + c]), norm * row_scale[t], offset[t]);
+            score[t][u][v][c] = fmaf(float(sums[t][v][c] * 256 + sums[t][v][2 + c]), norm * row_scale[t], start[t]);
           }
         }
       }
@@ -523,150 +994,40 @@ TQ_DEVICE void attend_coded(const AttentionParams& p, const Head& head, const Sh
         float m = highest[t];
         m = fmaxf(m, __shfl_xor_sync(kAllLanes, m, 1));
         m = fmaxf(m, __shfl_xor_sync(kAllLanes, m, 2));
-        const bool empty = x.max[t] == kEmptyMax;
-        const float base = empty ? 0.0f : x.max[t];
-        const float renewed = fmaxf(x.max[t], m + base - top);
+        const float before = x.max[t] == kEmptyMax ? 0.0f : x.max[t];
+        const float renewed = fmaxf(x.max[t], m + before - top);
         const float factor = exp2_fast(x.max[t] - renewed);
         if (renewed != kEmptyMax) {
 #pragma unroll
-          for (int i = 0; i < 8; i++) score[t][i >> 2][i >> 1 & 1][i & 1] += base - renewed;
-          offset[t] = row_offset[t] - renewed;
+          for (int i = 0; i < 8; i++) score[t][i >> 2][i >> 1 & 1][i & 1] += before - renewed;
+          base[t] = -renewed;
           threshold[t] = renew;
         }
         x.max[t] = renewed;
         const float f0 = __shfl_sync(kAllLanes, factor, 8 * j), f1 = __shfl_sync(kAllLanes, factor, 8 * j + 4);
 #pragma unroll
         for (int i = 0; i < kValueDim / 16; i++) {
-          x.acc[t][i][0] *= f0, x.acc[t][i][2] *= f0;
-          x.acc[t][i][1] *= f1, x.acc[t][i][3] *= f1;
+          if constexpr (kAccColumns == 2) {
+            x.acc[t][i][0] *= f0, x.acc[t][i][1] *= f0;
+          } else {
+            x.acc[t][i][0] *= f0, x.acc[t][i][2] *= f0;
+            x.acc[t][i][1] *= f1, x.acc[t][i][3] *= f1;
+          }
         }
-        x.bias[t][0] *= f0, x.bias[t][2] *= f0;
-        x.bias[t][1] *= f1, x.bias[t][3] *= f1;
+        if constexpr (kLloyd) {
+          x.sum[t] *= factor;
+        } else {
+          x.bias[t][0] *= f0, x.bias[t][2] *= f0;
+          x.bias[t][1] *= f1, x.bias[t][3] *= f1;
+        }
       }
     }
 
-#pragma unroll
-    for (int u = 0; u < 2; u++) {
-      uint32_t weight[kRowTiles][2];
-#pragma unroll
-      for (int t = 0; t < kRowTiles; t++) {
-#pragma unroll
-        for (int v = 0; v < 2; v++) {
-          const float w0 = exp2_fast(score[t][u][v][0]), w1 = exp2_fast(score[t][u][v][1]);
-          weight[t][v] = pack_halves(w0, w1);
-        }
-      }
-      const int token = 16 * u + j;  // and + 4, + 8, + 12
-      {
-        uint32_t a0, a2;
-        if constexpr (kBiasTransposed) {
-          load_transposed(a0, a2, shared_address(params + (16 * u + bias_token) * kGroups));
-        } else {
-          const uint32_t* q = params + token * kGroups + min(g, kGroups - 1);
-          a0 = permute(q[0], q[4 * kGroups], 0x7632);
-          a2 = permute(q[8 * kGroups], q[12 * kGroups], 0x7632);
-        }
-#pragma unroll
-        for (int t = 0; t < kRowTiles; t++) multiply_half(x.bias[t], a0, kOnes, a2, kOnes, weight[t][0], weight[t][1]);
-      }
-      uint32_t low_a[kWordsPerLane], high_a[kWordsPerLane], low_b[kWordsPerLane], high_b[kWordsPerLane];
-      if constexpr (kWordLayout != kWordsAny) {
-#pragma unroll
-        for (int n = 0; n < kWordsPerLane; n++) {
-          const uint32_t* w = values + token * kValueWords + (kWordLayout == kWordsMany ? 8 * n + g : g & 3);
-          uint32_t w0 = w[0], w1 = w[4 * kValueWords], w2 = w[8 * kValueWords], w3 = w[12 * kValueWords];
-          if constexpr (kWordLayout == kWordsFour) {
-            const int down = kValueBits * (g >> 2);
-            w0 >>= down, w1 >>= down, w2 >>= down, w3 >>= down;
-          }
-          low_a[n] = permute(w0, w1, 0x5410), high_a[n] = permute(w0, w1, 0x7632);
-          low_b[n] = permute(w2, w3, 0x5410), high_b[n] = permute(w2, w3, 0x7632);
-        }
-      }
-      // The lane's scales of its four tokens.
-      uint32_t scales[4][kScaleSets];
-#pragma unroll
-      for (int n = 0; n < 4; n++) {
-        const uint32_t* q = params + (token + 4 * n) * kGroups;
-        if constexpr (kFour && kGroups == 4) {
-          const uint2 y = *reinterpret_cast<const uint2*>(q + 2 * (g >> 2));
-          scales[n][0] = y.x, scales[n][1] = y.y;
-        } else if constexpr (!kFour && kGroups % 4 == 0) {
-#pragma unroll
-          for (int set = 0; set < kScaleSets; set += 4) {
-            const uint4 y = *reinterpret_cast<const uint4*>(q + set);
-            scales[n][set] = y.x, scales[n][set + 1] = y.y, scales[n][set + 2] = y.z, scales[n][set + 3] = y.w;
-          }
-        } else {
-#pragma unroll
-          for (int set = 0; set < kScaleSets; set++)
-            scales[n][set] = q[kFour ? min(set + kScaleSets * (g >> 2), kGroups - 1) : set];
-        }
-      }
-#pragma unroll
-      for (int set = 0; set < kScaleSets; set++) {
-        const uint32_t scale_a = permute(scales[0][set], scales[1][set], 0x5410);
-        const uint32_t scale_b = permute(scales[2][set], scales[3][set], 0x5410);
-        uint32_t scaled[kRowTiles][2], rest[kRowTiles][2];
-#pragma unroll
-        for (int t = 0; t < kRowTiles; t++) {
-          scaled[t][0] = multiply_halves(weight[t][0], scale_a);
-          scaled[t][1] = multiply_halves(weight[t][1], scale_b);
-          if constexpr (kExactProducts) {
-            rest[t][0] = multiply_subtract_halves(weight[t][0], scale_a, scaled[t][0]);
-            rest[t][1] = multiply_subtract_halves(weight[t][1], scale_b, scaled[t][1]);
-          }
-        }
-#pragma unroll
-        for (int group = set; group < kGroups; group += kScaleSets) {
-#pragma unroll
-          for (int i = 2 * group; i < 2 * group + 2; i++) {
-            uint32_t a[4];
-#pragma unroll
-            for (int r = 0; r < 2; r++) {
-              if constexpr (kWordLayout != kWordsAny) {
-                const int n = kWordLayout == kWordsMany ? word_base(i, r) : 0, bit = code_bit(i, r);
-                const uint32_t pa = bit >= 16 ? high_a[n] : low_a[n], pb = bit >= 16 ? high_b[n] : low_b[n];
-                a[r] = take_codes(pa, __umulhi(pa, p.two_up), bit);
-                a[2 + r] = take_codes(pb, __umulhi(pb, p.two_up), bit);
-              } else {
-                const int d = 16 * i + 8 * r + g, word = d % kValueWords, bit = kValueBits * (d / kValueWords);
-                const uint32_t* w = values + token * kValueWords + word;
-                const uint32_t which = bit >= 16 ? 0x7632 : 0x5410, mask = uint32_t(kCodeMask) * 0x10001u;
-                a[r] = permute(w[0], w[4 * kValueWords], which) >> (bit & 15) & mask;
-                a[2 + r] = permute(w[8 * kValueWords], w[12 * kValueWords], which) >> (bit & 15) & mask;
-              }
-            }
-#pragma unroll
-            for (int t = 0; t < kRowTiles; t++) {
-              multiply_half(x.acc[t][i], a[0], a[1], a[2], a[3], scaled[t][0], scaled[t][1]);
-              if constexpr (kExactProducts) multiply_half(x.acc[t][i], a[0], a[1], a[2], a[3], rest[t][0], rest[t][1]);
-            }
-          }
-        }
-      }
-    }
+    add_values(p, x, score, values, params, lane);
     ring.release(i);
   }
   if constexpr (!kBulk) copy_async_wait<0>();
-#pragma unroll
-  for (int t = 0; t < kRowTiles; t++) {
-    // Codes in place to codes, plus the biases.
-#pragma unroll
-    for (int group = 0; group < kGroups; group++) {
-      const int from = 4 * (kBiasTransposed ? 2 * group + 1 : group) + j;
-      const float z0 = __shfl_sync(kAllLanes, x.bias[t][0], from), z1 = __shfl_sync(kAllLanes, x.bias[t][1], from);
-#pragma unroll
-      for (int i = 2 * group; i < 2 * group + 2; i++) {
-#pragma unroll
-        for (int r = 0; r < 2; r++) {
-          const float f = kWordLayout == kWordsAny ? unscale(0) : unscale(fraction_bit(code_bit(i, r)));
-          x.acc[t][i][2 * r] = fmaf(x.acc[t][i][2 * r], f, z0);
-          x.acc[t][i][2 * r + 1] = fmaf(x.acc[t][i][2 * r + 1], f, z1);
-        }
-      }
-    }
-  }
+  finish_values(x, lane);
 }
 
 // ---- Exact tokens: eight at a time for one warp ----
@@ -963,6 +1324,29 @@ TQ_DEVICE void split_row(const float (&x)[kKeyDim / 32], int8_t* row, float* ste
   if (lane == 0) *step_out = step;
 }
 
+// A row for the products with means, as fp16 times a power of two; fp32: and what rounding takes off, as many rows later. fp16
+// and bf16 rows are exact, but for elements below 2^-28 of the largest.
+TQ_DEVICE void split_mean_query(const float (&x)[kKeyDim / 32], char* row, float* scale_out, float scale, int lane) {
+  float top = 0;
+#pragma unroll
+  for (int k = 0; k < kKeyDim / 32; k++) top = fmaxf(top, fabsf(x[k]));
+#pragma unroll
+  for (int o = 1; o < 32; o <<= 1) top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, o));
+  // Below 2^15, as means may be as large.
+  const int up = min(14 - (int(__float_as_uint(top) >> 23) - 127), 126);
+  uint16_t* halves = reinterpret_cast<uint16_t*>(row);
+#pragma unroll
+  for (int k = 0; k < kKeyDim / 32; k++) {
+    const float y = x[k] * power_of_two(up);
+    const uint16_t half = float_to_half(y);
+    halves[lane + 32 * k] = half;
+    if constexpr (kType == kTypeFloat32) {
+      halves[kRows * kLayout.half_stride / 2 + lane + 32 * k] = float_to_half(y - half_to_float(half));
+    }
+  }
+  if (lane == 0) *scale_out = scale * power_of_two(-up);
+}
+
 extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM)
     turboquant_attention(const __grid_constant__ AttentionParams p) {
   extern __shared__ __align__(16) char shared[];
@@ -1030,17 +1414,25 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM)
       query_rows[i][k] = r < n_rows && d < p.head_dim ? load_element<kType>(p.q, at + d * p.q_stride[3]) : 0.0f;
     }
   }
+  float balance[kKeyDim / 32];
+#pragma unroll
+  for (int k = 0; k < kKeyDim / 32; k++) {
+    const int d = lane + 32 * k;
+    balance[k] = p.balance && d < p.head_dim ? p.balance[h * p.balance_stride[0] + d * p.balance_stride[1]] : 1.0f;
+  }
   if (split < p.n_exact_blocks && row0 == 0) prefetch_exact(p, split * p.exact_tokens, tid, b, h);
   const Ring ring{shared, tid, lane, warp};
   const Head head = head_of(p, b, h);
   ring.start(p, head, share);
 
-  // The query rows: scaled, rotated, in fixed point.
+#pragma unroll
+  for (int k = 0; k < kKeyDim / 32; k++) balance[k] = 1.0f / balance[k];
+  // The query rows: scaled, divided by the balance, rotated, in fixed point.
   float* rotated = reinterpret_cast<float*>(shared + kLayout.rotated_at);
   char* exact_query = shared + kLayout.exact_query_at;  // rows of 16 bits for tensor cores, else of floats
   const bool exact_tensor = kType != kTypeFloat32 && p.exact_aligned;
   float* row_scale = reinterpret_cast<float*>(shared + kLayout.row_scale_at);
-  float* row_offset = reinterpret_cast<float*>(shared + kLayout.row_offset_at);
+  float* mean_scale = reinterpret_cast<float*>(shared + kLayout.mean_scale_at);
   float* residual_scale = reinterpret_cast<float*>(shared + kLayout.residual_scale_at);
   int8_t* query8 = reinterpret_cast<int8_t*>(shared + kLayout.int8_at);
   int8_t* residual8 = reinterpret_cast<int8_t*>(shared + kLayout.residual_int8_at);
@@ -1055,32 +1447,21 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM)
         store_element<kType>(exact_query + r * kLayout.half_stride, lane + 32 * k, x[k]);
       }
     }
+    if (p.means) split_mean_query(x, shared + kLayout.mean_query_at + r * kLayout.half_stride, mean_scale + r, p.scale, lane);
 #pragma unroll
     for (int k = 0; k < kKeyDim / 32; k++) x[k] *= p.scale;
-    float offset = 0;
-    if (p.mean) {
-      const float* mean = p.mean + b * p.mean_stride[0] + h * p.mean_stride[1];
-#pragma unroll
-      for (int k = 0; k < kKeyDim / 32; k++) {
-        const int d = lane + 32 * k;
-        if (d < p.head_dim) offset = fmaf(x[k], mean[d * p.mean_stride[2]], offset);
-      }
-#pragma unroll
-      for (int o = 1; o < 32; o <<= 1) offset += __shfl_xor_sync(kAllLanes, offset, o);
-    }
     if (split < p.n_exact_blocks && !exact_tensor) {
       float* row = reinterpret_cast<float*>(exact_query) + r * kLayout.query_stride;
 #pragma unroll
       for (int k = 0; k < kKeyDim / 32; k++) row[lane + 32 * k] = x[k];
     }
+#pragma unroll
+    for (int k = 0; k < kKeyDim / 32; k++) x[k] *= balance[k];
     if constexpr (Hadamard<kKeyDim>::kFactor > 0) {
       if (p.hadamard) Hadamard<kKeyDim>::template rotate<TQ_ROTATION_SEED>(x, lane, scratch);
     }
     split_row(x, query8 + 2 * r * kKeyDim, row_scale + r, lane, false);
-    if (lane == 0) {
-      row_scale[r] *= 1.0f / kCodebookTop;
-      row_offset[r] = offset;
-    }
+    if (lane == 0) row_scale[r] *= 1.0f / kCodebookTop;
     if constexpr (kSigns && Hadamard<kKeyDim>::kFactor > 0) {
       Hadamard<kKeyDim>::template rotate<TQ_RESIDUAL_SEED>(x, lane, scratch);
       split_row(x, residual8 + 2 * r * kKeyDim, residual_scale + r, lane, true);
@@ -1116,19 +1497,23 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM)
   Rows x;
   float shift = 0;
 #pragma unroll 1
-  for (int attempt = 0; attempt < 2; attempt++) {
+  for (int attempt = 0; attempt < (kLloyd ? 1 : 2); attempt++) {
     if (attempt == 1) {
       shift = kSafeShift;
       ring.start(p, head, share);
     }
     attend_coded(p, head, share, ring, row_end, shift, x, lane, row0, b, h);
+    if constexpr (kLloyd) {
+      __syncthreads();
+      break;
+    }
     bool finite = true;
 #pragma unroll
     for (int t = 0; t < kRowTiles; t++) {
 #pragma unroll
       for (int i = 0; i < kValueDim / 16; i++) {
 #pragma unroll
-        for (int k = 0; k < 4; k++) finite &= fabsf(x.acc[t][i][k]) < INFINITY;
+        for (int k = 0; k < kAccColumns; k++) finite &= fabsf(x.acc[t][i][k]) < INFINITY;
       }
     }
     if (__syncthreads_and(finite)) break;
@@ -1140,8 +1525,12 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM)
   float* state = reinterpret_cast<float*>(shared + kLayout.state_at);
 #pragma unroll
   for (int t = 0; t < kRowTiles; t++) {
-    if (j == 0 && (!kFour || g < 4)) state[(warp * kRows + 8 * t + g) * 2] = x.max[t];
-    if (g == 0 && (!kFour || j < 2)) {
+    if (j == 0 && first_of_row(g)) {
+      float* to = state + (warp * kRows + 8 * t + row_of_group(g)) * 2;
+      to[0] = x.max[t];
+      if constexpr (kLloyd) to[1] = x.sum[t];
+    }
+    if (!kLloyd && g == 0 && (!kFour || j < 2)) {
       state[(warp * kRows + 8 * t + 2 * j) * 2 + 1] = x.bias[t][2];
       state[(warp * kRows + 8 * t + 2 * j + 1) * 2 + 1] = x.bias[t][3];
     }
@@ -1152,8 +1541,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM)
 #pragma unroll
   for (int t = 0; t < kRowTiles; t++) {
 #pragma unroll
-    for (int k = 0; k < 2; k++) {
-      const int column = 2 * j + k, r = kFour ? column & 3 : 8 * t + column;
+    for (int k = 0; k < kAccColumns / 2; k++) {
+      const int column = 2 * j + k, r = !kFour ? 8 * t + column : kLloyd ? j : column & 3;
       float m = kEmptyMax;
 #pragma unroll
       for (int w = 0; w < kWarps; w++) m = fmaxf(m, state[(w * kRows + r) * 2]);
@@ -1161,9 +1550,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM)
 #pragma unroll
       for (int i = 0; i < kValueDim / 16; i++) {
         // With four rows, columns 4 ... 7 are right for the groups from kScaleSets on, the others for those before.
-        if (kFour && (j >> 1) != i / 2 / kScaleSets) continue;
-        join[(warp * kRows + r) * kJoinStride + 16 * i + g] = x.acc[t][i][k] * factor;
-        join[(warp * kRows + r) * kJoinStride + 16 * i + 8 + g] = x.acc[t][i][2 + k] * factor;
+        if (!kLloyd && kFour && (j >> 1) != i / 2 / kScaleSets) continue;
+        float* to = join + (warp * kRows + r) * kJoinStride;
+        to[value_dimension(i, 0, g)] = x.acc[t][i][k] * factor;
+        to[value_dimension(i, 1, g)] = x.acc[t][i][kAccColumns / 2 + k] * factor;
       }
     }
   }

@@ -21,24 +21,29 @@ int type_code(mx::Dtype type) {
   return type == mx::float32 ? int(kTypeFloat32) : type == mx::float16 ? int(kTypeFloat16) : int(kTypeBFloat16);
 }
 
-const std::string& find_binary(int operation, int dim, int bits, mx::Dtype type, int hadamard, bool mean, bool signs,
-                               int device) {
+// What decides a kernel: the compile-time names of turboquant_encode.cu.
+struct Variant {
+  int operation, dim, bits, type, hadamard = 0, means = 0, balance = 0, signs = 0;
+  auto operator<=>(const Variant&) const = default;
+};
+
+const std::string& find_binary(const Variant& variant, int device) {
   static std::mutex mutex;
-  static std::map<std::vector<int>, std::string> binaries;
-  const std::vector<int> key{operation, dim, bits, type_code(type), hadamard, mean, signs, device};
+  static std::map<std::pair<Variant, int>, std::string> binaries;
   std::lock_guard lock(mutex);
-  auto found = binaries.find(key);
+  auto found = binaries.find({variant, device});
   if (found == binaries.end()) {
     found = binaries
-                .emplace(key, compile("turboquant_encode.cu",
-                                      {{"OPERATION", operation},
-                                       {"DIM", dim},
-                                       {"BITS", bits},
-                                       {"TYPE", type_code(type)},
-                                       {"HADAMARD", hadamard},
-                                       {"MEAN", mean},
-                                       {"SIGNS", signs}},
-                                      false, device))
+                .emplace(std::pair(variant, device), compile("turboquant_encode.cu",
+                                                             {{"OPERATION", variant.operation},
+                                                              {"DIM", variant.dim},
+                                                              {"BITS", variant.bits},
+                                                              {"TYPE", variant.type},
+                                                              {"HADAMARD", variant.hadamard},
+                                                              {"MEANS", variant.means},
+                                                              {"BALANCE", variant.balance},
+                                                              {"SIGNS", variant.signs}},
+                                                             false, device))
                 .first;
   }
   return found->second;
@@ -59,6 +64,19 @@ void add_levels(std::vector<Scalar>& scalars, const Codebook& book) {
     uint32_t word = 0;
     for (int k = 0; k < 4; k++) word |= uint32_t(uint8_t(book.levels[i + k])) << (8 * k);
     scalars.push_back(int32_t(word));
+  }
+}
+
+// Means and balance of keys, as Centre in turboquant_encode.cu takes them.
+void add_centre(std::vector<Scalar>& scalars, Variant& variant, const mx::array* means, const mx::array* balance) {
+  variant.means = !means ? int(kMeansNone) : means->dtype() == mx::float16 ? int(kMeansFloat16) : int(kMeansFloat32);
+  variant.balance = balance != nullptr;
+  for (const auto& [x, n] : {std::pair(means, 4), std::pair(balance, 2)}) {
+    if (x) {
+      add_strides(scalars, *x, n);
+    } else {
+      scalars.insert(scalars.end(), n, 0);
+    }
   }
 }
 
@@ -87,39 +105,45 @@ void QuantizeKeys::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx
   check_backend("quantize_keys");
   const int device = stream().device.index;
   if (allocate_empty(outputs, device)) return;
-  check(!state_.has_means && !state_.has_balance, "[quantize_keys] means: not written yet on CUDA");
   const mx::array& k = inputs[0];
-  const int dim = padded_dim(k.shape(3)), bits_ = state_.bits;
-  const bool hadamard_ = state_.hadamard, qjl_ = state_.qjl, mean = false;
+  const int dim = padded_dim(k.shape(3));
   const Rows rows = rows_of(k);
+  Variant variant{.operation = kQuantizeKeys,
+                  .dim = dim,
+                  .bits = state_.bits,
+                  .type = type_code(k.dtype()),
+                  .hadamard = state_.hadamard,
+                  .signs = state_.qjl};
   std::vector<Scalar> scalars{rows.count, rows.heads, rows.tokens, k.shape(3)};
   add_strides(scalars, k, 4);
-  if (mean) {
-    add_strides(scalars, inputs[1], 3);
-  } else {
-    scalars.insert(scalars.end(), 3, 0);
-  }
-  const Codebook book = codebook(bits_, dim);
+  add_centre(scalars, variant, means(inputs), balance(inputs));
+  const Codebook book = codebook(state_.bits, dim);
   add_levels(scalars, book);
   scalars.push_back(book.scale);
-  run("quantize_keys", find_binary(kQuantizeKeys, dim, bits_, k.dtype(), hadamard_, mean, qjl_, device), inputs, outputs,
-      scalars, rows.count, stream());
+  run("quantize_keys", find_binary(variant, device), inputs, outputs, scalars, rows.count, stream());
 }
 
 void QuantizeValues::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
   check_backend("quantize_values");
   const int device = stream().device.index;
   if (allocate_empty(outputs, device)) return;
-  check(state_.coding == kValueGroups, "[quantize_values] coding: not written yet on CUDA");
   const mx::array& v = inputs[0];
-  const int bits_ = state_.bits;
-  const bool hadamard_ = state_.hadamard;
+  const int dim = padded_dim(v.shape(3));
+  const bool lloyd = state_.coding == kValueLloyd;
   const Rows rows = rows_of(v);
   std::vector<Scalar> scalars{rows.count, rows.heads, rows.tokens, v.shape(3)};
   add_strides(scalars, v, 4);
-  run("quantize_values",
-      find_binary(kQuantizeValues, padded_dim(v.shape(3)), bits_, v.dtype(), hadamard_, false, false, device), inputs, outputs,
-      scalars, rows.count, stream());
+  if (lloyd) {
+    const Codebook book = codebook(state_.bits, dim);
+    add_levels(scalars, book);
+    scalars.push_back(book.scale);
+  }
+  const Variant variant{.operation = lloyd ? kQuantizeValuesLloyd : kQuantizeValues,
+                        .dim = dim,
+                        .bits = state_.bits,
+                        .type = type_code(v.dtype()),
+                        .hadamard = state_.hadamard};
+  run("quantize_values", find_binary(variant, device), inputs, outputs, scalars, rows.count, stream());
 }
 
 void Dequantize::eval_gpu(const std::vector<mx::array>& inputs, mx::array& out) {
@@ -127,23 +151,20 @@ void Dequantize::eval_gpu(const std::vector<mx::array>& inputs, mx::array& out) 
   const int device = stream().device.index;
   std::vector<mx::array> outputs{out};
   if (allocate_empty(outputs, device)) return;
-  check(!state_.has_means && !state_.has_balance, "[dequantize] means: not written yet on CUDA");
   const mx::array &codes = inputs[0], &params = inputs[1];
-  const int head_dim_ = state_.head_dim, bits_ = state_.bits, dim = padded_dim(head_dim_);
-  const bool hadamard_ = state_.hadamard, mean = false, keys_ = !state_.groups;
+  const int dim = padded_dim(state_.head_dim);
   const Rows rows = rows_of(codes);
-  std::vector<Scalar> scalars{rows.count, rows.heads, rows.tokens, head_dim_};
+  Variant variant{.operation = state_.groups ? kDequantizeGroups : kDequantizeLevels,
+                  .dim = dim,
+                  .bits = state_.bits,
+                  .type = type_code(out.dtype()),
+                  .hadamard = state_.hadamard};
+  std::vector<Scalar> scalars{rows.count, rows.heads, rows.tokens, state_.head_dim};
   add_strides(scalars, codes, 4);
   add_strides(scalars, params, 4);
-  if (mean) {
-    add_strides(scalars, inputs[2], 3);
-  } else {
-    scalars.insert(scalars.end(), 3, 0);
-  }
-  add_levels(scalars, codebook(keys_ ? bits_ : 3, dim));
-  run("dequantize",
-      find_binary(keys_ ? kDequantizeKeys : kDequantizeValues, dim, bits_, out.dtype(), hadamard_, mean, false, device), inputs,
-      outputs, scalars, rows.count, stream());
+  add_centre(scalars, variant, means(inputs), balance(inputs));
+  add_levels(scalars, codebook(state_.bits, dim));
+  run("dequantize", find_binary(variant, device), inputs, outputs, scalars, rows.count, stream());
 }
 
 void Rotate::eval_gpu(const std::vector<mx::array>& inputs, mx::array& out) {
@@ -170,8 +191,9 @@ void Rotate::eval_gpu(const std::vector<mx::array>& inputs, mx::array& out) {
   const int count = as_int(int64_t(shape[0]) * shape[1] * shape[2]);
   std::vector<Scalar> scalars{count, shape[1], shape[2]};
   for (int64_t s : stride) scalars.push_back(as_int(s));
-  run("rotate", find_binary(kRotate, shape[3], 1, x.dtype(), inverse_ ? 2 : 1, false, false, device), inputs, outputs, scalars,
-      count, stream());
+  const Variant variant{
+      .operation = kRotate, .dim = shape[3], .bits = 1, .type = type_code(x.dtype()), .hadamard = inverse_ ? 2 : 1};
+  run("rotate", find_binary(variant, device), inputs, outputs, scalars, count, stream());
 }
 
 }  // namespace tqext

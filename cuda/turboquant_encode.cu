@@ -1,7 +1,7 @@
 // quantize_keys, quantize_values, dequantize and rotate: one warp per token, the same bytes as on the CPU (codec.cpp).
 //
-// Compile-time: OPERATION, DIM (padded), BITS, TYPE (of the vectors), HADAMARD, MEAN, SIGNS. Compiled without contraction of
-// a * b + c: another rounding would give other bytes.
+// Compile-time: OPERATION (params.h), DIM (padded), BITS, TYPE (of the vectors), HADAMARD, MEANS (of blocks: none, fp16, fp32),
+// BALANCE, SIGNS. Compiled without contraction of a * b + c: another rounding would give other bytes.
 #include "device.cuh"
 
 namespace tqext::cuda {
@@ -50,6 +50,86 @@ TQ_DEVICE float square_safe_scale(const float (&x)[kSlots]) {
   return ldexpf(1.0f, min(max(-ilogbf(top), -126), 126));
 }
 
+#if MEANS == 2
+using Mean = float;
+#else
+using Mean = uint16_t;
+#endif
+
+// Means [B, H, n_blocks, head_dim] and balance [H, head_dim] of keys, with strides.
+struct Centre {
+  const Mean* means;
+  const float* balance;
+  int m0, m1, m2, m3, a0, a1;
+
+  TQ_DEVICE float mean(const Token& token, int d) const {
+    const Mean x = means[token.at(m0, m1, 0) + int64_t(token.t / kBlockTokens) * m2 + int64_t(d) * m3];
+#if MEANS == 2
+    return x;
+#else
+    return half_to_float(x);
+#endif
+  }
+  TQ_DEVICE float factor(const Token& token, int d) const { return balance[int64_t(token.h) * a0 + int64_t(d) * a1]; }
+};
+
+// Codes of the levels nearest to x / |x|.
+struct Coded {
+  float safe, square, projection;  // y = x * safe, |y|^2, <y, levels>
+  float level[kSlots];
+};
+
+TQ_DEVICE Coded encode_levels(const float (&x)[kSlots], const int (&packed)[4], float book_scale, uint8_t* code, int lane) {
+  constexpr int kLevels = 1 << kBits;
+  float level[kLevels];
+#pragma unroll
+  for (int i = 0; i < kLevels; i++) level[i] = float(int8_t(packed[i / 4] >> (8 * (i % 4))));
+
+  Coded coded;
+  coded.safe = square_safe_scale(x);
+  float y[kSlots];
+#pragma unroll
+  for (int i = 0; i < kSlots; i++) y[i] = x[i] * coded.safe;
+  coded.square = sum_products(y, y, lane);
+  const float length = sqrtf(coded.square), unit = length == 0 ? 1.0f : length;
+  float boundary[kLevels - 1];
+#pragma unroll
+  for (int i = 0; i + 1 < kLevels; i++)
+    boundary[i] = 0.5f * (level[i] + level[i + 1]) / float(kCodebookTop) * book_scale * unit;
+#pragma unroll
+  for (int i = 0; i < kSlots; i++) {
+    int c = 0;
+    coded.level[i] = level[0];
+#pragma unroll
+    for (int n = 0; n + 1 < kLevels; n++) {
+      const bool above = y[i] >= boundary[n];
+      c += above;
+      coded.level[i] += above ? level[n + 1] - level[n] : 0.0f;
+    }
+    code[lane + 32 * i] = c;
+  }
+  coded.projection = sum_products(y, coded.level, lane);
+  return coded;
+}
+
+// The words of a token's codes in units (format.h), from the codes of all lanes.
+TQ_DEVICE void pack_units(const uint8_t* code, uint32_t* words, int lane) {
+  __syncwarp();
+  for (int w = lane; w < kWords; w += 32) {
+    const uint8_t* c = code + w / kBits * kUnit;
+    const int i = w % kBits;
+    uint32_t word = 0;
+#pragma unroll
+    for (int n = 0; n < 8; n++) {
+      uint32_t nibble = c[8 * i + n];
+      if (kBits == 2) nibble |= uint32_t(c[16 + 8 * i + n]) << 2;
+      if (kBits == 3) nibble |= (uint32_t(c[24 + n]) >> i & 1) << 3;
+      word |= nibble << (4 * n);
+    }
+    words[w] = word;
+  }
+}
+
 TQ_DEVICE void load_vector(float (&x)[kSlots], const void* from, int64_t at, int64_t stride, int head_dim, int lane) {
 #pragma unroll
   for (int k = 0; k < kSlots; k++) {
@@ -63,81 +143,53 @@ TQ_DEVICE void load_vector(float (&x)[kSlots], const void* from, int64_t at, int
 #if OPERATION == 0
 extern "C" __global__ void __launch_bounds__(32 * kWarps)
     quantize_keys(const void* k,
-#if MEAN
-                  const float* mean,
+#if MEANS
+                  const Mean* means,
+#endif
+#if BALANCE
+                  const float* balance,
 #endif
                   uint32_t* codes, uint16_t* norms,
 #if SIGNS
                   uint32_t* signs, uint16_t* residual_norms,
 #endif
                   int n_rows, int n_heads, int n_tokens, int head_dim, int s0, int s1, int s2, int s3, int m0, int m1, int m2,
-                  int levels0, int levels1, int levels2, int levels3, float book_scale) {
+                  int m3, int a0, int a1, int levels0, int levels1, int levels2, int levels3, float book_scale) {
   __shared__ float scratch[kWarps][kDim];
   __shared__ uint8_t code[kWarps][kDim];
+#if !MEANS
+  const Mean* const means = nullptr;
+#endif
+#if !BALANCE
+  const float* const balance = nullptr;
+#endif
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const int64_t row = int64_t(blockIdx.x) * kWarps + warp;
   if (row >= n_rows) return;
   const Token token(row, n_heads, n_tokens);
+  const Centre centre{means, balance, m0, m1, m2, m3, a0, a1};
   float x[kSlots];
   load_vector(x, k, token.at(s0, s1, s2), s3, head_dim, lane);
-#if MEAN
 #pragma unroll
   for (int i = 0; i < kSlots; i++) {
     const int d = lane + 32 * i;
-    if (d < head_dim) x[i] -= mean[int64_t(token.b) * m0 + int64_t(token.h) * m1 + int64_t(d) * m2];
+    if (d >= head_dim) continue;
+    if (MEANS) x[i] -= centre.mean(token, d);
+    if (BALANCE) x[i] *= centre.factor(token, d);
   }
-#endif
   if constexpr (HADAMARD) Hadamard<kDim>::template rotate<TQ_ROTATION_SEED>(x, lane, scratch[warp]);
 
-  constexpr int kLevels = 1 << kBits;
   const int packed[4] = {levels0, levels1, levels2, levels3};
-  float level[kLevels];
-#pragma unroll
-  for (int i = 0; i < kLevels; i++) level[i] = float(int8_t(packed[i / 4] >> (8 * (i % 4))));
-
-  const float safe = square_safe_scale(x);
-  float y[kSlots], chosen[kSlots];
-#pragma unroll
-  for (int i = 0; i < kSlots; i++) y[i] = x[i] * safe;
-  const float square = sum_products(y, y, lane), length = sqrtf(square), unit = length == 0 ? 1.0f : length;
-  float boundary[kLevels - 1];
-#pragma unroll
-  for (int i = 0; i + 1 < kLevels; i++)
-    boundary[i] = 0.5f * (level[i] + level[i + 1]) / float(kCodebookTop) * book_scale * unit;
-#pragma unroll
-  for (int i = 0; i < kSlots; i++) {
-    int c = 0;
-    chosen[i] = level[0];
-#pragma unroll
-    for (int n = 0; n + 1 < kLevels; n++) {
-      const bool above = y[i] >= boundary[n];
-      c += above;
-      chosen[i] += above ? level[n + 1] - level[n] : 0.0f;
-    }
-    code[warp][lane + 32 * i] = c;
-  }
-  const float projection = sum_products(y, chosen, lane);
-  const float norm = clip_half(length == 0 ? 0.0f : square / (projection / float(kCodebookTop)) / safe);
+  const Coded coded = encode_levels(x, packed, book_scale, code[warp], lane);
+  const float norm = clip_half(coded.square == 0 ? 0.0f : coded.square / (coded.projection / float(kCodebookTop)) / coded.safe);
   if (lane == 0) norms[row] = float_to_half(norm);
-  __syncwarp();
-  for (int w = lane; w < kWords; w += 32) {
-    const uint8_t* c = code[warp] + w / kBits * kUnit;
-    const int i = w % kBits;
-    uint32_t word = 0;
-#pragma unroll
-    for (int n = 0; n < 8; n++) {
-      uint32_t nibble = c[8 * i + n];
-      if (kBits == 2) nibble |= uint32_t(c[16 + 8 * i + n]) << 2;
-      if (kBits == 3) nibble |= (uint32_t(c[24 + n]) >> i & 1) << 3;
-      word |= nibble << (4 * n);
-    }
-    codes[row * kWords + w] = word;
-  }
+  pack_units(code[warp], codes + row * kWords, lane);
 #if SIGNS
   const float stored = half_to_float(float_to_half(norm));
 #pragma unroll
-  for (int i = 0; i < kSlots; i++) x[i] -= stored * chosen[i] / float(kCodebookTop);
+  for (int i = 0; i < kSlots; i++) x[i] -= stored * coded.level[i] / float(kCodebookTop);
   const float residual_safe = square_safe_scale(x);
+  float y[kSlots];
 #pragma unroll
   for (int i = 0; i < kSlots; i++) y[i] = x[i] * residual_safe;
   const float residual_square = sum_products(y, y, lane);
@@ -205,22 +257,57 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps)
 }
 #endif
 
+#if OPERATION == 5
+// Values as keys are coded, with the norm of least squared error.
+extern "C" __global__ void __launch_bounds__(32 * kWarps)
+    quantize_values(const void* v, uint32_t* codes, uint16_t* norms, int n_rows, int n_heads, int n_tokens, int head_dim,
+                    int s0, int s1, int s2, int s3, int levels0, int levels1, int levels2, int levels3, float book_scale) {
+  __shared__ float scratch[kWarps][kDim];
+  __shared__ uint8_t code[kWarps][kDim];
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  const int64_t row = int64_t(blockIdx.x) * kWarps + warp;
+  if (row >= n_rows) return;
+  const Token token(row, n_heads, n_tokens);
+  float x[kSlots];
+  load_vector(x, v, token.at(s0, s1, s2), s3, head_dim, lane);
+  if constexpr (HADAMARD) Hadamard<kDim>::template rotate<TQ_ROTATION_SEED>(x, lane, scratch[warp]);
+
+  const int packed[4] = {levels0, levels1, levels2, levels3};
+  const Coded coded = encode_levels(x, packed, book_scale, code[warp], lane);
+  const float level_square = sum_products(coded.level, coded.level, lane);  // of integers: exact
+  const float norm = clip_half(coded.square == 0 ? 0.0f : coded.projection * float(kCodebookTop) / level_square / coded.safe);
+  if (lane == 0) norms[row] = float_to_half(norm);
+  pack_units(code[warp], codes + row * kWords, lane);
+}
+#endif
+
 #if OPERATION == 2 || OPERATION == 3
-// Keys (2) or values (3). Strides of the codes c, of the parameters p (norms or scales and biases), of the mean m.
+// Levels of a codebook (2) or groups (3). Strides of the codes c, of the parameters p (norms or scales and biases).
 extern "C" __global__ void __launch_bounds__(32 * kWarps)
     dequantize(const uint32_t* codes, const uint16_t* params,
-#if MEAN
-               const float* mean,
+#if MEANS
+               const Mean* means,
+#endif
+#if BALANCE
+               const float* balance,
 #endif
                void* out, int n_rows, int n_heads, int n_tokens, int head_dim, int c0, int c1, int c2, int c3, int p0, int p1,
-               int p2, int p3, int m0, int m1, int m2, int levels0, int levels1, int levels2, int levels3) {
+               int p2, int p3, int m0, int m1, int m2, int m3, int a0, int a1, int levels0, int levels1, int levels2,
+               int levels3) {
   __shared__ float scratch[kWarps][kDim];
+#if !MEANS
+  const Mean* const means = nullptr;
+#endif
+#if !BALANCE
+  const float* const balance = nullptr;
+#endif
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const int64_t row = int64_t(blockIdx.x) * kWarps + warp;
   if (row >= n_rows) return;
   const Token token(row, n_heads, n_tokens);
   const uint32_t* words = codes + token.at(c0, c1, c2);
   const uint16_t* parameters = params + token.at(p0, p1, p2);
+  const Centre centre{means, balance, m0, m1, m2, m3, a0, a1};
   float x[kSlots];
 #if OPERATION == 2
   const uint32_t packed[4] = {uint32_t(levels0), uint32_t(levels1), uint32_t(levels2), uint32_t(levels3)};
@@ -248,9 +335,8 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps)
   for (int i = 0; i < kSlots; i++) {
     const int d = lane + 32 * i;
     if (d >= head_dim) continue;
-#if MEAN
-    x[i] += mean[int64_t(token.b) * m0 + int64_t(token.h) * m1 + int64_t(d) * m2];
-#endif
+    if (BALANCE) x[i] /= centre.factor(token, d);
+    if (MEANS) x[i] += centre.mean(token, d);
     store_element<kType>(out, row * head_dim + d, x[i]);
   }
 }

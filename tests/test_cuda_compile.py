@@ -64,6 +64,7 @@ ATTENTION = {
     "VALUE_DIM": 128,
     "KEY_BITS": 3,
     "VALUE_BITS": 2,
+    "LLOYD": 0,
     "ROWS": 4,
     "TYPE": 1,
     "MASK": 0,
