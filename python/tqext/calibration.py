@@ -280,7 +280,7 @@ def _calibrated(observations: Sequence[_Observation], recipe: Recipe) -> LayerCa
             mx.stack([o.query_square for o in observations]).mean(axis=0),
             mx.stack([o.key_square for o in observations]).mean(axis=0),
         )
-    errors = mx.stack([mx.stack(_errors(o, recipe, balance)) for o in observations])
+    errors = mx.stack([mx.stack(list(_errors(o, recipe, balance))) for o in observations])
     # The worst place decides; NaN stays NaN.
     output, score = np.array(errors, np.float64).max(axis=0).tolist()
     return LayerCalibration(balance, output, score)
