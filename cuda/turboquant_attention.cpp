@@ -1,4 +1,4 @@
-// eval_gpu of turboquant_attention: one launch.
+// eval_gpu of turboquant_attention: one launch, of the kernel for few query rows or of that for many (prompt_attention.cpp).
 #include "turboquant_attention.h"
 
 #include <algorithm>
@@ -10,6 +10,7 @@
 #include "check.h"
 #include "codebook.h"
 #include "params.h"
+#include "prompt_attention.h"
 #include "runtime.h"
 
 namespace tqext {
@@ -128,20 +129,23 @@ bool can_load_eight(const mx::array& x) {
 
 }  // namespace
 
-bool gpu_has_kernel(const TurboQuantAttention::State& state, const mx::array& q) {
-  // More rows are prefill: dequantising once is cheaper than decoding the codes for every eight rows.
-  const bool few = q.shape(2) <= kMaxDecodeQueries || (state.present >> kSigns & 1);
-  return few && padded_dim(state.head_dim) <= kMaxKernelDim && padded_dim(state.value_dim) <= kMaxKernelDim;
+bool gpu_has_kernel(const TurboQuantAttention::State& state, const mx::array&) {
+  return padded_dim(state.head_dim) <= kMaxKernelDim && padded_dim(state.value_dim) <= kMaxKernelDim;
 }
 
 void TurboQuantAttention::eval_gpu(const std::vector<mx::array>& inputs, mx::array& out) {
   check_backend("turboquant_attention");
   const int device = stream().device.index;
-  allocate_output(out, device);
-  if (out.size() == 0) return;
+  if (out.size() == 0) {
+    allocate_output(out, device);
+    return;
+  }
   const AttentionInputs in = named(inputs);
   const auto& [q, key_codes, key_norms, value_codes, value_params, means, balance, signs, residual_norms, first_keys,
                first_values, tail_keys, tail_values, mask, sinks, left_padding, lengths] = in;
+  // Residual signs are decoded by the kernel for few rows alone; it takes any number of them.
+  if (!signs && in.n_repeats() * in.n_queries() > kMaxFewRows && prompt_attention(state_, in, inputs, out, stream())) return;
+  allocate_output(out, device);
   AttentionParams p{};
   p.n_kv_heads = key_codes.shape(1);
   p.n_repeats = q.shape(1) / p.n_kv_heads;
