@@ -37,11 +37,7 @@ constexpr bool kFloat32 = kType == kTypeFloat32;
 constexpr bool kQueryInRegisters = kKeyDim <= 128 && !kFloat32 && BLOCKS_PER_SM == 1 && (kGroups || kRows <= 64);
 // With several blocks in a multiprocessor or two warpgroups of consumers, producers give registers to consumers.
 constexpr bool kMoveRegisters = kGroups && (kRows == 128 || BLOCKS_PER_SM > 1);
-#ifndef PR
-#define PR 96
-#define CR (kRows == 128 ? 200 : 160)
-#endif
-constexpr int kProducerRegisters = PR, kConsumerRegisters = CR;
+constexpr int kProducerRegisters = 88, kConsumerRegisters = kRows == 128 ? 208 : 168;
 
 constexpr float kLog2e = 1.44269504f;
 // A weight may grow by 2^kGrowth before the running maximum is renewed.
@@ -57,6 +53,8 @@ TQ_DEVICE constexpr uint32_t both(uint32_t half) { return half * 0x10001u; }
 TQ_DEVICE int clamp(int x, int low, int high) { return min(max(x, low), high); }
 
 // ---- Who attends to what ----
+
+constexpr int kNever = 0x7fffffff;
 
 struct Sequence {
   int b, h, n_keys, n_exact, n_rows;
@@ -84,8 +82,15 @@ struct Sequence {
     }
   }
 
+  // The first query that attends to a column, as far as the order of columns says.
+  TQ_DEVICE int column_seen_from(const PromptParams& p, int column) const {
+    return causal ? column - (n_keys - p.n_queries) : -1;
+  }
   // Column that query i sees last, plus one.
   TQ_DEVICE int column_end(const PromptParams& p, int i) const { return causal ? n_keys - p.n_queries + i + 1 : n_keys; }
+  TQ_DEVICE int coded_seen_from(const PromptParams& p, int token) const {
+    return token >= first_token(p) && token < lengths[1] ? column_seen_from(p, p.n_first + token) : kNever;
+  }
   // Coded tokens first_token ... coded_end - 1 are attended to by query i.
   TQ_DEVICE int first_token(const PromptParams& p) const { return clamp(padding - p.n_first, 0, lengths[1]); }
   TQ_DEVICE int coded_end(const PromptParams& p, int i) const { return min(lengths[1], column_end(p, i) - p.n_first); }
@@ -105,8 +110,10 @@ struct ExactToken {
     there = e < sequence.n_exact && column >= sequence.padding &&
             (own_index >= 0 || index < (is_first ? sequence.lengths[0] : sequence.lengths[2]));
   }
-  TQ_DEVICE bool attended(const PromptParams& p, const Sequence& sequence, int i) const {
-    return there && own_index <= i && column < sequence.column_end(p, i);
+  // The first query that attends to it; kNever: none.
+  TQ_DEVICE int seen_from(const PromptParams& p, const Sequence& sequence) const {
+    if (!there) return kNever;
+    return max(own_index, sequence.column_seen_from(p, column));
   }
 };
 
@@ -136,6 +143,12 @@ struct Range {
     coded_end = tile0 + max(0, end - n_exact);
   }
 };
+
+struct Task {
+  Sequence sequence;
+  Range range;
+};
+static_assert(sizeof(Task) <= PromptLayout::kTaskBytes, "room in shared memory");
 
 // A place in the ring of slots.
 struct Cursor {
@@ -400,37 +413,38 @@ TQ_DEVICE void copy_exact(const Element<kType>* row, int64_t stride, bool there,
   }
 }
 
-// Means of blocks block ... block + kPromptMeans - 1, on their way to rows of shared memory: element tid + kProducers * i of
-// all.
+// Means of blocks block ... block + kPromptMeans - 1 on their way to rows of shared memory: a thread's pairs of dimensions.
 struct Means {
-  static constexpr int kEach = kPromptMeans * kKeyDim / kProducers;
-  uint16_t high[kEach], low[kEach];
+  static constexpr int kPairs = kPromptMeans * kKeyDim / 2 / kProducers;
+  uint32_t high[kPairs], low[kPairs];
 
   TQ_DEVICE void load(const PromptParams& p, const Sequence& sequence, int block, int tid) {
     const int n_blocks = (p.n_coded + kBlockTokens - 1) / kBlockTokens;
     const int64_t head = sequence.b * p.mean_stride[0] + sequence.h * p.mean_stride[1];
 #pragma unroll
-    for (int i = 0; i < kEach; i++) {
-      const int e = tid + kProducers * i, row = e / kKeyDim, d = e % kKeyDim;
+    for (int i = 0; i < kPairs; i++) {
+      const int e = 2 * (tid + kProducers * i), row = e / kKeyDim, d = e % kKeyDim;
       high[i] = low[i] = 0;
       if (block + row >= n_blocks || d >= p.head_dim) continue;
       const int64_t at = head + (block + row) * p.mean_stride[2] + d * p.mean_stride[3];
       if (p.means_kind == kMeansFloat32) {
-        const float x = static_cast<const float*>(p.means)[at];
-        high[i] = float_to_half(x);
-        low[i] = float_to_half(x - half_to_float(high[i]));
+        const float* x = static_cast<const float*>(p.means) + at;
+        const float a = x[0], b = x[p.mean_stride[3]];
+        high[i] = pack_halves(a, b);
+        low[i] = pack_halves(a - low_16bit<kTypeFloat16>(high[i]), b - high_16bit<kTypeFloat16>(high[i]));
       } else {
-        high[i] = static_cast<const uint16_t*>(p.means)[at];
+        const uint16_t* x = static_cast<const uint16_t*>(p.means) + at;
+        high[i] = x[0] | uint32_t(x[p.mean_stride[3]]) << 16;
       }
     }
   }
   TQ_DEVICE void store(const PromptParams& p, const Memory& memory, int tid) const {
 #pragma unroll
-    for (int i = 0; i < kEach; i++) {
-      const int e = tid + kProducers * i;
+    for (int i = 0; i < kPairs; i++) {
+      const int e = 2 * (tid + kProducers * i);
       const uint32_t to = memory.base + kLayout.mean_at + e / kKeyDim * kLayout.mean_row + e % kKeyDim * 2;
-      store_shared_half(to, high[i]);
-      if (p.means_kind == kMeansFloat32) store_shared_half(to + kPromptMeans * kLayout.mean_row, low[i]);
+      store_shared_word(to, high[i]);
+      if (p.means_kind == kMeansFloat32) store_shared_word(to + kPromptMeans * kLayout.mean_row, low[i]);
     }
   }
 };
@@ -915,36 +929,38 @@ TQ_DEVICE void consume(const PromptParams& p, const Sequence& sequence, const Ra
         whole = first >= range.token_begin && first + kPromptTile <= sequence.coded_end(p, range.first_query);
       } else {
         const ExactToken a(p, sequence, first), b(p, sequence, first + kPromptTile - 1);
-        whole = !p.lengths && a.there && b.there && b.attended(p, sequence, range.first_query);
+        whole = !p.lengths && a.there && b.there && b.seen_from(p, sequence) <= range.first_query;
       }
       if (kMask != kMaskNone || !whole) {
 #pragma unroll
         for (int i = 0; i < kTokenTiles; i++) {
 #pragma unroll
-          for (int k = 0; k < 4; k++) {
-            const int r = k >> 1, token = first + 8 * i + 2 * j + (k & 1);
-            bool attended;
-            int column;
+          for (int c = 0; c < 2; c++) {
+            const int token = first + 8 * i + 2 * j + c;
+            int column = p.n_first + token, seen_from;
             if (coded) {
-              attended = token >= range.token_begin && token < sequence.coded_end(p, query[r]);
-              column = p.n_first + token;
+              seen_from = sequence.coded_seen_from(p, token);
             } else {
               const ExactToken t(p, sequence, token);
-              attended = t.attended(p, sequence, query[r]);
               column = t.column;
+              seen_from = t.seen_from(p, sequence);
             }
-            float y = s[i][k];
-            if constexpr (kMask != kMaskNone) {
-              const int64_t at = mask_at[r] + column * p.mask_stride[3];
-              const bool there = attended && row[r] < sequence.n_rows;
-              if constexpr (kMask == kMaskBool) {
-                if (there) attended = static_cast<const bool*>(p.mask)[at];
-              } else {
-                y = fmaf(y, factor[r], offset[r]);
-                if (there) y += static_cast<const float*>(p.mask)[at] * kLog2e;
+#pragma unroll
+            for (int r = 0; r < 2; r++) {
+              bool attended = query[r] >= seen_from;
+              float y = s[i][2 * r + c];
+              if constexpr (kMask != kMaskNone) {
+                const int64_t at = mask_at[r] + column * p.mask_stride[3];
+                const bool there = attended && row[r] < sequence.n_rows;
+                if constexpr (kMask == kMaskBool) {
+                  if (there) attended = static_cast<const bool*>(p.mask)[at];
+                } else {
+                  y = fmaf(y, factor[r], offset[r]);
+                  if (there) y += static_cast<const float*>(p.mask)[at] * kLog2e;
+                }
               }
+              s[i][2 * r + c] = attended ? y : -INFINITY;
             }
-            s[i][k] = attended ? y : -INFINITY;
           }
         }
         if constexpr (kMask == kMaskFloat) {
@@ -1009,15 +1025,24 @@ TQ_DEVICE void consume(const PromptParams& p, const Sequence& sequence, const Ra
     cursor.next();
 #pragma unroll 1
     for (int tile = begin + 1; tile < end; tile++) {
-      start_scores(tile);
-      multiply_values(x.acc, weights, wait(values), lane);
-      products_commit();
-      products_wait<1>();
-      end_scores();
-      weigh(tile);
-      products_wait<0>();
-      hold(x.acc);
-      release(values);
+      if constexpr (kGroups) {
+        start_scores(tile);
+        multiply_values(x.acc, weights, wait(values), lane);
+        products_commit();
+        products_wait<1>();
+        end_scores();
+        weigh(tile);
+        products_wait<0>();
+        hold(x.acc);
+        release(values);
+      } else {
+        // Nothing is in flight: in the order that takes fewest registers.
+        multiply_values(x.acc, weights, wait(values), lane);
+        release(values);
+        start_scores(tile);
+        end_scores();
+        weigh(tile);
+      }
       if (renew) shrink_rows(x.acc, shrink);
       pack();
       values = cursor;
@@ -1159,8 +1184,15 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM) prompt_att
     slot_barrier_init(memory.emptied(c), kConsumerWarps);
   }
   __syncthreads();
-  const Sequence sequence(p, head);
-  const Range range(p, sequence, tile_row0, split, n_splits);
+  // Kept in shared memory: registers are short, and little of it is needed for most tiles.
+  Task& task = *reinterpret_cast<Task*>(shared + kLayout.task_at);
+  if (tid == 0) {
+    const Sequence sequence(p, head);
+    task = {sequence, Range(p, sequence, tile_row0, split, n_splits)};
+  }
+  __syncthreads();
+  const Sequence& sequence = task.sequence;
+  const Range& range = task.range;
 
   if (warp < kProducerWarps) {
 #if WGMMA

@@ -14,15 +14,15 @@ enum : int { kPromptTile = 64, kProducerWarps = 4, kPromptMeans = 8, kMaxPromptS
 // after the other: rows of 128 bytes whose 16-byte columns are exchanged by the row's last three bits (the 128-byte swizzle of
 // tensor-core operands), from a multiple of 1024 on.
 struct PromptLayout {
-  int slot;                                      // a decoded tile of keys or of values
-  int query_at, query_low_at;                    // fp16 rows as given; fp32: what rounding took off
-  int rotated_at, rotated_low_at;                // the same, rotated
-  int norm_at;                                   // fp32 [slots][kPromptTile]: with fp32 rows, norms of coded keys
-  int scale_at;                                  // fp32 [2][rows]: of the rows as given, of the rotated ones
-  int mean_row, mean_at, mean_low_at;            // fp16 rows of kPromptMeans blocks; of fp32 means, what rounding took off
-  int scratch_at;                                // fp32 rows of the consumer warps, where the rotation needs them
-  int filled_at, emptied_at, is_last_at, total;  // mbarriers of the slots; a flag
-  static constexpr int kAlignment = 1024;
+  int slot;                            // a decoded tile of keys or of values
+  int query_at, query_low_at;          // fp16 rows as given; fp32: what rounding took off
+  int rotated_at, rotated_low_at;      // the same, rotated
+  int norm_at;                         // fp32 [slots][kPromptTile]: with fp32 rows, norms of coded keys
+  int scale_at;                        // fp32 [2][rows]: of the rows as given, of the rotated ones
+  int mean_row, mean_at, mean_low_at;  // fp16 rows of kPromptMeans blocks; of fp32 means, what rounding took off
+  int scratch_at;                      // fp32 rows of the consumer warps, where the rotation needs them
+  int filled_at, emptied_at, task_at, is_last_at, total;  // mbarriers of the slots; what the block is to do; a flag
+  static constexpr int kAlignment = 1024, kTaskBytes = 128;
 
   constexpr PromptLayout(int key_dim, int value_dim, int rows, int type, int n_slots)
       : slot(larger(runs(key_dim), runs(value_dim)) * kPromptTile * 128),
@@ -38,7 +38,8 @@ struct PromptLayout {
         scratch_at(mean_low_at + kPromptMeans * mean_row),
         filled_at(scratch_at + ((key_dim & (key_dim - 1)) != 0 ? rows / 16 * key_dim * 4 : 0)),
         emptied_at(filled_at + 8 * n_slots),
-        is_last_at(emptied_at + 8 * n_slots),
+        task_at(emptied_at + 8 * n_slots),
+        is_last_at(task_at + kTaskBytes),
         total(is_last_at + 16 + kAlignment) {}
 
   static constexpr int runs(int dim) { return (dim + 63) / 64; }

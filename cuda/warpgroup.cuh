@@ -50,6 +50,9 @@ TQ_DEVICE void store_shared(uint32_t address, const uint4& x) {
 TQ_DEVICE void store_shared_half(uint32_t address, uint16_t x) {
   asm volatile("st.shared.b16 [%0], %1;" ::"r"(address), "h"(x) : "memory");
 }
+TQ_DEVICE void store_shared_word(uint32_t address, uint32_t x) {
+  asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(x) : "memory");
+}
 TQ_DEVICE void store_shared_float(uint32_t address, float x) {
   asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(x) : "memory");
 }
