@@ -99,8 +99,8 @@ struct Avx512 : X86Vectors {
   static I look_up(I table, I index) { return _mm512_shuffle_epi8(table, index); }
   static constexpr int kPick = 16;
   // Two words, each in eight lanes.
-  static I spread_words(const uint32_t* x) {
-    return _mm512_inserti64x4(_mm512_set1_epi32(int(x[0])), _mm256_set1_epi32(int(x[1])), 1);
+  static I spread_words(const uint32_t& a, const uint32_t& b) {
+    return _mm512_mask_set1_epi32(_mm512_set1_epi32(int(a)), 0xff00, int(b));
   }
   // Lane `index` of the table, of which the four lowest bits count.
   static F pick(F table, I index) { return _mm512_permutexvar_ps(index, table); }

@@ -542,11 +542,17 @@ void time(const Kernels& isa) {
       std::vector<float> store;
       auto got = partials(store, c.rows, c.value_dim);
       std::vector<double> seconds;
+      const std::vector<uint16_t> means(size_t(c.n) / kBlockTokens * c.key_dim, 0x2e66);  // 0.1
       const bool slow = std::string(isa.name) == "portable";
       if (slow && shape) continue;
       for (int i = 0; i < (slow ? 2 : c.rows > 8 ? 3 : one ? 60 : 40); i++) {
         const double a = cpu_seconds();
-        for (auto& p : heads) isa.k.attend_coded(p.head, p.shape, p.rows, 0, c.n, got.data());
+        for (auto& p : heads) {
+          if (with_means)
+            isa.k.score_means(p.q.data(), c.rows, {means.data(), true, c.key_dim, c.key_dim}, 0, c.n / kBlockTokens,
+                              p.offset.data());
+          isa.k.attend_coded(p.head, p.shape, p.rows, 0, c.n, got.data());
+        }
         seconds.push_back(cpu_seconds() - a);
       }
       std::sort(seconds.begin(), seconds.end());
