@@ -113,8 +113,8 @@ struct AttentionParams {
   int32_t n_exact_blocks, exact_tokens, exact_tiles;
   int32_t causal, hadamard, exact_aligned;  // exact_aligned: 16-byte loads of the exact tokens are possible
   float scale;                              // times log2(e)
-  uint32_t codebook[4];                     // 16 int8 levels
-  uint32_t value_codebook[4];               // the same of values; with 4 bits the first eight are lower by one (add_values)
+  uint32_t codebook[4];                     // 16 int8 levels; with 4 bits the first eight are lower by one (find_levels)
+  uint32_t value_codebook[4];               // the same of values
   // 2^16 and 2^(32 - shift of value codes): shifts as multiplications, for which the compiler may not know the factor. They
   // run beside the logic and permutations that bound the kernel.
   uint32_t two_16, two_up;

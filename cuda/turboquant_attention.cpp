@@ -116,7 +116,9 @@ bool rows_follow(const mx::array& x) {
   return aligned;
 }
 
-void pack_levels(const Codebook& book, uint32_t (&words)[4]) {
+// As the kernel looks levels up: with 4 bits the negative ones are lower by one.
+void pack_levels(Codebook book, uint32_t (&words)[4]) {
+  for (int i = 0; i < 8 && book.bits == 4; i++) book.levels[i]--;
   for (int i = 0; i < kMaxKeyLevels; i++) words[i / 4] |= uint32_t(uint8_t(book.levels[i])) << (8 * (i % 4));
 }
 
@@ -232,11 +234,7 @@ void TurboQuantAttention::eval_gpu(const std::vector<mx::array>& inputs, mx::arr
     copy_strides(*lengths, p.lengths_stride);
   }
   pack_levels(codebook(state_.key_bits, variant.key_dim), p.codebook);
-  if (variant.lloyd) {
-    Codebook book = codebook(state_.value_bits, variant.value_dim);
-    for (int i = 0; i < 8 && book.bits == 4; i++) book.levels[i]--;
-    pack_levels(book, p.value_codebook);
-  }
+  if (variant.lloyd) pack_levels(codebook(state_.value_bits, variant.value_dim), p.value_codebook);
   p.two_16 = 1u << 16;
   p.two_up = state_.value_bits == 2 ? 1u << 22 : 1u << 24;
   p.out = device_pointer(out);

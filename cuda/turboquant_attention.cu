@@ -174,37 +174,40 @@ TQ_DEVICE void copy_stage_bulk(const AttentionParams& p, const Head& head, uint3
 
 // ---- Decoding ----
 
-// Levels of one unit as int8: r[2 s], r[2 s + 1] are dimensions 8 s ... 8 s + 7.
-TQ_DEVICE void decode_unit(const uint32_t* w, const uint32_t (&book)[4], uint32_t two_16, uint32_t (&r)[8]) {
+// Four codes as levels. With 4 bits they are the sum of two numbers, plus one.
+struct LevelBytes {
+  uint32_t first, second;
+};
+// selector: the codes in its low 16 bits. With 4 bits a code's highest bit makes the permutation repeat the sign of the byte
+// that the others select: the negative levels' table, lower by one, gives -1 for a positive level's code, and the other table,
+// for codes with that bit turned, 0 for a negative one's.
+template <int kBits>
+TQ_DEVICE LevelBytes find_levels(const uint32_t (&book)[4], uint32_t selector) {
+  const uint32_t first = permute(book[0], book[1], selector);
+  return {first, kBits == 4 ? permute(book[2], book[3], selector ^ 0x88888888u) : 0};
+}
+
+// Levels of one unit: r[2 s], r[2 s + 1] are dimensions 8 s ... 8 s + 7.
+TQ_DEVICE void decode_unit(const uint32_t* w, const uint32_t (&book)[4], uint32_t two_16, LevelBytes (&r)[8]) {
+  uint32_t select[4];
   if constexpr (kKeyBits == 4) {
 #pragma unroll
-    for (int s = 0; s < 4; s++) {
-      const uint32_t low = w[s] & 0x77777777u, top = w[s] >> 3 & 0x11111111u;
-#pragma unroll
-      for (int half = 0; half < 2; half++) {
-        const uint32_t select = low >> (16 * half);
-        const uint32_t upper = permute(0x0000ff00u, 0u, top >> (16 * half));  // 0xff where the code is 8 or more
-        r[2 * s + half] = (permute(book[0], book[1], select) & ~upper) | (permute(book[2], book[3], select) & upper);
-      }
-    }
+    for (int s = 0; s < 4; s++) select[s] = w[s];
+  } else if constexpr (kKeyBits == 3) {
+    select[0] = w[0] & 0x77777777u;
+    select[1] = w[1] & 0x77777777u;
+    select[2] = w[2] & 0x77777777u;
+    select[3] = (w[0] >> 3 & 0x11111111u) | (w[1] >> 2 & 0x22222222u) | (w[2] >> 1 & 0x44444444u);
   } else {
-    uint32_t select[4];
-    if constexpr (kKeyBits == 3) {
-      select[0] = w[0] & 0x77777777u;
-      select[1] = w[1] & 0x77777777u;
-      select[2] = w[2] & 0x77777777u;
-      select[3] = (w[0] >> 3 & 0x11111111u) | (w[1] >> 2 & 0x22222222u) | (w[2] >> 1 & 0x44444444u);
-    } else {
-      select[0] = w[0] & 0x33333333u;
-      select[1] = w[1] & 0x33333333u;
-      select[2] = w[0] >> 2 & 0x33333333u;
-      select[3] = w[1] >> 2 & 0x33333333u;
-    }
+    select[0] = w[0] & 0x33333333u;
+    select[1] = w[1] & 0x33333333u;
+    select[2] = w[0] >> 2 & 0x33333333u;
+    select[3] = w[1] >> 2 & 0x33333333u;
+  }
 #pragma unroll
-    for (int s = 0; s < 4; s++) {
-      r[2 * s] = permute(book[0], book[1], select[s]);
-      r[2 * s + 1] = permute(book[0], book[1], __umulhi(select[s], two_16));
-    }
+  for (int s = 0; s < 4; s++) {
+    r[2 * s] = find_levels<kKeyBits>(book, select[s]);
+    r[2 * s + 1] = find_levels<kKeyBits>(book, __umulhi(select[s], two_16));
   }
 }
 
@@ -438,18 +441,6 @@ struct TileWeights {
   int ones[kRowTiles][2][4];  // with 4 bits: products with ones
 };
 
-// Four tokens' levels of one dimension. With 4 bits they are the sum of two numbers, plus one.
-struct LevelBytes {
-  uint32_t first, second;
-};
-// selector: the codes in its low 16 bits. With 4 bits a code's highest bit makes the permutation repeat the sign of the byte
-// that the others select: the negative levels' table, lower by one, gives -1 for a positive level's code, and the other table,
-// for codes with that bit turned, 0 for a negative one's.
-TQ_DEVICE LevelBytes find_levels(const uint32_t (&book)[4], uint32_t selector) {
-  const uint32_t first = permute(book[0], book[1], selector);
-  return {first, kValueBits == 4 ? permute(book[2], book[3], selector ^ 0x88888888u) : 0};
-}
-
 // Adds product i: a0, a1: rows g and g + 8 of tokens 0 ... 15, a2, a3: of the others.
 TQ_DEVICE void add_product(Rows& x, int i, const LevelBytes& a0, const LevelBytes& a1, const LevelBytes& a2,
                            const LevelBytes& a3, const TileWeights& weights) {
@@ -539,8 +530,8 @@ TQ_DEVICE void add_piece(Rows& x, const uint32_t* values, const uint32_t (&book)
         }
       }
     }
-    auto lower = [&](uint32_t selector) { return find_levels(book, selector); };
-    auto upper = [&](uint32_t selector) { return find_levels(book, __umulhi(selector, two_16)); };
+    auto lower = [&](uint32_t selector) { return find_levels<kValueBits>(book, selector); };
+    auto upper = [&](uint32_t selector) { return find_levels<kValueBits>(book, __umulhi(selector, two_16)); };
     LevelBytes before[2];  // one unit: levels of the set before
 #pragma unroll
     for (int s = 0; s < 4; s++) {
@@ -843,6 +834,18 @@ TQ_DEVICE void attend_coded(const AttentionParams& p, const Head& head, const Sh
   uint32_t book[4];
 #pragma unroll
   for (int i = 0; i < 4; i++) book[i] = p.codebook[i];
+  // What the products of a tile's keys begin with: with 4 bits the products with ones (find_levels).
+  int ones[kRowTiles][4] = {};
+  if constexpr (kKeyBits == 4) {
+#pragma unroll
+    for (int t = 0; t < kRowTiles; t++) {
+#pragma unroll
+      for (int u = 0; u < kLaneUnits; u++) {
+#pragma unroll
+        for (int s = 0; s < 4; s++) multiply_int8(ones[t], query[t][u][s], 0x01010101u, 0x01010101u);
+      }
+    }
+  }
   const float renew = kTop + kGrowth - shift, top = kTop - shift;
   const int key_token = token_of_column(g);
 
@@ -886,7 +889,15 @@ TQ_DEVICE void attend_coded(const AttentionParams& p, const Head& head, const Sh
     for (int t = 0; t < kRowTiles; t++) start[t] = mean_scores[i % kMeanSteps * kRows + 8 * t + row_of_lane] + base[t];
 #pragma unroll
     for (int u = 0; u < 2; u++) {
-      int sums[kRowTiles][2][4] = {};  // [v]: high halves of columns 2 j, 2 j + 1, low halves of the same
+      int sums[kRowTiles][2][4];  // [v]: high halves of columns 2 j, 2 j + 1, low halves of the same
+#pragma unroll
+      for (int t = 0; t < kRowTiles; t++) {
+#pragma unroll
+        for (int v = 0; v < 2; v++) {
+#pragma unroll
+          for (int k = 0; k < 4; k++) sums[t][v][k] = kKeyBits == 4 ? ones[t][k] : 0;
+        }
+      }
       const uint32_t* key = keys + (16 * u + key_token) * kKeyWords;
 #pragma unroll
       for (int lu = 0; lu < kLaneUnits; lu++) {
@@ -894,13 +905,16 @@ TQ_DEVICE void attend_coded(const AttentionParams& p, const Head& head, const Sh
         const int unit = kUnits % 4 == 0 ? j + 4 * lu : min(j + 4 * lu, kUnits - 1);
 #pragma unroll
         for (int v = 0; v < 2; v++) {
-          uint32_t levels[8];
+          LevelBytes levels[8];
           decode_unit(key + 8 * v * kKeyWords + unit * kKeyBits, book, p.two_16, levels);
 #pragma unroll
           for (int s = 0; s < 4; s++) {
 #pragma unroll
             for (int t = 0; t < kRowTiles; t++) {
-              multiply_int8(sums[t][v], query[t][lu][s], levels[2 * s], levels[2 * s + 1]);
+              multiply_int8(sums[t][v], query[t][lu][s], levels[2 * s].first, levels[2 * s + 1].first);
+              if constexpr (kKeyBits == 4) {
+                multiply_int8(sums[t][v], query[t][lu][s], levels[2 * s].second, levels[2 * s + 1].second);
+              }
             }
           }
         }

@@ -480,22 +480,54 @@ def test_turboquant_attention_reads_transposed_inputs():
 
 
 def test_turboquant_attention_reads_arrays_whose_last_axis_is_strided():
-    problem = Problem(batch=2, n_first=4, n_tail=9)
-    want = to_numpy(problem.run())
-
     def spread(x):
         y = mx.repeat(x, 2, axis=-1)
         mx.eval(y)
         return y[..., ::2]
 
-    k, v = problem.packed_k, problem.packed_v
+    for coding, value_bits in (("groups", 2), ("lloyd", 3)):
+        problem = Problem(
+            batch=2, n_first=4, n_tail=9, value_coding=coding, value_bits=value_bits, means=True, balance=True, n_coded=150
+        )
+        want = to_numpy(problem.run())
+        k, v = problem.packed_k, problem.packed_v
+        got = problem.run(
+            q=spread(problem.q),
+            packed_k=k._replace(codes=spread(k.codes), norms=spread(k.norms), means=spread(k.means), balance=spread(k.balance)),
+            packed_v=v._replace(codes=spread(v.codes), params=spread(v.params)),
+            **{name: tuple(map(spread, getattr(problem, name))) for name in ("first", "tail")},
+        )
+        # Other loads, another order of sums.
+        assert_close(got, want.astype(np.float64), KERNEL_TOLERANCE[mx.float32])
+
+
+@pytest.mark.parametrize("coding, value_bits", [("groups", 2), ("lloyd", 2), ("lloyd", 3), ("lloyd", 4)])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_turboquant_attention_reads_arrays_that_begin_anywhere(head_dim, coding, value_bits):
+    """Arrays that follow something else in one buffer, as parts of a loaded file do: no alignment beyond an element's."""
+    problem = Problem(
+        batch=2, head_dim=head_dim, value_bits=value_bits, value_coding=coding, key_bits=value_bits, n_first=4, n_tail=9,
+        means=True, balance=True, dtype=mx.float16,
+    )  # fmt: skip
+    want = to_numpy(problem.run())
+
+    def shifted(x):
+        buffer = mx.concatenate([mx.zeros((1,), x.dtype), x.reshape(-1)])
+        mx.eval(buffer)
+        y = buffer[1:].reshape(x.shape)
+        mx.eval(y)
+        return y
+
+    def shift(packed, *names):
+        return packed._replace(**{name: shifted(getattr(packed, name)) for name in names})
+
     got = problem.run(
-        q=spread(problem.q),
-        packed_k=k._replace(codes=spread(k.codes), norms=spread(k.norms)),
-        packed_v=v._replace(codes=spread(v.codes), params=spread(v.params)),
-        **{name: tuple(map(spread, getattr(problem, name))) for name in ("first", "tail")},
+        q=shifted(problem.q),
+        packed_k=shift(problem.packed_k, "codes", "norms", "means", "balance"),
+        packed_v=shift(problem.packed_v, "codes", "params"),
+        **{name: tuple(map(shifted, getattr(problem, name))) for name in ("first", "tail")},
     )
-    assert np.array_equal(to_numpy(got), want)
+    assert_close(got, want.astype(np.float64), KERNEL_TOLERANCE[mx.float16])
 
 
 def test_turboquant_attention_reads_broadcast_tokens():
