@@ -124,6 +124,8 @@ def check_arrays(arrays: Sequence[mx.array], header: Header, codec: Codec) -> No
     rows, dims = (header.batch, header.n_kv_heads), (header.head_dim, header.value_dim)
     expected: list[tuple[tuple[int, ...], mx.Dtype]] = []
     if sum(header.counts):
+        most, step = packed_format.MAX_DIM, packed_format.DIM_STEP
+        check(all(dim % step == 0 and 0 < dim <= most for dim in dims), f"head dimensions up to {most} by {step}", dims)
         n_parts = len(codec.per_row)
         n_arrays = n_parts + 4 + header.has_balance
         check(len(arrays) == n_arrays, f"{n_arrays} arrays after the header", len(arrays))
