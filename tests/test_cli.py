@@ -20,7 +20,7 @@ def tqext(*args, check=True):
 
 
 SIZES = (
-    r"KV cache now: (.+) MB of tokens in (.+) MB of buffers, fp16 (.+) MB \(4 first and \d+ recent tokens exact, \d+ coded\)"
+    r"KV cache now: (.+) MB of tokens in (.+) MB of buffers, fp16 (.+) MB \(64 first and \d+ recent tokens exact, \d+ coded\)"
 )
 
 
@@ -44,7 +44,7 @@ def test_generate_options_reach_the_policy(folder):
     out = tqext("generate", *args).stdout
     assert "KV cache tq4: 1 of 3 layers compressed" in out
     assert "KVCache stays: left out by the policy" in out
-    assert "K4 V4, tail 7, first 4, 2 heads of 64/64" in out
+    assert "K4 V4, tail 7, first 64, 2 heads of 64/64" in out
 
 
 def test_generate_without_compression(folder):

@@ -16,7 +16,7 @@ from tqext import BatchTurboQuantKVCache, Recipe, TurboQuantKVCache, get_policy
 from tqext.mlx_lm import PathError, stock_cache
 
 pytestmark = pytest.mark.usefixtures("device", "uninstalled")
-N_PROMPT, N_NEW = 150, 60
+N_PROMPT, N_NEW = 300, 60
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ def test_install_compresses_models_that_are_loaded_later(tmp_path, model):
     loaded, _ = mlx_lm.utils.load_model(folder)
     cache = stock.make_prompt_cache(loaded)
     assert [type(c) for c in cache] == [TurboQuantKVCache] * 3
-    assert cache[0].recipe == Recipe(key_bits=4, value_bits=4, tail=40)
+    assert cache[0].recipe == Recipe(key_bits=4, value_bits=4, value_coding="lloyd", tail=40)
     tqext.uninstall()
     assert type(stock.make_prompt_cache(mlx_lm.utils.load_model(folder)[0])[0]) is stock.KVCache
 
@@ -283,9 +283,8 @@ def test_verify_finds_bytes_that_no_token_owns(model, monkeypatch):
     "changes",
     [
         dict(tail=300),
-        dict(flush=200),
-        dict(sinks=170),
-        dict(mean=False, tail=0, sinks=0, flush=1),
+        dict(first=370),
+        dict(means=False, tail=0, first=0),
         dict(layers={1: Recipe(tail=250)}),
     ],
     ids=lambda changes: " ".join(changes),

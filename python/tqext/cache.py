@@ -445,7 +445,7 @@ class TurboQuantKVCache(Buffers):
     @property
     def used_nbytes(self) -> int:
         """Bytes of the tokens in the buffers, without room for growth."""
-        return sum(x.nbytes for x in self._arrays())
+        return sum(x.nbytes for x in (*self._coded_arrays(), *self._exact_arrays()))
 
     @property
     def fp16_nbytes(self) -> int:
@@ -510,18 +510,16 @@ class TurboQuantKVCache(Buffers):
 
     @property
     def state(self) -> list[mx.array]:
-        """Arrays that hold everything: the header, the coded, first and recent tokens if any, the balance if any.
+        """Arrays that hold everything: the header; coded, first and recent tokens unless there are none; the balance if any.
 
         The header ends in a checksum of itself and the arrays, so that a damaged file is no other cache.
         """
         self._last = None  # mlx-lm evaluates the state when a step is over
         numbers = self._header().numbers()
-        total = saved.checksum(numbers, [])
         coded, exact = self._coded_arrays(), self._exact_arrays()
-        if coded:
-            total = total + self._coded_sum()
-        for i, x in enumerate(exact):
-            total = total + saved.sum_of([x], first=1 + len(coded) + i)
+        if self._balance is not None:
+            exact.append(self._balance)
+        total = saved.checksum(numbers, exact, begin=1 + len(coded)) + self._coded_sum()
         return [saved.header_array(numbers, total), *coded, *exact]
 
     @state.setter
@@ -538,63 +536,43 @@ class TurboQuantKVCache(Buffers):
             self._balance = rest.pop()
             good = mx.isfinite(self._balance).all() & (self._balance > 0).all()
             saved.check(bool(good.item()), "a balance of positive numbers", "others")
-        if sum(header.counts) == 0:
+        if not rest:
             return
         self._codec = Codec(header.recipe, header.head_dim, header.value_dim, self._balance)
-        rows = (header.batch, header.n_kv_heads)
-        n_parts = len(self._codec.per_row) if header.counts[1] else 0
-        self._packed = rest[:n_parts] if n_parts else self._codec.empty(*rows)
-        given = iter(rest[n_parts:])
-        dims = (header.head_dim, header.value_dim)
-
-        def exact(n: int) -> Exact:
-            if n:
-                return Exact(next(given), next(given))
-            return Exact(*(mx.zeros((*rows, 0, dim), dtype) for dim, dtype in zip(dims, header.dtypes, strict=True)))
-
-        first, tail = (exact(n) for n in header.n_exact)
-        self._first = first if first.n_tokens else None
-        self._tail = tail
+        *self._packed, first_keys, first_values, tail_keys, tail_values = rest
+        self._first = Exact(first_keys, first_values) if header.n_exact[0] else None
+        self._tail = Exact(tail_keys, tail_values)
         self.n_first, self.n_coded, self.n_tail = header.counts
 
     def _coded_sum(self) -> mx.array:
         """The coded tokens' part of the checksum; only that of blocks that are new is computed."""
-        assert self._codec is not None
         n, total = self._summed or (0, mx.zeros(1, mx.uint32))
-        if n < self.n_coded:
+        if self._codec is not None and n < self.n_coded:
             begin = [n // per for per in self._codec.per_row]
             total = total + saved.sum_of(self._codec.cut(self._packed, n, self.n_coded), begin)
-        self._summed = (self.n_coded, total)
+            self._summed = (self.n_coded, total)
         return total
 
     def _coded_arrays(self) -> list[mx.array]:
-        return self._codec.cut(self._packed, 0, self.n_coded) if self._codec is not None and self.n_coded else []
+        """The coded tokens without room for growth."""
+        return self._codec.cut(self._packed, 0, self.n_coded) if self._codec is not None and self.offset else []
 
     def _exact_arrays(self) -> list[mx.array]:
-        """The exact tokens without room for growth, and the balance."""
-        out: list[mx.array] = []
-        if self._first is not None:
-            out += self._first
-        if self._tail is not None and self._n_leading + self.n_tail:
-            out += self._tail.cut(0, self._n_leading + self.n_tail)
-        return out if self._balance is None else [*out, self._balance]
-
-    def _arrays(self) -> list[mx.array]:
-        """The tokens without room for growth."""
-        exact = self._exact_arrays()
-        return [*self._coded_arrays(), *(exact if self._balance is None else exact[:-1])]
+        """The exact tokens, first and recent ones, without room for growth."""
+        if self._tail is None or not self.offset:
+            return []
+        first = self._tail.cut(0, 0) if self._first is None else self._first
+        return [*first, *self._tail.cut(0, self._n_leading + self.n_tail)]
 
     def _header(self) -> saved.Header:
         sizes: tuple[int, int, int, int] = (0, 0, 0, 0)
-        dtypes = (mx.float32, mx.float32)
-        if self._codec is not None and self._tail is not None:
+        if self._codec is not None and self._tail is not None and self.offset:
             batch, n_kv_heads = self._tail.keys.shape[:2]
             sizes = (self._codec.head_dim, self._codec.value_dim, batch, n_kv_heads)
-            dtypes = (self._tail.keys.dtype, self._tail.values.dtype)
         elif self._balance is not None:
             sizes = (self._balance.shape[1], 0, 0, self._balance.shape[0])
         counts = (self.n_first, self.n_coded, self.n_tail)
-        return saved.Header(self.recipe, *sizes, dtypes, counts, self._balance is not None)
+        return saved.Header(self.recipe, *sizes, counts, self._balance is not None)
 
     @property
     def meta_state(self) -> str:
