@@ -32,7 +32,7 @@ on a compressed cache, with the options of mlx_lm.COMMAND:
 own commands:
   plan           does it fit: bytes per token and the longest context in a given memory
   doctor         versions, backend, instruction set, and the path proof on a tiny model
-  eval           perplexity, KL and passkeys through a compressed cache
+  eval           perplexity, KL (--by-position), passkeys and tool calls (--agents) through a compressed cache
   bench          measure: attention, memory, quality, 1-bit matrices, other packages
   quantize-1bit  round a model's weights to 1 bit: --model IN --out OUT
 
