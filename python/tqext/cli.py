@@ -178,7 +178,8 @@ class _Witness:
         """A cache from a file."""
         self.cache = cache
         compressed = [(i, c) for i, c in enumerate(cache) if hasattr(c, "n_coded")]
-        other = policy is None or any(c.recipe != policy.of_layer(i, len(cache)) for i, c in compressed)
+        # The guard may have stepped some layers up: a cache of this policy has others that are as it says.
+        other = policy is None or all(c.recipe != policy.of_layer(i, len(cache)) for i, c in compressed)
         text = f"KV cache from the file: {len(compressed)} of {len(cache)} layers compressed"
         if compressed and other:
             name = _UNCOMPRESSED if policy is None else policy.name
