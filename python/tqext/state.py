@@ -159,7 +159,7 @@ def _mixed(words: mx.array) -> mx.array:
     return words ^ (words >> 16)
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=8)  # the layers of a model ask for the same ones
 def _word_keys(spans: tuple[tuple[int, int, int], ...]) -> npt.NDArray[np.uint32]:
     keys = [(np.arange(begin, end, dtype=np.uint64) * _WORD + salt * _ARRAY).astype(np.uint32) for begin, end, salt in spans]
     return np.concatenate(keys)
