@@ -1,5 +1,6 @@
 #include "turboquant_attention.h"
 
+#include <algorithm>
 #include <cmath>
 
 #include "check.h"
@@ -107,13 +108,14 @@ mx::array check_mask(const mx::array& mask, const Shapes& n, mx::Stream stream) 
   return mx::metal::is_available() ? mx::broadcast_to(x, full, stream) : x;
 }
 
-// Which columns each row may attend to, as bool [B, 1, L, n_keys]; nothing when every one.
-std::optional<mx::array> column_mask(const AttentionOptions& options, const Shapes& n, mx::Stream s) {
+// Which columns the rows begin ... begin + n_rows - 1 may attend to, as bool [B or 1, 1, n_rows or 1, n_keys]; nothing when
+// every one.
+std::optional<mx::array> column_mask(const AttentionOptions& options, const Shapes& n, int begin, int n_rows, mx::Stream s) {
   const bool causal = options.mask_mode == "causal";
   std::optional<mx::array> valid;
   auto restrict = [&](const mx::array& condition) { valid = valid ? mx::logical_and(*valid, condition, s) : condition; };
   const mx::array columns = mx::reshape(mx::arange(n.n_keys(), mx::int32, s), {1, 1, 1, n.n_keys()}, s);
-  const mx::array rows = mx::reshape(mx::arange(n.n_queries, mx::int32, s), {1, 1, n.n_queries, 1}, s);
+  const mx::array rows = mx::reshape(mx::arange(begin, begin + n_rows, mx::int32, s), {1, 1, n_rows, 1}, s);
   if (causal) restrict(mx::less_equal(columns, mx::add(rows, mx::array(n.n_keys() - n.n_queries), s), s));
   if (options.left_padding) {
     restrict(mx::greater_equal(columns, mx::reshape(*options.left_padding, {n.batch, 1, 1, 1}, s), s));
@@ -155,25 +157,61 @@ mx::array composed_attention(const mx::array& queries, const PackedKeys& k, cons
   values.push_back(dequantize_values(v, false, q.dtype(), s));
   add(options.tail);
 
-  std::optional<mx::array> mask = column_mask(options, n, s);
-  if (options.mask) {
-    const mx::array given = check_mask(*options.mask, n, s);
-    if (given.dtype() == mx::bool_) {
-      mask = mask ? mx::logical_and(*mask, given, s) : given;
-    } else {
-      mask = mask ? mx::where(*mask, given, mx::array(-INFINITY), s) : given;
-      mask = mx::astype(*mask, q.dtype(), s);
-    }
-  }
   const mx::array joined_keys = mx::concatenate(keys, 2, s), joined_values = mx::concatenate(values, 2, s);
-  std::optional<mx::array> sinks;
+  std::optional<mx::array> sinks, given;
   if (options.sinks) sinks = mx::astype(*options.sinks, q.dtype(), s);
-  mx::array out = mx::fast::scaled_dot_product_attention(q, joined_keys, joined_values, scale, "", mask, sinks, false, s);
-  if (!mask) return out;
-  // MLX's softmax over nothing is NaN.
-  const mx::array attends = mask->dtype() == mx::bool_ ? mx::any(*mask, -1, true, s)
-                                                       : mx::any(mx::greater(*mask, mx::array(-INFINITY), s), -1, true, s);
-  return mx::where(attends, out, mx::zeros_like(out, s), s);
+  if (options.mask) given = check_mask(*options.mask, n, s);
+
+  // The rows begin ... begin + n_rows - 1.
+  auto attend = [&](int begin, int n_rows) {
+    auto rows_of = [&](const mx::array& x) {
+      if (n_rows == n.n_queries || x.shape(2) == 1) return x;
+      mx::Shape first(x.ndim(), 0), last = x.shape();
+      first[2] = begin;
+      last[2] = begin + n_rows;
+      return mx::slice(x, first, last, s);
+    };
+    const mx::array rows = rows_of(q);
+    // "causal" as such where it says all: MLX's fused attention takes no array on CUDA and makes none of its own.
+    if (options.mask_mode == "causal" && !options.left_padding && !options.lengths && n.n_queries <= n.n_keys()) {
+      const int n_seen = n.n_keys() - n.n_queries + begin + n_rows;
+      auto seen = [&](const mx::array& x) {
+        if (n_seen == n.n_keys()) return x;
+        return mx::slice(x, {0, 0, 0, 0}, {x.shape(0), x.shape(1), n_seen, x.shape(3)}, s);
+      };
+      return mx::fast::scaled_dot_product_attention(rows, seen(joined_keys), seen(joined_values), scale, "causal", {}, sinks,
+                                                    false, s);
+    }
+    std::optional<mx::array> mask = column_mask(options, n, begin, n_rows, s);
+    if (given) {
+      const mx::array part = rows_of(*given);
+      if (part.dtype() == mx::bool_) {
+        mask = mask ? mx::logical_and(*mask, part, s) : part;
+      } else {
+        mask = mask ? mx::where(*mask, part, mx::array(-INFINITY), s) : part;
+        mask = mx::astype(*mask, q.dtype(), s);
+      }
+    }
+    const mx::array out =
+        mx::fast::scaled_dot_product_attention(rows, joined_keys, joined_values, scale, "", mask, sinks, false, s);
+    if (!mask) return out;
+    // MLX's softmax over nothing is NaN.
+    const mx::array attends = mask->dtype() == mx::bool_ ? mx::any(*mask, -1, true, s)
+                                                         : mx::any(mx::greater(*mask, mx::array(-INFINITY), s), -1, true, s);
+    return mx::where(attends, out, mx::zeros_like(out, s), s);
+  };
+
+  // Where MLX's attention holds every score and its weight: as many rows at a time as keep them below kScoreBytes.
+  constexpr int64_t kScoreBytes = int64_t(1) << 28;
+  const bool fused = n.head_dim == n.value_dim && (n.head_dim == 64 || n.head_dim == 80 || n.head_dim == 128);
+  const int64_t row_bytes = int64_t(n.batch) * n.n_q_heads * std::max(n.n_keys(), 1) * 8;
+  const int64_t together = std::max<int64_t>(kScoreBytes / row_bytes, 1);
+  if (fused || together >= n.n_queries) return attend(0, n.n_queries);
+  std::vector<mx::array> parts;
+  for (int begin = 0; begin < n.n_queries; begin += int(together)) {
+    parts.push_back(attend(begin, std::min(int(together), n.n_queries - begin)));
+  }
+  return mx::concatenate(parts, 2, s);
 }
 
 }  // namespace
