@@ -177,6 +177,8 @@ CUDA = {
     "Attention": ("cuda_attention", {"KV heads": "d", "keys": "d", "tail": "d", "us": ".0f", "spread": ".0f", "share": ".0%",
                   "fp16 us": ".0f", "times": ".2f", "times, not waiting": ".2f", "mlx-lm 4 bits us": ".0f",
                   "FlashAttention us": ".0f"}),
+    "Presets": ("cuda_presets", {"batch": "d", "KV heads": "d", "keys": "d", "preset": "", "bytes per token": ".1f",
+                "us": ".1f", "spread": ".0f", "GB/s": ".0f", "share": ".0%", "time of tq3 without means": ".2f"}),
     "Scores alone": ("cuda_scores", {"KV heads": "d", "keys": "d", "us": ".0f", "fp32 us": ".0f", "times": ".1f"}),
     "1-bit weights": ("cuda_q1", {"rows": "", "columns": "d", "rows of x": "d", "us": ".1f", "spread": ".0f", "GB/s": ".0f",
                       "share": ".0%", "fp16 us": ".0f", "times": ".1f"}),
