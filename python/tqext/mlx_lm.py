@@ -612,7 +612,8 @@ def _guarded(layer: Layer, calibration: Calibration, guard: bool) -> Layer:
                 "" if found is first else f"stepped up to {recipe.key_bits}-bit keys: with {layer.recipe.key_bits} bits {first}"
             )
             return replace(layer, recipe=recipe, calibration=found, note=note)
-    bits = ladder(layer.recipe)[-1].key_bits
+    assert not found.accurate
+    bits = recipe.key_bits
     reason = f"compression is not accurate here: with {bits}-bit keys {found}"
     return replace(layer, recipe=None, reason=reason)
 
