@@ -49,8 +49,9 @@ def problems(draw, with_mask=True):
         batch=batch, n_kv_heads=n_kv_heads, n_repeats=n_repeats, n_rows=n_rows,
         n_first=n_first, n_coded=n_coded, n_tail=n_tail, head_dim=head_dim, value_dim=value_dim,
         key_bits=draw(st.integers(2, 4)), value_bits=value_bits, value_coding=value_coding, dtype=draw(dtypes),
-        means=draw(st.booleans()), balance=draw(st.booleans()), qjl=rotation == "hadamard"
-        and tqext.format.hadamard_factor(head_dim + -head_dim % 32) > 0 and draw(st.booleans()), rotation=rotation, sinks=draw(st.booleans()),
+        means=draw(st.booleans()), balance=draw(st.booleans()),
+        qjl=rotation == "hadamard" and tqext.format.hadamard_factor(head_dim + -head_dim % 32) > 0 and draw(st.booleans()),
+        rotation=rotation, sinks=draw(st.booleans()),
         scale=draw(st.none() | st.floats(-0.25, 0.25, width=32)), seed=draw(st.integers(0, 2**16)), options=options,
     )  # fmt: skip
 

@@ -314,9 +314,9 @@ def observe(
             observations[path].append(observation)
     layers = {}
     for path, recipe in recipes.items():
-        for step in ladder(recipe):
-            layers[path, step] = _calibrated(observations[path], step)
-            if layers[path, step].accurate:
+        for rung in ladder(recipe):
+            layers[path, rung] = _calibrated(observations[path], rung)
+            if layers[path, rung].accurate:
                 break
     return layers
 
