@@ -428,3 +428,25 @@ def calibrate_layers(model: Any, make_cache: Any, recipes: Mapping[str, Recipe])
         where = f"not kept: {error}"
     print(f"tqext: calibrated {len(recipes)} layers at {len(at)} positions in {seconds:.1f} s ({where})", file=sys.stderr)
     return Calibration(layers, seconds)
+
+
+# Command
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """``tqext calibrate``: what compression does to each layer's attention, and what the guard makes of it."""
+    import argparse
+
+    from tqext.cli import add_kv_options, policy_of
+    from tqext.mlx_lm import attach, report
+    from tqext.models import load
+
+    parser = argparse.ArgumentParser(prog="tqext calibrate", description=main.__doc__)
+    parser.add_argument("--model", required=True, help="a folder, a GGUF file, a hub id, or smollm2")
+    add_kv_options(parser)
+    options = parser.parse_args(argv)
+    policy = policy_of(options)
+    if policy is None:
+        parser.error("--kv none: expected a preset to calibrate for")
+    model, _ = load(options.model)
+    print(report(attach(model, policy)).table())

@@ -14,6 +14,7 @@ from tqext.presets import DEFAULT_PRESET, PRESETS
 MLX_LM_COMMANDS = ("generate", "chat", "server", "cache_prompt", "benchmark", "evaluate")
 OWN_COMMANDS = {
     "bench": "tqext.bench.__main__",
+    "calibrate": "tqext.calibration",
     "plan": "tqext.plan",
     "doctor": "tqext.doctor",
     "eval": "tqext.evaluate",
@@ -32,6 +33,7 @@ on a compressed cache, with the options of mlx_lm.COMMAND:
 own commands:
   plan           does it fit: bytes per token and the longest context in a given memory
   doctor         versions, backend, instruction set, and the path proof on a tiny model
+  calibrate      the error of each layer under a preset, and what the guard makes of it
   eval           perplexity, KL (--by-position), passkeys and tool calls (--agents) through a compressed cache
   bench          measure: attention, memory, quality, 1-bit matrices, other packages
   quantize-1bit  round a model's weights to 1 bit: --model IN --out OUT

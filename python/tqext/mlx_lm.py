@@ -574,12 +574,20 @@ def calibrate(model: Any, preset: str | Policy = DEFAULT_PRESET, **overrides: An
     return _calibrate(model, probe(model, preset, **overrides))
 
 
-def _calibrate(model: Any, report: Report) -> Calibration:
-    wanted = {
-        layer.path: layer.recipe
-        for layer in report.compressed
-        if layer.recipe and (layer.recipe.balance or report.policy.guard)
-    }
+def report(model: Any) -> Report:
+    """What an attached model's caches are like: compressed or not, and why, with the errors that the calibration found.
+
+    Raises:
+        ValueError: The model is not attached.
+    """
+    if not isinstance(model, _CompressedCaches):
+        raise ValueError(f"[report] model: expected an attached model, got {type(model).__name__}")
+    return model._tqext_report()
+
+
+def _calibrate(model: Any, probed: Report) -> Calibration:
+    guard = probed.policy.guard
+    wanted = {x.path: x.recipe for x in probed.compressed if x.recipe is not None and (x.recipe.balance or guard)}
 
     def make_cache(new: Callable[[], Any]) -> tuple[list[Any], dict[str, Any]]:
         made: dict[str, Any] = {}
@@ -596,9 +604,9 @@ def _calibrate(model: Any, report: Report) -> Calibration:
 
 def _judged(model: Any, policy: Policy) -> Report:
     """What the probe finds, calibrated, with the layers stepped up that the guard finds inaccurate."""
-    report = probe(model, policy)
-    calibration = _calibrate(model, report)
-    return Report(policy, tuple(_guarded(layer, calibration, policy.guard) for layer in report.layers))
+    probed = probe(model, policy)
+    calibration = _calibrate(model, probed)
+    return Report(policy, tuple(_guarded(layer, calibration, policy.guard) for layer in probed.layers))
 
 
 def _guarded(layer: Layer, calibration: Calibration, guard: bool) -> Layer:
