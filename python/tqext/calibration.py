@@ -411,16 +411,19 @@ def calibrate_layers(model: Any, make_cache: Any, recipes: Mapping[str, Recipe])
     """The calibration of these layers: read from disk where it was kept, else made, kept and announced."""
     from tqext.models import cache_dir
 
-    if not recipes:
+    # A rank without layers to calibrate still takes part in the others' runs of the model.
+    if not recipes and _world_size() == 1:
         return Calibration({})
     at = offsets(model)
     path = cache_dir() / "calibration" / f"{_key(model, recipes, at)}.safetensors"
-    kept = _read(path, recipes)
+    kept = _read(path, recipes) if recipes else {}
     if _all_ranks(kept is not None) and kept is not None:
         return Calibration(kept)
     begin = time.perf_counter()
     layers = observe(model, make_cache, recipes, at)
     seconds = time.perf_counter() - begin
+    if not recipes:
+        return Calibration({})
     try:
         _write(path, layers, recipes)
         where = "kept for the next time"
