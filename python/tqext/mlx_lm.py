@@ -585,9 +585,10 @@ def report(model: Any) -> Report:
     return model._tqext_report()
 
 
-def _calibrate(model: Any, probed: Report) -> Calibration:
-    guard = probed.policy.guard
-    wanted = {x.path: x.recipe for x in probed.compressed if x.recipe is not None and (x.recipe.balance or guard)}
+def _calibrate(model: Any, probed: Report, *, every_layer: bool = False) -> Calibration:
+    """Of the layers that need a balance or are guarded, or of all."""
+    every_layer = every_layer or probed.policy.guard
+    wanted = {x.path: x.recipe for x in probed.compressed if x.recipe is not None and (x.recipe.balance or every_layer)}
 
     def make_cache(new: Callable[[], Any]) -> tuple[list[Any], dict[str, Any]]:
         made: dict[str, Any] = {}
@@ -602,10 +603,10 @@ def _calibrate(model: Any, probed: Report) -> Calibration:
     return calibrate_layers(model, make_cache, wanted)
 
 
-def _judged(model: Any, policy: Policy) -> Report:
+def _judged(model: Any, policy: Policy, *, every_layer: bool = False) -> Report:
     """What the probe finds, calibrated, with the layers stepped up that the guard finds inaccurate."""
     probed = probe(model, policy)
-    calibration = _calibrate(model, probed)
+    calibration = _calibrate(model, probed, every_layer=every_layer)
     return Report(policy, tuple(_guarded(layer, calibration, policy.guard) for layer in probed.layers))
 
 
@@ -651,7 +652,7 @@ def verify(model: Any, preset: str | Policy = DEFAULT_PRESET, *, n_tokens: int |
         PathError: A layer fails; the message names it.
     """
     policy = get_policy(preset, **overrides)
-    report = _judged(model, policy)
+    report = _judged(model, policy, every_layer=True)
     for layer in report.compressed:
         if layer.calibration is not None and not layer.calibration.accurate:
             raise PathError(f"[verify] layer {layer.path}: not accurate: {layer.calibration}")
