@@ -32,7 +32,7 @@ struct AttentionParams {
   int32_t head_dim, value_dim;  // as the model has them, not padded
   int32_t n_first, n_coded, n_tail;
   int32_t n_ranges, range_tokens;  // of coded tokens: partial results of a KV head, tokens of a threadgroup
-  int32_t n_exact_ranges;          // kExactTokens each
+  int32_t n_exact_ranges;          // kExactRange each, or all
   int32_t n_parts;                 // partial results of a KV head, coded ranges first
   int32_t row_blocks;              // matrix kernel: blocks of 8 rows that share a staged tile
   int32_t group_words;             // matrix kernel: threadgroup memory of the simdgroups that share a tile
@@ -45,7 +45,8 @@ struct AttentionParams {
 };
 
 enum : int {
-  kExactTokens = 128,  // exact tokens per threadgroup: their scores fit the weights' threadgroup memory
+  kExactTokens = 128,  // most exact tokens of a threadgroup that attends to coded ones too
+  kExactRange = 32,    // exact tokens of a threadgroup with no others: four for each of eight simdgroups
   kStagedBlocks = 8,   // matrix kernel: means that are multiplied with the queries at once
 };
 

@@ -140,9 +140,9 @@ inline AttentionPlan plan_attention(const AttentionShape& s) {
   const int tiles_per_range = std::max(1, divide_up(tiles, wanted));
   p.range_tokens = tiles_per_range * kSplitTokens;
   const int n_threadgroups = divide_up(tiles, tiles_per_range);  // over the coded tokens of a KV head
-  p.n_exact_ranges = divide_up(s.n_first + s.n_tail, kExactTokens);
   const bool split = p.n_rows <= kSplitRows;
-  const bool direct = split && n_threadgroups <= 1 && p.n_exact_ranges <= 1;
+  const bool direct = split && n_threadgroups <= 1 && s.n_first + s.n_tail <= kExactTokens;
+  p.n_exact_ranges = direct ? s.n_first + s.n_tail > 0 : divide_up(s.n_first + s.n_tail, kExactRange);
 
   std::vector<Constant> constants{{kConstHadamard, false, s.hadamard},
                                   {kConstMeans, true, s.means_kind},
@@ -184,7 +184,8 @@ inline AttentionPlan plan_attention(const AttentionShape& s) {
     int groups = std::max(1, kMatrixGroups / p.row_blocks);
     while (groups > 1 && groups * p.group_words * 4 > tile_room) groups--;
     attend.threads = uint32_t(32 * p.row_blocks * groups);
-    const int tile_bytes = std::max({groups * p.group_words * 4, 8 * kExactTokens * 4, p.row_blocks * groups * k * 4});
+    // Also for exact tokens, 8 rows of numbers per thread, and for the rotation, a row per simdgroup.
+    const int tile_bytes = std::max({groups * p.group_words * 4, 8 * int(attend.threads) * 4, p.row_blocks * groups * k * 4});
     attend.threadgroup_bytes = {uint32_t(query_bytes), uint32_t(tile_bytes)};
     p.n_ranges = n_threadgroups * groups;
     attend.grid[0] = n_threadgroups + p.n_exact_ranges;

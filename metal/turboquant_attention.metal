@@ -5,11 +5,14 @@
 //   matrix   up to 8 rows per simdgroup, 8x8 matrices, several row blocks on one staged tile
 //   combine  merges the partial results of a row, rotates back, divides
 //
-// Bytes per token and KV head, D = 128, 3-bit keys, 2-bit values: 48 + 2 + 32 + 16 = 98, against 512 in fp16.
-// Work per token, D = 128, 4 rows: 1024 FMA (scores and values), 665 integer and other fp32 operations, 28 shuffles, 672
-// bytes of threadgroup memory: 13.2 core cycles by the published rates (tests/metal_sim/cost.py), against 11.5 (M4 Max) to
-// 13.0 (M2 Pro) in which the memory delivers 98 bytes: both limits are near. 1 or 2 rows: the memory is the limit. 8 rows
-// by matrices: 22 cycles, the multiplications are the limit. Not measured on a GPU.
+// Bytes per token and KV head, D = 128, 3-bit keys, against 512 in fp16; the mean of a block is 4 bytes a token:
+//   2-bit groups    48 + 2 + 32 + 16 + 4 = 102
+//   3-bit Lloyd-Max 48 + 2 + 48 + 2 + 4 = 104
+// Work per token, D = 128, 4 rows, by the published rates (tests/metal_sim/cost.py):
+//   groups     1052 FMA, 600 integer and other fp32 operations, 31 shuffles, 1012 bytes of threadgroup memory: 13.4 core cycles
+//   Lloyd-Max  1036 FMA, 476 other operations, 31 shuffles, 856 bytes: 12.3 core cycles
+// The memory delivers 102 bytes in 12.0 (M4 Max) to 13.5 cycles (M2 Pro): both limits are near. 1 or 2 rows: the memory is the
+// limit. 8 rows by matrices: 22 cycles, the multiplications are the limit. Not measured on a GPU.
 //
 // Where the operations went:
 // - Codes are loaded as bytes: the load unit extracts them. A key byte is the index of its two levels in a table of 256
@@ -17,6 +20,10 @@
 //   A table beats arithmetic here: shifts and conversions take four cycles each, a look-up one instruction.
 // - Value codes stay in place: x & (3 << 2s), read as half, is code * 2^(2s - 24), a subnormal; the power of two is paid
 //   once, on the sum. The scale of a group goes into the softmax weight, its bias into one FMA per token and lane.
+// - Lloyd-Max values are laid out as keys and decoded by the same table where bits and dimension are the keys'. Their norms go
+//   into the softmax weights as these are made: no bias, no scale per group.
+// - The mean of a block is multiplied with the rows once for its 64 tokens, not rotated and not balanced: fp32 products of
+//   what was stored, however large a key bias is.
 // - Sums over the lanes of a key are transposed: KL sums over KL lanes cost KL - 1 shuffles and leave one score per lane.
 // - The running maximum is reduced only when a lane sees a larger score. No barrier of the threadgroup in the loop.
 #include <metal_simdgroup>
@@ -44,7 +51,7 @@ constant constexpr int kSplitSimdgroups = 8;
 constant constexpr float kLog2E = 1.44269504088896340736f;
 
 // Factor of a sum whose maximum was old_max; -inf - -inf would be NaN.
-inline float rescale(float old_max, float new_max) { return old_max == new_max ? 1.0f : exp2(old_max - new_max); }
+inline float rescale(float old_max, float new_max) { return old_max == new_max ? 1.0f : fast::exp2(old_max - new_max); }
 
 constexpr int power_of_two(int n) {
   return n <= 1 ? 1 : n <= 2 ? 2 : n <= 4 ? 4 : n <= 8 ? 8 : n <= 16 ? 16 : n <= 32 ? 32 : 64;
@@ -220,6 +227,7 @@ struct GroupValues {
                          thread float* acc, thread float& bias_acc) {
     const bool has = has_codes(lane);
     const int row = bias_row(lane), group = bias_group(lane);
+#pragma clang loop unroll_count(2)
     for (int s = 0; s < kLanes; s++) {
       const int t = s * kTokens + first;
       const device ushort* from = reinterpret_cast<const device ushort*>(values + s * step);
@@ -278,6 +286,7 @@ struct LloydValues {
   static inline void add(const device uchar* values, int step, int n, threadgroup const uint*, threadgroup const float* weights,
                          threadgroup const uchar* lookup, bool, int lane, int first, thread float* acc, thread float&) {
     const bool has = has_codes(lane);
+#pragma clang loop unroll_count(2)
     for (int s = 0; s < kLanes; s++) {
       const int t = s * kTokens + first;
       uint c[kBytes * BITS];
@@ -310,50 +319,115 @@ struct ChooseValues<kValueLloyd, Groups, Lloyd> {
 
 // --- exact tokens -----------------------------------------------------------------------------------------------------
 
-// Attends rows [row0, row0 + n) (at most 8) to exact tokens [begin, end) of first ++ tail, at most kExactTokens, with all
-// simdgroups of the threadgroup. out[row * V], state[row * 2] for the n rows, in the space of the model.
-template <typename T, int V, typename P>
-inline void attend_exact(constant AttentionParams& p, Bounds b, const device T* q, const device T* first_keys,
-                         const device T* first_values, const device T* tail_keys, const device T* tail_values,
-                         const device uchar* mask, int batch, int kv_head, int row0, int n, int begin, int end,
-                         threadgroup float* scores, P out, P state, uint tid, uint sg, uint lane, uint n_sg) {
+// A run of tokens of the first ones or of the tail, all of one KV head.
+struct ExactRun {
+  int begin, n;                       // tokens of the part
+  int column;                         // of token `begin`
+  int stored_begin, stored_end, own;  // stored: [stored_begin, stored_end) and from `own` on
+  int at;                             // of token `begin` among the threadgroup's
+};
+
+// Those of first (part 0) or tail (part 1) among the tokens [begin, end) of first ++ tail.
+inline ExactRun exact_run(constant AttentionParams& p, Bounds b, int part, int begin, int end) {
+  const int n_before = min(end, p.n_first) - min(begin, p.n_first);
+  ExactRun run;
+  run.begin = part ? max(begin - p.n_first, 0) : min(begin, p.n_first);
+  run.n = part ? end - begin - n_before : n_before;
+  run.column = part ? p.n_first + p.n_coded + run.begin : run.begin;
+  run.stored_begin = part ? b.tail_begin : b.first_begin;
+  run.stored_end = part ? b.tail_end : b.first_end;
+  run.own = part ? b.tail_own : p.n_first;
+  run.at = part ? n_before : 0;
+  return run;
+}
+
+// Scores of rows [row0, row0 + n): scores[r * n_tokens + at + i]. A simdgroup takes four tokens at a time. Tokens that are not
+// attended to are read all the same, so that no load waits for a condition.
+template <typename T, int K>
+inline void score_exact(constant AttentionParams& p, const device T* q, const device T* keys, constant Strides4& strides,
+                        ExactRun run, const device uchar* mask, int batch, int kv_head, int row0, int n, int n_tokens,
+                        threadgroup float* scores, uint sg, uint lane, uint n_sg) {
   const int n_repeats = p.n_rows / p.n_queries;
-  for (int e = begin + int(sg); e < end; e += int(n_sg)) {
-    const bool is_tail = e >= p.n_first;
-    const int t = is_tail ? e - p.n_first : e, column = is_tail ? e + p.n_coded : e;
-    const bool stored =
-        is_tail ? t >= b.tail_begin && (t < b.tail_end || t >= b.tail_own) : t >= b.first_begin && t < b.first_end;
-    const long key = is_tail ? batch * p.tail_keys.batch + kv_head * p.tail_keys.head + t * p.tail_keys.token
-                             : batch * p.first_keys.batch + kv_head * p.first_keys.head + t * p.first_keys.token;
-    const long step = is_tail ? p.tail_keys.last : p.first_keys.last;
-    const device T* from = is_tail ? tail_keys : first_keys;
+  keys += batch * strides.batch + kv_head * strides.head + run.begin * strides.token;
+#pragma clang loop unroll(disable)
+  for (int first = 4 * int(sg); first < run.n; first += 4 * int(n_sg)) {
+    float key[4][K / 32];
+#pragma clang loop unroll(full)
+    for (int j = 0; j < 4; j++) {
+      const device T* from = keys + min(first + j, run.n - 1) * strides.token;
+      for (int i = 0; i < K / 32; i++) {
+        const int d = 32 * i + int(lane);
+        const float x = float(from[(d < p.head_dim ? d : 0) * strides.last]);
+        key[j][i] = d < p.head_dim ? x : 0.0f;
+      }
+    }
+    const int i_token = first + int(lane & 3u), t = run.begin + i_token, column = run.column + i_token;
+    const bool stored = i_token < run.n && t >= run.stored_begin && (t < run.stored_end || t >= run.own);
+#pragma clang loop unroll(disable)
     for (int r = 0; r < n; r++) {
       const int row = row0 + r, head = kv_head * n_repeats + row / p.n_queries, query = row % p.n_queries;
-      const bool seen = stored && (!is_causal || column <= p.n_first + p.n_coded + p.n_tail - p.n_queries + query);
-      float score = 0.0f;
-      if (seen) {
-        const device T* x = q + batch * p.q.batch + head * p.q.head + query * p.q.token;
-        for (int d = int(lane); d < p.head_dim; d += 32) {
-          score = fma(float(x[d * p.q.last]), float(from[key + d * step]), score);
-        }
+      const device T* x = q + batch * p.q.batch + head * p.q.head + query * p.q.token;
+      float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+      for (int i = 0; i < K / 32; i++) {
+        const int d = 32 * i + int(lane);
+        const float y = float(x[(d < p.head_dim ? d : 0) * p.q.last]);
+        for (int j = 0; j < 4; j++) sum[j] = fma(y, key[j][i], sum[j]);
       }
-      score = simd_sum(score) * p.score_scale;
+      // The sum of token lane % 4 on each lane.
+      const bool up2 = lane & 2u, up1 = lane & 1u;
+      const float low = (up2 ? sum[2] : sum[0]) + simd_shuffle_xor(up2 ? sum[0] : sum[2], ushort(2));
+      const float high = (up2 ? sum[3] : sum[1]) + simd_shuffle_xor(up2 ? sum[1] : sum[3], ushort(2));
+      float score = (up1 ? high : low) + simd_shuffle_xor(up1 ? low : high, ushort(1));
+      for (ushort h = 4; h < 32; h *= 2) score += simd_shuffle_xor(score, h);
+      score *= p.score_scale;
+      const bool seen = stored && (!is_causal || column <= p.n_first + p.n_coded + p.n_tail - p.n_queries + query);
       if (mask_kind != kMaskNone && seen) {
         const float bias = mask_bias(mask, mask_row(p, batch, kv_head, row) + column * p.mask.last);
         score = bias == -INFINITY ? -INFINITY : score + bias;
       }
-      if (lane == 0) scores[r * kExactTokens + e - begin] = seen ? score : -INFINITY;
+      if (lane < 4 && i_token < run.n) scores[r * n_tokens + run.at + i_token] = seen ? score : -INFINITY;
     }
+  }
+}
+
+// Adds every n_slices-th value of the run from `slice` on, dimension d, times the weights of N rows.
+template <typename T, int N>
+inline void add_exact(const device T* values, constant Strides4& strides, ExactRun run, int batch, int kv_head, int n,
+                      int n_tokens, threadgroup const float* weights, int d, int slice, int n_slices, thread float* acc) {
+  values += batch * strides.batch + kv_head * strides.head + run.begin * strides.token + d * strides.last;
+#pragma clang loop unroll_count(4)
+  for (int i = slice; i < run.n; i += n_slices) {
+    const float value = float(values[i * strides.token]);
+    for (int r = 0; r < N; r++) {
+      const float weight = r < n ? weights[r * n_tokens + run.at + i] : 0.0f;
+      acc[r] = weight == 0.0f ? acc[r] : fma(weight, value, acc[r]);  // a token that is not attended may hold anything
+    }
+  }
+}
+
+// Attends rows [row0, row0 + n) (at most N) to exact tokens [begin, end) of first ++ tail, at most kExactTokens, with all
+// simdgroups of the threadgroup. scratch: N numbers per thread, and per token at least. out[row * V], state[row * 2] for the
+// n rows, in the space of the model.
+template <typename T, int K, int V, int N, typename P>
+inline void attend_exact(constant AttentionParams& p, Bounds b, const device T* q, const device T* first_keys,
+                         const device T* first_values, const device T* tail_keys, const device T* tail_values,
+                         const device uchar* mask, int batch, int kv_head, int row0, int n, int begin, int end,
+                         threadgroup float* scratch, P out, P state, uint tid, uint sg, uint lane, uint n_sg) {
+  const int n_tokens = end - begin;
+#pragma clang loop unroll(disable)
+  for (int part = 0; part < 2; part++) {
+    score_exact<T, K>(p, q, part ? tail_keys : first_keys, part ? p.tail_keys : p.first_keys, exact_run(p, b, part, begin, end),
+                      mask, batch, kv_head, row0, n, n_tokens, scratch, sg, lane, n_sg);
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
   for (int r = int(sg); r < n; r += int(n_sg)) {
     float row_max = -INFINITY, row_sum = 0.0f;
-    for (int e = int(lane); e < end - begin; e += 32) row_max = max(row_max, scores[r * kExactTokens + e]);
+    for (int e = int(lane); e < n_tokens; e += 32) row_max = max(row_max, scratch[r * n_tokens + e]);
     row_max = simd_max(row_max);
-    for (int e = int(lane); e < end - begin; e += 32) {
-      const float score = scores[r * kExactTokens + e];
-      const float weight = score == -INFINITY ? 0.0f : exp2(score - row_max);
-      scores[r * kExactTokens + e] = weight;
+    for (int e = int(lane); e < n_tokens; e += 32) {
+      const float score = scratch[r * n_tokens + e];
+      const float weight = score == -INFINITY ? 0.0f : fast::exp2(score - row_max);
+      scratch[r * n_tokens + e] = weight;
       row_sum += weight;
     }
     row_sum = simd_sum(row_sum);
@@ -363,29 +437,37 @@ inline void attend_exact(constant AttentionParams& p, Bounds b, const device T* 
     }
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
-  for (int d = int(tid); d < V; d += 32 * int(n_sg)) {
-    float acc[8];
-    for (int r = 0; r < 8; r++) acc[r] = 0.0f;
-    for (int e = begin; e < end && d < p.value_dim; e++) {
-      const bool is_tail = e >= p.n_first;
-      const int t = is_tail ? e - p.n_first : e;
-      const bool stored =
-          is_tail ? t >= b.tail_begin && (t < b.tail_end || t >= b.tail_own) : t >= b.first_begin && t < b.first_end;
-      if (!stored) continue;
-      const float value = is_tail ? float(tail_values[batch * p.tail_values.batch + kv_head * p.tail_values.head +
-                                                      t * p.tail_values.token + d * p.tail_values.last])
-                                  : float(first_values[batch * p.first_values.batch + kv_head * p.first_values.head +
-                                                       t * p.first_values.token + d * p.first_values.last]);
-      for (int r = 0; r < 8; r++) {
-        const float weight = r < n ? scores[r * kExactTokens + e - begin] : 0.0f;
-        if (weight != 0.0f) acc[r] = fma(weight, value, acc[r]);  // a token that is not attended may hold anything
-      }
+  // Every dimension has as many threads as there are, each with a slice of the tokens.
+  const int n_threads = 32 * int(n_sg), n_slices = clamp(1 + (n_threads - n_tokens) / V, 1, max(1, n_threads / V));
+  threadgroup float* partial = scratch + n * n_tokens;
+  const int slice = int(tid) / V;
+  float acc[N];
+  for (int d = int(tid) % V; d < V && slice < n_slices; d += n_threads) {
+    for (int r = 0; r < N; r++) acc[r] = 0.0f;
+#pragma clang loop unroll(disable)
+    for (int part = 0; part < 2 && d < p.value_dim; part++) {
+      add_exact<T, N>(part ? tail_values : first_values, part ? p.tail_values : p.first_values,
+                      exact_run(p, b, part, begin, end), batch, kv_head, n, n_tokens, scratch, d, slice, n_slices, acc);
     }
-    for (int r = 0; r < 8; r++) {
-      if (r < n) out[r * V + d] = acc[r];
+    for (int r = 0; r < N; r++) {
+      if (r >= n) continue;
+      if (n_slices == 1) {
+        out[r * V + d] = acc[r];
+      } else if (slice > 0) {
+        partial[((slice - 1) * n + r) * V + d] = acc[r];
+      }
     }
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
+  if (n_slices > 1) {
+    for (int r = 0; r < N; r++) {
+      if (slice > 0 || r >= n) continue;
+      float sum = acc[r];
+      for (int i = 1; i < n_slices; i++) sum += partial[((i - 1) * n + r) * V + int(tid)];
+      out[r * V + int(tid)] = sum;
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+  }
 }
 
 // --- merging ----------------------------------------------------------------------------------------------------------
@@ -507,11 +589,11 @@ template <typename T, int K, int V, int KB, int VB, int VC, int R>
   const int n_exact = p.n_first + p.n_tail;
 
   if (!is_direct && int(tg.x) >= p.n_ranges) {
-    const int range = int(tg.x) - p.n_ranges, begin = range * kExactTokens;
+    const int range = int(tg.x) - p.n_ranges, begin = range * kExactRange;
     const long part = (long(tg.y) * p.n_parts + int(tg.x)) * n_rows;
-    attend_exact<T, V>(p, bounds, q, first_keys, first_values, tail_keys, tail_values, mask, batch, kv_head, 0, n_rows, begin,
-                       min(n_exact, begin + kExactTokens), weights_all, parts + part * V, states + part * 2, tid, sg, lane,
-                       NSG);
+    attend_exact<T, K, V, R>(p, bounds, q, first_keys, first_values, tail_keys, tail_values, mask, batch, kv_head, 0, n_rows,
+                             begin, min(n_exact, begin + kExactRange), weights_all, parts + part * V, states + part * 2, tid,
+                             sg, lane, NSG);
     return;
   }
 
@@ -669,7 +751,7 @@ template <typename T, int K, int V, int KB, int VB, int VC, int R>
     }
 #pragma clang loop unroll(full)
     for (int b = 0; b < R; b++) {
-      const float weight = score[b] == -INFINITY ? 0.0f : exp2(score[b] - row_max);
+      const float weight = score[b] == -INFINITY ? 0.0f : fast::exp2(score[b] - row_max);
       row_sum += weight;
       const int t = (b * SB + key_lane / R) * KT + int(lane) / KL;
       float scaled = weight;
@@ -731,8 +813,8 @@ template <typename T, int K, int V, int KB, int VB, int VC, int R>
     return;
   }
   if (n_exact > 0) {
-    attend_exact<T, V>(p, bounds, q, first_keys, first_values, tail_keys, tail_values, mask, batch, kv_head, 0, n_rows, 0,
-                       n_exact, weights_all, merged + R * V, states_all + 2 * R, tid, sg, lane, NSG);
+    attend_exact<T, K, V, R>(p, bounds, q, first_keys, first_values, tail_keys, tail_values, mask, batch, kv_head, 0, n_rows, 0,
+                             n_exact, weights_all, merged + R * V, states_all + 2 * R, tid, sg, lane, NSG);
   }
   for (int r = int(sg); r < n_rows; r += NSG) {
     const int n_repeats = n_rows / p.n_queries, head = kv_head * n_repeats + r / p.n_queries;
@@ -811,7 +893,7 @@ inline float2 stage_offsets(constant AttentionParams& p, const device T* q, int 
   const bool has0 = row0 < p.n_rows, has1 = row0 + 1 < p.n_rows;
   simdgroup_float8x8 a, b, sum;
   put(sum, float2(0.0f));
-#pragma clang loop unroll(full)
+#pragma clang loop unroll(disable)
   for (int s = 0; s < K / 8; s++) {
     const int at = row * K + 8 * s + column;
     if (means_kind == kMeansHalf) {
@@ -843,13 +925,13 @@ template <typename T, int K, int V, int KB, int VB, int VC>
   const int n_exact = p.n_first + p.n_tail;
 
   if (int(tg.x) * n_groups >= p.n_ranges) {
-    const int range = int(tg.x) - p.n_ranges / n_groups, begin = range * kExactTokens;
+    const int range = int(tg.x) - p.n_ranges / n_groups, begin = range * kExactRange;
     const long part = (long(tg.y) * p.n_parts + p.n_ranges + range) * n_rows;
     for (int row = first_row; row < min(n_rows, first_row + 8 * n_blocks); row += 8) {
-      attend_exact<T, V>(p, bounds, q, first_keys, first_values, tail_keys, tail_values, mask, batch, kv_head, row,
-                         min(8, n_rows - row), begin, min(n_exact, begin + kExactTokens),
-                         reinterpret_cast<threadgroup float*>(tiles), parts + (part + row) * V, states + (part + row) * 2, tid,
-                         sg, lane, n_sg);
+      attend_exact<T, K, V, 8>(p, bounds, q, first_keys, first_values, tail_keys, tail_values, mask, batch, kv_head, row,
+                               min(8, n_rows - row), begin, min(n_exact, begin + kExactRange),
+                               reinterpret_cast<threadgroup float*>(tiles), parts + (part + row) * V, states + (part + row) * 2,
+                               tid, sg, lane, n_sg);
     }
     return;
   }
@@ -1028,8 +1110,8 @@ template <typename T, int K, int V, int KB, int VB, int VC>
 #pragma clang loop unroll(full)
     for (int rt = 0; rt < 4; rt++) {
       const int t = 8 * rt + row;
-      weights[rt] = float2(weights[rt].x == -INFINITY ? 0.0f : exp2(weights[rt].x - row_max.x),
-                           weights[rt].y == -INFINITY ? 0.0f : exp2(weights[rt].y - row_max.y));
+      weights[rt] = float2(weights[rt].x == -INFINITY ? 0.0f : fast::exp2(weights[rt].x - row_max.x),
+                           weights[rt].y == -INFINITY ? 0.0f : fast::exp2(weights[rt].y - row_max.y));
       row_sum = row_sum + weights[rt];
       threadgroup const uint* words0 = value_tile + (8 * rt + column) * VW;
       threadgroup const uint* words1 = words0 + VW;
