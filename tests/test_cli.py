@@ -143,7 +143,7 @@ def test_plan_and_doctor(folder):
     [
         (("generate", "--kv", "tq5", "--model", "x"), "invalid choice: 'tq5'"),
         (("generate", "--model", "x", "--kv-bits", "4"), "--kv-bits is for mlx-lm's own cache"),
-        (("server", "--model", "x", "--max-kv-size=10"), "--max-kv-size is for mlx-lm's own cache"),
+        (("server", "--model", "x", "--kv-bits=4"), "--kv-bits is for mlx-lm's own cache"),
         (("generate", "--model", "nothing-here"), "[load] name: expected a folder"),
         (("nonsense",), "unknown command 'nonsense'"),
     ],
