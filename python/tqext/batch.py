@@ -625,8 +625,9 @@ class BatchTurboQuantKVCache(Buffers):
         if len(batches) > 1:
             _check_alike(batches, "[merge] caches")
             parts = _joined(batches)
-            merged._idx = max(b._idx for b in batches)
-            merged._left_padding = np.array([merged._idx - b._idx for b in batches], np.int32)
+            lengths = np.array([b._idx for b in batches], np.int32)
+            merged._idx = int(lengths.max())
+            merged._left_padding = merged._idx - lengths
             merged._skip = np.zeros(len(batches), np.int32)
             merged._counts = np.concatenate([b._counts for b in batches])
             merged._dropped = np.concatenate([b._dropped for b in batches])
