@@ -54,7 +54,7 @@ def test_generate_without_compression(folder):
 def test_cache_prompt_and_generate_from_the_file(folder, tmp_path):
     file = tmp_path / "prompt.safetensors"
     tqext("cache_prompt", "--model", folder, "--kv", "tq33", "--prompt", "a story " * 40, "--prompt-cache-file", file)
-    done = tqext("generate", "--prompt-cache-file", file, "--prompt", "and?", "-m", 4)
+    done = tqext("generate", "--prompt-cache-file", file, "--kv", "tq33", "--prompt", "and?", "-m", 4)
     assert "tokens-per-sec" in done.stdout
     assert done.stderr.count("KV cache from the file: 3 of 3 layers compressed\n") == 1
     assert re.search(SIZES, done.stdout)
