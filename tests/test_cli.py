@@ -53,8 +53,8 @@ def test_generate_without_compression(folder):
 
 def test_cache_prompt_and_generate_from_the_file(folder, tmp_path):
     file = tmp_path / "prompt.safetensors"
-    tqext("cache_prompt", "--model", folder, "--kv", "tq3", "--prompt", "a story " * 40, "--prompt-cache-file", file)
-    done = tqext("generate", "--prompt-cache-file", file, "--prompt", "and?", "-m", 4)
+    tqext("cache_prompt", "--model", folder, "--kv", "tq33", "--prompt", "a story " * 40, "--prompt-cache-file", file)
+    done = tqext("generate", "--prompt-cache-file", file, "--kv", "tq33", "--prompt", "and?", "-m", 4)
     assert "tokens-per-sec" in done.stdout
     assert done.stderr.count("KV cache from the file: 3 of 3 layers compressed\n") == 1
     assert re.search(SIZES, done.stdout)
@@ -143,7 +143,7 @@ def test_plan_and_doctor(folder):
     [
         (("generate", "--kv", "tq5", "--model", "x"), "invalid choice: 'tq5'"),
         (("generate", "--model", "x", "--kv-bits", "4"), "--kv-bits is for mlx-lm's own cache"),
-        (("server", "--model", "x", "--max-kv-size=10"), "--max-kv-size is for mlx-lm's own cache"),
+        (("server", "--model", "x", "--kv-bits=4"), "--kv-bits is for mlx-lm's own cache"),
         (("generate", "--model", "nothing-here"), "[load] name: expected a folder"),
         (("nonsense",), "unknown command 'nonsense'"),
     ],

@@ -232,18 +232,55 @@ def test_threads_get_compressed_caches_only(model, how):
 
 
 @pytest.mark.parametrize("make", [make_llama, make_qwen2])
-def test_max_kv_size_is_refused(make):
+def test_max_kv_size_bounds_every_layer(make):
     """Also for llama, whose own make_cache lets mlx-lm pass the bound by in silence."""
     model = tqext.attach(make(), "tq3", guard=False)
+    caches = {kind: ask(model, 300) for kind, ask in BOUNDED.items()}
+    for kind, cache in caches.items():
+        assert kinds(cache) == {TurboQuantKVCache}, kind
+        assert {layer.max_size for layer in cache} == {300}, kind
+        assert {layer.offset for layer in cache} in ({810}, {809}), kind
+        assert max(layer.size() for layer in cache) <= 300, kind
+    assert {layer.max_size for layer in stock.make_prompt_cache(model, max_kv_size=None)} == {None}
+
+
+def generated(model, max_kv_size):
+    cache = stock.make_prompt_cache(model, max_kv_size=max_kv_size)
+    for _ in generate_step(mx.array(prompt(800)), model, max_tokens=10, prompt_cache=cache, prefill_step_size=200):
+        pass
+    return cache
+
+
+def generated_in_a_batch(model, max_kv_size):
+    batch = BatchGenerator(model, max_tokens=10, max_kv_size=max_kv_size, prefill_step_size=200)
+    batch.insert([prompt(800), prompt(30, 1)])
+    caches = []
+    while responses := batch.next_generated():
+        caches += [r.prompt_cache for r in responses if r.prompt_cache is not None]
+    return max(caches, key=lambda cache: cache[0].offset)
+
+
+BOUNDED = {"alone": generated, "in a batch": generated_in_a_batch}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(guard=False), r"max_size: expected None or 256 \(first \+ tail \+ 128\) or more, got 64"),
+        (dict(first_last=1), r"\[make_prompt_cache\] max_kv_size: expected None, as the layers 0, 2 are not compressed"),
+    ],
+)
+def test_max_kv_size_that_cannot_hold_is_refused(options, message):
+    model = tqext.attach(make_llama(), "tq3", **options)
     tokens = mx.array(prompt(20))
     for ask in (
         lambda: stock.make_prompt_cache(model, max_kv_size=64),
         lambda: next(generate_step(tokens, model, max_kv_size=64)),
         lambda: BatchGenerator(model, max_kv_size=64).insert([[1, 2]]),
+        lambda: tqext.make_prompt_cache(model, "tq3", max_kv_size=64, **options),
     ):
-        with pytest.raises(ValueError, match=r"\[make_prompt_cache\] max_kv_size: expected None .* \(tq3\), which keeps every"):
+        with pytest.raises(ValueError, match=message):
             ask()
-    assert kinds(stock.make_prompt_cache(model, max_kv_size=None)) == {TurboQuantKVCache}
 
 
 def test_max_kv_size_is_mlx_lms_where_nothing_is_compressed():

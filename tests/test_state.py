@@ -39,7 +39,7 @@ def balance_of(recipe, n_kv_heads=2, head_dim=64):
 @pytest.mark.parametrize("n_tokens", [2, 50, 300])
 def test_state_survives_a_file_bit_for_bit(model, preset, n_tokens, tmp_path):
     """Codes, balance, exact tokens and recipe are the same, and so are the logits of what follows."""
-    policy = get_policy(preset, first_last=0)
+    policy = get_policy(preset, first_last=0, guard=False)
     cache = [TurboQuantKVCache(c.recipe, balance=balance_of(c.recipe)) for c in tqext.make_prompt_cache(model, policy)]
     logits_after(model, cache, prompt(n_tokens))
     file = str(tmp_path / "cache.safetensors")
@@ -157,8 +157,11 @@ def with_(arrays, at, array):
         (lambda a: changed_header(a, 17, 1 << 30), r"expected \(1, 1073741824, 128, 6\)"),
         (lambda a: changed_header(a, 18, 0), "expected no balance with a recipe without"),
         (lambda a: changed_header(a, 19, 0), "expected 9 arrays after the header, got 10"),
-        (lambda a: changed_header(a, 20, 1), "expected flags of 0 or 1"),
-        (lambda a: with_(a, 0, a[0][:9]), "expected a header of 22 numbers, got 9"),
+        (lambda a: changed_header(a, 20, 100), "expected a bound of at least 256 tokens, got 100"),
+        (lambda a: changed_header(a, 20, -1), "expected a bound of at least 256 tokens, got -1"),
+        (lambda a: changed_header(a, 21, 64), "expected dropped tokens if bounded, got 64"),
+        (lambda a: changed_header(changed_header(a, 20, 500), 21, 65), "expected whole blocks of 64 dropped tokens, got 65"),
+        (lambda a: with_(a, 0, a[0][:9]), "expected a header of 23 numbers, got 9"),
         (lambda a: a[:5], "expected 10 arrays after the header, got 4"),
         (lambda a: a[:1], "expected 10 arrays after the header, got 0"),
         (lambda a: [*a, a[-1]], "expected 10 arrays after the header, got 11"),

@@ -22,8 +22,8 @@ OWN_COMMANDS = {
 }
 # Options of mlx-lm that name a model, to be resolved before mlx-lm sees them.
 _MODEL_OPTIONS = ("--model", "--draft-model")
-# Options of mlx-lm for its own caches; with a compressed cache they would do nothing, or switch batching off.
-_STOCK_CACHE_OPTIONS = ("--kv-bits", "--max-kv-size")
+# Options of mlx-lm for its own caches; with a compressed cache they would switch batching off.
+_STOCK_CACHE_OPTIONS = ("--kv-bits",)
 _UNCOMPRESSED = "none"
 
 USAGE = f"""usage: tqext COMMAND [--kv PRESET] [options of the command]

@@ -18,7 +18,7 @@ STATE_MAGIC = 0x54515854
 STATE_VERSION = 2
 
 _CODINGS = tuple(VALUE_BITS)
-_HEADER_INTS = 22  # with the checksum
+_HEADER_INTS = 23  # with the checksum
 
 
 class Header(NamedTuple):
@@ -32,6 +32,8 @@ class Header(NamedTuple):
         n_kv_heads: KV heads.
         counts: First, coded and recent tokens.
         has_balance: Whether a balance is among the arrays.
+        max_size: The bound of a bounded cache.
+        n_dropped: Tokens that it dropped.
     """
 
     recipe: Recipe
@@ -41,6 +43,8 @@ class Header(NamedTuple):
     n_kv_heads: int
     counts: tuple[int, int, int]
     has_balance: bool
+    max_size: int | None
+    n_dropped: int
 
     def numbers(self) -> list[int]:
         """As they are saved, without the checksum."""
@@ -48,14 +52,14 @@ class Header(NamedTuple):
         recipe = [r.key_bits, r.value_bits, int(r.qjl), ROTATIONS.index(r.rotation), int(r.means), r.tail, r.first]
         recipe += [_CODINGS.index(r.value_coding)]
         sizes = [self.head_dim, self.value_dim, self.batch]
-        more = [self.n_kv_heads, int(r.balance), int(self.has_balance), 0]
+        more = [self.n_kv_heads, int(r.balance), int(self.has_balance), self.max_size or 0, self.n_dropped]
         return [STATE_MAGIC, STATE_VERSION, packed_format.VERSION, *recipe, *sizes, *self.counts, *more]
 
     @property
     def n_exact(self) -> tuple[int, int]:
-        """Tokens in the arrays of first and of recent tokens: they are apart once there are codes between them."""
+        """Tokens in the arrays of first and of recent tokens: they are apart once there are or were codes between them."""
         n_first, n_coded, n_tail = self.counts
-        return (n_first, n_tail) if n_coded else (0, n_first + n_tail)
+        return (n_first, n_tail) if n_coded or self.n_dropped else (0, n_first + n_tail)
 
 
 def check(ok: bool, expected: str, got: object) -> None:
@@ -82,9 +86,9 @@ def read_header(arrays: Any) -> Header:
     check(len(ints) == _HEADER_INTS, f"a header of {_HEADER_INTS} numbers", len(ints))
     key_bits, value_bits, qjl, rotation, means, tail, n_first, coding = ints[3:11]
     sizes, counts = [*ints[11:14], ints[17]], ints[14:17]
-    balance, has_balance, reserved = ints[18:21]
-    flags = (qjl, means, balance, has_balance, reserved)
-    check(set(flags) <= {0, 1} and not reserved, "flags of 0 or 1", flags)
+    balance, has_balance, max_size, n_dropped = ints[18:22]
+    flags = (qjl, means, balance, has_balance)
+    check(set(flags) <= {0, 1}, "flags of 0 or 1", flags)
     check(coding in range(len(_CODINGS)), "a known value coding", coding)
     check(rotation in range(len(ROTATIONS)), "a known rotation", rotation)
     check(min(sizes) >= 0, "sizes of at least 0", sizes)
@@ -102,7 +106,23 @@ def read_header(arrays: Any) -> Header:
     _check_counts(counts, recipe)
     check(recipe.balance or not has_balance, "no balance with a recipe without", has_balance)
     head_dim, value_dim, batch, n_kv_heads = sizes
-    return Header(recipe, head_dim, value_dim, batch, n_kv_heads, (counts[0], counts[1], counts[2]), bool(has_balance))
+    least = recipe.first + recipe.tail + 2 * BLOCK
+    check(max_size == 0 or max_size >= least, f"a bound of at least {least} tokens", max_size)
+    check(
+        n_dropped == 0 or (max_size > 0 and n_dropped > 0 and counts[0] == recipe.first), "dropped tokens if bounded", n_dropped
+    )
+    check(n_dropped % BLOCK == 0, f"whole blocks of {BLOCK} dropped tokens", n_dropped)
+    return Header(
+        recipe,
+        head_dim,
+        value_dim,
+        batch,
+        n_kv_heads,
+        (counts[0], counts[1], counts[2]),
+        bool(has_balance),
+        max_size or None,
+        n_dropped,
+    )
 
 
 def _check_counts(counts: Sequence[int], recipe: Recipe) -> None:
