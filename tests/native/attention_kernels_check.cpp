@@ -472,18 +472,21 @@ void test(const Kernels& isa, int every) {
   }
   unsigned seed = 1;
   for (size_t i = 0; i < cases.size(); i += every) test_coded(isa, cases[i], seed++, worst);
+  auto chosen = [&] { return seed++ % unsigned(every) == 0; };
   for (int n : {1, 40, 300}) {
     for (int rows : {1, 4, 30}) {
       for (bool half : {false, true}) {
         for (bool lloyd : {false, true}) {
           Case c{128, 128, 3, 2, rows, 0, n, half};
           c.lloyd = lloyd;
-          for (Place place : {Place::kQuery, Place::kKey, Place::kValue}) test_nan(isa, c, place);
+          for (Place place : {Place::kQuery, Place::kKey, Place::kValue})
+            if (chosen()) test_nan(isa, c, place);
           c.offset = c.bias = true;
           for (int begin : {0, 64, n == 300 ? 128 : 65}) {
             c.begin = begin;
             for (int block = begin / kBlockTokens; block < n_blocks(begin + n); block++)
-              for (float bad : {kNaN, kInf, -kInf}) test_bad_offset(isa, c, block, bad);
+              for (float bad : {kNaN, kInf, -kInf})
+                if (chosen()) test_bad_offset(isa, c, block, bad);
           }
         }
       }
@@ -493,12 +496,13 @@ void test(const Kernels& isa, int every) {
   for (int dim = kMinDim; dim <= kMaxDim; dim += dim < 136 ? kDimStep : 72)
     for (int n_rows : {1, 2, 3, 4, 5, 8, 9, 30})
       for (int n : {1, 2, 3, 4, 5, 8, 23})
-        for (bool half : {false, true}) test_means(isa, half, dim, n_rows, n % 3, n, n_rows % 2 * 8, worst_mean);
+        for (bool half : {false, true})
+          if (chosen()) test_means(isa, half, dim, n_rows, n % 3, n, n_rows % 2 * 8, worst_mean);
   for (ExactType type : {ExactType::kFloat32, ExactType::kFloat16, ExactType::kBFloat16}) {
     for (int dim : {32, 40, 64, 80, 96, 128, 256, 512})
       for (int n : {1, 4, 33, 64, 150})
         for (int rows : {1, 2, 3, 4, 8, 29})
-          if (seed++ % every == 0)
+          if (chosen())
             test_exact(isa, type, dim, rows % 2 ? dim : 72, n, rows, n % 4, rows == 4, rows == 8 || rows == 29, worst_exact);
   }
   std::printf("%-9s coded: fp32 query %.1e, half query %.1e; exact tokens %.1e; means %.1e\n", isa.name, worst[0], worst[1],
@@ -586,5 +590,5 @@ int main(int argc, char** argv) {
     if (!only.empty() && only != isa.name) continue;
     timing ? time(isa) : test(isa, every);
   }
-  return failures;
+  return std::min(failures, 255);  // an exit status has eight bits
 }
