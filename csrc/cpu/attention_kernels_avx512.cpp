@@ -199,9 +199,13 @@ class IntegerAttention {
     const size_t n_rows = rows.n_rows;
     table_ = load_table(shape.codebook);
     if constexpr (kLloyd) set_value_tables(shape);
-    for (int i = 0; i < out_size_ && !kLloyd; i++) {
-      const int d = dimension(i);
-      group_of_[i] = d < 0 ? 0 : d / kGroup;
+    for (int chunk = 0; chunk < n_chunks_ && !kLloyd; chunk++) {
+      for (int slot = 0; slot < n_slots_; slot++) {
+        for (int lane = 0; lane < 16; lane++) {
+          const int d = dimension(chunk, slot, lane);
+          group_of_[(chunk * n_slots_ + slot) * 16 + lane] = d < 0 ? 0 : d / kGroup;
+        }
+      }
     }
     for (int r = 0; r < rows.n_rows; r++) max_[r] = kNegInf;
     for (size_t i = 0; i < n_rows * row_size(); i += 16) _mm512_store_ps(out_ + i, _mm512_setzero_ps());
@@ -222,10 +226,15 @@ class IntegerAttention {
       Partial& p = partials[r];
       p.max = max_[r];
       p.sum = _mm512_reduce_add_ps(_mm512_load_ps(sums_ + 16 * r));
+      const float* from = out_ + size_t(r) * out_size_;
       for (int d = 0; d < value_dim_; d++) p.out[d] = 0;
-      for (int i = 0; i < out_size_; i++) {
-        const int d = dimension(i);
-        if (d >= 0) p.out[d] += out_[size_t(r) * out_size_ + i];
+      for (int chunk = 0; chunk < n_chunks_; chunk++) {
+        for (int slot = 0; slot < n_slots_; slot++, from += 16) {
+          for (int lane = 0; lane < 16; lane++) {
+            const int d = dimension(chunk, slot, lane);
+            if (d >= 0) p.out[d] += from[lane];
+          }
+        }
       }
       for (int g = 0; g < n_groups_ && !kLloyd; g++) {
         const float bias = _mm512_reduce_add_ps(_mm512_load_ps(bias_sums_ + (size_t(r) * n_groups_ + g) * 16));
@@ -279,9 +288,9 @@ class IntegerAttention {
     return _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(x)));
   }
 
-  // Dimension of element i of out_, or -1: lanes that fill up the last chunk.
-  int dimension(int i) const {
-    const int byte = i % 4, word = i / 4 % 4, slot = i / 16 % n_slots_, chunk = i / 16 / n_slots_;
+  // Dimension of a lane of out_, or -1: lanes that fill up the last chunk. out_: [chunk][slot][lane].
+  int dimension(int chunk, int slot, int lane) const {
+    const int byte = lane % 4, word = lane / 4;
     if (!kLloyd) {  // byte of word 4 * chunk + word
       const int w = 4 * chunk + word;
       return w < value_words_ ? value_words_ * (n_slots_ * byte + slot) + w : -1;
@@ -291,7 +300,7 @@ class IntegerAttention {
       unit = 2 * chunk + word / 2;
       eight = word % 2 + slot / 2 * 2;
     } else if (value_bits_ == 3) {
-      unit = chunk / 4 * 4 + word % n_units_;
+      unit = chunk / 4 * 4 + (word & (n_units_ - 1));  // one, two or four
       eight = chunk % 4;
     }
     return unit < value_dim_ / kUnit ? kUnit * unit + 8 * eight + 2 * byte + slot % 2 : -1;

@@ -36,6 +36,7 @@ struct Case {
   bool equal = false;  // all keys are one key, values lie around zero: the output is an average near zero
   int octaves = 0;     // by which value scales differ between tokens and groups
   bool lloyd = false;  // values are coded as keys
+  bool same = false;   // all tokens are one token
 };
 
 std::string name(const Case& c) {
@@ -43,9 +44,9 @@ std::string name(const Case& c) {
   std::snprintf(
       text, sizeof(text),
       "D=%d/%d bits=%d/%d%s rows=%d [%d,%d) half=%d signs=%d bias=%d ends=%d offset=%d poison=%d padding=%d spread=%g "
-      "equal=%d octaves=%d",
+      "equal=%d octaves=%d same=%d",
       c.key_dim, c.value_dim, c.key_bits, c.value_bits, c.lloyd ? " lloyd" : "", c.rows, c.begin, c.begin + c.n, c.half,
-      c.signs, c.bias, c.ends, c.offset, c.poison, c.padding, c.spread, c.equal, c.octaves);
+      c.signs, c.bias, c.ends, c.offset, c.poison, c.padding, c.spread, c.equal, c.octaves, c.same);
   return text;
 }
 
@@ -104,9 +105,13 @@ struct Problem {
       scale = !scale;
       return float_to_half(x);
     });
-    for (int t = 1; c.equal && t < total; t++) {
+    for (int t = 1; (c.equal || c.same) && t < total; t++) {
       std::copy_n(key_codes.begin(), kw, key_codes.begin() + size_t(t) * (kw + pad));
       norms[size_t(t) * (1 + pad)] = norms[0];
+    }
+    for (int t = 1; c.same && t < total; t++) {
+      std::copy_n(value_codes.begin(), vw, value_codes.begin() + size_t(t) * (vw + pad));
+      std::copy_n(params.begin(), np, params.begin() + size_t(t) * (np + pad));
     }
     for (int i = 0; i < c.rows * c.key_dim; i++) q.push_back(normal(random) * c.spread / std::sqrt(float(c.key_dim)) * 1.4427f);
     for (int i = 0; i < c.rows * c.key_dim; i++) residual_q.push_back(q[i] * std::sqrt(float(M_PI / 2) / c.key_dim));
@@ -466,8 +471,11 @@ void test(const Kernels& isa, int every) {
     for (bool lloyd : {false, true}) {
       cases.push_back({128, 128, 3, 2, 4, 0, 5000, half, true, false, true, true, false, 4});
       cases.back().lloyd = lloyd;
-      cases.push_back({128, 128, 3, 2, 4, 0, 16384, half});
+      cases.push_back({128, 128, 3, 2, 4, 0, kMostTokens, half});
       cases.back().lloyd = lloyd;
+      cases.push_back({64, 64, 3, 2, 4, 0, kMostTokens, half});
+      cases.back().lloyd = lloyd;
+      cases.back().same = true;
     }
   }
   unsigned seed = 1;
