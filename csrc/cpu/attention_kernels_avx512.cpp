@@ -222,20 +222,28 @@ class IntegerAttention {
   }
 
   void finish(Partial* partials) const {
-    for (int r = 0; r < rows_.n_rows; r++) {
+    const int n_rows = rows_.n_rows;
+    for (int r = 0; r < n_rows && fold_ > 1; r++) {
+      for (int d = 0; d < value_dim_; d++) partials[r].out[d] = 0;
+    }
+    for (int i = 0; i < out_size_ / 16; i++) {
+      alignas(64) int32_t to[16];
+      for (int lane = 0; lane < 16; lane++) to[lane] = dimension(i / n_slots_, i % n_slots_, lane);
+      const __m512i index = _mm512_load_si512(to);
+      const __mmask16 used = _mm512_cmpge_epi32_mask(index, _mm512_setzero_si512());
+      for (int r = 0; r < n_rows; r++) {
+        const float* from = out_ + size_t(r) * out_size_ + 16 * i;
+        if (fold_ == 1) {
+          _mm512_mask_i32scatter_ps(partials[r].out, used, index, _mm512_load_ps(from), 4);
+        } else {  // several lanes of a dimension
+          for (int lane = 0; lane < 16; lane++) partials[r].out[to[lane]] += from[lane];
+        }
+      }
+    }
+    for (int r = 0; r < n_rows; r++) {
       Partial& p = partials[r];
       p.max = max_[r];
       p.sum = _mm512_reduce_add_ps(_mm512_load_ps(sums_ + 16 * r));
-      const float* from = out_ + size_t(r) * out_size_;
-      for (int d = 0; d < value_dim_; d++) p.out[d] = 0;
-      for (int chunk = 0; chunk < n_chunks_; chunk++) {
-        for (int slot = 0; slot < n_slots_; slot++, from += 16) {
-          for (int lane = 0; lane < 16; lane++) {
-            const int d = dimension(chunk, slot, lane);
-            if (d >= 0) p.out[d] += from[lane];
-          }
-        }
-      }
       for (int g = 0; g < n_groups_ && !kLloyd; g++) {
         const float bias = _mm512_reduce_add_ps(_mm512_load_ps(bias_sums_ + (size_t(r) * n_groups_ + g) * 16));
         for (int d = 0; d < kGroup; d++) p.out[kGroup * g + d] += bias;
