@@ -433,8 +433,8 @@ class Fp32Attention {
 
   // ---- arithmetic
 
-  // c[i][.] (+)= sum over k of a[i][k] * b[k][.] for R rows and P panels; a null keep starts from zero, else from
-  // c[i][.] * keep[i].
+  // c[i][.] = sum over k of a[i][k] * b[k][.] for R rows and P panels, plus c[i][.] * keep[i] unless keep is null. Added last:
+  // a sum of 64 terms and a sum of such sums lose fewer digits than one of all terms.
   template <int R, int P>
   static void multiply(const float* a, ptrdiff_t a_stride, const float* b, ptrdiff_t panel_stride, int n, float* c,
                        ptrdiff_t c_stride, const float* keep) {
@@ -442,9 +442,8 @@ class Fp32Attention {
     F acc[R][2 * P];
 #pragma GCC unroll 12
     for (int i = 0; i < R; i++) {
-      const F factor = V::set1(keep ? keep[i] : 0.0f);
 #pragma GCC unroll 16
-      for (int j = 0; j < 2 * P; j++) acc[i][j] = keep ? V::mul(V::load(c + i * c_stride + j * kWidth), factor) : V::set1(0);
+      for (int j = 0; j < 2 * P; j++) acc[i][j] = V::set1(0);
     }
     for (int k = 0; k < n; k++) {
       F x[2 * P];
@@ -459,8 +458,12 @@ class Fp32Attention {
     }
 #pragma GCC unroll 12
     for (int i = 0; i < R; i++) {
+      const F factor = V::set1(keep ? keep[i] : 0.0f);
 #pragma GCC unroll 16
-      for (int j = 0; j < 2 * P; j++) V::store(c + i * c_stride + j * kWidth, acc[i][j]);
+      for (int j = 0; j < 2 * P; j++) {
+        float* to = c + i * c_stride + j * kWidth;
+        V::store(to, keep ? V::fma(V::load(to), factor, acc[i][j]) : acc[i][j]);
+      }
     }
   }
 
@@ -567,23 +570,25 @@ class Fp32Attention {
     const float keep = max_[r] == new_max ? 1.0f : first_lane(V::exp2(V::set1(max_[r] - new_max)));
     max_[r] = new_max;
     const F reference = V::set1(new_max == kNegInf ? 0.0f : new_max);
-    F sum = V::mul(V::load(sum_ + r * kWidth), V::set1(keep));
+    F sum = V::set1(0);  // of the tile: see multiply()
     for (int t = 0; t < n_padded; t += kWidth) {
       const F weight = V::exp2(V::sub(V::load(s + t), reference));
       V::store(s + t, weight);
       sum = V::add(sum, weight);
     }
-    V::store(sum_ + r * kWidth, sum);
+    V::store(sum_ + r * kWidth, V::fma(V::load(sum_ + r * kWidth), V::set1(keep), sum));
     return keep;
   }
 
   // A token that a row does not attend may hold anything, NaN too.
   void add_values_carefully(int r, const float* weights, int n, float keep) {
     float* out = out_ + ptrdiff_t(r) * out_dim_;
-    for (int d = 0; d < out_dim_; d++) out[d] *= keep;
-    for (int t = 0; t < n; t++) {
-      if (weights[t] == 0) continue;
-      for (int d = 0; d < value_dim_; d++) out[d] += weights[t] * *value_at(t, d);
+    for (int d = 0; d < value_dim_; d++) {
+      float sum = 0;
+      for (int t = 0; t < n; t++) {
+        if (weights[t] != 0) sum += weights[t] * *value_at(t, d);
+      }
+      out[d] = out[d] * keep + sum;
     }
   }
 
