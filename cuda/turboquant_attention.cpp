@@ -25,29 +25,30 @@ struct Variant {
   bool lloyd;
   int rows, type, mask;
   bool signs, strided;
-  int stages = 4;  // of the copy pipeline: choose_stages
+  int stages = 4;  // of the copy pipeline: choose_occupancy
 
-  // Blocks per multiprocessor bound the registers of a thread. Two: 8 columns more or dimensions beyond 128.
-  int blocks() const { return rows == 16 || std::max(key_dim, value_dim) > 128 ? 2 : 3; }
+  int blocks = 3;  // per multiprocessor, which bounds the registers of a thread: choose_occupancy
+
   uint64_t id() const {
     uint64_t x = key_dim / 32;
     for (int y : {value_dim / 32, key_bits, value_bits, int(lloyd), rows, type, mask, int(signs), int(strided)}) x = x * 17 + y;
     return x;
   }
   AttentionLayout layout() const { return {key_dim, value_dim, key_bits, value_bits, lloyd, rows, type, signs, stages}; }
-  // Four, or three where only then blocks() fit into a multiprocessor's shared memory; three, four and five were as fast
-  // (H200, 64 KV heads x 32768 keys).
-  void choose_stages(int device) {
+  // Three blocks, two with 8 columns more or dimensions beyond 128; fewer where a multiprocessor's shared memory does not hold
+  // so many (100 KB on 8.6, 8.9 and 12.0): the registers are then free for more. Four stages, or three where only then the
+  // blocks fit; three, four and five were as fast (H200, 64 KV heads x 32768 keys).
+  void choose_occupancy(int device) {
     constexpr int kReserved = 1024;  // by the system, of each block
-    const int most = (device_info(device).shared_bytes + kReserved) / blocks() - kReserved;
-    auto fit = [&](int n) {
-      stages = n;
-      return layout().total <= most;
-    };
-    if (!fit(4) && !fit(3)) stages = 4;
+    for (blocks = rows == 16 || std::max(key_dim, value_dim) > 128 ? 2 : 3; blocks > 0; blocks--) {
+      for (stages = 4; stages >= 3; stages--) {
+        if (layout().total <= (device_info(device).shared_bytes + kReserved) / blocks - kReserved) return;
+      }
+    }
+    blocks = 1, stages = 4;
   }
   Kernel build(int device) {
-    choose_stages(device);
+    choose_occupancy(device);
     const std::string binary = compile("turboquant_attention.cu",
                                        {{"KEY_DIM", key_dim},
                                         {"VALUE_DIM", value_dim},
@@ -60,7 +61,7 @@ struct Variant {
                                         {"SIGNS", signs},
                                         {"STRIDED", strided},
                                         {"STAGES", stages},
-                                        {"BLOCKS_PER_SM", blocks()}},
+                                        {"BLOCKS_PER_SM", blocks}},
                                        true, device);
     return load_kernel(binary, "turboquant_attention", layout().total, 32 * kAttentionWarps, device);
   }
