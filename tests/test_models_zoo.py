@@ -101,7 +101,7 @@ def test_model_compresses_what_it_can(kind):
     if not n_compressed:
         assert [type(c) for c in tqext.make_prompt_cache(model)] == [type(c) for c in stock_cache(model)]
         return
-    tqext.verify(model, n_tokens=N_PROMPT, balance=False, **SHORT)
+    tqext.verify(model, "tq4", n_tokens=N_PROMPT, balance=False, **SHORT)
 
     stock, packed = stock_cache(model), tqext.make_prompt_cache(model, "tq4", **SHORT)
     exact, got = (logits_after(model, cache, TOKENS[:N_PROMPT]) for cache in (stock, packed))

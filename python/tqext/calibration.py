@@ -36,6 +36,8 @@ N_OFFSETS = 6
 DEFAULT_CONTEXT = 32768
 # Further than any RoPE table of a model that is not scaled.
 MAX_CONTEXT = 131072
+# What models' arguments call it.
+CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "n_ctx")
 # Queries whose scores and outputs are compared, the last of the prompt.
 N_QUERIES = 32
 BALANCE_RANGE = 64.0
@@ -96,22 +98,26 @@ def offsets(model: Any) -> tuple[int, ...]:
 
 
 def trained_context(model: Any) -> int:
-    """``max_position_embeddings`` of the model's arguments; `DEFAULT_CONTEXT` where they do not say."""
+    """Positions that the model knows, from its arguments; `DEFAULT_CONTEXT` where they do not say.
+
+    A table of positions ends there: the least number counts.
+    """
     args = getattr(model, "args", None)
+    found = []
     for holder in (args, getattr(args, "text_config", None)):
-        value = (
-            holder.get("max_position_embeddings")
-            if isinstance(holder, dict)
-            else getattr(holder, "max_position_embeddings", None)
-        )
-        if isinstance(value, int) and value > 0:
-            return value
-    return DEFAULT_CONTEXT
+        names = holder if isinstance(holder, dict) else vars(holder) if hasattr(holder, "__dict__") else {}
+        found += [n for name in CONTEXT_NAMES if isinstance(n := names.get(name), int) and n > 0]
+    return min(found, default=DEFAULT_CONTEXT)
 
 
-def prompt() -> mx.array:
-    """int ``[1, N_TOKENS]``: a fixed linear congruence over 61 tokens, which every vocabulary has."""
-    return mx.array([[(7919 * i * (i + 3) + 13 * i) % 61 + 1 for i in range(N_TOKENS)]])
+def prompt(context: int = DEFAULT_CONTEXT) -> mx.array:
+    """int ``[1, N_TOKENS]``, whole blocks as far as the context goes and two at least: one that stays exact, one that is coded.
+
+    A fixed linear congruence over 61 tokens, which every vocabulary has.
+    """
+    block = packed_format.BLOCK
+    n = max(2 * block, min(N_TOKENS, context) // block * block)
+    return mx.array([[(7919 * i * (i + 3) + 13 * i) % 61 + 1 for i in range(n)]])
 
 
 class ObservingCache:
@@ -303,9 +309,10 @@ def observe(
         at: Offsets.
     """
     observations: dict[str, list[_Observation]] = {path: [] for path in recipes}
+    tokens = prompt(trained_context(model))
     for shift in at:
         cache, observing = make_cache(lambda shift=shift: ObservingCache(shift))
-        out = model(prompt(), cache=cache)
+        out = model(tokens, cache=cache)
         step = {path: _observation(observing[path].seen, recipe.means) for path, recipe in recipes.items()}
         arrays = [x for o in step.values() for x in (o.query_square, o.key_square, o.queries, o.keys, o.values)]
         # Ranks wait for each other in the last layer, too; one number stands for all logits.
