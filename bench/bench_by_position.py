@@ -105,6 +105,9 @@ def measure_text(model: Any, tokenizer: Any, text: str, options: argparse.Namesp
     if not entries:
         print(f"{name}: measured already")
         return
+    for entry in entries:
+        if entry.layers:
+            print(entry.layers, flush=True)
     start = time.perf_counter()
 
     def keep(results: list[ByPosition], complete: bool = False) -> None:

@@ -5,7 +5,7 @@ has a floor of about 25 us. As in a model each call of attention waits for the o
 a second figure is of calls that do not wait, which MLX may run side by side. The arrays rotate among several sets, together
 larger than the last-level cache.
 
-    python bench/bench_cuda.py --json bench/results/h100.json [--only attention q1 scores model]
+    python bench/bench_cuda.py --json bench/results/h100.json [--only attention presets q1 scores model]
 """
 
 import argparse
@@ -51,16 +51,29 @@ def words(*shape):
     return mx.random.randint(0, 2**31 - 1, shape).astype(mx.uint32) * 2 + mx.random.randint(0, 2, shape).astype(mx.uint32)
 
 
-def packed(batch, heads, keys):
-    k = tqext.PackedKeys(codes=words(batch, heads, keys, DIM // 32 * 3), bits=3, head_dim=DIM,
-                         norms=(mx.random.uniform(shape=(batch, heads, keys, 1)) + 0.5).astype(mx.float16))  # fmt: skip
+# Bits of keys and of values, coding of the values.
+PRESETS = {"tq3": (3, 2, "groups"), "tq33": (3, 3, "lloyd"), "tq4": (4, 4, "lloyd"), "tq2": (2, 2, "lloyd")}
+
+
+def packed(batch, heads, keys, preset="tq3", centred=True):
+    """Random bytes of a preset; centred: with means of blocks and a balance, as a cache has them."""
+    key_bits, value_bits, coding = PRESETS[preset]
+
+    def norms():
+        return (mx.random.uniform(shape=(batch, heads, keys, 1)) + 0.5).astype(mx.float16)
+
+    k = tqext.PackedKeys(codes=words(batch, heads, keys, DIM // 32 * key_bits), norms=norms(), bits=key_bits, head_dim=DIM)
+    if centred:
+        n_blocks = tqext.format.n_blocks(keys)
+        k = k._replace(means=halves(batch, heads, n_blocks, DIM), balance=mx.exp(mx.random.normal((heads, DIM)) / 2))
+    if coding == "groups":
+        params = (mx.random.uniform(shape=(batch, heads, keys, DIM // 16)) - 0.5).astype(mx.float16)
+    else:
+        params = norms()
     v = tqext.PackedValues(
-        codes=words(batch, heads, keys, DIM // 32 * 2),
-        bits=2,
-        head_dim=DIM,
-        params=(mx.random.uniform(shape=(batch, heads, keys, DIM // 16)) - 0.5).astype(mx.float16),
+        codes=words(batch, heads, keys, DIM // 32 * value_bits), params=params, bits=value_bits, head_dim=DIM, coding=coding
     )
-    mx.eval(k.codes, k.norms, v.codes, v.params)
+    mx.eval([x for x in (*k, *v) if isinstance(x, mx.array)])
     return k, v
 
 
@@ -93,6 +106,7 @@ def attention(copy):
 
                 us, spread = timed(ours, q)
                 apart, _ = timed(ours)
+                n_bytes = sum(x.nbytes for x in compressed[0])
                 del compressed, ours
                 plain = [(halves(1, heads, keys + tail, DIM), halves(1, heads, keys + tail, DIM)) for _ in range(sets)]
                 mx.eval(plain)
@@ -102,7 +116,7 @@ def attention(copy):
 
                 fp16, _ = timed(theirs, q)
                 fp16_apart, _ = timed(theirs)
-                gbs = (heads * keys * 98 + heads * tail * 512) / us / 1e3
+                gbs = (n_bytes + heads * tail * 512) / us / 1e3
                 row = {"KV heads": heads, "keys": keys, "tail": tail, "us": us, "spread": spread, "GB/s": gbs,
                        "share": gbs / copy, "fp16 us": fp16, "times": fp16 / us,
                        "times, not waiting": fp16_apart / apart}  # fmt: skip
@@ -111,6 +125,26 @@ def attention(copy):
                     row["FlashAttention us"] = flash_attention(heads, keys)
                 yield row
                 del plain, theirs
+
+
+def presets(copy):
+    """The presets beside each other, and tq3 without means and balance; 4 query heads per KV head."""
+    for batch, heads, keys in ((1, 8, 16384), (1, 8, 32768), (1, 8, 131072), (8, 8, 16384), (8, 8, 32768), (8, 8, 131072)):
+        q = halves(batch, 4 * heads, 1, DIM)
+        mx.eval(q)
+        first = None
+        for preset, centred in (("tq3", False), *((name, True) for name in PRESETS)):
+            one = packed(batch, heads, keys, preset, centred)
+            n_bytes = sum(x.nbytes for x in one)
+            # More than the last-level cache holds.
+            sets = [one, *(packed(batch, heads, keys, preset, centred) for _ in range(min(12, max(1, int(150e6 / n_bytes)))))]
+            us, spread = timed(lambda x, k, sets=sets: tqext.turboquant_attention(x, *sets[k % len(sets)]), q)
+            first = first or us
+            gbs = n_bytes / us / 1e3
+            yield {"batch": batch, "KV heads": heads, "keys": keys, "preset": preset if centred else "tq3, no means",
+                   "bytes per token": n_bytes / (batch * heads * keys), "us": us, "spread": spread, "GB/s": gbs,
+                   "share": gbs / copy, "time of tq3 without means": us / first}  # fmt: skip
+            del one, sets
 
 
 def stock_quantised(q, plain):
@@ -204,7 +238,7 @@ def q1(copy):
 def scores(_copy):
     """The TurboQuant paper's claim ("up to 8 x"): scores of compressed keys against a product with fp32 keys."""
     for heads, keys in ((8, 131072), (64, 32768)):
-        k, _ = packed(1, heads, keys)
+        k, _ = packed(1, heads, keys, centred=False)
         # The narrowest values there are: attention reads them too.
         narrow = tqext.PackedValues(codes=words(1, heads, keys, 2), params=halves(1, heads, keys, 2), bits=2, head_dim=32)
         q = mx.random.normal((1, 4 * heads, 1, DIM))
@@ -312,7 +346,7 @@ def end_to_end(_copy, weights=tuple(CASES), budget=math.inf):
 
 
 def main():
-    parts = {"attention": attention, "q1": q1, "scores": scores, "model": end_to_end}
+    parts = {"attention": attention, "presets": presets, "q1": q1, "scores": scores, "model": end_to_end}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--only", nargs="*", choices=list(parts), default=list(parts))

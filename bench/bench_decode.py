@@ -3,7 +3,7 @@
     python bench/bench_decode.py --n-tokens 1024 8192
 
 The context is random keys and values of unit variance: what they are does not change the work. Encoding happens once every
-`flush` tokens; its time per token is that of all layers' blocks over their length.
+64 tokens; its time per token is that of all layers' blocks over their length.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ import mlx.core as mx
 
 import tqext
 from timing import RESULTS, machine, measure_in_turns, save, table
-from tqext.cache import Codec, Exact, TurboQuantKVCache
+from tqext.cache import TurboQuantKVCache
 from tqext.mlx_lm import stock_cache
 from tqext.models import load
+from tqext.tokens import BLOCK, Codec, Exact
 
 
 def filled(model: Any, n_tokens: int) -> list[Any]:
@@ -38,14 +39,14 @@ def encode_ms(caches: list[Any], seconds: float) -> float:
         if not isinstance(cache, TurboQuantKVCache):
             continue
         snapshot = cache.keys_and_values()[0]
-        n, keys, values = cache.recipe.flush, snapshot.packed_keys, snapshot.packed_values
+        n, keys, values = BLOCK, snapshot.packed_keys, snapshot.packed_values
         n_heads = keys.codes.shape[1]
-        codec = Codec(cache.recipe, keys.head_dim, values.head_dim)
+        codec = Codec(cache.recipe, keys.head_dim, values.head_dim, cache.balance)
         block = Exact(mx.random.normal((1, n_heads, n, keys.head_dim)), mx.random.normal((1, n_heads, n, values.head_dim)))
         mx.eval(block.keys, block.values)
         total += (
             measure_in_turns(
-                [lambda codec=codec, block=block, mean=keys.mean: mx.eval(codec.encode(block, mean))],
+                [lambda codec=codec, block=block: mx.eval(codec.encode(block))],
                 seconds=seconds / len(caches),
             )[0].median
             / n

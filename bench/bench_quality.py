@@ -34,7 +34,7 @@ from tqext.presets import PRESETS, Policy
 
 VARIANTS = [
     replace(get_policy("tq3", tail=128), name="tq3, tail 128"),
-    replace(get_policy("tq3", tail=0, flush=1), name="tq3, no tail"),
+    replace(get_policy("tq3", tail=0), name="tq3, no tail"),
 ]
 STOCK_BITS = (8, 4, 3)
 TEXTS = ("emma", "modern")

@@ -30,7 +30,19 @@ def main() -> None:
         for n in range(1, args.most + 1):
             with tempfile.TemporaryDirectory() as folder:
                 path = Path(folder) / "run.json"
-                command = [sys.executable, BENCH, "--threads", n, "--n-keys", args.n_keys, "--only", "tqext", "--seconds", 0.5]
+                command = [
+                    sys.executable,
+                    BENCH,
+                    "--threads",
+                    n,
+                    "--n-keys",
+                    args.n_keys,
+                    "--formats",
+                    "tq33",
+                    "--only",
+                    "tqext",
+                ]
+                command += ["--seconds", 0.5]
                 subprocess.run([*map(str, command), "--json", str(path)], check=True, stdout=subprocess.DEVNULL)
                 for row in json.loads(path.read_text())["runs"][0]["rows"]:
                     found.setdefault((row["query"], n), []).append(row["ms"])

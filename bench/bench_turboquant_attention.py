@@ -2,7 +2,10 @@
 
     python bench/bench_turboquant_attention.py
     python bench/bench_turboquant_attention.py --n-keys 1024 16384 131072 --threads 1 --isa avx2 --json bench/results/mine.json
+    python bench/bench_turboquant_attention.py --formats plain tq3 tq33 --only tqext
 
+Lines: "tqext" is the plain call, without means and balance, with --key-bits and --value-bits; "tqext tq3" and the like are what
+a cache of that preset asks for, with the means of blocks and a balance, without its exact tokens.
 Every line reads the whole history once per call: bytes are those of the keys and values as stored, GB/s is bytes over the
 median time, share is GB/s over the read bandwidth measured by the same run on the same number of threads.
 """
@@ -12,6 +15,15 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from timing import machine, measure_in_turns, operator_arguments, read_bandwidth, save, table
+
+# Bits of keys, bits of values and how values are coded.
+FORMATS = {
+    "tq3": (3, 2, "groups"),
+    "tq33": (3, 3, "lloyd"),
+    "tq4": (4, 4, "lloyd"),
+    "tq2": (2, 2, "lloyd"),
+}
+QUERIES = ("fp32", "fp16", "bf16")
 
 
 def arguments() -> argparse.Namespace:
@@ -23,6 +35,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--key-bits", type=int, default=3)
     parser.add_argument("--value-bits", type=int, default=2)
+    parser.add_argument("--formats", nargs="+", default=["plain", *FORMATS], choices=["plain", *FORMATS])
     return operator_arguments(parser)
 
 
@@ -37,18 +50,29 @@ def lines(args: argparse.Namespace, n_keys: int) -> Iterator[tuple[str, str, int
     mx.random.seed(0)
     k, v = (mx.random.normal((1, args.n_kv_heads, n_keys, dim)) for _ in range(2))
     q = mx.random.normal((1, args.n_q_heads, args.n_queries, dim))
-    keys, values = tqext.quantize_keys(k, bits=args.key_bits), tqext.quantize_values(v, bits=args.value_bits)
-    packed = [keys.codes, keys.norms, values.codes, values.params]
-    mx.eval(q, k, v, *packed)
+    mx.eval(q, k, v)
+    dtypes = dict(zip(QUERIES, (mx.float32, mx.float16, mx.bfloat16), strict=True))
 
-    for dtype, name in ((mx.float32, "fp32"), (mx.float16, "fp16"), (mx.bfloat16, "bf16")):
-        qd = q.astype(dtype)
-        mx.eval(qd)
-        yield (
-            "tqext", name, sum(x.nbytes for x in packed),
-            lambda qd=qd: mx.eval(tqext.turboquant_attention(qd, keys, values, scale=scale, mask=mask)),
-        )  # fmt: skip
-    for dtype, name in ((mx.float32, "fp32"), (mx.float16, "fp16"), (mx.bfloat16, "bf16")):
+    for packing in args.formats:
+        if packing == "plain":
+            keys, values = tqext.quantize_keys(k, bits=args.key_bits), tqext.quantize_values(v, bits=args.value_bits)
+        else:
+            key_bits, value_bits, coding = FORMATS[packing]
+            balance = mx.exp(0.3 * mx.random.normal((args.n_kv_heads, dim)))
+            keys = tqext.quantize_keys(k, bits=key_bits, means=tqext.block_means(k), balance=balance)
+            values = tqext.quantize_values(v, bits=value_bits, coding=coding)
+        packed = [x for x in (*keys, *values) if isinstance(x, mx.array)]
+        mx.eval(packed)
+        for name, dtype in dtypes.items():
+            qd = q.astype(dtype)
+            mx.eval(qd)
+            yield (
+                "tqext" if packing == "plain" else f"tqext {packing}", name, sum(x.nbytes for x in packed),
+                lambda qd=qd, keys=keys, values=values: mx.eval(
+                    tqext.turboquant_attention(qd, keys, values, scale=scale, mask=mask)
+                ),
+            )  # fmt: skip
+    for name, dtype in dtypes.items():
         qd, kd, vd = (x.astype(dtype) for x in (q, k, v))
         mx.eval(qd, kd, vd)
         yield (
@@ -101,7 +125,7 @@ def main() -> None:
     print(table(rows, columns))
     print("spread in percent; times: mx.fast with the same query type over this line, of the medians and of the least times")
     if args.json:
-        names = ("n_keys", "n_queries", "n_q_heads", "n_kv_heads", "head_dim", "key_bits", "value_bits")
+        names = ("n_keys", "n_queries", "n_q_heads", "n_kv_heads", "head_dim", "key_bits", "value_bits", "formats")
         settings = {"bench": "turboquant_attention", **{name: getattr(args, name) for name in names}}
         settings |= {"threads": n_threads, "isa": tqext.isa()}
         save(args.json, settings, {"read_bandwidth_gbs": round(bandwidth, 1)}, rows)

@@ -177,6 +177,8 @@ CUDA = {
     "Attention": ("cuda_attention", {"KV heads": "d", "keys": "d", "tail": "d", "us": ".0f", "spread": ".0f", "share": ".0%",
                   "fp16 us": ".0f", "times": ".2f", "times, not waiting": ".2f", "mlx-lm 4 bits us": ".0f",
                   "FlashAttention us": ".0f"}),
+    "Presets": ("cuda_presets", {"batch": "d", "KV heads": "d", "keys": "d", "preset": "", "bytes per token": ".1f",
+                "us": ".1f", "spread": ".0f", "GB/s": ".0f", "share": ".0%", "time of tq3 without means": ".2f"}),
     "Scores alone": ("cuda_scores", {"KV heads": "d", "keys": "d", "us": ".0f", "fp32 us": ".0f", "times": ".1f"}),
     "1-bit weights": ("cuda_q1", {"rows": "", "columns": "d", "rows of x": "d", "us": ".1f", "spread": ".0f", "GB/s": ".0f",
                       "share": ".0%", "fp16 us": ".0f", "times": ".1f"}),
@@ -206,6 +208,120 @@ def cuda() -> str:
                     loglog(by_heads, "keys", "share of the copy bandwidth", f"share_{machine['gpu'].split()[1]}") + "\n"
                 )
             parts.append(f"{source(machine, run)}{copied}\n\n{markdown(run['rows'], columns)}\n")
+    return "\n".join(parts)
+
+
+BY_POSITION = {
+    "text": "",
+    "cache": "",
+    "bytes": ".0f",
+    "KL": ".4f",
+    "s.e.": ".4f",
+    "p99": ".3f",
+    "ratio": ".4f",
+    "top-1": ".1%",
+}
+
+
+def by_position() -> str:
+    """Real models: tables, KL by position and KL compared with bytes, a run each."""
+    parts = []
+    for i, (machine, run) in enumerate(runs("by_position")):
+        s = run["settings"]
+        rows: Rows = []
+        bounds: list[int] = []
+        for r in run["rows"]:
+            text = r["text"] if r["complete"] else f"{r['text']}, {r['n_tokens']} tokens so far"
+            row = {"text": text, "cache": r["cache"], "bytes": r["bytes_per_token"], "does not run": r["failure"] or None}
+            if w := r["whole"]:
+                row |= {"KL": w["kl"], "s.e.": w["kl_se"], "p99": w["kl_p99"], "ratio": w["ratio"], "top-1": w["top1"]}
+                row |= {f"KL < {span['end']}": span["kl"] for span in r["spans"]}
+                bounds = max(bounds, [span["end"] for span in r["spans"]], key=len)
+            rows.append(row)
+        columns = {**BY_POSITION, **{f"KL < {bound}": ".4f" for bound in bounds}}
+        if any(row["does not run"] for row in rows):
+            columns["does not run"] = ""
+        perplexity = ", ".join(
+            f"{text} {value:.2f}" for text, value in {r["text"]: r["reference"] for r in run["rows"]}.items()
+        )  # fmt: skip
+        title = f"### {s['model']}, {s['tokens']} tokens in chunks of {s['chunk']}, {s['device'].upper()}"
+        plots = f"{kl_by_position(run['rows'], f'by_position_{i}')}\n\n{kl_and_bytes(run['rows'], f'kl_and_bytes_{i}')}"
+        source_line = f"{source(machine, run)}; uncompressed perplexity: {perplexity}"
+        parts.append(f"{title}\n\n{source_line}\n\n{markdown(rows, columns)}\n\n{plots}\n")
+    return "\n".join(parts)
+
+
+def kl_by_position(rows: Rows, name: str) -> str:
+    names = list(dict.fromkeys(r["text"] for r in rows))
+    figure, axes = plt.subplots(1, len(names), figsize=(6 * len(names), 4), sharey=True, squeeze=False)
+    for text, ax in zip(names, axes[0], strict=True):
+        for r in rows:
+            if r["text"] == text and r["whole"]:
+                points = [(span["end"], max(span["kl"], 1e-6)) for span in r["spans"]]
+                ax.plot(*zip(*points, strict=True), marker="o", label=r["cache"])
+        ax.set(xscale="log", yscale="log", xlabel="tokens of context, up to", title=text)
+        ax.grid(True, which="both", alpha=0.3)
+    axes[0][0].set_ylabel("mean KL to the uncompressed cache (nats)")
+    axes[0][-1].legend(fontsize=8)
+    return save(figure, name)
+
+
+def kl_and_bytes(rows: Rows, name: str) -> str:
+    figure, axes = plt.subplots(figsize=(6.5, 4))
+    for text, marker in zip(dict.fromkeys(r["text"] for r in rows), "osv^D", strict=False):
+        chosen = [r for r in rows if r["text"] == text and r["whole"] and not r["cache"].startswith("uncompressed")]
+        axes.scatter(
+            [r["bytes_per_token"] for r in chosen], [r["whole"]["kl"] for r in chosen], marker=marker, label=text
+        )  # fmt: skip
+        for r in chosen:
+            place = (r["bytes_per_token"], r["whole"]["kl"])
+            axes.annotate(r["cache"], place, fontsize=7, xytext=(4, 4), textcoords="offset points")
+    axes.set(yscale="log", xlabel="bytes of a stored token, per layer and KV head", ylabel="mean KL (nats)")
+    axes.grid(True, which="both", alpha=0.3)
+    axes.legend(fontsize=8)
+    return save(figure, name)
+
+
+def long_passkeys() -> str:
+    """One line for each context and number of hidden keys, one column for each cache."""
+    parts = []
+    for machine, run in runs("passkeys"):
+        rows: dict[tuple[int, int], dict[str, Any]] = {}
+        for r in run["rows"]:
+            row = rows.setdefault((r["context"], r["n_keys"]), {"context": r["context"], "hidden": r["n_keys"]})
+            row["uncompressed" if r["preset"] == "none" else r["preset"]] = f"{r['found']} of {r['trials']}"
+        columns = dict.fromkeys((key for row in rows.values() for key in row), "")
+        table = markdown([rows[key] for key in sorted(rows)], columns)
+        parts.append(f"### {run['settings']['model']}\n\n{source(machine, run)}\n\n{table}\n")
+    return "\n".join(parts)
+
+
+AGENTS = {
+    "agents": ("Tool calls", {"preset": "", "requests": "d", "right": "d", "valid": "d", "same": "d"}),
+    "agents_code": ("Code that runs", {"preset": "", "tasks": "d", "pass": "d", "same": "d", "context": "d"}),
+    "agents_drafts": (
+        "Speculative decoding",
+        {"preset": "", "n_tokens": "d", "accepted": ".1%", "tokens_per_pass": ".2f", "same": "d"},
+    ),
+}
+
+
+def agents() -> str:
+    parts = []
+    for bench, (title, columns) in AGENTS.items():
+        for machine, run in runs(bench):
+            rows: Rows = run["rows"]
+            wanted = dict(columns)
+            if bench == "agents":
+                bounds = sorted({int(bound) for row in rows for bound in row["by_context"]})
+                wanted |= {f"right, context < {bound}": "" for bound in bounds}
+                rows = [
+                    {**row, **{f"right, context < {n}": "{} of {}".format(*found) for n, found in row["by_context"].items()}}
+                    for row in rows
+                ]
+            draft = f", drafts by {run['settings']['draft_model']}" if "draft_model" in run["settings"] else ""
+            head = f"### {title}: {run['settings']['model']}{draft}"
+            parts.append(f"{head}\n\n{source(machine, run)}\n\n{markdown(rows, wanted)}\n")
     return "\n".join(parts)
 
 
@@ -240,8 +356,10 @@ def main() -> None:
         "Large key biases": other("key_bias"),
         "Serving": other("server"),
     }
+    real = {"Quality by position": by_position(), "Passkeys": long_passkeys(), "Agents": agents()}
     for name, text in (
         ("recipe.md", recipe),
+        ("real_models.md", "\n".join(f"## {title}\n\n{text}" for title, text in real.items() if text)),
         ("quality.md", guide),
         ("cuda.md", cuda()),
         ("measurements.md", "\n".join(f"## {title}\n\n{text}" for title, text in sections.items() if text)),

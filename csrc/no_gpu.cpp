@@ -26,7 +26,7 @@ void Q1Quantize::eval_gpu(const std::vector<mx::array>&, std::vector<mx::array>&
 void Q1Dequantize::eval_gpu(const std::vector<mx::array>&, mx::array&) { no_gpu("q1_dequantize"); }
 void Q1Matmul::eval_gpu(const std::vector<mx::array>&, mx::array&) { no_gpu("q1_matmul"); }
 
-bool gpu_has_kernel(const TurboQuantAttention::State&, const mx::array&, const mx::array&) { return true; }
+bool gpu_has_kernel(const TurboQuantAttention::State&, const mx::array&) { return true; }
 bool gpu_multiplies_bits(const mx::array&) { return true; }
 
 }  // namespace tqext

@@ -8,12 +8,20 @@
 
 namespace tqext {
 
-mx::array q1_matmul(const mx::array& x, const mx::array& weight, const mx::array& scales, mx::StreamOrDevice s) {
+namespace {
+
+void check_product(const mx::array& x, const mx::array& weight, const mx::array& scales) {
   check_activation(x, "q1_matmul", "x");
   check(weight.ndim() == 2, "[q1_matmul] weight: expected 2 axes, got shape ", weight.shape());
   check_q1(weight, scales, "q1_matmul");
   check(x.ndim() >= 1 && x.shape(-1) == weight.shape(1) * 32, "[q1_matmul] x: expected a last axis of ", weight.shape(1) * 32,
         ", got shape ", x.shape());
+}
+
+}  // namespace
+
+mx::array q1_matmul(const mx::array& x, const mx::array& weight, const mx::array& scales, mx::StreamOrDevice s) {
+  check_product(x, weight, scales);
   const mx::Stream stream = mx::to_stream(s);
   cpu::check_environment(stream);
   if (stream.device == mx::Device::gpu && x.size() > 0 && !gpu_multiplies_bits(x)) {
@@ -28,6 +36,7 @@ mx::array q1_matmul(const mx::array& x, const mx::array& weight, const mx::array
 }
 
 std::vector<mx::Shape> Q1Matmul::output_shapes(const std::vector<mx::array>& inputs) {
+  check_product(inputs[0], inputs[1], inputs[2]);
   mx::Shape shape = inputs[0].shape();
   shape.back() = inputs[1].shape(0);
   return {shape};

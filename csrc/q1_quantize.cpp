@@ -13,6 +13,12 @@ mx::Shape with_last(mx::Shape shape, int last) {
   return shape;
 }
 
+void check_weights(const mx::array& w) {
+  check_activation(w, "q1_quantize", "w");
+  check(w.ndim() >= 1 && w.shape(-1) % kQ1Group == 0, "[q1_quantize] w: expected a last axis that is a multiple of ",
+        int(kQ1Group), ", got shape ", w.shape());
+}
+
 }  // namespace
 
 void check_q1(const mx::array& weight, const mx::array& scales, const char* op) {
@@ -25,9 +31,7 @@ void check_q1(const mx::array& weight, const mx::array& scales, const char* op) 
 }
 
 std::pair<mx::array, mx::array> q1_quantize(const mx::array& w, mx::StreamOrDevice s) {
-  check_activation(w, "q1_quantize", "w");
-  check(w.ndim() >= 1 && w.shape(-1) % kQ1Group == 0, "[q1_quantize] w: expected a last axis that is a multiple of ",
-        int(kQ1Group), ", got shape ", w.shape());
+  check_weights(w);
   const mx::Stream stream = mx::to_stream(s);
   cpu::check_environment(stream);
   auto primitive = std::make_shared<Q1Quantize>(stream);
@@ -45,11 +49,13 @@ mx::array q1_dequantize(const mx::array& weight, const mx::array& scales, mx::Dt
 }
 
 std::vector<mx::Shape> Q1Quantize::output_shapes(const std::vector<mx::array>& inputs) {
+  check_weights(inputs[0]);
   const mx::Shape& shape = inputs[0].shape();
   return {with_last(shape, shape.back() / 32), with_last(shape, shape.back() / kQ1Group)};
 }
 
 std::vector<mx::Shape> Q1Dequantize::output_shapes(const std::vector<mx::array>& inputs) {
+  check_q1(inputs[0], inputs[1], "q1_dequantize");
   return {with_last(inputs[0].shape(), inputs[0].shape(-1) * 32)};
 }
 

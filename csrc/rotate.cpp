@@ -3,9 +3,11 @@
 #include <cmath>
 #include <map>
 #include <mutex>
+#include <numeric>
 
 #include "check.h"
 #include "cpu/environment.h"
+#include "fixed_shapes.h"
 #include "mlx/ops.h"
 
 namespace tqext {
@@ -50,22 +52,30 @@ std::vector<float> make_orthogonal(int dim) {
 
 }  // namespace
 
-const mx::array& orthogonal_matrix(int dim) {
+const mx::array& orthogonal_matrix(int dim, int n) {
   static std::mutex mutex;
   // Leaked: an array must not be freed after MLX's allocator is gone at exit.
-  static auto* matrices = new std::map<int, mx::array>;
+  static auto* matrices = new std::map<std::pair<int, int>, mx::array>;
   std::lock_guard lock(mutex);
-  auto found = matrices->find(dim);
+  auto found = matrices->find({dim, n});
   if (found == matrices->end()) {
-    const std::vector<float> values = make_orthogonal(dim);
-    found = matrices->emplace(dim, mx::array(values.begin(), mx::Shape{dim, dim}, mx::float32)).first;
+    const std::vector<float> all = make_orthogonal(dim);
+    std::vector<float> values;
+    for (int row = 0; row < dim; row++) values.insert(values.end(), &all[size_t(row) * dim], &all[size_t(row) * dim] + n);
+    found = matrices->emplace(std::pair{dim, n}, mx::array(values.begin(), mx::Shape{dim, n}, mx::float32)).first;
   }
   return found->second;
 }
 
-mx::array apply_orthogonal(const mx::array& x, int dim, bool inverse, mx::Stream stream) {
-  const mx::array& matrix = orthogonal_matrix(dim);
-  return mx::matmul(mx::astype(x, mx::float32, stream), inverse ? matrix : mx::transpose(matrix, stream), stream);
+mx::array apply_orthogonal(const mx::array& x, int dim, int n, bool inverse, mx::Stream stream) {
+  // Without the columns of zeros, and without the slice that would take them off again: shapeless compilation knows neither
+  // pad nor slice.
+  const mx::array& matrix = orthogonal_matrix(dim, n);
+  // Nor does it look at the inner axis of a product again.
+  std::vector<int> leading(x.ndim() - 1);
+  std::iota(leading.begin(), leading.end(), 0);
+  const mx::array fixed = fixed_shapes(mx::astype(x, mx::float32, stream), {{"x", x, leading}}, "rotate", stream);
+  return mx::matmul(fixed, inverse ? matrix : mx::transpose(matrix, stream), stream);
 }
 
 mx::array pad_last(const mx::array& x, int dim, mx::Stream stream) {
@@ -74,27 +84,44 @@ mx::array pad_last(const mx::array& x, int dim, mx::Stream stream) {
   return mx::pad(x, std::vector<int>{-1}, mx::Shape{0}, mx::Shape{missing}, mx::array(0, x.dtype()), "constant", stream);
 }
 
-mx::array rotate(const mx::array& x, bool inverse, const std::string& rotation, mx::StreamOrDevice s) {
+namespace {
+
+int check_rotated(const mx::array& x) {
   check_activation(x, "rotate", "x");
   check(x.ndim() >= 1, "[rotate] x: expected at least 1 axis, got a scalar");
   const int dim = x.shape(-1);
   check(dim % kUnit == 0 && dim >= kMinDim && dim <= kMaxDim, "[rotate] x: expected a last axis that is a multiple of ",
         int(kUnit), " from ", int(kMinDim), " to ", int(kMaxDim), ", got shape ", x.shape());
+  return dim;
+}
+
+}  // namespace
+
+mx::array rotate(const mx::array& x, bool inverse, const std::string& rotation, mx::StreamOrDevice s) {
+  const int dim = check_rotated(x);
   const mx::Stream stream = mx::to_stream(s);
   switch (resolve_rotation(rotation, dim, "rotate")) {
     case Rotation::kNone:
       return x;
     case Rotation::kOrthogonal:
-      return mx::astype(apply_orthogonal(x, dim, inverse, stream), x.dtype(), stream);
+      return mx::astype(apply_orthogonal(x, dim, dim, inverse, stream), x.dtype(), stream);
     default:
       // The kernels count at most four axes.
       if (x.ndim() > 4) {
-        const mx::array rows = mx::reshape(x, {int(x.size() / dim), dim}, stream);
+        const mx::array fixed = fixed_shapes(x, {{"x", x, {}}}, "rotate", stream);
+        const mx::array rows = mx::reshape(fixed, {int(x.size() / dim), dim}, stream);
         return mx::reshape(rotate(rows, inverse, rotation, stream), x.shape(), stream);
       }
       cpu::check_environment(stream);
       return mx::array(x.shape(), x.dtype(), std::make_shared<Rotate>(stream, inverse), {x});
   }
+}
+
+std::vector<mx::Shape> Rotate::output_shapes(const std::vector<mx::array>& inputs) {
+  const int dim = check_rotated(inputs[0]);
+  check(hadamard_factor(dim), "[rotate] x: expected a last axis with a Hadamard matrix, as compiled, got shape ",
+        inputs[0].shape());
+  return {inputs[0].shape()};
 }
 
 }  // namespace tqext

@@ -22,11 +22,12 @@ enum class Rotation {
 // dim: padded head dimension.
 Rotation resolve_rotation(const std::string& name, int dim, const char* op);
 
-// Dense orthogonal matrix [dim, dim], fp32: Gram-Schmidt in float64 on rows of integers drawn with sign_word's generator.
-const mx::array& orthogonal_matrix(int dim);
+// First n columns of the dense orthogonal matrix [dim, dim], fp32: Gram-Schmidt in float64 on rows of integers drawn with
+// sign_word's generator.
+const mx::array& orthogonal_matrix(int dim, int n);
 
-// x [..., dim], dim padded. Result in float32 for kOrthogonal, in x's dtype otherwise.
-mx::array apply_orthogonal(const mx::array& x, int dim, bool inverse, mx::Stream stream);
+// x [..., n] -> [..., dim], as x padded with zeros to dim; inverse: x [..., dim] -> the first n of [..., dim]. fp32.
+mx::array apply_orthogonal(const mx::array& x, int dim, int n, bool inverse, mx::Stream stream);
 
 // x [..., n] with n <= dim, zero-padded on the last axis.
 mx::array pad_last(const mx::array& x, int dim, mx::Stream stream);
@@ -41,7 +42,7 @@ class Rotate : public mx::UnaryPrimitive {
   void eval_cpu(const std::vector<mx::array>& inputs, mx::array& out) override;
   void eval_gpu(const std::vector<mx::array>& inputs, mx::array& out) override;
   DEFINE_NAME(Rotate)
-  std::vector<mx::Shape> output_shapes(const std::vector<mx::array>& inputs) override { return {inputs[0].shape()}; }
+  std::vector<mx::Shape> output_shapes(const std::vector<mx::array>& inputs) override;
   bool is_equivalent(const Primitive& other) const override { return inverse_ == static_cast<const Rotate&>(other).inverse_; }
   bool inverse() const { return inverse_; }
 

@@ -5,6 +5,7 @@
 
 #include "check.h"
 #include "cpu/environment.h"
+#include "fixed_shapes.h"
 #include "mlx/backend/metal/metal.h"
 #include "mlx/fast.h"
 #include "mlx/ops.h"
@@ -86,15 +87,20 @@ Shapes check_inputs(const mx::array& q, const PackedKeys& k, const PackedValues&
   return n;
 }
 
-// bool or fp32, four axes, each of size 1 or the full one.
-mx::array check_mask(const mx::array& mask, const Shapes& n, mx::Stream stream) {
-  check(mask.dtype() == mx::bool_ || is_activation(mask.dtype()), "[", kOp,
-        "] mask: expected bool, float32, float16 or bfloat16, got ", mask.dtype());
+mx::Shape check_mask_shape(const mx::array& mask, const Shapes& n) {
   const mx::Shape full{n.batch, n.n_q_heads, n.n_queries, n.n_keys()};
   bool fits = mask.ndim() <= 4;
   for (int i = 1; fits && i <= int(mask.ndim()); i++) fits = mask.shape(-i) == 1 || mask.shape(-i) == full[4 - i];
   check(fits, "[", kOp, "] mask: expected a shape that broadcasts to ", full,
         " [batch, n_q_heads, n_queries, n_keys], got shape ", mask.shape());
+  return full;
+}
+
+// bool or fp32, four axes, each of size 1 or the full one.
+mx::array check_mask(const mx::array& mask, const Shapes& n, mx::Stream stream) {
+  check(mask.dtype() == mx::bool_ || is_activation(mask.dtype()), "[", kOp,
+        "] mask: expected bool, float32, float16 or bfloat16, got ", mask.dtype());
+  const mx::Shape full = check_mask_shape(mask, n);
   mx::array x = mask.dtype() == mx::bool_ ? mask : mx::astype(mask, mx::float32, stream);
   while (x.ndim() < 4) x = mx::expand_dims(x, 0, stream);
   // Shapeless compilation keeps the shape of broadcast_to, which depends on the tokens: the CPU and CUDA broadcast when they
@@ -130,11 +136,16 @@ std::optional<mx::array> column_mask(const AttentionOptions& options, const Shap
 }
 
 // The same result from MLX's own operations: this call's tokens are dequantised, in the rotated space.
-mx::array composed_attention(const mx::array& q, const PackedKeys& k, const PackedValues& v, const AttentionOptions& options,
-                             const Shapes& n, float scale, mx::Stream s) {
+mx::array composed_attention(const mx::array& queries, const PackedKeys& k, const PackedValues& v,
+                             const AttentionOptions& options, const Shapes& n, float scale, mx::Stream s) {
   check(!k.signs, "[", kOp,
         "] packed_k.signs: expected none where the GPU has no kernel for the shapes (CUDA: head dimensions above 256), got "
         "residual signs");
+  std::vector<FixedArray> arrays{{"q", queries}, {"packed_k.codes", k.codes}, {"packed_v.codes", v.codes}};
+  if (options.first) arrays.push_back({"first[0]", options.first->first});
+  if (options.tail) arrays.push_back({"tail[0]", options.tail->first});
+  if (options.mask) arrays.push_back({"mask", *options.mask});
+  const mx::array q = fixed_shapes(queries, arrays, kOp, s);  // the column mask below holds the numbers of tokens
   std::vector<mx::array> keys, values;
   auto add = [&](const std::optional<ExactTokens>& tokens) {
     if (!tokens) return;
@@ -224,18 +235,24 @@ mx::array turboquant_attention(const mx::array& q, const PackedKeys& k, const Pa
   // exact keys and queries are the same in that space, and with the balance on both sides.
   if (key_rotation == Rotation::kOrthogonal || value_rotation != key_rotation) {
     auto turn = [&](const mx::array& x, int padded, Rotation how) {
+      if (how == Rotation::kOrthogonal) return apply_orthogonal(x, padded, x.shape(-1), false, stream);
       const mx::array full = pad_last(x, padded, stream);
-      if (how == Rotation::kNone) return full;
       if (how == Rotation::kHadamard) return rotate(mx::astype(full, mx::float32, stream), false, "hadamard", stream);
-      return apply_orthogonal(full, padded, false, stream);
+      return full;
     };
-    auto turn_keys = [&](const mx::array& x) {
-      if (!k.balance) return turn(x, dim, key_rotation);
+    // The balance is one of heads: their number stays what it is now.
+    auto fixed_heads = [&](const mx::array& x, const char* name) {
+      return fixed_shapes(x, {{name, x, {0, 2}}, {"balance", *k.balance}}, kOp, stream);
+    };
+    auto turn_keys = [&](const mx::array& keys) {
+      if (!k.balance) return turn(keys, dim, key_rotation);
+      const mx::array x = fixed_heads(keys, "keys");
       const mx::array balance = mx::expand_dims(*k.balance, 1, stream);
       return turn(mx::multiply(mx::astype(x, mx::float32, stream), balance, stream), dim, key_rotation);
     };
-    auto turn_queries = [&](const mx::array& x) {
-      if (!k.balance) return turn(x, dim, key_rotation);
+    auto turn_queries = [&](const mx::array& queries) {
+      if (!k.balance) return turn(queries, dim, key_rotation);
+      const mx::array x = fixed_heads(queries, "q");
       const mx::array balance = mx::repeat(mx::expand_dims(*k.balance, 1, stream), n.n_q_heads / n.n_kv_heads, 0, stream);
       return turn(mx::divide(mx::astype(x, mx::float32, stream), balance, stream), dim, key_rotation);
     };
@@ -255,10 +272,12 @@ mx::array turboquant_attention(const mx::array& q, const PackedKeys& k, const Pa
     inner.tail = turn_tokens(options.tail);
     inner.scale = scale;
     mx::array out = turboquant_attention(turn_queries(q), inner_k, inner_v, inner, stream);
-    out = value_rotation == Rotation::kHadamard     ? rotate(out, true, "hadamard", stream)
-          : value_rotation == Rotation::kOrthogonal ? apply_orthogonal(out, value_dim, true, stream)
-                                                    : out;
-    if (value_dim != n.value_dim) {
+    if (value_rotation == Rotation::kOrthogonal) {
+      out = apply_orthogonal(out, value_dim, n.value_dim, true, stream);
+    } else if (value_rotation == Rotation::kHadamard) {
+      out = rotate(out, true, "hadamard", stream);
+    }
+    if (out.shape(3) != n.value_dim) {
       out = mx::slice(out, {0, 0, 0, 0}, {n.batch, n.n_q_heads, n.n_queries, n.value_dim}, stream);
     }
     return mx::astype(out, q.dtype(), stream);
@@ -277,7 +296,12 @@ mx::array turboquant_attention(const mx::array& q, const PackedKeys& k, const Pa
     return composed_attention(q, k, v, options, n, scale, stream);
   }
 
-  std::vector<mx::array> inputs{q, k.codes, k.norms, v.codes, v.params};
+  // What is empty is left out; a compiled function must not go on to leave it out when it is not.
+  std::vector<FixedArray> empty;
+  if (means && n.n_coded == 0) empty.push_back({"packed_k.codes", k.codes});
+  if (options.first && n.n_first == 0) empty.push_back({"first[0]", options.first->first});
+  if (options.tail && n.n_tail == 0) empty.push_back({"tail[0]", options.tail->first});
+  std::vector<mx::array> inputs{fixed_shapes(q, empty, kOp, stream), k.codes, k.norms, v.codes, v.params};
   auto add = [&](OptionalInput which, const mx::array& x) {
     state.present |= 1u << which;
     inputs.push_back(x);
@@ -304,6 +328,38 @@ mx::array turboquant_attention(const mx::array& q, const PackedKeys& k, const Pa
 }
 
 std::vector<mx::Shape> TurboQuantAttention::output_shapes(const std::vector<mx::array>& inputs) {
+  // The checks of a traced call, again: shapeless compilation runs the primitive on arrays of other shapes.
+  const AttentionInputs x = named(inputs);
+  auto optional = [](const mx::array* array) { return array ? std::optional(*array) : std::nullopt; };
+  auto tokens = [](const mx::array* keys, const mx::array* values) {
+    return keys ? std::optional(ExactTokens{*keys, *values}) : std::nullopt;
+  };
+  const std::string rotation = state_.hadamard ? "hadamard" : "none";
+  const PackedKeys k{x.key_codes,         x.key_norms,       optional(x.means),
+                     optional(x.balance), optional(x.signs), optional(x.residual_norms),
+                     state_.key_bits,     state_.head_dim,   rotation};
+  const PackedValues v{x.value_codes, x.value_params, state_.value_bits, state_.value_dim, ValueCoding(state_.value_coding),
+                       rotation};
+  const AttentionOptions options{.scale = state_.scale,
+                                 .mask_mode = state_.causal ? "causal" : "",
+                                 .mask = std::nullopt,
+                                 .sinks = optional(x.sinks),
+                                 .left_padding = optional(x.left_padding),
+                                 .lengths = optional(x.lengths),
+                                 .first = tokens(x.first_keys, x.first_values),
+                                 .tail = tokens(x.tail_keys, x.tail_values)};
+  const Shapes n = check_inputs(x.q, k, v, options);
+  if (x.means) {
+    check_shape(*x.means, {n.batch, n.n_kv_heads, n_blocks(n.n_coded), n.head_dim}, kOp, "means");
+  }
+  if (x.mask) {
+    const mx::Shape full = check_mask_shape(*x.mask, n);
+    // Metal's kernel does not broadcast, and shapeless compilation has dropped the operation that did.
+    if (mx::metal::is_available()) check_shape(*x.mask, full, kOp, "mask");
+  }
+  check(stream().device == mx::Device::cpu || gpu_has_kernel(state_, x.q), "[", kOp,
+        "] q: expected a shape that this GPU's kernels take, as the function was compiled for, got shape ", x.q.shape(),
+        "; compile it without shapeless");
   mx::Shape shape = inputs[0].shape();
   shape.back() = state_.value_dim;
   return {shape};

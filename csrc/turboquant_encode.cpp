@@ -2,6 +2,7 @@
 
 #include "check.h"
 #include "cpu/environment.h"
+#include "fixed_shapes.h"
 #include "mlx/ops.h"
 
 namespace tqext {
@@ -101,7 +102,8 @@ mx::array block_means(const mx::array& k, mx::StreamOrDevice s) {
   check_vectors(k, "block_means", "k");
   const mx::Stream stream = mx::to_stream(s);
   const int n = k.shape(2), blocks = n_blocks(n), missing = blocks * kBlockTokens - n;
-  const mx::array x = mx::astype(k, mx::float32, stream);
+  // The blocks are cut by a reshape, which would take another number of sequences for another number of blocks.
+  const mx::array x = mx::astype(fixed_shapes(k, {{"k", k, {}}}, "block_means", stream), mx::float32, stream);
   // A token that is not finite is left out whole.
   const mx::array finite = mx::all(mx::isfinite(x, stream), -1, true, stream);
   auto by_block = [&](const mx::array& y) {
@@ -145,12 +147,16 @@ std::vector<mx::array> quantize_keys(const mx::array& k, int bits, const std::op
                             .has_means = means.has_value(),
                             .has_balance = balance.has_value()};
   if (rotation == Rotation::kOrthogonal) {
-    mx::array x = mx::astype(k, mx::float32, stream);
+    // The means are spread over the tokens that there are now; a balance is one of heads.
+    const std::vector<int> free_axes = means ? std::vector<int>{} : std::vector<int>{0, 2};
+    std::vector<FixedArray> arrays{{"k", k, free_axes}};
+    if (balance) arrays.push_back({"balance", *balance});
+    mx::array x = mx::astype(fixed_shapes(k, arrays, op, stream), mx::float32, stream);
     if (means) {
       x = mx::subtract(x, mx::astype(spread_blocks(inputs[1], k.shape(2), stream), mx::float32, stream), stream);
     }
     if (balance) x = mx::multiply(x, for_all_tokens(*balance, stream), stream);
-    inputs = {apply_orthogonal(pad_last(x, dim, stream), dim, false, stream)};
+    inputs = {apply_orthogonal(x, dim, k.shape(3), false, stream)};
     state.has_means = state.has_balance = false;
   }
   auto primitive = std::make_shared<QuantizeKeys>(stream, state);
@@ -169,7 +175,7 @@ std::vector<mx::array> quantize_values(const mx::array& v, int bits, ValueCoding
   const int dim = padded_dim(v.shape(-1));
   const Rotation rotation = resolve_rotation(rotation_name, dim, op);
   mx::array x = v;
-  if (rotation == Rotation::kOrthogonal) x = apply_orthogonal(pad_last(x, dim, stream), dim, false, stream);
+  if (rotation == Rotation::kOrthogonal) x = apply_orthogonal(x, dim, v.shape(-1), false, stream);
   auto primitive = std::make_shared<QuantizeValues>(
       stream, QuantizeValues::State{.bits = bits, .coding = coding, .hadamard = rotation == Rotation::kHadamard});
   return mx::array::make_arrays(primitive->output_shapes({x}), {mx::uint32, mx::float16}, primitive, {x});
@@ -187,6 +193,13 @@ mx::array dequantize(const mx::array& codes, const mx::array& params, bool group
   const int dim = padded_dim(head_dim);
   const Rotation rotation = resolve_rotation(rotation_name, dim, op);
   std::vector<mx::array> inputs{codes, params};
+  if (!rotated && rotation != Rotation::kHadamard && (means || balance)) {
+    // As in quantize_keys.
+    const std::vector<int> free_axes = means ? std::vector<int>{} : std::vector<int>{0, 2};
+    std::vector<FixedArray> arrays{{"packed_k.codes", codes, free_axes}};
+    if (balance) arrays.push_back({"packed_k.balance", *balance});
+    inputs[0] = fixed_shapes(codes, arrays, op, stream);
+  }
   std::optional<mx::array> offsets;
   if (means) {
     offsets =
@@ -208,8 +221,11 @@ mx::array dequantize(const mx::array& codes, const mx::array& params, bool group
     state.dtype = type;
     mx::array x(with_last(codes, dim), type, std::make_shared<Dequantize>(stream, state), inputs);
     if (rotated) return x;
-    if (rotation == Rotation::kOrthogonal) x = apply_orthogonal(x, dim, true, stream);
-    if (dim != head_dim) x = mx::slice(x, {0, 0, 0, 0}, with_last(codes, head_dim), stream);
+    if (rotation == Rotation::kOrthogonal) {
+      x = apply_orthogonal(x, dim, head_dim, true, stream);
+    } else if (dim != head_dim) {
+      x = mx::slice(x, {0, 0, 0, 0}, with_last(codes, head_dim), stream);
+    }
     if (balance) x = mx::divide(x, for_all_tokens(*balance, stream), stream);
     if (offsets) {
       x = mx::add(x, mx::astype(spread_blocks(*offsets, codes.shape(2), stream), mx::float32, stream), stream);
@@ -234,8 +250,27 @@ mx::array dequantize_values(const PackedValues& v, bool rotated, mx::Dtype dtype
                     rotated, dtype, s);
 }
 
+namespace {
+
+// The checks of a traced call, again: shapeless compilation runs the primitive on arrays of other shapes.
+void check_centre(const mx::array* means, const mx::array* balance, const mx::array& tokens, int head_dim, const char* op) {
+  if (means) check_shape(*means, {tokens.shape(0), tokens.shape(1), n_blocks(tokens.shape(2)), head_dim}, op, "means");
+  if (balance) check_balance(*balance, tokens.shape(1), head_dim, op);
+}
+
+void check_hadamard(bool hadamard, int dim, const char* op) {
+  check(!hadamard || hadamard_factor(dim), "[", op,
+        "] rotation: expected a head dimension with a Hadamard matrix, as compiled, got a padded one of ", dim);
+}
+
+}  // namespace
+
 std::vector<mx::Shape> QuantizeKeys::output_shapes(const std::vector<mx::array>& inputs) {
+  const char* op = "quantize_keys";
+  check_vectors(inputs[0], op, "k");
   const int dim = padded_dim(inputs[0].shape(-1));
+  check_hadamard(state_.hadamard || state_.qjl, dim, op);
+  check_centre(means(inputs), balance(inputs), inputs[0], inputs[0].shape(-1), op);
   std::vector<mx::Shape> shapes{with_last(inputs[0], code_words(dim, state_.bits)), with_last(inputs[0], 1)};
   if (state_.qjl) {
     shapes.push_back(with_last(inputs[0], sign_words(dim)));
@@ -245,11 +280,19 @@ std::vector<mx::Shape> QuantizeKeys::output_shapes(const std::vector<mx::array>&
 }
 
 std::vector<mx::Shape> QuantizeValues::output_shapes(const std::vector<mx::array>& inputs) {
+  const char* op = "quantize_values";
+  check_vectors(inputs[0], op, "v");
   const int dim = padded_dim(inputs[0].shape(-1));
+  check_hadamard(state_.hadamard, dim, op);
   return {with_last(inputs[0], code_words(dim, state_.bits)), with_last(inputs[0], value_params(dim, state_.coding))};
 }
 
 std::vector<mx::Shape> Dequantize::output_shapes(const std::vector<mx::array>& inputs) {
+  const char* op = "dequantize";
+  const int per_token = state_.groups ? value_params(padded_dim(state_.head_dim), kValueGroups) : 1;
+  const char* what = state_.groups ? "packed_v" : "packed";
+  check_packed(inputs[0], inputs[1], state_.groups ? "params" : "norms", per_token, state_.bits, state_.head_dim, what, op);
+  check_centre(means(inputs), balance(inputs), inputs[0], state_.head_dim, op);
   return {with_last(inputs[0], state_.head_dim)};
 }
 

@@ -127,6 +127,8 @@ TQ_DEVICE void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
+TQ_DEVICE void copy_async_wait_all() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
 // Byte permutation by four selector nibbles below 8 (__byte_perm would mask them again).
 TQ_DEVICE uint32_t permute(uint32_t a, uint32_t b, uint32_t select) {
   uint32_t y;

@@ -42,9 +42,10 @@ struct AttentionLayout {
   int half_stride;   // bytes between rows of 16 bits; an odd multiple of half the banks
   int rotated_at, exact_query_at;
   // Behind all that: what the main loop needs. mean_query: fp16 rows for the products with means; with fp32 queries, then as
-  // many rows of what rounding took off.
-  int int8_at, residual_int8_at, row_scale_at, mean_scale_at, residual_scale_at, state_at, mean_query_at, mean_score_at;
-  int barrier_at, total;
+  // many rows of what rounding took off; mean: of kMeanSteps blocks, for each warp, where they are not too large for it.
+  bool means_copied;
+  int int8_at, residual_int8_at, row_scale_at, mean_scale_at, residual_scale_at, state_at, mean_query_at, mean_at;
+  int mean_score_at, barrier_at, total;
 
   constexpr AttentionLayout(int key_dim, int value_dim, int key_bits, int value_bits, bool lloyd, int rows, int type,
                             bool signs, int n_stages)
@@ -62,6 +63,7 @@ struct AttentionLayout {
         half_stride(2 * key_dim + (key_dim % 64 ? 0 : 64)),
         rotated_at((n_stages - 1) * stage),
         exact_query_at(rotated_at + rows * query_stride * 4),
+        means_copied(key_dim <= 128),
         int8_at(larger(larger(n_stages * stage, exact_query_at + rows * query_stride * 4),
                        larger(kAttentionWarps * rows * (value_dim + 4) * 4,              // the warps' sums, joined
                               (rows * (value_dim + 4) + (kMaxSlots + 1) * rows) * 4))),  // the blocks' sums and factors
@@ -71,7 +73,8 @@ struct AttentionLayout {
         residual_scale_at(mean_scale_at + rows * 4),
         state_at(residual_scale_at + rows * 4),
         mean_query_at(state_at + kAttentionWarps * rows * 2 * 4),
-        mean_score_at(mean_query_at + rows * half_stride * (type == kTypeFloat32 ? 2 : 1)),
+        mean_at(mean_query_at + rows * half_stride * (type == kTypeFloat32 ? 2 : 1)),
+        mean_score_at(mean_at + (means_copied ? kAttentionWarps * kMeanSteps * 2 * key_dim : 0)),
         barrier_at(mean_score_at + kAttentionWarps * kMeanSteps * rows * 4),
         total(barrier_at + 2 * n_stages * 8) {}
 
@@ -113,8 +116,8 @@ struct AttentionParams {
   int32_t n_exact_blocks, exact_tokens, exact_tiles;
   int32_t causal, hadamard, exact_aligned;  // exact_aligned: 16-byte loads of the exact tokens are possible
   float scale;                              // times log2(e)
-  uint32_t codebook[4];                     // 16 int8 levels
-  uint32_t value_codebook[4];               // the same of values; with 4 bits the first eight are lower by one (add_values)
+  uint32_t codebook[4];                     // 16 int8 levels; with 4 bits the first eight are lower by one (find_levels)
+  uint32_t value_codebook[4];               // the same of values
   // 2^16 and 2^(32 - shift of value codes): shifts as multiplications, for which the compiler may not know the factor. They
   // run beside the logic and permutations that bound the kernel.
   uint32_t two_16, two_up;

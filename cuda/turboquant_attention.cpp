@@ -26,29 +26,30 @@ struct Variant {
   bool lloyd;
   int rows, type, mask;
   bool signs, strided;
-  int stages = 4;  // of the copy pipeline: choose_stages
+  int stages = 4;  // of the copy pipeline: choose_occupancy
 
-  // Blocks per multiprocessor bound the registers of a thread. Two: 8 columns more or dimensions beyond 128.
-  int blocks() const { return rows == 16 || std::max(key_dim, value_dim) > 128 ? 2 : 3; }
+  int blocks = 3;  // per multiprocessor, which bounds the registers of a thread: choose_occupancy
+
   uint64_t id() const {
     uint64_t x = key_dim / 32;
     for (int y : {value_dim / 32, key_bits, value_bits, int(lloyd), rows, type, mask, int(signs), int(strided)}) x = x * 17 + y;
     return x;
   }
   AttentionLayout layout() const { return {key_dim, value_dim, key_bits, value_bits, lloyd, rows, type, signs, stages}; }
-  // Four, or three where only then blocks() fit into a multiprocessor's shared memory; three, four and five were as fast
-  // (H200, 64 KV heads x 32768 keys).
-  void choose_stages(int device) {
+  // Three blocks, two with 8 columns more or dimensions beyond 128; fewer where a multiprocessor's shared memory does not hold
+  // so many (100 KB on 8.6, 8.9 and 12.0): the registers are then free for more. Four stages, or three where only then the
+  // blocks fit; three, four and five were as fast (H200, 64 KV heads x 32768 keys).
+  void choose_occupancy(int device) {
     constexpr int kReserved = 1024;  // by the system, of each block
-    const int most = (device_info(device).shared_bytes + kReserved) / blocks() - kReserved;
-    auto fit = [&](int n) {
-      stages = n;
-      return layout().total <= most;
-    };
-    if (!fit(4) && !fit(3)) stages = 4;
+    for (blocks = rows == 16 || std::max(key_dim, value_dim) > 128 ? 2 : 3; blocks > 0; blocks--) {
+      for (stages = 4; stages >= 3; stages--) {
+        if (layout().total <= (device_info(device).shared_bytes + kReserved) / blocks - kReserved) return;
+      }
+    }
+    blocks = 1, stages = 4;
   }
   Kernel build(int device) {
-    choose_stages(device);
+    choose_occupancy(device);
     const std::string binary = compile("turboquant_attention.cu",
                                        {{"KEY_DIM", key_dim},
                                         {"VALUE_DIM", value_dim},
@@ -61,7 +62,7 @@ struct Variant {
                                         {"SIGNS", signs},
                                         {"STRIDED", strided},
                                         {"STAGES", stages},
-                                        {"BLOCKS_PER_SM", blocks()}},
+                                        {"BLOCKS_PER_SM", blocks}},
                                        true, device);
     return load_kernel(binary, "turboquant_attention", layout().total, 32 * kAttentionWarps, device);
   }
@@ -117,7 +118,9 @@ bool rows_follow(const mx::array& x) {
   return aligned;
 }
 
-void pack_levels(const Codebook& book, uint32_t (&words)[4]) {
+// As the kernel looks levels up: with 4 bits the negative ones are lower by one.
+void pack_levels(Codebook book, uint32_t (&words)[4]) {
+  for (int i = 0; i < 8 && book.bits == 4; i++) book.levels[i]--;
   for (int i = 0; i < kMaxKeyLevels; i++) words[i / 4] |= uint32_t(uint8_t(book.levels[i])) << (8 * (i % 4));
 }
 
@@ -236,11 +239,7 @@ void TurboQuantAttention::eval_gpu(const std::vector<mx::array>& inputs, mx::arr
     copy_strides(*lengths, p.lengths_stride);
   }
   pack_levels(codebook(state_.key_bits, variant.key_dim), p.codebook);
-  if (variant.lloyd) {
-    Codebook book = codebook(state_.value_bits, variant.value_dim);
-    for (int i = 0; i < 8 && book.bits == 4; i++) book.levels[i]--;
-    pack_levels(book, p.value_codebook);
-  }
+  if (variant.lloyd) pack_levels(codebook(state_.value_bits, variant.value_dim), p.value_codebook);
   p.two_16 = 1u << 16;
   p.two_up = state_.value_bits == 2 ? 1u << 22 : 1u << 24;
   p.out = device_pointer(out);

@@ -174,37 +174,40 @@ TQ_DEVICE void copy_stage_bulk(const AttentionParams& p, const Head& head, uint3
 
 // ---- Decoding ----
 
-// Levels of one unit as int8: r[2 s], r[2 s + 1] are dimensions 8 s ... 8 s + 7.
-TQ_DEVICE void decode_unit(const uint32_t* w, const uint32_t (&book)[4], uint32_t two_16, uint32_t (&r)[8]) {
+// Four codes as levels. With 4 bits they are the sum of two numbers, plus one.
+struct LevelBytes {
+  uint32_t first, second;
+};
+// selector: the codes in its low 16 bits. With 4 bits a code's highest bit makes the permutation repeat the sign of the byte
+// that the others select: the negative levels' table, lower by one, gives -1 for a positive level's code, and the other table,
+// for codes with that bit turned, 0 for a negative one's.
+template <int kBits>
+TQ_DEVICE LevelBytes find_levels(const uint32_t (&book)[4], uint32_t selector) {
+  const uint32_t first = permute(book[0], book[1], selector);
+  return {first, kBits == 4 ? permute(book[2], book[3], selector ^ 0x88888888u) : 0};
+}
+
+// Levels of one unit: r[2 s], r[2 s + 1] are dimensions 8 s ... 8 s + 7.
+TQ_DEVICE void decode_unit(const uint32_t* w, const uint32_t (&book)[4], uint32_t two_16, LevelBytes (&r)[8]) {
+  uint32_t select[4];
   if constexpr (kKeyBits == 4) {
 #pragma unroll
-    for (int s = 0; s < 4; s++) {
-      const uint32_t low = w[s] & 0x77777777u, top = w[s] >> 3 & 0x11111111u;
-#pragma unroll
-      for (int half = 0; half < 2; half++) {
-        const uint32_t select = low >> (16 * half);
-        const uint32_t upper = permute(0x0000ff00u, 0u, top >> (16 * half));  // 0xff where the code is 8 or more
-        r[2 * s + half] = (permute(book[0], book[1], select) & ~upper) | (permute(book[2], book[3], select) & upper);
-      }
-    }
+    for (int s = 0; s < 4; s++) select[s] = w[s];
+  } else if constexpr (kKeyBits == 3) {
+    select[0] = w[0] & 0x77777777u;
+    select[1] = w[1] & 0x77777777u;
+    select[2] = w[2] & 0x77777777u;
+    select[3] = (w[0] >> 3 & 0x11111111u) | (w[1] >> 2 & 0x22222222u) | (w[2] >> 1 & 0x44444444u);
   } else {
-    uint32_t select[4];
-    if constexpr (kKeyBits == 3) {
-      select[0] = w[0] & 0x77777777u;
-      select[1] = w[1] & 0x77777777u;
-      select[2] = w[2] & 0x77777777u;
-      select[3] = (w[0] >> 3 & 0x11111111u) | (w[1] >> 2 & 0x22222222u) | (w[2] >> 1 & 0x44444444u);
-    } else {
-      select[0] = w[0] & 0x33333333u;
-      select[1] = w[1] & 0x33333333u;
-      select[2] = w[0] >> 2 & 0x33333333u;
-      select[3] = w[1] >> 2 & 0x33333333u;
-    }
+    select[0] = w[0] & 0x33333333u;
+    select[1] = w[1] & 0x33333333u;
+    select[2] = w[0] >> 2 & 0x33333333u;
+    select[3] = w[1] >> 2 & 0x33333333u;
+  }
 #pragma unroll
-    for (int s = 0; s < 4; s++) {
-      r[2 * s] = permute(book[0], book[1], select[s]);
-      r[2 * s + 1] = permute(book[0], book[1], __umulhi(select[s], two_16));
-    }
+  for (int s = 0; s < 4; s++) {
+    r[2 * s] = find_levels<kKeyBits>(book, select[s]);
+    r[2 * s + 1] = find_levels<kKeyBits>(book, __umulhi(select[s], two_16));
   }
 }
 
@@ -438,18 +441,6 @@ struct TileWeights {
   int ones[kRowTiles][2][4];  // with 4 bits: products with ones
 };
 
-// Four tokens' levels of one dimension. With 4 bits they are the sum of two numbers, plus one.
-struct LevelBytes {
-  uint32_t first, second;
-};
-// selector: the codes in its low 16 bits. With 4 bits a code's highest bit makes the permutation repeat the sign of the byte
-// that the others select: the negative levels' table, lower by one, gives -1 for a positive level's code, and the other table,
-// for codes with that bit turned, 0 for a negative one's.
-TQ_DEVICE LevelBytes find_levels(const uint32_t (&book)[4], uint32_t selector) {
-  const uint32_t first = permute(book[0], book[1], selector);
-  return {first, kValueBits == 4 ? permute(book[2], book[3], selector ^ 0x88888888u) : 0};
-}
-
 // Adds product i: a0, a1: rows g and g + 8 of tokens 0 ... 15, a2, a3: of the others.
 TQ_DEVICE void add_product(Rows& x, int i, const LevelBytes& a0, const LevelBytes& a1, const LevelBytes& a2,
                            const LevelBytes& a3, const TileWeights& weights) {
@@ -539,8 +530,8 @@ TQ_DEVICE void add_piece(Rows& x, const uint32_t* values, const uint32_t (&book)
         }
       }
     }
-    auto lower = [&](uint32_t selector) { return find_levels(book, selector); };
-    auto upper = [&](uint32_t selector) { return find_levels(book, __umulhi(selector, two_16)); };
+    auto lower = [&](uint32_t selector) { return find_levels<kValueBits>(book, selector); };
+    auto upper = [&](uint32_t selector) { return find_levels<kValueBits>(book, __umulhi(selector, two_16)); };
     LevelBytes before[2];  // one unit: levels of the set before
 #pragma unroll
     for (int s = 0; s < 4; s++) {
@@ -720,92 +711,115 @@ TQ_DEVICE uint4 query_fragment(const int8_t* rows, int row, int unit, int s) {
   return *reinterpret_cast<const uint4*>(rows + 2 * row * kKeyDim + 64 * unit + 16 * s);
 }
 
-// Scores of the means of the blocks of tiles tile, tile + kWarps, ... with the rows, by one warp: scores[step][row].
-TQ_DEVICE void score_means(const AttentionParams& p, char* shared, float* scores, int tile, int lane, int b, int h) {
-  constexpr int kTilesPerBlock = kBlockTokens / kTileTokens, kPieces = kKeyDim / 32;
-  constexpr bool kSplit = kType == kTypeFloat32;
-  const int g = lane >> 2, j = lane & 3, row_of_lane = kFour ? g & 3 : g;
-  const char* query = shared + kLayout.mean_query_at;
-  const float* row_scale = reinterpret_cast<const float*>(shared + kLayout.mean_scale_at);
-  const int last_block = (p.n_coded - 1) / kBlockTokens;
-  auto block_of = [&](int step) { return min((tile + step * kWarps) / kTilesPerBlock, last_block); };
-  __syncwarp();
-  if (p.means_aligned) {
-    const uint16_t* head = static_cast<const uint16_t*>(p.means) + b * p.mean_stride[0] + h * p.mean_stride[1];
-    const uint16_t* mean = head + block_of(g) * p.mean_stride[2];
-    // The order of dimensions within a product is free: that of the loads.
-    float score[4] = {};  // row g: steps 2 j, 2 j + 1; row g + 8: the same
-    constexpr int kTogether = kPieces % 4 == 0 ? 4 : kPieces % 3 == 0 ? 3 : kPieces % 2 == 0 ? 2 : 1;
-#pragma unroll 1
-    for (int i0 = 0; i0 < kPieces; i0 += kTogether) {
-      uint4 x[kTogether];
+// The means of the blocks of a warp's next kMeanSteps tiles, and their scores with the rows.
+struct BlockMeans {
+  const AttentionParams& p;
+  char* shared;
+  int b, h, lane, warp;
+  int last_block;  // of the share
+
+  static constexpr int kTilesPerBlock = kBlockTokens / kTileTokens, kPieces = kKeyDim / 32;
+
+  TQ_DEVICE int block_of(int tile, int step) const { return min((tile + step * kWarps) / kTilesPerBlock, last_block); }
+  TQ_DEVICE float* scores() const {  // [step][row]
+    return reinterpret_cast<float*>(shared + kLayout.mean_score_at) + warp * kMeanSteps * kRows;
+  }
+  // A lane's pieces of the mean of step g: 8 dimensions from 8 (j + 4 i) on.
+  TQ_DEVICE const uint16_t* mean_of_lane(int tile) const {
+    const int64_t at = b * p.mean_stride[0] + h * p.mean_stride[1] + block_of(tile, lane >> 2) * p.mean_stride[2];
+    return static_cast<const uint16_t*>(p.means) + at;
+  }
+  TQ_DEVICE int dimension(int i) const { return 8 * ((lane & 3) + 4 * i); }
+  TQ_DEVICE char* copied(int i) const { return shared + kLayout.mean_at + ((warp * kPieces + i) * 32 + lane) * 16; }
+  // Ahead by kMeanSteps: copies, which a lane makes for itself, or as far as L2.
+  TQ_DEVICE void request(int tile) const {
+    const uint16_t* mean = mean_of_lane(tile);
+    if constexpr (kLayout.means_copied) {
 #pragma unroll
-      for (int i = 0; i < kTogether; i++) {
-        const int d = 8 * (j + 4 * (i0 + i));
-        x[i] = make_uint4(0, 0, 0, 0);
-        if (d < p.head_dim) x[i] = *reinterpret_cast<const uint4*>(mean + d);
+      for (int i = 0; i < kPieces; i++) {
+        const bool there = dimension(i) < p.head_dim;
+        copy_async_part(shared_address(copied(i)), there ? mean + dimension(i) : mean, there ? 16 : 0);
       }
+    } else {
+      constexpr int kLine = 64;
+      static_assert(kKeyDim <= 4 * kLine, "a line for each lane of a mean");
+      if (kLine * (lane & 3) < p.head_dim) prefetch_line(mean + kLine * (lane & 3));
+    }
+  }
+
+  // Scores of the tiles tile, tile + kWarps, ..., of which there are more for the warp than kMeanSteps if more.
+  TQ_DEVICE void score(int tile, bool more) const {
+    constexpr bool kSplit = kType == kTypeFloat32;
+    const int g = lane >> 2, j = lane & 3, row_of_lane = kFour ? g & 3 : g;
+    const char* query = shared + kLayout.mean_query_at;
+    const float* row_scale = reinterpret_cast<const float*>(shared + kLayout.mean_scale_at);
+    __syncwarp();
+    if (p.means_aligned) {
+      if constexpr (kBulk && kLayout.means_copied) copy_async_wait_all();  // else the ring has waited for them
+      const uint16_t* mean = mean_of_lane(tile);
+      // The order of dimensions within a product is free: that of the copies.
+      float score[2][4] = {};  // two sums. Row g: steps 2 j, 2 j + 1; row g + 8: the same
 #pragma unroll
-      for (int i = 0; i < kTogether; i++) {
+      for (int i = 0; i < kPieces; i++) {
+        uint4 x = make_uint4(0, 0, 0, 0);
+        if constexpr (kLayout.means_copied) {
+          x = *reinterpret_cast<const uint4*>(copied(i));
+        } else if (dimension(i) < p.head_dim) {
+          x = *reinterpret_cast<const uint4*>(mean + dimension(i));
+        }
 #pragma unroll
         for (int part = 0; part < (kSplit ? 2 : 1); part++) {
-          const char* from = query + part * kRows * kLayout.half_stride + 16 * (j + 4 * (i0 + i));
+          const char* from = query + part * kRows * kLayout.half_stride + 16 * (j + 4 * i);
           const uint4 low = *reinterpret_cast<const uint4*>(from + row_of_lane * kLayout.half_stride);
           uint4 high = make_uint4(0, 0, 0, 0);
           if constexpr (kRowTiles == 2) high = *reinterpret_cast<const uint4*>(from + (8 + g) * kLayout.half_stride);
-          multiply_half(score, low.x, high.x, low.y, high.y, x[i].x, x[i].y);
-          multiply_half(score, low.z, high.z, low.w, high.w, x[i].z, x[i].w);
+          multiply_half(score[0], low.x, high.x, low.y, high.y, x.x, x.y);
+          multiply_half(score[1], low.z, high.z, low.w, high.w, x.z, x.w);
         }
       }
-    }
-    // The next blocks, as far as L2.
-    constexpr int kLine = 64, kLines = (kKeyDim + kLine - 1) / kLine;
-    for (int i = lane; i < kMeanSteps * kLines; i += 32) {
-      const int step = kMeanSteps + i / kLines, d = i % kLines * kLine;
-      if (d < p.head_dim && (tile + step * kWarps) / kTilesPerBlock <= last_block) {
-        prefetch_line(head + block_of(step) * p.mean_stride[2] + d);
+      if (more) request(tile + kMeanSteps * kWarps);
+#pragma unroll
+      for (int t = 0; t < kRowTiles; t++) {
+        if (kFour && g >= 4) continue;
+        const float factor = row_scale[8 * t + g];
+#pragma unroll
+        for (int c = 0; c < 2; c++) {
+          scores()[(2 * j + c) * kRows + 8 * t + g] = (score[0][2 * t + c] + score[1][2 * t + c]) * factor;
+        }
+      }
+    } else {
+      // Any strides, and fp32.
+#pragma unroll 1
+      for (int i = 0; i < kMeanSteps * kRows; i++) {
+        const int step = i / kRows, r = i % kRows;
+        const int64_t at = b * p.mean_stride[0] + h * p.mean_stride[1] + block_of(tile, step) * p.mean_stride[2];
+        const uint16_t* row = reinterpret_cast<const uint16_t*>(query + r * kLayout.half_stride);
+        float sum = 0;
+#pragma unroll 1
+        for (int d = lane; d < p.head_dim; d += 32) {
+          float x = half_to_float(row[d]);
+          if constexpr (kSplit) x += half_to_float(row[kRows * kLayout.half_stride / 2 + d]);
+          const int64_t from = at + d * p.mean_stride[3];
+          const float mean = p.means_kind == kMeansFloat32 ? load_element<kTypeFloat32>(p.means, from)
+                                                           : load_element<kTypeFloat16>(p.means, from);
+          sum = fmaf(x, mean, sum);
+        }
+#pragma unroll
+        for (int o = 1; o < 32; o <<= 1) sum += __shfl_xor_sync(kAllLanes, sum, o);
+        if (lane == 0) scores()[i] = sum * row_scale[r];
       }
     }
-#pragma unroll
-    for (int t = 0; t < kRowTiles; t++) {
-      if (kFour && g >= 4) continue;
-      const float factor = row_scale[8 * t + g];
-      scores[2 * j * kRows + 8 * t + g] = score[2 * t] * factor;
-      scores[(2 * j + 1) * kRows + 8 * t + g] = score[2 * t + 1] * factor;
-    }
-  } else {
-    // Any strides, and fp32.
-#pragma unroll 1
-    for (int i = 0; i < kMeanSteps * kRows; i++) {
-      const int step = i / kRows, r = i % kRows;
-      const int64_t at = b * p.mean_stride[0] + h * p.mean_stride[1] + block_of(step) * p.mean_stride[2];
-      const uint16_t* row = reinterpret_cast<const uint16_t*>(query + r * kLayout.half_stride);
-      float sum = 0;
-#pragma unroll 1
-      for (int d = lane; d < p.head_dim; d += 32) {
-        float x = half_to_float(row[d]);
-        if constexpr (kSplit) x += half_to_float(row[kRows * kLayout.half_stride / 2 + d]);
-        const int64_t from = at + d * p.mean_stride[3];
-        sum = fmaf(x,
-                   p.means_kind == kMeansFloat32 ? load_element<kTypeFloat32>(p.means, from)
-                                                 : load_element<kTypeFloat16>(p.means, from),
-                   sum);
-      }
-#pragma unroll
-      for (int o = 1; o < 32; o <<= 1) sum += __shfl_xor_sync(kAllLanes, sum, o);
-      if (lane == 0) scores[i] = sum * row_scale[r];
-    }
+    __syncwarp();
   }
-  __syncwarp();
-}
+};
 
 template <class RowEnd>
-TQ_DEVICE void attend_coded(const AttentionParams& p, const Head& head, const Share& share, const Ring& ring, RowEnd row_end,
-                            float shift, Rows& x, int lane, int row0, int b, int h) {
+TQ_DEVICE void attend_coded(const AttentionParams& p, const Head& head, const Share& share, const Ring& ring,
+                            const BlockMeans& means, RowEnd row_end, float shift, Rows& x, int lane, int row0, int b, int h) {
   const int g = lane >> 2, j = lane & 3;
-  char* shared = ring.shared;
+  const char* shared = ring.shared;
   const int row_of_lane = row_of_group(g);
-  float* mean_scores = reinterpret_cast<float*>(shared + kLayout.mean_score_at) + ring.warp * kMeanSteps * kRows;
+  float* mean_scores = means.scores();
   const int8_t* query8 = reinterpret_cast<const int8_t*>(shared + kLayout.int8_at);
   uint4 query[kRowTiles][kLaneUnits][4];  // [step]: fragment of the high and low halves
   float row_scale[kRowTiles], residual_scale[kRowTiles];
@@ -843,6 +857,18 @@ TQ_DEVICE void attend_coded(const AttentionParams& p, const Head& head, const Sh
   uint32_t book[4];
 #pragma unroll
   for (int i = 0; i < 4; i++) book[i] = p.codebook[i];
+  // What the products of a tile's keys begin with: with 4 bits the products with ones (find_levels).
+  int ones[kRowTiles][4] = {};
+  if constexpr (kKeyBits == 4) {
+#pragma unroll
+    for (int t = 0; t < kRowTiles; t++) {
+#pragma unroll
+      for (int u = 0; u < kLaneUnits; u++) {
+#pragma unroll
+        for (int s = 0; s < 4; s++) multiply_int8(ones[t], query[t][u][s], 0x01010101u, 0x01010101u);
+      }
+    }
+  }
   const float renew = kTop + kGrowth - shift, top = kTop - shift;
   const int key_token = token_of_column(g);
 
@@ -855,7 +881,7 @@ TQ_DEVICE void attend_coded(const AttentionParams& p, const Head& head, const Sh
       ring.release(i);
       continue;
     }
-    if (p.means && i % kMeanSteps == 0) score_means(p, shared, mean_scores, tile, lane, b, h);
+    if (p.means && i % kMeanSteps == 0) means.score(tile, tile + kMeanSteps * kWarps < share.end);
     char* data = ring.stage(i);
     auto part = [&](int at, int row, int lead) { return data + at + (row % 16 ? lead : 0) + ring.warp * kTileTokens * row; };
     const uint32_t* keys = reinterpret_cast<const uint32_t*>(part(0, kLayout.key_row, head.key_lead));
@@ -886,7 +912,15 @@ TQ_DEVICE void attend_coded(const AttentionParams& p, const Head& head, const Sh
     for (int t = 0; t < kRowTiles; t++) start[t] = mean_scores[i % kMeanSteps * kRows + 8 * t + row_of_lane] + base[t];
 #pragma unroll
     for (int u = 0; u < 2; u++) {
-      int sums[kRowTiles][2][4] = {};  // [v]: high halves of columns 2 j, 2 j + 1, low halves of the same
+      int sums[kRowTiles][2][4];  // [v]: high halves of columns 2 j, 2 j + 1, low halves of the same
+#pragma unroll
+      for (int t = 0; t < kRowTiles; t++) {
+#pragma unroll
+        for (int v = 0; v < 2; v++) {
+#pragma unroll
+          for (int k = 0; k < 4; k++) sums[t][v][k] = kKeyBits == 4 ? ones[t][k] : 0;
+        }
+      }
       const uint32_t* key = keys + (16 * u + key_token) * kKeyWords;
 #pragma unroll
       for (int lu = 0; lu < kLaneUnits; lu++) {
@@ -894,13 +928,16 @@ TQ_DEVICE void attend_coded(const AttentionParams& p, const Head& head, const Sh
         const int unit = kUnits % 4 == 0 ? j + 4 * lu : min(j + 4 * lu, kUnits - 1);
 #pragma unroll
         for (int v = 0; v < 2; v++) {
-          uint32_t levels[8];
+          LevelBytes levels[8];
           decode_unit(key + 8 * v * kKeyWords + unit * kKeyBits, book, p.two_16, levels);
 #pragma unroll
           for (int s = 0; s < 4; s++) {
 #pragma unroll
             for (int t = 0; t < kRowTiles; t++) {
-              multiply_int8(sums[t][v], query[t][lu][s], levels[2 * s], levels[2 * s + 1]);
+              multiply_int8(sums[t][v], query[t][lu][s], levels[2 * s].first, levels[2 * s + 1].first);
+              if constexpr (kKeyBits == 4) {
+                multiply_int8(sums[t][v], query[t][lu][s], levels[2 * s].second, levels[2 * s + 1].second);
+              }
             }
           }
         }
@@ -1423,7 +1460,12 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM)
   if (split < p.n_exact_blocks && row0 == 0) prefetch_exact(p, split * p.exact_tokens, tid, b, h);
   const Ring ring{shared, tid, lane, warp};
   const Head head = head_of(p, b, h);
-  ring.start(p, head, share);
+  const BlockMeans means{p, shared, b, h, lane, warp, (share.end - 1) / BlockMeans::kTilesPerBlock};
+  auto start = [&] {
+    if (p.means_aligned && share.begin + warp < share.end) means.request(share.begin + warp);
+    ring.start(p, head, share);
+  };
+  start();
 
 #pragma unroll
   for (int k = 0; k < kKeyDim / 32; k++) balance[k] = 1.0f / balance[k];
@@ -1500,9 +1542,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM)
   for (int attempt = 0; attempt < (kLloyd ? 1 : 2); attempt++) {
     if (attempt == 1) {
       shift = kSafeShift;
-      ring.start(p, head, share);
+      start();
     }
-    attend_coded(p, head, share, ring, row_end, shift, x, lane, row0, b, h);
+    attend_coded(p, head, share, ring, means, row_end, shift, x, lane, row0, b, h);
     if constexpr (kLloyd) {
       __syncthreads();
       break;

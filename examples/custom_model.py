@@ -17,6 +17,7 @@ import tqext
 
 HEAD_DIM, N_HEADS, N_LAYERS, CONTEXT = 64, 2, 2, 64
 TAIL = 32  # recent tokens that stay exact
+BLOCK = tqext.format.BLOCK  # tokens that are packed together and share a mean
 
 
 class PackedHistory:
@@ -29,18 +30,20 @@ class PackedHistory:
     def append(self, k, v):
         self.tail_k = mx.concatenate([self.tail_k, k], axis=2)
         self.tail_v = mx.concatenate([self.tail_v, v], axis=2)
-        n = (self.tail_k.shape[2] - TAIL) // TAIL * TAIL
-        if n <= 0 and self.keys is not None:
+        n = max(self.tail_k.shape[2] - TAIL, 0) // BLOCK * BLOCK
+        if n == 0 and self.keys is not None:
             return
-        mean = self.tail_k.mean(axis=2) if self.keys is None else self.keys.mean
-        keys = tqext.quantize_keys(self.tail_k[:, :, : max(n, 0)], mean=mean)
-        values = tqext.quantize_values(self.tail_v[:, :, : max(n, 0)])
-        self.tail_k, self.tail_v = self.tail_k[:, :, max(n, 0) :], self.tail_v[:, :, max(n, 0) :]
+        oldest = self.tail_k[:, :, :n]
+        keys = tqext.quantize_keys(oldest, means=tqext.block_means(oldest))
+        values = tqext.quantize_values(self.tail_v[:, :, :n])
+        self.tail_k, self.tail_v = self.tail_k[:, :, n:], self.tail_v[:, :, n:]
         if self.keys is None:
             self.keys, self.values = keys, values
         else:
             join = lambda a, b: mx.concatenate([a, b], axis=2)  # noqa: E731
-            self.keys = self.keys._replace(codes=join(self.keys.codes, keys.codes), norms=join(self.keys.norms, keys.norms))
+            self.keys = self.keys._replace(
+                **{name: join(getattr(self.keys, name), getattr(keys, name)) for name in ("codes", "norms", "means")}
+            )
             self.values = self.values._replace(
                 codes=join(self.values.codes, values.codes), params=join(self.values.params, values.params)
             )

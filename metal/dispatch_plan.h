@@ -56,18 +56,21 @@ inline void copy_levels(int8_t* levels, int bits, int dim) {
   std::copy(book.levels, book.levels + kMaxKeyLevels, levels);
 }
 
+// As the CPU rounds it: the rotated numbers decide bytes.
+inline float rotation_scale(int dim) { return 1.0f / std::sqrt(float(dim)); }
+
 // --- turboquant_attention ---------------------------------------------------------------------------------------------
 
 struct AttentionShape {
   Type type;
   int32_t batch, n_q_heads, n_kv_heads, n_queries, head_dim, value_dim, n_first, n_coded, n_tail;
-  int32_t key_bits, value_bits, hadamard, causal;
-  int32_t has_mean, has_residual, mask_kind, has_sinks, has_left_padding, has_lengths;
+  int32_t key_bits, value_bits, value_coding, hadamard, causal;
+  int32_t means_kind, has_balance, has_residual, mask_kind, has_sinks, has_left_padding, has_lengths;
   int32_t n_cores;  // of the GPU
   float scale;
-  Strides4 q, first_keys, first_values, tail_keys, tail_values, mask;
+  Strides4 q, means, first_keys, first_values, tail_keys, tail_values, mask;
   Strides3 key_codes, key_norms, key_signs, residual_norms, value_codes, value_params;
-  MeanStrides mean;
+  BalanceStrides balance;
 };
 
 struct AttentionPlan {
@@ -99,6 +102,7 @@ inline AttentionPlan plan_attention(const AttentionShape& s) {
   AttentionPlan plan{};
   AttentionParams& p = plan.params;
   p.q = s.q;
+  p.means = s.means;
   p.first_keys = s.first_keys;
   p.first_values = s.first_values;
   p.tail_keys = s.tail_keys;
@@ -110,7 +114,7 @@ inline AttentionPlan plan_attention(const AttentionShape& s) {
   p.residual_norms = s.residual_norms;
   p.value_codes = s.value_codes;
   p.value_params = s.value_params;
-  p.mean = s.mean;
+  p.balance = s.balance;
   p.n_kv_heads = s.n_kv_heads;
   p.n_queries = s.n_queries;
   p.n_rows = s.n_q_heads / s.n_kv_heads * s.n_queries;
@@ -120,7 +124,14 @@ inline AttentionPlan plan_attention(const AttentionShape& s) {
   p.n_coded = s.n_coded;
   p.n_tail = s.n_tail;
   p.score_scale = float(s.scale * 1.4426950408889634);
+  p.residual_scale = float(s.scale * 1.4426950408889634 * std::sqrt(1.5707963267948966 / k));
+  p.key_rotation_scale = rotation_scale(k);
+  p.value_rotation_scale = rotation_scale(v);
   copy_levels(p.codebook, s.key_bits, k);
+  const bool lloyd = s.value_coding == kValueLloyd;
+  if (lloyd) copy_levels(p.value_codebook, s.value_bits, v);
+  // Values of the keys' dimension and bits are decoded by the keys' table.
+  const bool own_table = lloyd && (v != k || s.value_bits != s.key_bits);
 
   const int heads = s.batch * s.n_kv_heads;
   const int wanted = std::max(1, (kThreadgroupsPerCore * s.n_cores + heads - 1) / heads);
@@ -129,15 +140,21 @@ inline AttentionPlan plan_attention(const AttentionShape& s) {
   const int tiles_per_range = std::max(1, divide_up(tiles, wanted));
   p.range_tokens = tiles_per_range * kSplitTokens;
   const int n_threadgroups = divide_up(tiles, tiles_per_range);  // over the coded tokens of a KV head
-  p.n_exact_ranges = divide_up(s.n_first + s.n_tail, kExactTokens);
   const bool split = p.n_rows <= kSplitRows;
-  const bool direct = split && n_threadgroups <= 1 && p.n_exact_ranges <= 1;
+  const bool direct = split && n_threadgroups <= 1 && s.n_first + s.n_tail <= kExactTokens;
+  p.n_exact_ranges = direct ? s.n_first + s.n_tail > 0 : divide_up(s.n_first + s.n_tail, kExactRange);
 
-  std::vector<Constant> constants{
-      {kConstHadamard, false, s.hadamard},   {kConstMean, false, s.has_mean},   {kConstResidual, false, s.has_residual},
-      {kConstMask, true, s.mask_kind},       {kConstSinks, false, s.has_sinks}, {kConstLeftPadding, false, s.has_left_padding},
-      {kConstLengths, false, s.has_lengths}, {kConstCausal, false, s.causal},   {kConstDirect, false, direct}};
-  const std::string bits = "_k" + std::to_string(s.key_bits) + "v" + std::to_string(s.value_bits);
+  std::vector<Constant> constants{{kConstHadamard, false, s.hadamard},
+                                  {kConstMeans, true, s.means_kind},
+                                  {kConstBalance, false, s.has_balance},
+                                  {kConstResidual, false, s.has_residual},
+                                  {kConstMask, true, s.mask_kind},
+                                  {kConstSinks, false, s.has_sinks},
+                                  {kConstLeftPadding, false, s.has_left_padding},
+                                  {kConstLengths, false, s.has_lengths},
+                                  {kConstCausal, false, s.causal},
+                                  {kConstDirect, false, direct}};
+  const std::string bits = "_k" + std::to_string(s.key_bits) + "v" + std::to_string(s.value_bits) + (lloyd ? "_lloyd" : "");
   const std::string dims = "_d" + std::to_string(k) + "v" + std::to_string(v);
   const char* source = "turboquant_attention";
 
@@ -145,7 +162,7 @@ inline AttentionPlan plan_attention(const AttentionShape& s) {
   if (split) {
     const int rows = p.n_rows <= 2 ? p.n_rows : kSplitRows;
     attend = make_dispatch("turboquant_attention_split", source, "TQ_SPLIT", s.type, dims + bits + "_r" + std::to_string(rows),
-                           {k, v, s.key_bits, s.value_bits, rows});
+                           {k, v, s.key_bits, s.value_bits, s.value_coding, rows});
     attend.threads = 256;
     attend.threadgroup_bytes = {s.has_residual ? uint32_t(rows * k * sizeof(float)) : 16u};
     p.n_ranges = n_threadgroups;
@@ -154,18 +171,21 @@ inline AttentionPlan plan_attention(const AttentionShape& s) {
     attend.grid[2] = 1;
   } else {
     attend = make_dispatch("turboquant_attention_matrix", source, "TQ_MATRIX", s.type, dims + bits,
-                           {k, v, s.key_bits, s.value_bits});
+                           {k, v, s.key_bits, s.value_bits, s.value_coding});
     const int row_bytes = k * int(sizeof(float)) * (s.has_residual ? 2 : 1);
     p.row_blocks = std::min({divide_up(p.n_rows, 8), std::max(1, kQueryMemory / (8 * row_bytes)), int(kMaxRowBlocks)});
-    const int tile_words = 32 * (code_words(k, s.key_bits) + code_words(v, s.value_bits) + v / kGroup + 1 +
+    const int tile_words = 32 * (code_words(k, s.key_bits) + code_words(v, s.value_bits) + (lloyd ? 1 : v / kGroup) + 1 +
                                  (s.has_residual ? 1 + sign_words(k) : 0));
+    const int mean_words = s.means_kind == kMeansNone ? 0 : kStagedBlocks * k / (s.means_kind == kMeansHalf ? 2 : 1);
+    p.group_words = std::max(tile_words, mean_words);
     const int query_bytes = 8 * p.row_blocks * row_bytes;
-    // The table, the offsets and some room for the compiler.
-    const int tile_room = kThreadgroupMemory - query_bytes - 256 * 8 - 64 * 4 - 256;
+    // The tables and some room for the compiler.
+    const int tile_room = kThreadgroupMemory - query_bytes - 256 * 8 * (own_table ? 2 : 1) - 512;
     int groups = std::max(1, kMatrixGroups / p.row_blocks);
-    while (groups > 1 && groups * tile_words * 4 > tile_room) groups--;
+    while (groups > 1 && groups * p.group_words * 4 > tile_room) groups--;
     attend.threads = uint32_t(32 * p.row_blocks * groups);
-    const int tile_bytes = std::max({groups * tile_words * 4, 8 * kExactTokens * 4, p.row_blocks * groups * k * 4});
+    // Also for exact tokens, 8 rows of numbers per thread, and for the rotation, a row per simdgroup.
+    const int tile_bytes = std::max({groups * p.group_words * 4, 8 * int(attend.threads) * 4, p.row_blocks * groups * k * 4});
     attend.threadgroup_bytes = {uint32_t(query_bytes), uint32_t(tile_bytes)};
     p.n_ranges = n_threadgroups * groups;
     attend.grid[0] = n_threadgroups + p.n_exact_ranges;
@@ -197,9 +217,9 @@ struct EncodeShape {
   Type type;  // of the vectors
   int32_t batch, n_heads, n_tokens, head_dim, bits;
   int32_t flags;  // EncodeFlag
-  Strides4 in;
+  Strides4 in, means;
   Strides3 in_params;
-  MeanStrides mean;
+  BalanceStrides balance;
 };
 
 struct EncodePlan {
@@ -209,42 +229,59 @@ struct EncodePlan {
 
 enum : int { kEncodeSimdgroups = 4 };  // tokens per threadgroup
 
-enum class EncodeOp : int32_t { kQuantizeKeys, kQuantizeValues, kDequantizeKeys, kDequantizeValues, kRotate };
+// Keys, and values coded as "lloyd", are dequantised from levels.
+enum class EncodeOp : int32_t {
+  kQuantizeKeys,
+  kQuantizeValuesGroups,
+  kQuantizeValuesLloyd,
+  kDequantizeLevels,
+  kDequantizeGroups,
+  kRotate
+};
 
 inline EncodePlan plan_encode(EncodeOp op, const EncodeShape& s) {
   const int dim = padded_dim(s.head_dim);
   EncodePlan plan{};
   EncodeParams& p = plan.params;
   p.in = s.in;
+  p.means = s.means;
   p.in_params = s.in_params;
-  p.mean = s.mean;
+  p.balance = s.balance;
   p.n_heads = s.n_heads;
   p.n_tokens = s.n_tokens;
   p.n_rows = s.batch * s.n_heads * s.n_tokens;
   p.head_dim = s.head_dim;
   p.flags = s.flags;
-  const bool keys = op == EncodeOp::kQuantizeKeys || op == EncodeOp::kDequantizeKeys;
-  if (keys) {
+  p.rotation_scale = rotation_scale(dim);
+  if (op == EncodeOp::kQuantizeKeys || op == EncodeOp::kQuantizeValuesLloyd || op == EncodeOp::kDequantizeLevels) {
+    const Codebook book = codebook(s.bits, dim);
     copy_levels(p.codebook, s.bits, dim);
-    p.codebook_scale = codebook(s.bits, dim).scale;
+    for (int i = 0; i + 1 < book.n_levels; i++) {
+      p.boundaries[i] = 0.5f * float(book.levels[i] + book.levels[i + 1]) / float(kCodebookTop) * book.scale;
+    }
   }
-  const std::string d = "_d" + std::to_string(dim), with_bits = d + (keys ? "_k" : "_v") + std::to_string(s.bits);
-  const char* source = "turboquant_encode";
+  const std::string d = "_d" + std::to_string(dim), bits = std::to_string(s.bits);
+  auto dispatch = [&](const char* name, const char* macro, const char* coded) {
+    return make_dispatch(name, "turboquant_encode", macro, s.type, d + coded + bits, {dim, s.bits});
+  };
   switch (op) {
     case EncodeOp::kQuantizeKeys:
-      plan.dispatch = make_dispatch("quantize_keys", source, "TQ_QUANTIZE_KEYS", s.type, with_bits, {dim, s.bits});
+      plan.dispatch = dispatch("quantize_keys", "TQ_QUANTIZE_KEYS", "_k");
       break;
-    case EncodeOp::kQuantizeValues:
-      plan.dispatch = make_dispatch("quantize_values", source, "TQ_QUANTIZE_VALUES", s.type, with_bits, {dim, s.bits});
+    case EncodeOp::kQuantizeValuesGroups:
+      plan.dispatch = dispatch("quantize_values_groups", "TQ_QUANTIZE_VALUES_GROUPS", "_v");
       break;
-    case EncodeOp::kDequantizeKeys:
-      plan.dispatch = make_dispatch("dequantize_keys", source, "TQ_DEQUANTIZE_KEYS", s.type, with_bits, {dim, s.bits});
+    case EncodeOp::kQuantizeValuesLloyd:
+      plan.dispatch = dispatch("quantize_values_lloyd", "TQ_QUANTIZE_VALUES_LLOYD", "_v");
       break;
-    case EncodeOp::kDequantizeValues:
-      plan.dispatch = make_dispatch("dequantize_values", source, "TQ_DEQUANTIZE_VALUES", s.type, with_bits, {dim, s.bits});
+    case EncodeOp::kDequantizeLevels:
+      plan.dispatch = dispatch("dequantize_levels", "TQ_DEQUANTIZE_LEVELS", "_b");
+      break;
+    case EncodeOp::kDequantizeGroups:
+      plan.dispatch = dispatch("dequantize_groups", "TQ_DEQUANTIZE_GROUPS", "_b");
       break;
     case EncodeOp::kRotate:
-      plan.dispatch = make_dispatch("rotate", source, "TQ_ROTATE", s.type, d, {dim});
+      plan.dispatch = make_dispatch("rotate", "turboquant_encode", "TQ_ROTATE", s.type, d, {dim});
       break;
   }
   plan.dispatch.grid[0] = uint32_t((p.n_rows + kEncodeSimdgroups - 1) / kEncodeSimdgroups);

@@ -55,6 +55,6 @@ inline Strides4 broadcast_strides(const mx::array& x) {
 inline Strides3 strides3(const mx::array& x, int unit = 1) {
   return {x.strides(0) / unit, x.strides(1) / unit, x.strides(2) / unit};
 }
-inline MeanStrides mean_strides(const mx::array& x) { return {x.strides(0), x.strides(1), x.strides(2)}; }
+inline BalanceStrides balance_strides(const mx::array& x) { return {x.strides(0), x.strides(1)}; }
 
 }  // namespace tqext::metal

@@ -1,4 +1,5 @@
-// rotate() of format.h on one simdgroup; lane holds x[i] = value 32 i + lane of a vector of D values.
+// rotate() of format.h on one simdgroup; lane holds x[i] = value 32 i + lane of a vector of D values. scale is 1 / sqrt(D) as
+// the host rounds it.
 #pragma once
 
 #include <metal_simdgroup>
@@ -63,21 +64,20 @@ inline void small_hadamard(thread float* x, threadgroup float* scratch, uint lan
 }
 
 template <int D>
-inline void apply_signs(thread float* x, uint seed, uint lane) {
-  const float scale = 1.0f / precise::sqrt(float(D));
+inline void apply_signs(thread float* x, uint seed, float scale, uint lane) {
   for (int i = 0; i < D / 32; i++) x[i] *= (sign_word(seed, i) >> lane & 1u) ? -scale : scale;
 }
 
 template <int D>
-inline void rotate_row(thread float* x, uint seed, threadgroup float* scratch, uint lane) {
-  apply_signs<D>(x, seed, lane);
+inline void rotate_row(thread float* x, uint seed, float scale, threadgroup float* scratch, uint lane) {
+  apply_signs<D>(x, seed, scale, lane);
   sylvester<D>(x, lane);
   if (HadamardShape<D>::kFactor > 1) small_hadamard<D>(x, scratch, lane, false);
 }
 
 template <int D>
-inline void rotate_row_back(thread float* x, uint seed, threadgroup float* scratch, uint lane) {
+inline void rotate_row_back(thread float* x, uint seed, float scale, threadgroup float* scratch, uint lane) {
   if (HadamardShape<D>::kFactor > 1) small_hadamard<D>(x, scratch, lane, true);
   sylvester<D>(x, lane);
-  apply_signs<D>(x, seed, lane);
+  apply_signs<D>(x, seed, scale, lane);
 }

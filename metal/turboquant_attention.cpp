@@ -8,7 +8,7 @@
 
 namespace tqext {
 
-bool gpu_has_kernel(const TurboQuantAttention::State& state, const mx::array& q, const mx::array&) {
+bool gpu_has_kernel(const TurboQuantAttention::State& state, const mx::array& q) {
   return metal::has_attention_kernel(q.shape(2), state.head_dim, state.value_dim, state.hadamard, kMaxDecodeQueries);
 }
 
@@ -16,33 +16,37 @@ void TurboQuantAttention::eval_gpu(const std::vector<mx::array>& inputs, mx::arr
   out.set_data(mx::allocator::malloc(out.nbytes()));
   if (out.size() == 0) return;
   const mx::Stream s = stream();
-  const mx::array& q = inputs[0];
-  const mx::array key_codes = metal::packed_input(s, inputs[1]), key_norms = metal::packed_input(s, inputs[2]);
-  const mx::array value_codes = metal::packed_input(s, inputs[3]), value_params = metal::packed_input(s, inputs[4]);
+  const AttentionInputs in = named(inputs);
+  const mx::array key_codes = metal::packed_input(s, in.key_codes), key_norms = metal::packed_input(s, in.key_norms);
+  const mx::array value_codes = metal::packed_input(s, in.value_codes);
+  const mx::array value_params = metal::packed_input(s, in.value_params);
 
   metal::AttentionShape shape{};
-  shape.type = metal::type_of(q.dtype());
-  shape.batch = q.shape(0);
-  shape.n_q_heads = q.shape(1);
-  shape.n_kv_heads = key_codes.shape(1);
-  shape.n_queries = q.shape(2);
+  shape.type = metal::type_of(in.q.dtype());
+  shape.batch = in.batch();
+  shape.n_q_heads = in.n_q_heads();
+  shape.n_kv_heads = in.n_kv_heads();
+  shape.n_queries = in.n_queries();
   shape.head_dim = state_.head_dim;
   shape.value_dim = state_.value_dim;
-  shape.n_coded = key_codes.shape(2);
+  shape.n_first = in.n_first();
+  shape.n_coded = in.n_coded();
+  shape.n_tail = in.n_tail();
   shape.key_bits = state_.key_bits;
   shape.value_bits = state_.value_bits;
+  shape.value_coding = state_.value_coding;
   shape.hadamard = state_.hadamard;
   shape.causal = state_.causal;
   shape.scale = state_.scale;
   shape.n_cores = metal::gpu_cores(s);
-  shape.q = metal::strides4(q);
+  shape.q = metal::strides4(in.q);
   shape.key_codes = metal::strides3(key_codes);
   shape.key_norms = metal::strides3(key_norms);
   shape.value_codes = metal::strides3(value_codes);
-  shape.value_params = metal::strides3(value_params, 2);
+  shape.value_params = metal::strides3(value_params, state_.value_coding == kValueLloyd ? 1 : 2);
 
   // Absent arguments are never read, but every index must hold a buffer.
-  std::vector<const mx::array*> buffers(kAttentionParams, &q);
+  std::vector<const mx::array*> buffers(kAttentionParams, &in.q);
   auto bind = [&](int index, const mx::array& x) {
     if (x.size() > 0) buffers[index] = &x;
   };
@@ -50,54 +54,54 @@ void TurboQuantAttention::eval_gpu(const std::vector<mx::array>& inputs, mx::arr
   bind(kAttentionKeyNorms, key_norms);
   bind(kAttentionValueCodes, value_codes);
   bind(kAttentionValueParams, value_params);
-  if (const mx::array* mean = optional(inputs, kMean)) {
-    shape.has_mean = 1;
-    shape.mean = metal::mean_strides(*mean);
-    bind(kAttentionMean, *mean);
+  if (in.means) {
+    shape.means_kind = in.means->dtype() == mx::float16 ? kMeansHalf : kMeansFloat;
+    shape.means = metal::strides4(*in.means);
+    bind(kAttentionMeans, *in.means);
+  }
+  if (in.balance) {
+    shape.has_balance = 1;
+    shape.balance = metal::balance_strides(*in.balance);
+    bind(kAttentionBalance, *in.balance);
   }
   std::optional<mx::array> signs, residual_norms;
-  if (const mx::array* given = optional(inputs, kSigns)) {
-    signs = metal::packed_input(s, *given);
-    residual_norms = metal::packed_input(s, *optional(inputs, kResidualNorms));
+  if (in.signs) {
+    signs = metal::packed_input(s, *in.signs);
+    residual_norms = metal::packed_input(s, *in.residual_norms);
     shape.has_residual = 1;
     shape.key_signs = metal::strides3(*signs);
     shape.residual_norms = metal::strides3(*residual_norms);
     bind(kAttentionKeySigns, *signs);
     bind(kAttentionResidualNorms, *residual_norms);
   }
-  if (const mx::array* keys = optional(inputs, kFirstKeys)) {
-    const mx::array* values = optional(inputs, kFirstValues);
-    shape.n_first = keys->shape(2);
-    shape.first_keys = metal::strides4(*keys);
-    shape.first_values = metal::strides4(*values);
-    bind(kAttentionFirstKeys, *keys);
-    bind(kAttentionFirstValues, *values);
+  if (in.first_keys) {
+    shape.first_keys = metal::strides4(*in.first_keys);
+    shape.first_values = metal::strides4(*in.first_values);
+    bind(kAttentionFirstKeys, *in.first_keys);
+    bind(kAttentionFirstValues, *in.first_values);
   }
-  if (const mx::array* keys = optional(inputs, kTailKeys)) {
-    const mx::array* values = optional(inputs, kTailValues);
-    shape.n_tail = keys->shape(2);
-    shape.tail_keys = metal::strides4(*keys);
-    shape.tail_values = metal::strides4(*values);
-    bind(kAttentionTailKeys, *keys);
-    bind(kAttentionTailValues, *values);
+  if (in.tail_keys) {
+    shape.tail_keys = metal::strides4(*in.tail_keys);
+    shape.tail_values = metal::strides4(*in.tail_values);
+    bind(kAttentionTailKeys, *in.tail_keys);
+    bind(kAttentionTailValues, *in.tail_values);
   }
-  if (const mx::array* mask = optional(inputs, kMask)) {
-    shape.mask_kind = mask->dtype() == mx::bool_ ? kMaskBool : kMaskFloat;
-    shape.mask = metal::broadcast_strides(*mask);
-    bind(kAttentionMask, *mask);
+  if (in.mask) {
+    shape.mask_kind = in.mask->dtype() == mx::bool_ ? kMaskBool : kMaskFloat;
+    shape.mask = metal::broadcast_strides(*in.mask);
+    bind(kAttentionMask, *in.mask);
   }
   // Small vectors that the kernel reads without strides.
-  auto bind_vector = [&](OptionalInput which, int index, std::optional<mx::array>& holder) {
-    const mx::array* x = optional(inputs, which);
+  auto bind_vector = [&](const mx::array* x, int index, std::optional<mx::array>& holder) {
     if (!x) return 0;
     holder = metal::contiguous(s, *x);
     bind(index, *holder);
     return 1;
   };
   std::optional<mx::array> sinks, left_padding, lengths;
-  shape.has_sinks = bind_vector(kSinks, kAttentionSinks, sinks);
-  shape.has_left_padding = bind_vector(kLeftPadding, kAttentionLeftPadding, left_padding);
-  shape.has_lengths = bind_vector(kLengths, kAttentionLengths, lengths);
+  shape.has_sinks = bind_vector(in.sinks, kAttentionSinks, sinks);
+  shape.has_left_padding = bind_vector(in.left_padding, kAttentionLeftPadding, left_padding);
+  shape.has_lengths = bind_vector(in.lengths, kAttentionLengths, lengths);
 
   const metal::AttentionPlan plan = metal::plan_attention(shape);
   const auto rows = [](int64_t n) { return int(std::max<int64_t>(1, (n + 31) / 32)); };

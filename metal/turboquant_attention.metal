@@ -5,11 +5,14 @@
 //   matrix   up to 8 rows per simdgroup, 8x8 matrices, several row blocks on one staged tile
 //   combine  merges the partial results of a row, rotates back, divides
 //
-// Bytes per token and KV head, D = 128, 3-bit keys, 2-bit values: 48 + 2 + 32 + 16 = 98, against 512 in fp16.
-// Work per token, D = 128, 4 rows: 1024 FMA (scores and values), 665 integer and other fp32 operations, 28 shuffles, 672
-// bytes of threadgroup memory: 13.2 core cycles by the published rates (tests/metal_sim/cost.py), against 11.5 (M4 Max) to
-// 13.0 (M2 Pro) in which the memory delivers 98 bytes: both limits are near. 1 or 2 rows: the memory is the limit. 8 rows
-// by matrices: 22 cycles, the multiplications are the limit. Not measured on a GPU.
+// Bytes per token and KV head, D = 128, 3-bit keys, against 512 in fp16; the mean of a block is 4 bytes a token:
+//   2-bit groups    48 + 2 + 32 + 16 + 4 = 102
+//   3-bit Lloyd-Max 48 + 2 + 48 + 2 + 4 = 104
+// Work per token, D = 128, 4 rows, by the published rates (tests/metal_sim/cost.py):
+//   groups     1052 FMA, 600 integer and other fp32 operations, 31 shuffles, 1012 bytes of threadgroup memory: 13.4 core cycles
+//   Lloyd-Max  1036 FMA, 476 other operations, 31 shuffles, 856 bytes: 12.3 core cycles
+// The memory delivers 102 bytes in 12.0 (M4 Max) to 13.5 cycles (M2 Pro): both limits are near. 1 or 2 rows: the memory is the
+// limit. 8 rows by matrices: 22 cycles, the multiplications are the limit. Not measured on a GPU.
 //
 // Where the operations went:
 // - Codes are loaded as bytes: the load unit extracts them. A key byte is the index of its two levels in a table of 256
@@ -17,6 +20,10 @@
 //   A table beats arithmetic here: shifts and conversions take four cycles each, a look-up one instruction.
 // - Value codes stay in place: x & (3 << 2s), read as half, is code * 2^(2s - 24), a subnormal; the power of two is paid
 //   once, on the sum. The scale of a group goes into the softmax weight, its bias into one FMA per token and lane.
+// - Lloyd-Max values are laid out as keys and decoded by the same table where bits and dimension are the keys'. Their norms go
+//   into the softmax weights as these are made: no bias, no scale per group.
+// - The mean of a block is multiplied with the rows once for its 64 tokens, not rotated and not balanced: fp32 products of
+//   what was stored, however large a key bias is.
 // - Sums over the lanes of a key are transposed: KL sums over KL lanes cost KL - 1 shuffles and leave one score per lane.
 // - The running maximum is reduced only when a lane sees a larger score. No barrier of the threadgroup in the loop.
 #include <metal_simdgroup>
@@ -30,7 +37,8 @@
 using namespace metal;
 
 constant bool has_hadamard [[function_constant(kConstHadamard)]];
-constant bool has_mean [[function_constant(kConstMean)]];
+constant int means_kind [[function_constant(kConstMeans)]];
+constant bool has_balance [[function_constant(kConstBalance)]];
 constant bool has_residual [[function_constant(kConstResidual)]];
 constant int mask_kind [[function_constant(kConstMask)]];
 constant bool has_sinks [[function_constant(kConstSinks)]];
@@ -41,10 +49,9 @@ constant bool is_direct [[function_constant(kConstDirect)]];
 
 constant constexpr int kSplitSimdgroups = 8;
 constant constexpr float kLog2E = 1.44269504088896340736f;
-constant constexpr float kSqrtHalfPi = 1.25331413731550025121f;
 
 // Factor of a sum whose maximum was old_max; -inf - -inf would be NaN.
-inline float rescale(float old_max, float new_max) { return old_max == new_max ? 1.0f : exp2(old_max - new_max); }
+inline float rescale(float old_max, float new_max) { return old_max == new_max ? 1.0f : fast::exp2(old_max - new_max); }
 
 constexpr int power_of_two(int n) {
   return n <= 1 ? 1 : n <= 2 ? 2 : n <= 4 ? 4 : n <= 8 ? 8 : n <= 16 ? 16 : n <= 32 ? 32 : 64;
@@ -87,42 +94,75 @@ inline long mask_row(constant AttentionParams& p, int batch, int kv_head, int ro
   return batch * p.mask.batch + (kv_head * n_repeats + row / p.n_queries) * p.mask.head + (row % p.n_queries) * p.mask.token;
 }
 
-// --- queries ----------------------------------------------------------------------------------------------------------
+// --- queries and means ------------------------------------------------------------------------------------------------
 
-// One query row, rotated, in units of base-2 scores per codebook level; returns what the key mean adds to its scores.
-// residual gets the query of the residual signs.
+// One query row as the model has it, padded with zeros.
 template <typename T, int D>
-inline float load_query(constant AttentionParams& p, const device T* q, const device float* mean, int batch, int kv_head,
-                        int row, thread float* x, thread float* residual, threadgroup float* scratch, uint lane) {
+inline void load_query(constant AttentionParams& p, const device T* q, int batch, int kv_head, int row, thread float* x,
+                       uint lane) {
   const int n_repeats = p.n_rows / p.n_queries, head = kv_head * n_repeats + row / p.n_queries;
   const device T* from = q + batch * p.q.batch + head * p.q.head + (row % p.n_queries) * p.q.token;
-  const device float* center = mean + batch * p.mean.batch + kv_head * p.mean.head;
-  float offset = 0.0f;
   for (int i = 0; i < D / 32; i++) {
     const int d = 32 * i + int(lane);
     x[i] = d < p.head_dim ? float(from[d * p.q.last]) : 0.0f;
-    if (has_mean && d < p.head_dim) offset = fma(x[i], center[d * p.mean.last], offset);
   }
-  if (has_mean) offset = simd_sum(offset) * p.score_scale;
-  if (has_hadamard) rotate_row<D>(x, TQ_ROTATION_SEED, scratch, lane);
+}
+
+// The query for coded keys: less the balance, rotated, in units of base-2 scores per codebook level. residual gets the query
+// of the residual signs.
+template <int D>
+inline void prepare_query(constant AttentionParams& p, const device float* balance, int kv_head, thread float* x,
+                          thread float* residual, threadgroup float* scratch, uint lane) {
+  for (int i = 0; has_balance && i < D / 32; i++) {
+    const int d = 32 * i + int(lane);
+    if (d < p.head_dim) x[i] /= balance[kv_head * p.balance.head + d * p.balance.last];
+  }
+  if (has_hadamard) rotate_row<D>(x, TQ_ROTATION_SEED, p.key_rotation_scale, scratch, lane);
   if (has_residual) {
     for (int i = 0; i < D / 32; i++) residual[i] = x[i];
-    rotate_row<D>(residual, TQ_RESIDUAL_SEED, scratch, lane);
-    const float scale = p.score_scale * kSqrtHalfPi / precise::sqrt(float(D));
-    for (int i = 0; i < D / 32; i++) residual[i] *= scale;
+    rotate_row<D>(residual, TQ_RESIDUAL_SEED, p.key_rotation_scale, scratch, lane);
+    for (int i = 0; i < D / 32; i++) residual[i] *= p.residual_scale;
   }
   const float scale = p.score_scale / float(kCodebookTop);
   for (int i = 0; i < D / 32; i++) x[i] *= scale;
-  return offset;
+}
+
+inline float mean_at(const device uchar* means, long at) {
+  if (means_kind == kMeansFloat) return reinterpret_cast<const device float*>(means)[at];
+  return float(reinterpret_cast<const device half*>(means)[at]);
+}
+
+// What the mean of a block adds to the scores of row lane % R. queries: R rows of D numbers as the model has them.
+template <int D, int R>
+inline float block_offset(constant AttentionParams& p, const device uchar* means, int block, threadgroup const float* queries,
+                          uint lane) {
+  float sum[R];
+  for (int r = 0; r < R; r++) sum[r] = 0.0f;
+  const long at = block * p.means.token + lane * p.means.last;
+  for (int i = 0; i < D / 32; i++) {
+    const int d = 32 * i + int(lane);
+    const float mean = d < p.head_dim ? mean_at(means, at + 32 * i * p.means.last) : 0.0f;
+    for (int r = 0; r < R; r++) sum[r] = fma(queries[r * D + d], mean, sum[r]);
+  }
+#pragma clang loop unroll(full)
+  for (ushort h = R / 2; h >= 1; h /= 2) {
+    for (int i = 0; i < h; i++) {
+      const bool up = lane & h;
+      const float low = sum[i], high = sum[i + h];
+      sum[i] = (up ? high : low) + simd_shuffle_xor(up ? low : high, h);
+    }
+  }
+  for (ushort h = R; h < 32; h *= 2) sum[0] += simd_shuffle_xor(sum[0], h);
+  return sum[0] * p.score_scale;
 }
 
 // --- codes ------------------------------------------------------------------------------------------------------------
 
-// Levels of the two codes in byte b of a key word.
+// Levels of the two codes in byte b of a word of level codes.
 template <int BITS>
-inline float2 level_pair(constant AttentionParams& p, uint b) {
+inline float2 level_pair(constant int8_t* levels, uint b) {
   constexpr uint mask = (1u << BITS) - 1u;
-  return float2(float(p.codebook[b & mask]), float(p.codebook[(b >> 4) & mask]));
+  return float2(float(levels[b & mask]), float(levels[(b >> 4) & mask]));
 }
 
 // The 32 codes of a unit are four runs of eight; byte b of run i holds dimensions 8 i + 2 b and 8 i + 2 b + 1. c[word] is byte
@@ -134,6 +174,20 @@ inline uint pair_offset(thread const uint* c, int run) {
   return (c[run >= 2 ? run - 2 : 0] & 0xccu) << 1;
 }
 
+// NB neighbouring bytes of each word of a unit: c[BITS j + i] = byte j of word i, zero without `load`.
+template <int BITS, int NB>
+inline void load_unit(const device uchar* from, bool load, thread uint* c) {
+  for (int i = 0; i < BITS; i++) {
+    if (NB == 2) {
+      const uchar2 x = load ? *reinterpret_cast<const device uchar2*>(from + 4 * i) : uchar2(0);
+      c[i] = x[0];
+      c[(NB - 1) * BITS + i] = x[1];
+    } else {
+      c[i] = load ? from[4 * i] : uchar(0);
+    }
+  }
+}
+
 // Code `slot` of sixteen bits as a half subnormal, code * 2^(BITS * (slot % per) - 24) with `per` codes below bit 10.
 template <int BITS>
 inline float subnormal_code(ushort x, int slot) {
@@ -143,55 +197,237 @@ inline float subnormal_code(ushort x, int slot) {
 }
 template <int BITS>
 inline float subnormal_weight(int slot) {
-  return exp2(24.0f - float(BITS * (slot % (10 / BITS))));
+  return as_type<float>(uint(127 + 24 - BITS * (slot % (10 / BITS))) << 23);
 }
+
+// --- values of the split kernel ---------------------------------------------------------------------------------------
+
+// Both codings say how a simdgroup shares values: kLanes lanes a value, kHeld numbers a lane, dim() their dimensions, kParams
+// words of parameters per token in threadgroup memory. add() adds the n tokens of a tile, times their weights, to acc[i R + r];
+// acc times unit() is the sum. values: the lane's first codes, those of its next token `step` bytes on.
+
+// Groups: a lane holds one word, or half of it, of the values it sees. The scale of a group goes into the weight.
+template <int V, int BITS, int R>
+struct GroupValues {
+  static constant constexpr int kWords = V * BITS / 32, kPerWord = BITS == 2 && R > 2 ? 2 : 1, kHalves = 2 / kPerWord;
+  static constant constexpr int kLanes = power_of_two(kWords) * kPerWord, kTokens = 32 / kLanes;
+  static constant constexpr int kSlots = 16 / BITS, kHeld = kHalves * kSlots, kParams = V / 32;
+  static_assert(kLanes <= 32 && R * kParams <= kLanes, "a value fits a simdgroup, every sum of group biases has a lane");
+
+  static inline bool has_codes(int lane) { return lane / kPerWord < kWords; }
+  static inline int first_byte(int lane) { return 4 * (lane / kPerWord) + 2 * (lane % kPerWord); }
+  static inline int dim(int lane, int i) { return kWords * (kHeld * (lane % kPerWord) + i) + lane / kPerWord; }
+  static inline float unit(int i) { return subnormal_weight<BITS>(i % kSlots); }
+  // The sum of biases that a lane makes.
+  static inline int bias_row(int lane) { return lane % R; }
+  static inline int bias_group(int lane) { return min(lane / R, kParams - 1); }
+
+  static inline void add(const device uchar* values, int step, int n, threadgroup const uint* params,
+                         threadgroup const float* weights, threadgroup const uchar*, bool skips, int lane, int first,
+                         thread float* acc, thread float& bias_acc) {
+    const bool has = has_codes(lane);
+    const int row = bias_row(lane), group = bias_group(lane);
+#pragma clang loop unroll_count(2)
+    for (int s = 0; s < kLanes; s++) {
+      const int t = s * kTokens + first;
+      const device ushort* from = reinterpret_cast<const device ushort*>(values + s * step);
+      ushort x[kHalves];
+      for (int i = 0; i < kHalves; i++) x[i] = t < n && has ? from[i] : ushort(0);
+      const float bias = float(as_type<half2>(params[t * kParams + group]).y), bias_weight = weights[t * R + row];
+      if (!skips || bias_weight != 0.0f) bias_acc = fma(bias_weight, bias, bias_acc);
+      if (32 % kWords == 0) {  // each slot lies in one group
+        constexpr int n_groups = largest(1, kParams / kPerWord);
+        const int first_group = kWords * kHeld * (lane % kPerWord) / 32;
+        float scaled[n_groups * R];
+        for (int g = 0; g < n_groups; g++) {
+          const float scale = float(as_type<half2>(params[t * kParams + first_group + g]).x);
+          for (int r = 0; r < R; r++) {
+            const float weight = weights[t * R + r];
+            scaled[g * R + r] = skips && weight == 0.0f ? 0.0f : weight * scale;
+          }
+        }
+#pragma clang loop unroll(full)
+        for (int i = 0; i < kHeld; i++) {
+          const float code = subnormal_code<BITS>(x[i / kSlots], i % kSlots);
+          for (int r = 0; r < R; r++) acc[i * R + r] = fma(scaled[kWords * i / 32 * R + r], code, acc[i * R + r]);
+        }
+      } else {
+#pragma clang loop unroll(full)
+        for (int i = 0; i < kHeld; i++) {
+          const float code = subnormal_code<BITS>(x[i / kSlots], i % kSlots);
+          const float scale = float(as_type<half2>(params[t * kParams + min(dim(lane, i) / 32, kParams - 1)]).x);
+          for (int r = 0; r < R; r++) {
+            const float weight = weights[t * R + r];
+            if (!skips || weight != 0.0f) acc[i * R + r] = fma(weight * scale, code, acc[i * R + r]);
+          }
+        }
+      }
+    }
+  }
+};
+
+// Lloyd-Max levels: a lane holds a quarter or half of a unit, decoded by the table as keys are. The norms are in the weights.
+template <int V, int BITS, int R>
+struct LloydValues {
+  static constant constexpr int kUnits = V / 32, kPerUnit = R > 2 ? 4 : 2, kBytes = 4 / kPerUnit, kRun = 8 / kPerUnit;
+  static constant constexpr int kLanes = power_of_two(kUnits) * kPerUnit, kTokens = 32 / kLanes;
+  static constant constexpr int kHeld = 4 * kRun, kParams = 1;
+  static_assert(kLanes <= 32, "a value fits a simdgroup");
+
+  static inline bool has_codes(int lane) { return lane / kPerUnit < kUnits; }
+  static inline int first_byte(int lane) { return 4 * BITS * (lane / kPerUnit) + kBytes * (lane % kPerUnit); }
+  static inline int dim(int lane, int i) {
+    return 32 * (lane / kPerUnit) + 8 * (i / kRun) + kRun * (lane % kPerUnit) + i % kRun;
+  }
+  static inline float unit(int) { return 1.0f / float(kCodebookTop); }
+  static inline int bias_row(int) { return 0; }
+  static inline int bias_group(int) { return 0; }
+
+  static inline void add(const device uchar* values, int step, int n, threadgroup const uint*, threadgroup const float* weights,
+                         threadgroup const uchar* lookup, bool, int lane, int first, thread float* acc, thread float&) {
+    const bool has = has_codes(lane);
+#pragma clang loop unroll_count(2)
+    for (int s = 0; s < kLanes; s++) {
+      const int t = s * kTokens + first;
+      uint c[kBytes * BITS];
+      load_unit<BITS, kBytes>(values + s * step, t < n && has, c);
+      float weight[R];
+      for (int r = 0; r < R; r++) weight[r] = weights[t * R + r];
+#pragma clang loop unroll(full)
+      for (int i = 0; i < 4; i++) {
+        for (int j = 0; j < kBytes; j++) {
+          const half2 x = *reinterpret_cast<threadgroup const half2*>(lookup + pair_offset<BITS>(c + BITS * j, i));
+          const int at = (kRun * i + 2 * j) * R;
+          for (int r = 0; r < R; r++) {
+            acc[at + r] = fma(float(x.x), weight[r], acc[at + r]);
+            acc[at + R + r] = fma(float(x.y), weight[r], acc[at + R + r]);
+          }
+        }
+      }
+    }
+  }
+};
+
+template <int CODING, typename Groups, typename Lloyd>
+struct ChooseValues {
+  typedef Groups type;
+};
+template <typename Groups, typename Lloyd>
+struct ChooseValues<kValueLloyd, Groups, Lloyd> {
+  typedef Lloyd type;
+};
 
 // --- exact tokens -----------------------------------------------------------------------------------------------------
 
-// Attends rows [row0, row0 + n) (at most 8) to exact tokens [begin, end) of first ++ tail, at most kExactTokens, with all
-// simdgroups of the threadgroup. out[row * V], state[row * 2] for the n rows, in the space of the model.
-template <typename T, int V, typename P>
-inline void attend_exact(constant AttentionParams& p, Bounds b, const device T* q, const device T* first_keys,
-                         const device T* first_values, const device T* tail_keys, const device T* tail_values,
-                         const device uchar* mask, int batch, int kv_head, int row0, int n, int begin, int end,
-                         threadgroup float* scores, P out, P state, uint tid, uint sg, uint lane, uint n_sg) {
+// A run of tokens of the first ones or of the tail, all of one KV head.
+struct ExactRun {
+  int begin, n;                       // tokens of the part
+  int column;                         // of token `begin`
+  int stored_begin, stored_end, own;  // stored: [stored_begin, stored_end) and from `own` on
+  int at;                             // of token `begin` among the threadgroup's
+};
+
+// Those of first (part 0) or tail (part 1) among the tokens [begin, end) of first ++ tail.
+inline ExactRun exact_run(constant AttentionParams& p, Bounds b, int part, int begin, int end) {
+  const int n_before = min(end, p.n_first) - min(begin, p.n_first);
+  ExactRun run;
+  run.begin = part ? max(begin - p.n_first, 0) : min(begin, p.n_first);
+  run.n = part ? end - begin - n_before : n_before;
+  run.column = part ? p.n_first + p.n_coded + run.begin : run.begin;
+  run.stored_begin = part ? b.tail_begin : b.first_begin;
+  run.stored_end = part ? b.tail_end : b.first_end;
+  run.own = part ? b.tail_own : p.n_first;
+  run.at = part ? n_before : 0;
+  return run;
+}
+
+// Scores of rows [row0, row0 + n): scores[r * n_tokens + at + i]. A simdgroup takes four tokens at a time. Tokens that are not
+// attended to are read all the same, so that no load waits for a condition.
+template <typename T, int K>
+inline void score_exact(constant AttentionParams& p, const device T* q, const device T* keys, constant Strides4& strides,
+                        ExactRun run, const device uchar* mask, int batch, int kv_head, int row0, int n, int n_tokens,
+                        threadgroup float* scores, uint sg, uint lane, uint n_sg) {
   const int n_repeats = p.n_rows / p.n_queries;
-  for (int e = begin + int(sg); e < end; e += int(n_sg)) {
-    const bool is_tail = e >= p.n_first;
-    const int t = is_tail ? e - p.n_first : e, column = is_tail ? e + p.n_coded : e;
-    const bool stored =
-        is_tail ? t >= b.tail_begin && (t < b.tail_end || t >= b.tail_own) : t >= b.first_begin && t < b.first_end;
-    const long key = is_tail ? batch * p.tail_keys.batch + kv_head * p.tail_keys.head + t * p.tail_keys.token
-                             : batch * p.first_keys.batch + kv_head * p.first_keys.head + t * p.first_keys.token;
-    const long step = is_tail ? p.tail_keys.last : p.first_keys.last;
-    const device T* from = is_tail ? tail_keys : first_keys;
+  keys += batch * strides.batch + kv_head * strides.head + run.begin * strides.token;
+#pragma clang loop unroll(disable)
+  for (int first = 4 * int(sg); first < run.n; first += 4 * int(n_sg)) {
+    float key[4][K / 32];
+#pragma clang loop unroll(full)
+    for (int j = 0; j < 4; j++) {
+      const device T* from = keys + min(first + j, run.n - 1) * strides.token;
+      for (int i = 0; i < K / 32; i++) {
+        const int d = 32 * i + int(lane);
+        const float x = float(from[(d < p.head_dim ? d : 0) * strides.last]);
+        key[j][i] = d < p.head_dim ? x : 0.0f;
+      }
+    }
+    const int i_token = first + int(lane & 3u), t = run.begin + i_token, column = run.column + i_token;
+    const bool stored = i_token < run.n && t >= run.stored_begin && (t < run.stored_end || t >= run.own);
+#pragma clang loop unroll(disable)
     for (int r = 0; r < n; r++) {
       const int row = row0 + r, head = kv_head * n_repeats + row / p.n_queries, query = row % p.n_queries;
-      const bool seen = stored && (!is_causal || column <= p.n_first + p.n_coded + p.n_tail - p.n_queries + query);
-      float score = 0.0f;
-      if (seen) {
-        const device T* x = q + batch * p.q.batch + head * p.q.head + query * p.q.token;
-        for (int d = int(lane); d < p.head_dim; d += 32) {
-          score = fma(float(x[d * p.q.last]), float(from[key + d * step]), score);
-        }
+      const device T* x = q + batch * p.q.batch + head * p.q.head + query * p.q.token;
+      float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+      for (int i = 0; i < K / 32; i++) {
+        const int d = 32 * i + int(lane);
+        const float y = float(x[(d < p.head_dim ? d : 0) * p.q.last]);
+        for (int j = 0; j < 4; j++) sum[j] = fma(y, key[j][i], sum[j]);
       }
-      score = simd_sum(score) * p.score_scale;
+      // The sum of token lane % 4 on each lane.
+      const bool up2 = lane & 2u, up1 = lane & 1u;
+      const float low = (up2 ? sum[2] : sum[0]) + simd_shuffle_xor(up2 ? sum[0] : sum[2], ushort(2));
+      const float high = (up2 ? sum[3] : sum[1]) + simd_shuffle_xor(up2 ? sum[1] : sum[3], ushort(2));
+      float score = (up1 ? high : low) + simd_shuffle_xor(up1 ? low : high, ushort(1));
+      for (ushort h = 4; h < 32; h *= 2) score += simd_shuffle_xor(score, h);
+      score *= p.score_scale;
+      const bool seen = stored && (!is_causal || column <= p.n_first + p.n_coded + p.n_tail - p.n_queries + query);
       if (mask_kind != kMaskNone && seen) {
         const float bias = mask_bias(mask, mask_row(p, batch, kv_head, row) + column * p.mask.last);
         score = bias == -INFINITY ? -INFINITY : score + bias;
       }
-      if (lane == 0) scores[r * kExactTokens + e - begin] = seen ? score : -INFINITY;
+      if (lane < 4 && i_token < run.n) scores[r * n_tokens + run.at + i_token] = seen ? score : -INFINITY;
     }
+  }
+}
+
+// Adds every n_slices-th value of the run from `slice` on, dimension d, times the weights of N rows.
+template <typename T, int N>
+inline void add_exact(const device T* values, constant Strides4& strides, ExactRun run, int batch, int kv_head, int n,
+                      int n_tokens, threadgroup const float* weights, int d, int slice, int n_slices, thread float* acc) {
+  values += batch * strides.batch + kv_head * strides.head + run.begin * strides.token + d * strides.last;
+#pragma clang loop unroll_count(4)
+  for (int i = slice; i < run.n; i += n_slices) {
+    const float value = float(values[i * strides.token]);
+    for (int r = 0; r < N; r++) {
+      const float weight = r < n ? weights[r * n_tokens + run.at + i] : 0.0f;
+      acc[r] = weight == 0.0f ? acc[r] : fma(weight, value, acc[r]);  // a token that is not attended may hold anything
+    }
+  }
+}
+
+// Attends rows [row0, row0 + n) (at most N) to exact tokens [begin, end) of first ++ tail, at most kExactTokens, with all
+// simdgroups of the threadgroup. scratch: N numbers per thread, and per token at least. out[row * V], state[row * 2] for the
+// n rows, in the space of the model.
+template <typename T, int K, int V, int N, typename P>
+inline void attend_exact(constant AttentionParams& p, Bounds b, const device T* q, const device T* first_keys,
+                         const device T* first_values, const device T* tail_keys, const device T* tail_values,
+                         const device uchar* mask, int batch, int kv_head, int row0, int n, int begin, int end,
+                         threadgroup float* scratch, P out, P state, uint tid, uint sg, uint lane, uint n_sg) {
+  const int n_tokens = end - begin;
+#pragma clang loop unroll(disable)
+  for (int part = 0; part < 2; part++) {
+    score_exact<T, K>(p, q, part ? tail_keys : first_keys, part ? p.tail_keys : p.first_keys, exact_run(p, b, part, begin, end),
+                      mask, batch, kv_head, row0, n, n_tokens, scratch, sg, lane, n_sg);
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
   for (int r = int(sg); r < n; r += int(n_sg)) {
     float row_max = -INFINITY, row_sum = 0.0f;
-    for (int e = int(lane); e < end - begin; e += 32) row_max = max(row_max, scores[r * kExactTokens + e]);
+    for (int e = int(lane); e < n_tokens; e += 32) row_max = max(row_max, scratch[r * n_tokens + e]);
     row_max = simd_max(row_max);
-    for (int e = int(lane); e < end - begin; e += 32) {
-      const float score = scores[r * kExactTokens + e];
-      const float weight = score == -INFINITY ? 0.0f : exp2(score - row_max);
-      scores[r * kExactTokens + e] = weight;
+    for (int e = int(lane); e < n_tokens; e += 32) {
+      const float score = scratch[r * n_tokens + e];
+      const float weight = score == -INFINITY ? 0.0f : fast::exp2(score - row_max);
+      scratch[r * n_tokens + e] = weight;
       row_sum += weight;
     }
     row_sum = simd_sum(row_sum);
@@ -201,29 +437,37 @@ inline void attend_exact(constant AttentionParams& p, Bounds b, const device T* 
     }
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
-  for (int d = int(tid); d < V; d += 32 * int(n_sg)) {
-    float acc[8];
-    for (int r = 0; r < 8; r++) acc[r] = 0.0f;
-    for (int e = begin; e < end && d < p.value_dim; e++) {
-      const bool is_tail = e >= p.n_first;
-      const int t = is_tail ? e - p.n_first : e;
-      const bool stored =
-          is_tail ? t >= b.tail_begin && (t < b.tail_end || t >= b.tail_own) : t >= b.first_begin && t < b.first_end;
-      if (!stored) continue;
-      const float value = is_tail ? float(tail_values[batch * p.tail_values.batch + kv_head * p.tail_values.head +
-                                                      t * p.tail_values.token + d * p.tail_values.last])
-                                  : float(first_values[batch * p.first_values.batch + kv_head * p.first_values.head +
-                                                       t * p.first_values.token + d * p.first_values.last]);
-      for (int r = 0; r < 8; r++) {
-        const float weight = r < n ? scores[r * kExactTokens + e - begin] : 0.0f;
-        if (weight != 0.0f) acc[r] = fma(weight, value, acc[r]);  // a token that is not attended may hold anything
-      }
+  // Every dimension has as many threads as there are, each with a slice of the tokens.
+  const int n_threads = 32 * int(n_sg), n_slices = clamp(1 + (n_threads - n_tokens) / V, 1, max(1, n_threads / V));
+  threadgroup float* partial = scratch + n * n_tokens;
+  const int slice = int(tid) / V;
+  float acc[N];
+  for (int d = int(tid) % V; d < V && slice < n_slices; d += n_threads) {
+    for (int r = 0; r < N; r++) acc[r] = 0.0f;
+#pragma clang loop unroll(disable)
+    for (int part = 0; part < 2 && d < p.value_dim; part++) {
+      add_exact<T, N>(part ? tail_values : first_values, part ? p.tail_values : p.first_values,
+                      exact_run(p, b, part, begin, end), batch, kv_head, n, n_tokens, scratch, d, slice, n_slices, acc);
     }
-    for (int r = 0; r < 8; r++) {
-      if (r < n) out[r * V + d] = acc[r];
+    for (int r = 0; r < N; r++) {
+      if (r >= n) continue;
+      if (n_slices == 1) {
+        out[r * V + d] = acc[r];
+      } else if (slice > 0) {
+        partial[((slice - 1) * n + r) * V + d] = acc[r];
+      }
     }
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
+  if (n_slices > 1) {
+    for (int r = 0; r < N; r++) {
+      if (slice > 0 || r >= n) continue;
+      float sum = acc[r];
+      for (int i = 1; i < n_slices; i++) sum += partial[((i - 1) * n + r) * V + int(tid)];
+      out[r * V + int(tid)] = sum;
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+  }
 }
 
 // --- merging ----------------------------------------------------------------------------------------------------------
@@ -253,7 +497,7 @@ inline void combine_row(constant AttentionParams& p, P parts, P states, int n_pa
       }
     }
   }
-  if (has_hadamard) rotate_row_back<V>(coded, TQ_ROTATION_SEED, scratch, lane);
+  if (has_hadamard) rotate_row_back<V>(coded, TQ_ROTATION_SEED, p.value_rotation_scale, scratch, lane);
   const float inverse = row_sum == 0.0f ? 0.0f : 1.0f / row_sum;
   for (int i = 0; i < V / 32; i++) {
     const int d = 32 * i + int(lane);
@@ -265,7 +509,8 @@ inline void combine_row(constant AttentionParams& p, P parts, P states, int n_pa
   const device T *q [[buffer(kAttentionQueries)]], const device uchar *key_codes [[buffer(kAttentionKeyCodes)]],              \
       const device half *key_norms [[buffer(kAttentionKeyNorms)]],                                                            \
       const device uchar *value_codes [[buffer(kAttentionValueCodes)]],                                                       \
-      const device uint *value_params [[buffer(kAttentionValueParams)]], const device float *mean [[buffer(kAttentionMean)]], \
+      const device uchar *value_params [[buffer(kAttentionValueParams)]],                                                     \
+      const device uchar *means [[buffer(kAttentionMeans)]], const device float *balance [[buffer(kAttentionBalance)]],       \
       const device uchar *key_signs [[buffer(kAttentionKeySigns)]],                                                           \
       const device half *residual_norms [[buffer(kAttentionResidualNorms)]],                                                  \
       const device T *first_keys [[buffer(kAttentionFirstKeys)]],                                                             \
@@ -279,28 +524,47 @@ inline void combine_row(constant AttentionParams& p, P parts, P states, int n_pa
       uint tid [[thread_index_in_threadgroup]], uint sg [[simdgroup_index_in_threadgroup]],                                   \
       uint lane [[thread_index_in_simdgroup]]
 
-// Moves the packed pointers to this KV head. Strides of codes, signs and value parameters are in 4-byte words.
-#define TQ_ATTENTION_HEAD                                                               \
-  const int batch = int(tg.y) / p.n_kv_heads, kv_head = int(tg.y) % p.n_kv_heads;       \
-  key_codes += 4 * (batch * p.key_codes.batch + kv_head * p.key_codes.head);            \
-  key_norms += batch * p.key_norms.batch + kv_head * p.key_norms.head;                  \
-  value_codes += 4 * (batch * p.value_codes.batch + kv_head * p.value_codes.head);      \
-  value_params += batch * p.value_params.batch + kv_head * p.value_params.head;         \
-  if (has_residual) {                                                                   \
-    key_signs += 4 * (batch * p.key_signs.batch + kv_head * p.key_signs.head);          \
-    residual_norms += batch * p.residual_norms.batch + kv_head * p.residual_norms.head; \
-  }                                                                                     \
+// Moves the packed pointers to this KV head. Strides of codes, signs and parameters of value groups are in 4-byte words.
+#define TQ_ATTENTION_HEAD                                                                           \
+  const int batch = int(tg.y) / p.n_kv_heads, kv_head = int(tg.y) % p.n_kv_heads;                   \
+  key_codes += 4 * (batch * p.key_codes.batch + kv_head * p.key_codes.head);                        \
+  key_norms += batch * p.key_norms.batch + kv_head * p.key_norms.head;                              \
+  value_codes += 4 * (batch * p.value_codes.batch + kv_head * p.value_codes.head);                  \
+  value_params += (LLOYD ? 2 : 4) * (batch * p.value_params.batch + kv_head * p.value_params.head); \
+  if (means_kind != kMeansNone) {                                                                   \
+    means += (means_kind == kMeansHalf ? 2 : 4) * (batch * p.means.batch + kv_head * p.means.head); \
+  }                                                                                                 \
+  if (has_residual) {                                                                               \
+    key_signs += 4 * (batch * p.key_signs.batch + kv_head * p.key_signs.head);                      \
+    residual_norms += batch * p.residual_norms.batch + kv_head * p.residual_norms.head;             \
+  }                                                                                                 \
   const Bounds bounds = bounds_of(p, left_padding, lengths, batch);
+
+// The coded tokens of a threadgroup that are attended to: [begin, end), and the start of the block of the first one.
+struct Range {
+  int begin, end, block_begin;
+};
+
+inline Range coded_range(constant AttentionParams& p, Bounds b, int tg) {
+  Range range;
+  const int limit = min(p.n_coded, (tg + 1) * p.range_tokens);
+  range.begin = clamp(b.coded_begin, min(limit, tg * p.range_tokens), limit);
+  range.end = clamp(b.coded_end, range.begin, limit);
+  range.block_begin = range.begin / kBlockTokens * kBlockTokens;
+  return range;
+}
 
 // --- split: up to 4 rows ----------------------------------------------------------------------------------------------
 
-// Eight simdgroups, each with its own tiles of 32 tokens. Keys: a lane holds 32 / KH dimensions of one unit of the keys it
-// sees, KL lanes a key. Values: a lane holds one word, or half of it (VH = 2), of the values it sees, VL lanes a value.
-// Units and words of dimensions that are no power of two are padded with idle lanes.
-template <typename T, int K, int V, int KB, int VB, int R>
+// Eight simdgroups, each with a share of neighbouring tiles of 32 tokens, so that the mean of a block is read once by all that
+// need it. Keys: a lane holds 32 / KH dimensions of one unit of the keys it sees, KL lanes a key. Values: GroupValues or
+// LloydValues. Units and words of dimensions that are no power of two are padded with idle lanes.
+template <typename T, int K, int V, int KB, int VB, int VC, int R>
 [[kernel, max_total_threads_per_threadgroup(256)]] void turboquant_attention_split(TQ_ATTENTION_ARGUMENTS,
                                                                                    threadgroup float* residual_queries
                                                                                    [[threadgroup(0)]]) {
+  constexpr bool LLOYD = VC == kValueLloyd;
+  constexpr bool OWN_TABLE = LLOYD && (VB != KB || V != K);  // else keys and values share one
   constexpr int NSG = kSplitSimdgroups;
   constexpr int NU = K / 32, NUP = power_of_two(NU);  // units of a key
   constexpr int KH = 2 * NUP >= R ? 2 : 4;            // lanes per unit
@@ -308,64 +572,66 @@ template <typename T, int K, int V, int KB, int VB, int R>
   constexpr int SB = KL / R;                          // steps per reduction
   constexpr int NB = 4 / KH, NN = 8 / KH;             // bytes and codes of each word per lane
   constexpr int NG = V / 32;                          // value groups
-  constexpr int VW = V * VB / 32;                     // words of a value
-  constexpr int VH = VB == 2 && R > 2 ? 2 : 1;        // lanes per word
-  constexpr int VL = power_of_two(VW) * VH, VT = 32 / VL;
-  constexpr int NS = 16 / VB;  // codes in sixteen bits
-  constexpr int NH = 2 / VH;   // sixteen-bit halves per lane
+  typedef typename ChooseValues<VC, GroupValues<V, VB, R>, LloydValues<V, VB, R>>::type Values;
+  constexpr int VL = Values::kLanes, NP = Values::kParams, NA = Values::kHeld;
   constexpr int M = largest(K, V);
-  static_assert(KL <= 32 && VL <= 32 && KL >= R, "a key and a value fit a simdgroup");
-  static_assert(R * NG <= VL, "every sum of group biases has a lane");
+  static_assert(KL <= 32 && KL >= R, "a key fits a simdgroup");
 
-  threadgroup uint table[512];          // half2 per byte of key codes, twice: odd and even lanes use different banks
-  threadgroup float merged[2 * R * M];  // rotated queries; at the end the coded result, then the exact one
+  threadgroup uint table[512];  // half2 per byte of key codes, twice: odd and even lanes use different banks
+  threadgroup uint value_table[OWN_TABLE ? 512 : 1];
+  threadgroup float merged[2 * R * M];  // rotated queries, then unrotated ones; at the end the coded result, then the exact one
   threadgroup float weights_all[NSG * 32 * R];
-  threadgroup uint group_params[NSG * 32 * NG];  // (scale, bias) of the tile's tokens
+  threadgroup uint params_all[NSG * 32 * NP];  // (scale, bias) or norm of the tile's tokens
   threadgroup float norms_all[NSG * 32], residual_norms_all[NSG * 32];
-  threadgroup float maxima[NSG * R], sums[NSG * R], bias_sums[NSG * R * NG], offsets[R], states_all[4 * R];
+  threadgroup float maxima[NSG * R], sums[NSG * R], bias_sums[LLOYD ? 1 : NSG * R * NG], states_all[4 * R];
   TQ_ATTENTION_HEAD
   const int n_rows = p.n_rows;
   const int n_exact = p.n_first + p.n_tail;
 
   if (!is_direct && int(tg.x) >= p.n_ranges) {
-    const int range = int(tg.x) - p.n_ranges, begin = range * kExactTokens;
+    const int range = int(tg.x) - p.n_ranges, begin = range * kExactRange;
     const long part = (long(tg.y) * p.n_parts + int(tg.x)) * n_rows;
-    attend_exact<T, V>(p, bounds, q, first_keys, first_values, tail_keys, tail_values, mask, batch, kv_head, 0, n_rows, begin,
-                       min(n_exact, begin + kExactTokens), weights_all, parts + part * V, states + part * 2, tid, sg, lane,
-                       NSG);
+    attend_exact<T, K, V, R>(p, bounds, q, first_keys, first_values, tail_keys, tail_values, mask, batch, kv_head, 0, n_rows,
+                             begin, min(n_exact, begin + kExactRange), weights_all, parts + part * V, states + part * 2, tid,
+                             sg, lane, NSG);
     return;
   }
 
   for (uint b = tid; b < 256; b += NSG * 32) {
-    const uint entry = as_type<uint>(half2(level_pair<KB>(p, b)));
+    const uint entry = as_type<uint>(half2(level_pair<KB>(p.codebook, b)));
     table[2 * b] = entry;
     table[2 * b + 1] = entry;
+    if (OWN_TABLE) {
+      const uint value_entry = as_type<uint>(half2(level_pair<VB>(p.value_codebook, b)));
+      value_table[2 * b] = value_entry;
+      value_table[2 * b + 1] = value_entry;
+    }
   }
   threadgroup float* queries = merged;
+  threadgroup float* plain_queries = merged + R * M;  // for the means
   for (int r = int(sg); r < R; r += NSG) {
-    float x[NU], residual[NU], offset = 0.0f;
+    float x[NU], residual[NU];
     for (int i = 0; i < NU; i++) x[i] = residual[i] = 0.0f;
-    if (r < n_rows) offset = load_query<T, K>(p, q, mean, batch, kv_head, r, x, residual, queries + r * K, lane);
+    if (r < n_rows) load_query<T, K>(p, q, batch, kv_head, r, x, lane);
+    for (int i = 0; means_kind != kMeansNone && i < NU; i++) plain_queries[r * K + 32 * i + int(lane)] = x[i];
+    if (r < n_rows) prepare_query<K>(p, balance, kv_head, x, residual, queries + r * K, lane);
     for (int i = 0; i < NU; i++) {
       queries[r * K + 32 * i + int(lane)] = x[i];
       if (has_residual) residual_queries[r * K + 32 * i + int(lane)] = residual[i];
     }
-    if (lane == 0) offsets[r] = offset;
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
 
   const int key_lane = int(lane) % KL, unit = key_lane / KH, part_of_unit = key_lane % KH;
-  const int value_lane = int(lane) % VL, word = value_lane / VH, half_of_word = value_lane % VH;
-  const bool has_unit = unit < NU, has_word = word < VW;
+  const int value_lane = int(lane) % VL, bias_row = Values::bias_row(value_lane);
+  const bool has_unit = unit < NU;
   const int my_row = key_lane % R;
   const int limit = coded_limit(p, bounds.coded_end, my_row % p.n_queries);
-  const float my_offset = offsets[my_row];
-  const int bias_row = value_lane % R, bias_group = min(value_lane / R, NG - 1);
   const long my_mask = mask_kind != kMaskNone && my_row < n_rows ? mask_row(p, batch, kv_head, my_row) : 0;
   // Tokens that a row skips inside the range may hold anything: their weight 0 must not meet a NaN.
   const bool skips = mask_kind != kMaskNone || is_causal;
 
-  float query[4 * NN][R], acc[NH * NS][R], bias_acc = 0.0f;
+  float query[4 * NN][R], acc[NA * R], bias_acc = 0.0f;
 #pragma clang loop unroll(full)
   for (int i = 0; i < 4 * NN; i++) {
     for (int r = 0; r < R; r++) {
@@ -373,31 +639,48 @@ template <typename T, int K, int V, int KB, int VB, int R>
     }
   }
 #pragma clang loop unroll(full)
-  for (int i = 0; i < NH * NS; i++) {
-    for (int r = 0; r < R; r++) acc[i][r] = 0.0f;
-  }
+  for (int i = 0; i < NA * R; i++) acc[i] = 0.0f;
   float row_max = -INFINITY, row_sum = 0.0f;  // of my_row; the sum is this lane's share
-  threadgroup const uchar* lookup = reinterpret_cast<threadgroup const uchar*>(table) + 4 * (lane & 1u);
+  const uint bank = 4 * (lane & 1u);
+  threadgroup const uchar* lookup = reinterpret_cast<threadgroup const uchar*>(table) + bank;
+  threadgroup const uchar* value_lookup = OWN_TABLE ? reinterpret_cast<threadgroup const uchar*>(value_table) + bank : lookup;
   threadgroup float* weights = weights_all + sg * (32 * R);
-  threadgroup uint* tile_params = group_params + sg * (32 * NG);
+  threadgroup uint* tile_params = params_all + sg * (32 * NP);
   threadgroup float* norms = norms_all + sg * 32;
   threadgroup float* tile_residual_norms = residual_norms_all + sg * 32;
 
-  const int t0 = max(bounds.coded_begin, int(tg.x) * p.range_tokens);
-  const int t1 = min(bounds.coded_end, (int(tg.x) + 1) * p.range_tokens);
-  for (int base = t0 + 32 * int(sg); base < t1; base += 32 * NSG) {
-    const int n = min(32, t1 - base);
+  // Byte addresses: one offset of the lane, the same step for all lanes.
+  const int key_step = 4 * KT * int(p.key_codes.token), value_step = 4 * Values::kTokens * int(p.value_codes.token);
+  const int key_offset = int(lane) / KL * (4 * int(p.key_codes.token)) + 4 * KB * unit + NB * part_of_unit;
+  const int value_offset = int(lane) / VL * (4 * int(p.value_codes.token)) + Values::first_byte(value_lane);
+
+  const Range range = coded_range(p, bounds, int(tg.x));
+  const int share = (range.end - range.block_begin + 32 * NSG - 1) / (32 * NSG) * 32;
+  const int begin = range.block_begin + int(sg) * share, end = min(range.end, begin + share);
+  float my_offset = 0.0f;  // of my_row, from the mean of the block
+  int my_block = -1;
+  for (int tile = begin; tile < end; tile += 32) {
+    const int base = max(tile, range.begin), n = min(tile + 32, end) - base;
+    if (n <= 0) continue;  // padding
+    if (means_kind != kMeansNone && base / kBlockTokens != my_block) {
+      my_block = base / kBlockTokens;
+      my_offset = block_offset<K, R>(p, means, my_block, plain_queries, lane);
+    }
     const bool mine = int(lane) < n;
-    const device uchar* codes = key_codes + 4 * (long(base) * p.key_codes.token);
     norms[lane] = mine ? float(key_norms[(base + int(lane)) * p.key_norms.token]) : 0.0f;
     if (has_residual) {
       tile_residual_norms[lane] = mine ? float(residual_norms[(base + int(lane)) * p.residual_norms.token]) : 0.0f;
     }
-    for (int g = 0; g < NG; g++) {
-      tile_params[int(lane) * NG + g] = mine ? value_params[(base + int(lane)) * p.value_params.token + g] : 0u;
+    for (int i = 0; i < NP; i++) {
+      const long at = (base + int(lane)) * p.value_params.token + i;
+      uint x = 0u;
+      if (mine && LLOYD) x = as_type<uint>(float(reinterpret_cast<const device half*>(value_params)[at]));
+      if (mine && !LLOYD) x = reinterpret_cast<const device uint*>(value_params)[at];
+      tile_params[int(lane) * NP + i] = x;
     }
     simdgroup_barrier(mem_flags::mem_threadgroup);
 
+    const device uchar* keys = key_codes + 4 * (base * p.key_codes.token) + key_offset;
     float score[R], tile_max = -INFINITY;
 #pragma clang loop unroll(full)
     for (int b = 0; b < R; b++) {
@@ -406,22 +689,13 @@ template <typename T, int K, int V, int KB, int VB, int R>
       for (int s = 0; s < SB; s++) {
         const int t = (b * SB + s) * KT + int(lane) / KL;
         const bool load = t < n && has_unit;
-        uint c[NB][KB];
-        for (int i = 0; i < KB; i++) {
-          const device uchar* k = codes + 4 * (t * int(p.key_codes.token) + KB * unit + i) + NB * part_of_unit;
-          if (NB == 2) {
-            const uchar2 x = load ? *reinterpret_cast<const device uchar2*>(k) : uchar2(0);
-            c[0][i] = x[0];
-            c[NB - 1][i] = x[1];
-          } else {
-            c[0][i] = load ? *k : uchar(0);
-          }
-        }
+        uint c[NB * KB];
+        load_unit<KB, NB>(keys + (b * SB + s) * key_step, load, c);
         for (int r = 0; r < R; r++) sum[s * R + r] = 0.0f;
 #pragma clang loop unroll(full)
         for (int i = 0; i < 4; i++) {
           for (int j = 0; j < NB; j++) {
-            const half2 x = *reinterpret_cast<threadgroup const half2*>(lookup + pair_offset<KB>(c[j], i));
+            const half2 x = *reinterpret_cast<threadgroup const half2*>(lookup + pair_offset<KB>(c + KB * j, i));
             for (int r = 0; r < R; r++) {
               sum[s * R + r] = fma(float(x.x), query[NN * i + 2 * j][r], sum[s * R + r]);
               sum[s * R + r] = fma(float(x.y), query[NN * i + 2 * j + 1][r], sum[s * R + r]);
@@ -447,7 +721,9 @@ template <typename T, int K, int V, int KB, int VB, int R>
       for (ushort h = KL / 2; h >= 1; h /= 2) {
         for (int i = 0; i < h; i++) {
           const bool up = key_lane & h;
-          sum[i] = (up ? sum[i + h] : sum[i]) + simd_shuffle_xor(up ? sum[i] : sum[i + h], h);
+          // Values are selected, not elements: an index at run time would make the array memory.
+          const float low = sum[i], high = sum[i + h];
+          sum[i] = (up ? high : low) + simd_shuffle_xor(up ? low : high, h);
         }
       }
       const int t = (b * SB + key_lane / R) * KT + int(lane) / KL;
@@ -469,57 +745,26 @@ template <typename T, int K, int V, int KB, int VB, int R>
 #pragma clang loop unroll(full)
       for (int r = 0; r < R; r++) {
         const float row_factor = simd_shuffle(factor, ushort(r));
-        for (int i = 0; i < NH * NS; i++) acc[i][r] *= row_factor;
+        for (int i = 0; i < NA; i++) acc[i * R + r] *= row_factor;
       }
-      bias_acc *= simd_shuffle(factor, ushort(bias_row));
+      if (!LLOYD) bias_acc *= simd_shuffle(factor, ushort(bias_row));
     }
 #pragma clang loop unroll(full)
     for (int b = 0; b < R; b++) {
-      const float weight = score[b] == -INFINITY ? 0.0f : exp2(score[b] - row_max);
+      const float weight = score[b] == -INFINITY ? 0.0f : fast::exp2(score[b] - row_max);
       row_sum += weight;
-      weights[((b * SB + key_lane / R) * KT + int(lane) / KL) * R + my_row] = weight;
+      const int t = (b * SB + key_lane / R) * KT + int(lane) / KL;
+      float scaled = weight;
+      if (LLOYD) {
+        scaled = weight * as_type<float>(tile_params[t]);
+        if (skips) scaled = weight == 0.0f ? 0.0f : scaled;
+      }
+      weights[t * R + my_row] = scaled;
     }
     simdgroup_barrier(mem_flags::mem_threadgroup);
 
-    const device uchar* values = value_codes + 4 * (long(base) * p.value_codes.token);
-    for (int s = 0; s < VL; s++) {
-      const int t = s * VT + int(lane) / VL;
-      ushort x[NH];
-      for (int i = 0; i < NH; i++) {
-        const device ushort* v = reinterpret_cast<const device ushort*>(values + 4 * (t * int(p.value_codes.token) + word));
-        x[i] = t < n && has_word ? v[half_of_word + i] : ushort(0);
-      }
-      const float bias = float(as_type<half2>(tile_params[t * NG + bias_group]).y), bias_weight = weights[t * R + bias_row];
-      if (!skips || bias_weight != 0.0f) bias_acc = fma(bias_weight, bias, bias_acc);
-      if (32 % VW == 0) {  // each slot lies in one group
-        constexpr int LG = largest(1, NG / VH);
-        const int first_group = VW * NH * NS * half_of_word / 32;
-        float scaled[LG][R];
-        for (int g = 0; g < LG; g++) {
-          const float scale = float(as_type<half2>(tile_params[t * NG + first_group + g]).x);
-          for (int r = 0; r < R; r++) {
-            const float weight = weights[t * R + r];
-            scaled[g][r] = skips && weight == 0.0f ? 0.0f : weight * scale;
-          }
-        }
-#pragma clang loop unroll(full)
-        for (int i = 0; i < NH * NS; i++) {
-          const float code = subnormal_code<VB>(x[i / NS], i % NS);
-          for (int r = 0; r < R; r++) acc[i][r] = fma(scaled[VW * i / 32][r], code, acc[i][r]);
-        }
-      } else {
-#pragma clang loop unroll(full)
-        for (int i = 0; i < NH * NS; i++) {
-          const float code = subnormal_code<VB>(x[i / NS], i % NS);
-          const int group = min((VW * (NH * NS * half_of_word + i) + word) / 32, NG - 1);
-          const float scale = float(as_type<half2>(tile_params[t * NG + group]).x);
-          for (int r = 0; r < R; r++) {
-            const float weight = weights[t * R + r];
-            if (!skips || weight != 0.0f) acc[i][r] = fma(weight * scale, code, acc[i][r]);
-          }
-        }
-      }
-    }
+    Values::add(value_codes + 4 * (base * p.value_codes.token) + value_offset, value_step, n, tile_params, weights,
+                value_lookup, skips, value_lane, int(lane) / VL, acc, bias_acc);
     simdgroup_barrier(mem_flags::mem_threadgroup);
   }
 
@@ -529,23 +774,24 @@ template <typename T, int K, int V, int KB, int VB, int R>
     sums[sg * R + lane] = row_sum;
   }
   for (ushort h = VL; h < 32; h *= 2) {
-    bias_acc += simd_shuffle_xor(bias_acc, h);
-    for (int r = 0; r < R; r++) {
-      for (int i = 0; i < NH * NS; i++) acc[i][r] += simd_shuffle_xor(acc[i][r], h);
-    }
+    if (!LLOYD) bias_acc += simd_shuffle_xor(bias_acc, h);
+    for (int i = 0; i < NA * R; i++) acc[i] += simd_shuffle_xor(acc[i], h);
   }
-  if (int(lane) < R * NG) bias_sums[(int(sg) * R + bias_row) * NG + bias_group] = bias_acc;
+  if (!LLOYD && int(lane) < R * NG) {
+    bias_sums[(int(sg) * R + bias_row) * NG + Values::bias_group(value_lane)] = bias_acc;
+  }
   threadgroup_barrier(mem_flags::mem_threadgroup);
   for (int s = 0; s < NSG; s++) {
-    if (s == int(sg) && int(lane) < VL && has_word) {
+    if (s == int(sg) && int(lane) < VL && Values::has_codes(value_lane)) {
       for (int r = 0; r < R; r++) {
         float all_max = -INFINITY;
         for (int i = 0; i < NSG; i++) all_max = max(all_max, maxima[i * R + r]);
         const float factor = rescale(maxima[s * R + r], all_max);
 #pragma clang loop unroll(full)
-        for (int i = 0; i < NH * NS; i++) {
-          const int d = VW * (NH * NS * half_of_word + i) + word;
-          const float y = factor * fma(acc[i][r], subnormal_weight<VB>(i % NS), bias_sums[(s * R + r) * NG + d / 32]);
+        for (int i = 0; i < NA; i++) {
+          const int d = Values::dim(value_lane, i);
+          const float bias = LLOYD ? 0.0f : bias_sums[(s * R + r) * NG + d / 32];
+          const float y = factor * fma(acc[i * R + r], Values::unit(i), bias);
           merged[r * V + d] = s == 0 ? y : merged[r * V + d] + y;
         }
       }
@@ -567,8 +813,8 @@ template <typename T, int K, int V, int KB, int VB, int R>
     return;
   }
   if (n_exact > 0) {
-    attend_exact<T, V>(p, bounds, q, first_keys, first_values, tail_keys, tail_values, mask, batch, kv_head, 0, n_rows, 0,
-                       n_exact, weights_all, merged + R * V, states_all + 2 * R, tid, sg, lane, NSG);
+    attend_exact<T, K, V, R>(p, bounds, q, first_keys, first_values, tail_keys, tail_values, mask, batch, kv_head, 0, n_rows, 0,
+                             n_exact, weights_all, merged + R * V, states_all + 2 * R, tid, sg, lane, NSG);
   }
   for (int r = int(sg); r < n_rows; r += NSG) {
     const int n_repeats = n_rows / p.n_queries, head = kv_head * n_repeats + r / p.n_queries;
@@ -636,13 +882,42 @@ struct ValueCodes {
   }
 };
 
-template <typename T, int K, int V, int KB, int VB>
+// What the means of eight blocks add to the scores of rows row0 and row0 + 1: those of block `row` on this lane.
+template <typename T, int K>
+inline float2 stage_offsets(constant AttentionParams& p, const device T* q, int batch, int kv_head, int row0,
+                            threadgroup const half* half_means, threadgroup const float* float_means, int row, int column) {
+  const int n_repeats = p.n_rows / p.n_queries;
+  const int head0 = kv_head * n_repeats + row0 / p.n_queries, head1 = kv_head * n_repeats + (row0 + 1) / p.n_queries;
+  const device T* q0 = q + batch * p.q.batch + head0 * p.q.head + row0 % p.n_queries * p.q.token + row * p.q.last;
+  const device T* q1 = q + batch * p.q.batch + head1 * p.q.head + (row0 + 1) % p.n_queries * p.q.token + row * p.q.last;
+  const bool has0 = row0 < p.n_rows, has1 = row0 + 1 < p.n_rows;
+  simdgroup_float8x8 a, b, sum;
+  put(sum, float2(0.0f));
+#pragma clang loop unroll(disable)
+  for (int s = 0; s < K / 8; s++) {
+    const int at = row * K + 8 * s + column;
+    if (means_kind == kMeansHalf) {
+      const half2 mean = *reinterpret_cast<threadgroup const half2*>(half_means + at);
+      put(a, float2(float(mean.x), float(mean.y)));
+    } else {
+      put(a, *reinterpret_cast<threadgroup const float2*>(float_means + at));
+    }
+    const bool inside = 8 * s + row < p.head_dim;
+    put(b, float2(inside && has0 ? float(q0[8 * s * p.q.last]) : 0.0f, inside && has1 ? float(q1[8 * s * p.q.last]) : 0.0f));
+    simdgroup_multiply_accumulate(sum, a, b, sum);
+  }
+  return get(sum) * p.score_scale;
+}
+
+template <typename T, int K, int V, int KB, int VB, int VC>
 [[kernel, max_total_threads_per_threadgroup(256)]] void turboquant_attention_matrix(
     TQ_ATTENTION_ARGUMENTS, uint n_sg [[simdgroups_per_threadgroup]], threadgroup float* queries_all [[threadgroup(0)]],
     threadgroup uint* tiles [[threadgroup(1)]]) {
-  constexpr int NU = K / 32, NG = V / 32, KW = K * KB / 32, VW = V * VB / 32;
+  constexpr bool LLOYD = VC == kValueLloyd;
+  constexpr bool OWN_TABLE = LLOYD && (VB != KB || V != K);  // else keys and values share one
+  constexpr int NU = K / 32, NG = V / 32, NP = LLOYD ? 1 : NG, KW = K * KB / 32, VW = V * VB / 32;
   threadgroup float2 table[256];  // level pair per byte of key codes
-  threadgroup float offsets[64];  // row_blocks is at most 8
+  threadgroup float2 value_table[OWN_TABLE ? 256 : 1];
   TQ_ATTENTION_HEAD
   const int n_rows = p.n_rows, n_blocks = p.row_blocks, n_groups = int(n_sg) / n_blocks;
   const int block = int(sg) % n_blocks, group = int(sg) / n_blocks;
@@ -650,32 +925,36 @@ template <typename T, int K, int V, int KB, int VB>
   const int n_exact = p.n_first + p.n_tail;
 
   if (int(tg.x) * n_groups >= p.n_ranges) {
-    const int range = int(tg.x) - p.n_ranges / n_groups, begin = range * kExactTokens;
+    const int range = int(tg.x) - p.n_ranges / n_groups, begin = range * kExactRange;
     const long part = (long(tg.y) * p.n_parts + p.n_ranges + range) * n_rows;
     for (int row = first_row; row < min(n_rows, first_row + 8 * n_blocks); row += 8) {
-      attend_exact<T, V>(p, bounds, q, first_keys, first_values, tail_keys, tail_values, mask, batch, kv_head, row,
-                         min(8, n_rows - row), begin, min(n_exact, begin + kExactTokens),
-                         reinterpret_cast<threadgroup float*>(tiles), parts + (part + row) * V, states + (part + row) * 2, tid,
-                         sg, lane, n_sg);
+      attend_exact<T, K, V, 8>(p, bounds, q, first_keys, first_values, tail_keys, tail_values, mask, batch, kv_head, row,
+                               min(8, n_rows - row), begin, min(n_exact, begin + kExactRange),
+                               reinterpret_cast<threadgroup float*>(tiles), parts + (part + row) * V, states + (part + row) * 2,
+                               tid, sg, lane, n_sg);
     }
     return;
   }
 
-  for (uint b = tid; b < 256; b += 32 * n_sg) table[b] = level_pair<KB>(p, b);
+  for (uint b = tid; b < 256; b += 32 * n_sg) {
+    table[b] = level_pair<KB>(p.codebook, b);
+    if (OWN_TABLE) value_table[b] = level_pair<VB>(p.value_codebook, b);
+  }
   // Row r, dimension d at [(r / 8 * K + d) * 8 + r % 8]; the residual queries follow.
   threadgroup float* residual_queries = queries_all + 8 * n_blocks * K;
   threadgroup float* scratch = reinterpret_cast<threadgroup float*>(tiles) + sg * K;
   for (int r = int(sg); r < 8 * n_blocks; r += int(n_sg)) {
-    float x[NU], residual[NU], offset = 0.0f;
+    float x[NU], residual[NU];
     for (int i = 0; i < NU; i++) x[i] = residual[i] = 0.0f;
-    if (first_row + r < n_rows)
-      offset = load_query<T, K>(p, q, mean, batch, kv_head, first_row + r, x, residual, scratch, lane);
+    if (first_row + r < n_rows) {
+      load_query<T, K>(p, q, batch, kv_head, first_row + r, x, lane);
+      prepare_query<K>(p, balance, kv_head, x, residual, scratch, lane);
+    }
     for (int i = 0; i < NU; i++) {
       const int at = (r / 8 * K + 32 * i + int(lane)) * 8 + r % 8;
       queries_all[at] = x[i];
       if (has_residual) residual_queries[at] = residual[i];
     }
-    if (lane == 0) offsets[r] = offset;
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
 
@@ -683,7 +962,6 @@ template <typename T, int K, int V, int KB, int VB>
             pair = column / 2;
   threadgroup const float* queries = queries_all + (block * K + row) * 8 + column;
   const int row0 = first_row + 8 * block + column;
-  const float2 offset = float2(offsets[8 * block + column], offsets[8 * block + column + 1]);
   const int2 limit =
       int2(coded_limit(p, bounds.coded_end, row0 % p.n_queries), coded_limit(p, bounds.coded_end, (row0 + 1) % p.n_queries));
   const long mask0 = mask_kind != kMaskNone && row0 < n_rows ? mask_row(p, batch, kv_head, row0) : 0;
@@ -697,22 +975,46 @@ template <typename T, int K, int V, int KB, int VB>
   for (int g = 0; g < NG; g++) bias_acc[g] = float2(0.0f);
   float2 row_max = float2(-INFINITY), row_sum = float2(0.0f);
 
-  // The tile of this group: key words, value words, (scale, bias) pairs, norms, residual norms, residual signs.
-  const int tile_words = 32 * (KW + VW + NG + 1 + (has_residual ? 1 + NU : 0));
-  threadgroup uint* key_tile = tiles + group * tile_words;
+  // The tile of this group: key words, value words, value parameters, norms, residual norms, residual signs. Before every
+  // sixteenth tile the means of the next eight blocks are in its place.
+  threadgroup uint* key_tile = tiles + group * p.group_words;
   threadgroup uint* value_tile = key_tile + 32 * KW;
   threadgroup uint* tile_params = value_tile + 32 * VW;
-  threadgroup float* norms = reinterpret_cast<threadgroup float*>(tile_params + 32 * NG);
+  threadgroup float* norms = reinterpret_cast<threadgroup float*>(tile_params + 32 * NP);
   threadgroup float* tile_residual_norms = norms + 32;
-  threadgroup uint* sign_tile = tile_params + 32 * NG + 64;
+  threadgroup uint* sign_tile = tile_params + 32 * NP + 64;
   threadgroup const uchar* lookup = reinterpret_cast<threadgroup const uchar*>(table);
+  // One level of a pair: that of an even or an odd dimension.
+  threadgroup const uchar* value_lookup =
+      (OWN_TABLE ? reinterpret_cast<threadgroup const uchar*>(value_table) : lookup) + 4 * (row & 1);
 
-  const int t0 = max(bounds.coded_begin, int(tg.x) * p.range_tokens);
-  const int t1 = min(bounds.coded_end, (int(tg.x) + 1) * p.range_tokens);
   const int my_thread = block * 32 + int(lane), n_threads = 32 * n_blocks;
-  // Every group runs the same number of steps: they share the threadgroup's barriers.
-  for (int start = t0; start < t1; start += 32 * n_groups) {
-    const int base = start + 32 * group, n = clamp(t1 - base, 0, 32);
+  // A share of whole blocks for each group. Every group runs the same number of steps: they share the threadgroup's barriers.
+  const Range range = coded_range(p, bounds, int(tg.x));
+  const int block_tokens = kBlockTokens * n_groups;
+  const int share = (range.end - range.block_begin + block_tokens - 1) / block_tokens * kBlockTokens;
+  const int begin = range.block_begin + group * share, end = min(range.end, begin + share);
+  const int n_tiles = (min(range.end - range.block_begin, share) + 31) / 32;
+  float2 block_offsets = float2(0.0f);  // of the block `row` of eight, for this lane's rows
+  for (int i_tile = 0; i_tile < n_tiles; i_tile++) {
+    const int tile = begin + 32 * i_tile, base = max(tile, range.begin), n = clamp(min(tile + 32, end) - base, 0, 32);
+    if (means_kind != kMeansNone && i_tile % (2 * kStagedBlocks) == 0) {
+      tile_barrier(n_blocks == 1);
+      threadgroup half* half_means = reinterpret_cast<threadgroup half*>(key_tile);
+      threadgroup float* float_means = reinterpret_cast<threadgroup float*>(key_tile);
+      for (int i = my_thread; i < kStagedBlocks * K; i += n_threads) {
+        const int b = tile / kBlockTokens + i / K, d = i % K;
+        const bool load = b * kBlockTokens < end && d < p.head_dim;
+        const float mean = load ? mean_at(means, b * p.means.token + d * p.means.last) : 0.0f;
+        if (means_kind == kMeansHalf) {
+          half_means[i] = half(mean);
+        } else {
+          float_means[i] = mean;
+        }
+      }
+      tile_barrier(n_blocks == 1);
+      block_offsets = stage_offsets<T, K>(p, q, batch, kv_head, row0, half_means, float_means, row, column);
+    }
     tile_barrier(n_blocks == 1);
     for (int i = my_thread; i < 32 * KW; i += n_threads) {
       const device uint* words = reinterpret_cast<const device uint*>(key_codes) + long(base + i / KW) * p.key_codes.token;
@@ -722,8 +1024,12 @@ template <typename T, int K, int V, int KB, int VB>
       const device uint* words = reinterpret_cast<const device uint*>(value_codes) + long(base + i / VW) * p.value_codes.token;
       value_tile[i] = i / VW < n ? words[i % VW] : 0u;
     }
-    for (int i = my_thread; i < 32 * NG; i += n_threads) {
-      tile_params[i] = i / NG < n ? value_params[long(base + i / NG) * p.value_params.token + i % NG] : 0u;
+    for (int i = my_thread; i < 32 * NP; i += n_threads) {
+      const long at = (base + i / NP) * p.value_params.token + i % NP;
+      uint x = 0u;
+      if (i / NP < n && LLOYD) x = as_type<uint>(float(reinterpret_cast<const device half*>(value_params)[at]));
+      if (i / NP < n && !LLOYD) x = reinterpret_cast<const device uint*>(value_params)[at];
+      tile_params[i] = x;
     }
     for (int i = my_thread; i < 32; i += n_threads) {
       norms[i] = i < n ? float(key_norms[(base + i) * p.key_norms.token]) : 0.0f;
@@ -771,6 +1077,11 @@ template <typename T, int K, int V, int KB, int VB>
       }
     }
 
+    // Lane bits 1, 2 and 4 are the row of a matrix: the block's.
+    const int b = i_tile / 2 % kStagedBlocks;
+    const ushort from = ushort((b & 4) << 2 | (b & 3) << 1 | int(lane & 9u));
+    float2 offset = float2(0.0f);
+    if (means_kind != kMeansNone) offset = float2(simd_shuffle(block_offsets.x, from), simd_shuffle(block_offsets.y, from));
     float2 weights[4], tile_max = float2(-INFINITY);
     for (int rt = 0; rt < 4; rt++) {
       const int t = 8 * rt + row;
@@ -794,16 +1105,40 @@ template <typename T, int K, int V, int KB, int VB>
       row_sum = row_sum * factor;
 #pragma clang loop unroll(full)
       for (int s = 0; s < V / 8; s++) put(acc[s], get(acc[s]) * factor);
-      for (int g = 0; g < NG; g++) bias_acc[g] = bias_acc[g] * factor;
+      for (int g = 0; !LLOYD && g < NG; g++) bias_acc[g] = bias_acc[g] * factor;
     }
 #pragma clang loop unroll(full)
     for (int rt = 0; rt < 4; rt++) {
       const int t = 8 * rt + row;
-      weights[rt] = float2(weights[rt].x == -INFINITY ? 0.0f : exp2(weights[rt].x - row_max.x),
-                           weights[rt].y == -INFINITY ? 0.0f : exp2(weights[rt].y - row_max.y));
+      weights[rt] = float2(weights[rt].x == -INFINITY ? 0.0f : fast::exp2(weights[rt].x - row_max.x),
+                           weights[rt].y == -INFINITY ? 0.0f : fast::exp2(weights[rt].y - row_max.y));
       row_sum = row_sum + weights[rt];
       threadgroup const uint* words0 = value_tile + (8 * rt + column) * VW;
       threadgroup const uint* words1 = words0 + VW;
+      if (LLOYD) {
+        const float norm = as_type<float>(tile_params[t]);
+        float2 scaled = weights[rt] * norm;
+        if (skips) scaled = float2(weights[rt].x == 0.0f ? 0.0f : scaled.x, weights[rt].y == 0.0f ? 0.0f : scaled.y);
+        simdgroup_float8x8 a, b;
+        put(b, scaled);
+#pragma clang loop unroll(full)
+        for (int u = 0; u < NG; u++) {
+          // Byte row / 2 of each word of the unit, of two tokens.
+          threadgroup const uchar* bytes = reinterpret_cast<threadgroup const uchar*>(words0 + VB * u) + row / 2;
+          uint c[2 * VB];
+          for (int i = 0; i < VB; i++) {
+            c[i] = bytes[4 * i];
+            c[VB + i] = bytes[4 * (VW + i)];
+          }
+#pragma clang loop unroll(full)
+          for (int i = 0; i < 4; i++) {
+            put(a, float2(*reinterpret_cast<threadgroup const float*>(value_lookup + pair_offset<VB>(c, i)),
+                          *reinterpret_cast<threadgroup const float*>(value_lookup + pair_offset<VB>(c + VB, i))));
+            simdgroup_multiply_accumulate(acc[4 * u + i], a, b, acc[4 * u + i]);
+          }
+        }
+        continue;
+      }
 #pragma clang loop unroll(full)
       for (int g = 0; g < NG; g++) {
         const half2 scale_bias = as_type<half2>(tile_params[t * NG + g]);
@@ -824,13 +1159,14 @@ template <typename T, int K, int V, int KB, int VB>
   }
 
   row_sum = row_sums(row_sum);
-  for (int g = 0; g < NG; g++) bias_acc[g] = row_sums(bias_acc[g]);
+  for (int g = 0; !LLOYD && g < NG; g++) bias_acc[g] = row_sums(bias_acc[g]);
   const long part = (long(tg.y) * p.n_parts + int(tg.x) * n_groups + group) * n_rows;
   for (int k = 0; k < 2; k++) {
     if (row0 + k >= n_rows) continue;
 #pragma clang loop unroll(full)
     for (int s = 0; s < V / 8; s++) {
-      parts[(part + row0 + k) * V + 8 * s + row] = fma(get(acc[s])[k], ValueCodes<V, VB>::weight(s), bias_acc[s / 4][k]);
+      const float unit = LLOYD ? 1.0f / float(kCodebookTop) : ValueCodes<V, VB>::weight(s);
+      parts[(part + row0 + k) * V + 8 * s + row] = fma(get(acc[s])[k], unit, bias_acc[s / 4][k]);
     }
     if (row == 0) {
       states[(part + row0 + k) * 2] = row_max[k];
@@ -858,11 +1194,13 @@ template <typename T, int V>
                     out + (long(tg.y) * p.n_rows + row) * p.value_dim, scratch, lane);
 }
 
-#define TQ_SPLIT(name, type, k, v, key_bits, value_bits, rows)                                                         \
-  template [[host_name(name)]] [[kernel]] decltype(turboquant_attention_split<type, k, v, key_bits, value_bits, rows>) \
-      turboquant_attention_split<type, k, v, key_bits, value_bits, rows>;
-#define TQ_MATRIX(name, type, k, v, key_bits, value_bits)                                                         \
-  template [[host_name(name)]] [[kernel]] decltype(turboquant_attention_matrix<type, k, v, key_bits, value_bits>) \
-      turboquant_attention_matrix<type, k, v, key_bits, value_bits>;
+#define TQ_SPLIT(name, type, k, v, key_bits, value_bits, coding, rows)                 \
+  template [[host_name(name)]] [[kernel]]                                              \
+  decltype(turboquant_attention_split<type, k, v, key_bits, value_bits, coding, rows>) \
+      turboquant_attention_split<type, k, v, key_bits, value_bits, coding, rows>;
+#define TQ_MATRIX(name, type, k, v, key_bits, value_bits, coding)                 \
+  template [[host_name(name)]] [[kernel]]                                         \
+  decltype(turboquant_attention_matrix<type, k, v, key_bits, value_bits, coding>) \
+      turboquant_attention_matrix<type, k, v, key_bits, value_bits, coding>;
 #define TQ_COMBINE(name, type, v) \
   template [[host_name(name)]] [[kernel]] decltype(turboquant_attention_combine<type, v>) turboquant_attention_combine<type, v>;

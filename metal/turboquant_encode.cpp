@@ -29,9 +29,18 @@ EncodeShape shape_of(const mx::array& x, mx::Dtype type, int head_dim, int bits,
   return shape;
 }
 
-void add_mean(EncodeShape& shape, const mx::array& mean) {
-  shape.flags |= kEncodeMean;
-  shape.mean = metal::mean_strides(mean);
+// What the keys were centred and balanced by.
+void add_centre(EncodeShape& shape, const mx::array* means, const mx::array* balance, std::vector<metal::Binding>& bindings) {
+  if (means) {
+    shape.flags |= kEncodeMeans | (means->dtype() == mx::float32 ? kEncodeFloatMeans : 0);
+    shape.means = metal::strides4(*means);
+    bindings.push_back({kEncodeMeanVectors, means, false});
+  }
+  if (balance) {
+    shape.flags |= kEncodeBalance;
+    shape.balance = metal::balance_strides(*balance);
+    bindings.push_back({kEncodeBalanceVectors, balance, false});
+  }
 }
 
 void run(mx::Stream stream, EncodeOp op, const EncodeShape& shape, std::vector<metal::Binding> bindings) {
@@ -50,18 +59,15 @@ void QuantizeKeys::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx
   allocate(outputs);
   const mx::array& k = inputs[0];
   if (k.size() == 0) return;
-  EncodeShape shape =
-      shape_of(k, k.dtype(), k.shape(3), bits_, (hadamard_ ? kEncodeHadamard : 0) | (qjl_ ? kEncodeResidual : 0));
+  const int flags = (state_.hadamard ? kEncodeHadamard : 0) | (state_.qjl ? kEncodeResidual : 0);
+  EncodeShape shape = shape_of(k, k.dtype(), k.shape(3), state_.bits, flags);
   std::vector<metal::Binding> bindings{
       {kEncodeIn, &k, false}, {kEncodeOut, &outputs[0], true}, {kEncodeOutParams, &outputs[1], true}};
-  if (qjl_) {
+  if (state_.qjl) {
     bindings.push_back({kEncodeSigns, &outputs[2], true});
     bindings.push_back({kEncodeResidualNorms, &outputs[3], true});
   }
-  if (inputs.size() > 1) {
-    add_mean(shape, inputs[1]);
-    bindings.push_back({kEncodeMeanVector, &inputs[1], false});
-  }
+  add_centre(shape, means(inputs), balance(inputs), bindings);
   run(stream(), EncodeOp::kQuantizeKeys, shape, bindings);
 }
 
@@ -69,8 +75,9 @@ void QuantizeValues::eval_gpu(const std::vector<mx::array>& inputs, std::vector<
   allocate(outputs);
   const mx::array& v = inputs[0];
   if (v.size() == 0) return;
-  const EncodeShape shape = shape_of(v, v.dtype(), v.shape(3), bits_, hadamard_ ? kEncodeHadamard : 0);
-  run(stream(), EncodeOp::kQuantizeValues, shape,
+  const EncodeShape shape = shape_of(v, v.dtype(), v.shape(3), state_.bits, state_.hadamard ? kEncodeHadamard : 0);
+  const bool lloyd = state_.coding == kValueLloyd;
+  run(stream(), lloyd ? EncodeOp::kQuantizeValuesLloyd : EncodeOp::kQuantizeValuesGroups, shape,
       {{kEncodeIn, &v, false}, {kEncodeOut, &outputs[0], true}, {kEncodeOutParams, &outputs[1], true}});
 }
 
@@ -78,14 +85,11 @@ void Dequantize::eval_gpu(const std::vector<mx::array>& inputs, mx::array& out) 
   out.set_data(mx::allocator::malloc(out.nbytes()));
   if (out.size() == 0) return;
   const mx::array codes = metal::packed_input(stream(), inputs[0]), params = metal::packed_input(stream(), inputs[1]);
-  EncodeShape shape = shape_of(codes, out.dtype(), head_dim_, bits_, hadamard_ ? kEncodeHadamard : 0);
-  shape.in_params = metal::strides3(params, keys_ ? 1 : 2);
+  EncodeShape shape = shape_of(codes, out.dtype(), state_.head_dim, state_.bits, state_.hadamard ? kEncodeHadamard : 0);
+  shape.in_params = metal::strides3(params, state_.groups ? 2 : 1);
   std::vector<metal::Binding> bindings{{kEncodeIn, &codes, false}, {kEncodeInParams, &params, false}, {kEncodeOut, &out, true}};
-  if (inputs.size() > 2) {
-    add_mean(shape, inputs[2]);
-    bindings.push_back({kEncodeMeanVector, &inputs[2], false});
-  }
-  run(stream(), keys_ ? EncodeOp::kDequantizeKeys : EncodeOp::kDequantizeValues, shape, bindings);
+  add_centre(shape, means(inputs), balance(inputs), bindings);
+  run(stream(), state_.groups ? EncodeOp::kDequantizeGroups : EncodeOp::kDequantizeLevels, shape, bindings);
 }
 
 void Rotate::eval_gpu(const std::vector<mx::array>& inputs, mx::array& out) {

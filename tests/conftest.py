@@ -12,7 +12,7 @@ import pytest
 
 import tqext
 from locking import locked
-from tqext import models
+from tqext import models, one_bit
 
 HAS_GPU = mx.is_available(mx.gpu)
 
@@ -57,7 +57,9 @@ def small_model():
 
 @pytest.fixture
 def uninstalled():
-    """No hook of the test's is left behind."""
+    """No hook of other tests is there, and none of the test's is left behind."""
+    one_bit.unhook()
+    tqext.uninstall()
     yield
     tqext.uninstall()
 

@@ -15,24 +15,23 @@ import reference
 
 @dataclass(frozen=True)
 class Scheme:
-    """How a layer stores its tokens; `balance`: one array for every layer, or None."""
+    """How a layer stores its tokens."""
 
     key_bits: int
     value_bits: int
     coding: str
     first: int
     tail: int
-    balance: tuple | None = None
+    balance: np.ndarray | None = None
 
     def n_coded(self, n_stored: int) -> int:
         """Coded tokens when the next chunk comes."""
         return max(0, n_stored - self.first - self.tail) // reference.BLOCK * reference.BLOCK
 
-    def decoded(self, keys, values, layer):
+    def decoded(self, keys, values):
         """What attention sees of whole blocks of keys and values ``[n_kv_heads, n, head_dim]``."""
-        balance = None if self.balance is None else self.balance[layer]
         means = reference.block_means(keys)
-        packed = reference.encode_keys(keys, self.key_bits, means=means, balance=balance)
+        packed = reference.encode_keys(keys, self.key_bits, means=means, balance=self.balance)
         if self.coding == "lloyd":
             stored = reference.encode_values_lloyd(values, self.value_bits)
         else:
@@ -49,15 +48,15 @@ class Qwen2:
         self.head_dim = args.hidden_size // args.num_attention_heads
         self.frequencies = args.rope_theta ** (-np.arange(0, self.head_dim, 2) / self.head_dim)
 
-    def log_probabilities(self, tokens, chunk, scheme=None):
-        """``[n_tokens, n_vocab]``, of a cache that stores what `scheme` says, or everything exact."""
+    def log_probabilities(self, tokens, chunk, schemes=None):
+        """``[n_tokens, n_vocab]``, of a cache that stores what each layer's scheme says, exact tokens where it is None."""
         n_layers = self.args.num_hidden_layers
         stored = [None] * n_layers
         out = []
         for begin in range(0, len(tokens), chunk):
             x = self.weights["model.embed_tokens.weight"][tokens[begin : begin + chunk]]
             for layer in range(n_layers):
-                x = self._layer(x, layer, begin, stored, scheme)
+                x = self._layer(x, layer, begin, stored, schemes[layer] if schemes else None)
             x = self._norm(x, "model.norm")
             head = "model.embed_tokens.weight" if self.args.tie_word_embeddings else "lm_head.weight"
             logits = x @ self.weights[head].T
@@ -87,7 +86,7 @@ class Qwen2:
         stored[layer] = k, v
         if scheme is not None and (n_coded := scheme.n_coded(begin)):
             place = slice(scheme.first, scheme.first + n_coded)
-            seen = scheme.decoded(k[:, place], v[:, place], layer)
+            seen = scheme.decoded(k[:, place], v[:, place])
             k, v = k.copy(), v.copy()
             k[:, place], v[:, place] = seen
         k, v = (np.repeat(part, heads["q"] // heads["k"], axis=0) for part in (k, v))

@@ -14,13 +14,23 @@ BLOCK = 64  # tokens of a block; as many new ones find what they would find one 
 class Sequence:
     """Keys and values ``[n_kv_heads, n_tokens, D]`` of one sequence, and which of them are codes."""
 
-    def __init__(self, recipe: Recipe, n_kv_heads: int, head_dim: int, value_dim: int, balance: mx.array | None = None) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        n_kv_heads: int,
+        head_dim: int,
+        value_dim: int,
+        balance: mx.array | None = None,
+        max_size: int | None = None,
+    ) -> None:
         self.recipe = recipe
+        self.max_size = max_size
         self.balance = balance
         self.k = np.zeros((n_kv_heads, 0, head_dim), np.float32)
         self.v = np.zeros((n_kv_heads, 0, value_dim), np.float32)
         self.coded_k, self.coded_v = self.k.copy(), self.v.copy()  # same tokens, as the codes have them
-        self.n_first = self.n_coded = 0
+        self.n_first = self.n_coded = self.n_dropped = 0
+        self.gap_attended = (0, 0)  # in what the last tokens attended to
 
     @property
     def n_tokens(self) -> int:
@@ -31,6 +41,11 @@ class Sequence:
         return self.n_tokens - self.n_first - self.n_coded
 
     @property
+    def gap(self) -> tuple[int, int]:
+        """Where tokens were dropped, and how many."""
+        return self.n_first, self.n_dropped
+
+    @property
     def counts(self) -> list[int]:
         return [self.n_first, self.n_coded, self.n_tail]
 
@@ -39,9 +54,9 @@ class Sequence:
         self.flush()
         self.k, self.coded_k = (np.concatenate([x, k], axis=1) for x in (self.k, self.coded_k))
         self.v, self.coded_v = (np.concatenate([x, v], axis=1) for x in (self.v, self.coded_v))
-        if self.n_coded == 0:
+        if self.n_coded == self.n_dropped == 0:
             self.n_first = min(self.recipe.first, self.n_tokens)
-        attended = self.attended()
+        attended, self.gap_attended = self.attended(), self.gap
         if k.shape[1] > BLOCK:
             self.flush()
         return attended
@@ -49,6 +64,18 @@ class Sequence:
     def flush(self) -> None:
         while self.n_tail >= self.recipe.tail + BLOCK:
             self.encode()
+        if self.max_size is not None:
+            # Room for the first tokens and for the most recent ones, `tail` and a block; codes in the rest.
+            while self.n_coded > (self.max_size - self.recipe.first - self.recipe.tail - BLOCK) // BLOCK * BLOCK:
+                self.drop()
+
+    def drop(self) -> None:
+        """The oldest block is gone."""
+        kept = np.r_[: self.n_first, self.n_first + BLOCK : self.n_tokens]
+        for name in ("k", "v", "coded_k", "coded_v"):
+            setattr(self, name, getattr(self, name)[:, kept])
+        self.n_coded -= BLOCK
+        self.n_dropped += BLOCK
 
     def encode(self) -> None:
         """The oldest recent tokens become a block."""
@@ -71,6 +98,8 @@ class Sequence:
     def trim(self, n: int) -> None:
         """What is left of a block that is cut is exact from then on, as the codes had it."""
         left = self.n_tokens - min(n, self.n_tokens)
+        if n == self.n_tokens + self.n_dropped:
+            left = self.n_dropped = 0
         n_first = min(self.n_first, left)
         n_coded = min(self.n_coded, (left - n_first) // BLOCK * BLOCK)
         again = slice(n_first + n_coded, min(left, self.n_first + self.n_coded))
@@ -83,15 +112,26 @@ class Sequence:
 
 
 def attention(
-    q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float, sinks: np.ndarray | None = None, window: int | None = None
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    scale: float,
+    sinks: np.ndarray | None = None,
+    window: int | None = None,
+    gap: tuple[int, int] = (0, 0),
 ) -> np.ndarray:
-    """Causal attention of the last tokens: q ``[n_q_heads, L, D]``, k and v ``[n_kv_heads, S, ...]``; float64."""
+    """Causal attention of the last tokens: q ``[n_q_heads, L, D]``, k and v ``[n_kv_heads, S, ...]``; float64.
+
+    `gap`: that many tokens are missing after so many first ones; a window counts them.
+    """
     n_repeats = q.shape[0] // k.shape[0]
     k, v = (np.repeat(x.astype(np.float64), n_repeats, axis=0) for x in (k, v))
     scores = scale * q.astype(np.float64) @ k.swapaxes(1, 2)
     n_queries, n_keys = scores.shape[1:]
     rows, columns = np.arange(n_keys - n_queries, n_keys)[:, None], np.arange(n_keys)[None]
-    seen = columns <= rows if window is None else (columns <= rows) & (rows < columns + window)
+    seen = columns <= rows
+    if window is not None:
+        seen = seen & (rows < np.where(columns < gap[0], columns - gap[1], columns) + window)
     scores = np.where(seen, scores, -np.inf)
     top = scores.max(axis=2, keepdims=True)
     if sinks is not None:

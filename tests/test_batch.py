@@ -12,18 +12,18 @@ from tqext import BatchTurboQuantKVCache, Recipe, TurboQuantKVCache
 pytestmark = pytest.mark.usefixtures("device")
 
 
-def make_batch(left_padding, recipe):
-    return BatchTurboQuantKVCache(left_padding, recipe, balance=balance_of(recipe))
+def make_batch(left_padding, recipe, max_size=None):
+    return BatchTurboQuantKVCache(left_padding, recipe, balance=balance_of(recipe), max_size=max_size)
 
 
 class Batch:
     """A compressed batch, mlx-lm's own beside it, and a `Sequence` for each row."""
 
-    def __init__(self, recipe, n_rows, seed=0):
+    def __init__(self, recipe, n_rows, seed=0, max_size=None):
         self.recipe = recipe
-        self.cache = make_batch([0] * n_rows, recipe)
+        self.cache = make_batch([0] * n_rows, recipe, max_size)
         self.stock = BatchKVCache([0] * n_rows)
-        self.rows = [make_reference(recipe) for _ in range(n_rows)]
+        self.rows = [make_reference(recipe, max_size) for _ in range(n_rows)]
         self.seed = seed
 
     def step(self, lengths, *, mask="own", window=None):
@@ -74,7 +74,14 @@ class Batch:
         assert mx.array_equal(self.cache.offset, self.stock.offset)
         assert mx.array_equal(self.cache.left_padding, self.stock.left_padding)
         assert self.cache.size() == self.stock.size()
-        assert self.cache.offset.tolist() == [r.n_tokens for r in self.rows]
+        assert self.cache.offset.tolist() == [r.n_tokens + r.n_dropped for r in self.rows]
+
+    def trimmed(self, n):
+        for cache in (self.cache, self.stock):
+            assert cache.trim(n) == n
+        for row in self.rows:
+            row.trim(n)
+        self.check()
 
     def filter(self, keep, *, check=True):
         self.cache.filter(keep)
@@ -124,6 +131,33 @@ def test_batch_follow_ups_of_a_few_tokens_are_as_if_alone(mask, window):
         batch.step((1, 1, 1, 1), mask=mask, window=window)
 
 
+@pytest.mark.parametrize("mask", ["own", "stock", "additive"])
+@pytest.mark.parametrize("window", [None, 170])
+def test_batch_of_bounded_sequences(mask, window):
+    """Each drops its own blocks; rows come, go and are taken apart."""
+    recipe, max_size = Recipe(tail=20, first=4), 152
+    batch = Batch(recipe, 3, max_size=max_size)
+    batch.step((300, 37, 650), mask=mask, window=window)
+    for lengths in ((1, 1, 1), (64, 60, 90), (33, 64, 2), (1, 1, 1), (400, 3, 64), (64, 64, 64)):
+        batch.step(lengths, mask=mask, window=window)
+    other = Batch(recipe, 2, seed=777, max_size=max_size)
+    other.step((200, 9))
+    batch.extend(other)
+    batch.filter([4, 0, 3, 2])
+    for _ in range(70):
+        batch.step((1,) * 4, mask=mask, window=window)
+    assert min(row.n_dropped for row in batch.rows[1:]) > 0
+    batch.trimmed(70)
+    batch.step((5, 64, 1, 30), mask=mask, window=window)
+    caches = [batch.cache.extract(i) for i in (2, 0, 3, 1)]
+    assert [cache.n_dropped for cache in caches] == [batch.rows[i].n_dropped for i in (2, 0, 3, 1)]
+    batch.filter([2, 0, 3, 1])
+    batch.cache = BatchTurboQuantKVCache.merge(caches)
+    batch.step((1, 64, 100, 1), mask=mask, window=window)
+    with pytest.raises(ValueError, match=r"\[trim\] n: expected at most \d+, as older tokens were dropped"):
+        batch.cache.trim(250)
+
+
 @pytest.mark.parametrize("short", [0, 1, 59, 63, 64])
 def test_batch_with_sequences_shorter_than_the_first_tokens(short):
     batch = Batch(Recipe(), 2)
@@ -133,7 +167,7 @@ def test_batch_with_sequences_shorter_than_the_first_tokens(short):
     assert batch.rows[0].n_first == min(64, short + 6)
     batch.step((200, 1))
     batch.step((1, 1))
-    assert batch.rows[0].n_coded == 128 - 64 * (short == 0)
+    assert batch.rows[0].n_coded == (short + 206 - 64 - 64) // 64 * 64
 
 
 def test_batch_window_masks():

@@ -8,38 +8,38 @@ from mlx_lm.models.cache import KVCache
 
 from numpy_qwen2 import Qwen2, Scheme, mean_kl
 from tiny import make_llama, make_qwen2, prompt
+from tqext import TurboQuantKVCache
 from tqext.by_position import Contender, as_row, by_position, contenders, table
-from tqext.mlx_lm import make_prompt_cache, stock_cache
+from tqext.mlx_lm import hook, make_prompt_cache, stock_cache
 from tqext.presets import get_policy
 
 CHUNK = 96
 
 
-def scheme_of(preset, cache):
-    """A preset as the independent model takes it. The balance is the cache's own."""
-    recipe = get_policy(preset).recipe
-    balances = tuple(None if c.balance is None else np.array(c.balance) for c in cache)
-    return Scheme(
-        recipe.key_bits,
-        recipe.value_bits,
-        getattr(recipe, "value_coding", "groups"),
-        recipe.first,
-        recipe.tail,
-        None if balances[0] is None else balances,
-    )
+def scheme_of(cache):
+    """A layer's cache as the independent model takes it, None if it is exact. The balance is the cache's own."""
+    if not isinstance(cache, TurboQuantKVCache):
+        return None
+    r, balance = cache.recipe, None if cache.balance is None else np.array(cache.balance)
+    return Scheme(r.key_bits, r.value_bits, r.value_coding, r.first, r.tail, balance)
 
 
-@pytest.mark.parametrize("preset", ["tq3", "tq4"])
-def test_by_position_agrees_with_an_independent_computation(preset):
+@pytest.mark.parametrize("balanced", [True, False])
+@pytest.mark.parametrize("preset", ["tq3", "tq33", "tq4"])
+def test_by_position_agrees_with_an_independent_computation(preset, balanced):
     """KL within 5 %, from weights and tokens on: another model, another cache, another codec."""
-    model = make_qwen2(vocab_size=300)
+    model = make_qwen2(hidden_size=256)
     tokens = prompt(6 * CHUNK + 1)
-    entry = Contender(preset, make_prompt_cache(model, preset), 0.0)
-    (found,) = by_position(model, tokens, [entry], chunk=CHUNK)
+    layers = range(len(model.layers))
+    balances = [mx.exp(mx.random.normal((2, 64)) / 2) if balanced else None for _ in layers]
+    # The first layer stays exact, as a policy or the guard may leave it.
+    cache = [KVCache(), *(TurboQuantKVCache(get_policy(preset).recipe, balance=balances[i]) for i in layers[1:])]
+    hook()
+    (found,) = by_position(model, tokens, [Contender(preset, cache, 0.0)], chunk=CHUNK)
     twin = Qwen2(model.args, {name: np.array(value) for name, value in tree_flatten(model.parameters())})
     n = len(tokens) - 1
     expected = twin.log_probabilities(tokens[:n], CHUNK)
-    got = twin.log_probabilities(tokens[:n], CHUNK, scheme_of(preset, entry.cache))
+    got = twin.log_probabilities(tokens[:n], CHUNK, [scheme_of(c) for c in cache])
     want = mean_kl(expected, got, n)
     assert found.whole.kl == pytest.approx(want, rel=0.05)
     assert want > 1e-4  # or nothing was coded
@@ -84,6 +84,7 @@ def test_by_position_orders_the_caches_and_counts_bytes():
     assert eight.bytes_per_token == 2 * (64 + 4)
     assert three.bytes_per_token == 2 * (24 + 4)
     assert tq4.bytes_per_token == get_policy("tq4").recipe.bytes_per_token(64)
+    assert tq4.layers.startswith("tq4: 3 of 3 layers compressed")
 
 
 class Failing(KVCache):
@@ -112,10 +113,10 @@ def test_by_position_checks_its_arguments():
 
 
 def test_by_position_holds_no_more_than_a_chunk_of_logits():
-    """Logits of the whole text would be 8000 x 4000 in fp32: 128 MB."""
-    model = make_llama(vocab_size=4000, num_hidden_layers=1)
+    """Logits of the whole text would be 3000 x 8000 in fp32: 96 MB."""
+    model = make_llama(vocab_size=8000, num_hidden_layers=1, hidden_size=32, intermediate_size=32)
     mx.clear_cache()
     mx.reset_peak_memory()
     before = mx.get_active_memory()
-    by_position(model, prompt(8000), [Contender("tq3", make_prompt_cache(model, "tq3"), 0.0)], chunk=128)
-    assert mx.get_peak_memory() - before < 64e6
+    by_position(model, prompt(3000), [Contender("tq3", make_prompt_cache(model, "tq3"), 0.0)], chunk=128)
+    assert mx.get_peak_memory() - before < 48e6

@@ -37,12 +37,12 @@ def balance_of(recipe):
     return mx.array((2.0 ** np.random.default_rng(7).uniform(-2, 2, (H, D))).astype(np.float32))
 
 
-def make(recipe):
-    return TurboQuantKVCache(recipe, balance=balance_of(recipe))
+def make(recipe, max_size=None):
+    return TurboQuantKVCache(recipe, balance=balance_of(recipe), max_size=max_size)
 
 
-def make_reference(recipe):
-    return Sequence(recipe, H, D, DV, balance_of(recipe))
+def make_reference(recipe, max_size=None):
+    return Sequence(recipe, H, D, DV, balance_of(recipe), max_size)
 
 
 def tokens(n, seed):
@@ -65,25 +65,27 @@ def answer(reference, k, v, q, sinks=None, window=None):
     """Append tokens; what their queries find. A few tokens after others find what they would find one by one."""
     n = k.shape[1]
     if not 1 < n <= BLOCK:
-        return attention(q, *reference.append(k, v), D**-0.5, sinks, window)
+        attended, gap = reference.append(k, v), reference.gap_attended
+        return attention(q, *attended, D**-0.5, sinks, window, gap)
     alone, rows = copy.deepcopy(reference), []
     for i in range(n):
         attended = alone.append(k[:, i : i + 1], v[:, i : i + 1])
-        rows.append(attention(q[:, i : i + 1], *attended, D**-0.5, sinks, window))
+        rows.append(attention(q[:, i : i + 1], *attended, D**-0.5, sinks, window, alone.gap_attended))
     reference.append(k, v)
     return np.concatenate(rows, axis=1)
 
 
-def step(cache, reference, n, seed, **kwargs):
+def step(cache, reference, n, seed, window=None, **kwargs):
     """Append n tokens to both, and compare attention and counts."""
     k, v, q = tokens(n, seed)
-    mask = cache.make_mask(n)
+    mask = cache.make_mask(n, window_size=window)
     snapshot, _ = cache.update_and_fetch(mx.array(k)[None], mx.array(v)[None])
     got = snapshot.attend(mx.array(q)[None], D**-0.5, mask, **kwargs)
     sinks = kwargs.get("sinks")
-    close(got[0], answer(reference, k, v, q, None if sinks is None else np.array(sinks)))
+    close(got[0], answer(reference, k, v, q, None if sinks is None else np.array(sinks), window))
     assert [cache.n_first, cache.n_coded, cache.n_tail] == reference.counts
-    assert cache.offset == cache.size() == reference.n_tokens
+    assert cache.size() == reference.n_tokens
+    assert cache.offset == reference.n_tokens + reference.n_dropped
 
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
@@ -118,6 +120,71 @@ def test_cache_trim_is_exact(seed):
             reference.trim(n)
             assert cache.offset == reference.n_tokens
             assert cache.empty() == (reference.n_tokens == 0)
+
+
+BOUNDED = {
+    "least": (Recipe(tail=20, first=4), 152),
+    "default": (Recipe(), 400),
+    "no-first": (Recipe(first=0, tail=8, balance=False), 200),
+}
+
+
+@pytest.mark.parametrize(("recipe", "max_size"), BOUNDED.values(), ids=BOUNDED)
+@pytest.mark.parametrize("window", [None, 170])
+@pytest.mark.parametrize(
+    "lengths",
+    [(1,) * 300, (700, *(1,) * 140), (3, 200, 64, 64, 1, 40, 60, 2, 1000, 1, 64, 64)],
+    ids=["decode", "prompt", "mixed"],
+)
+def test_bounded_cache_attends_as_specified(recipe, max_size, window, lengths):
+    """The first tokens and the last ones, and never many more than the bound."""
+    cache, reference = make(recipe, max_size), make_reference(recipe, max_size)
+    for i, n in enumerate(lengths):
+        step(cache, reference, n, i, window)
+        assert cache.size() <= max_size + (64 if 1 < n <= 64 else 0)
+    assert cache.offset == sum(lengths)
+    assert cache.n_dropped > 0 or cache.offset <= max_size
+
+
+@pytest.mark.parametrize("seed", range(9))
+def test_bounded_cache_trim_is_exact(seed):
+    """As far as the tokens go that were not dropped."""
+    random = np.random.default_rng(seed)
+    recipe, max_size = list(BOUNDED.values())[seed % len(BOUNDED)]
+    cache, reference = make(recipe, max_size), make_reference(recipe, max_size)
+    for i in range(25):
+        step(cache, reference, int(random.choice([1, 1, 2, 40, 64, 65, 130, 600])), 100 * seed + i)
+        n = int(random.choice([0, 1, 31, 64, 200, reference.n_tokens]))
+        after, n_dropped = reference.n_tokens - max(reference.n_first, 1), reference.n_dropped
+        if n_dropped and after < n < reference.n_tokens + n_dropped:
+            with pytest.raises(ValueError, match=rf"\[trim\] n: expected at most {after}, as older tokens were dropped"):
+                cache.trim(n)
+            n = int(random.choice([after, reference.n_tokens + n_dropped]))
+        n = min(n, reference.n_tokens + n_dropped)
+        assert cache.trim(n) == n
+        reference.trim(n)
+        assert cache.size() == reference.n_tokens
+        assert cache.empty() == (reference.n_tokens == 0)
+        loaded = TurboQuantKVCache.from_state(cache.state)
+        assert (loaded.offset, loaded.max_size) == (cache.offset, max_size)
+
+
+def test_bounded_cache_takes_no_more_memory():
+    cache = make(Recipe(), 1000)
+    sizes = []
+    for _ in range(40):
+        cache.update_and_fetch(*random_tokens(256))
+        mx.eval(cache.state)
+        sizes.append(cache.nbytes)
+    assert max(sizes[10:]) == max(sizes[30:])
+    exact, coded = 4 * (D + DV) * H, H * Recipe().bytes_per_token(D, DV)
+    assert sizes[-1] <= exact * (64 + 64 + 63 + 64) + 1024 * coded
+
+
+@pytest.mark.parametrize("max_size", [0, -1, 100, 255])
+def test_bound_without_room_for_codes_is_refused(max_size):
+    with pytest.raises(ValueError, match=r"max_size: expected None or 256 \(first \+ tail \+ 128\) or more, got"):
+        TurboQuantKVCache(max_size=max_size)
 
 
 @pytest.mark.parametrize("n_draft", [4, 40, 63])

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from tiny import make_llama, save_chat_folder
-from tqext import Recipe, cli, models, plan
+from tqext import cli, get_policy, models, plan
 
 
 def tqext(*args, check=True):
@@ -20,7 +20,7 @@ def tqext(*args, check=True):
 
 
 SIZES = (
-    r"KV cache now: (.+) MB of tokens in (.+) MB of buffers, fp16 (.+) MB \(4 first and \d+ recent tokens exact, \d+ coded\)"
+    r"KV cache now: (.+) MB of tokens in (.+) MB of buffers, fp16 (.+) MB \(64 first and \d+ recent tokens exact, \d+ coded\)"
 )
 
 
@@ -30,9 +30,9 @@ def folder(tmp_path_factory):
 
 
 def test_generate_prints_what_was_compressed(folder):
-    out = tqext("generate", "--model", folder, "--kv", "tq3", "--prompt", "hello " * 40, "-m", 8).stdout
-    packed, plain = 3 * 2 * Recipe().bytes_per_token(64), 3 * 2 * 2 * 64 * 2
-    assert f"KV cache tq3: 3 of 3 layers compressed, {packed} bytes per token in place of {plain} in fp16" in out
+    out = tqext("generate", "--model", folder, "--kv", "tq33", "--prompt", "hello " * 200, "-m", 8).stdout
+    packed, plain = 3 * 2 * get_policy("tq33").recipe.bytes_per_token(64), 3 * 2 * 2 * 64 * 2
+    assert f"KV cache tq33: 3 of 3 layers compressed, {packed} bytes per token in place of {plain} in fp16" in out
     assert "tokens-per-sec" in out
     used, reserved, plain = map(float, re.search(SIZES, out).groups())
     assert 0 < used < reserved
@@ -44,7 +44,7 @@ def test_generate_options_reach_the_policy(folder):
     out = tqext("generate", *args).stdout
     assert "KV cache tq4: 1 of 3 layers compressed" in out
     assert "KVCache stays: left out by the policy" in out
-    assert "K4 V4, tail 7, first 4, 2 heads of 64/64" in out
+    assert "K4 V4 Lloyd, tail 7, first 64, 2 heads of 64/64" in out
 
 
 def test_generate_without_compression(folder):
@@ -53,8 +53,8 @@ def test_generate_without_compression(folder):
 
 def test_cache_prompt_and_generate_from_the_file(folder, tmp_path):
     file = tmp_path / "prompt.safetensors"
-    tqext("cache_prompt", "--model", folder, "--kv", "tq3", "--prompt", "a story " * 40, "--prompt-cache-file", file)
-    done = tqext("generate", "--prompt-cache-file", file, "--prompt", "and?", "-m", 4)
+    tqext("cache_prompt", "--model", folder, "--kv", "tq33", "--prompt", "a story " * 40, "--prompt-cache-file", file)
+    done = tqext("generate", "--prompt-cache-file", file, "--kv", "tq33", "--prompt", "and?", "-m", 4)
     assert "tokens-per-sec" in done.stdout
     assert done.stderr.count("KV cache from the file: 3 of 3 layers compressed\n") == 1
     assert re.search(SIZES, done.stdout)
@@ -66,7 +66,7 @@ def test_cache_prompt_and_generate_from_the_file(folder, tmp_path):
 def test_generate_compresses_a_plain_cache_from_a_file(folder, tmp_path):
     file = tmp_path / "prompt.safetensors"
     tqext("cache_prompt", "--model", folder, "--kv", "none", "--prompt", "a story " * 40, "--prompt-cache-file", file)
-    done = tqext("generate", "--prompt-cache-file", file, "--kv", "tq3", "--prompt", "and?", "-m", 4)
+    done = tqext("generate", "--prompt-cache-file", file, "--kv", "tq33", "--prompt", "and?", "-m", 4)
     assert "KV cache from the file: 3 of 3 layers compressed\n" in done.stderr
     assert re.search(SIZES, done.stdout)
     done = tqext("generate", "--prompt-cache-file", file, "--kv", "none", "--prompt", "and?", "-m", 4)
@@ -74,13 +74,13 @@ def test_generate_compresses_a_plain_cache_from_a_file(folder, tmp_path):
 
 
 def test_benchmark_in_a_batch(folder):
-    done = tqext("benchmark", "--model", folder, "--kv", "tq3", "-p", 80, "-g", 8, "-b", 2, "-n", 1)
+    done = tqext("benchmark", "--model", folder, "--kv", "tq33", "-p", 80, "-g", 8, "-b", 2, "-n", 1)
     assert "Averages" in done.stdout
     assert "3 of 3 layers compressed" in done.stderr
 
 
 def test_chat_ends_with_its_input(folder):
-    command = [sys.executable, "-m", "tqext", "chat", "--model", str(folder), "--max-tokens", "4"]
+    command = [sys.executable, "-m", "tqext", "chat", "--model", str(folder), "--kv", "tq33", "--max-tokens", "4"]
     done = subprocess.run(command, input="hi\nq\n", capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "3 of 3 layers compressed" in done.stderr
@@ -106,7 +106,7 @@ def test_evaluate_runs_or_says_what_is_missing(folder, tmp_path):
     data, task = tmp_path / "data.jsonl", tmp_path / "echo.yaml"
     data.write_text("".join(json.dumps({"text": f"Is {i} a number? "}) + "\n" for i in range(3)))
     task.write_text(TASK.format(data=data))
-    args = ("evaluate", "--model", folder, "--kv", "tq3", "--tasks", task, "--output-dir", tmp_path)
+    args = ("evaluate", "--model", folder, "--kv", "tq33", "--tasks", task, "--output-dir", tmp_path)
     done = tqext(*args, check=False)
     if importlib.util.find_spec("lm_eval") is None:
         assert done.returncode == 2
@@ -143,7 +143,7 @@ def test_plan_and_doctor(folder):
     [
         (("generate", "--kv", "tq5", "--model", "x"), "invalid choice: 'tq5'"),
         (("generate", "--model", "x", "--kv-bits", "4"), "--kv-bits is for mlx-lm's own cache"),
-        (("server", "--model", "x", "--max-kv-size=10"), "--max-kv-size is for mlx-lm's own cache"),
+        (("server", "--model", "x", "--kv-bits=4"), "--kv-bits is for mlx-lm's own cache"),
         (("generate", "--model", "nothing-here"), "[load] name: expected a folder"),
         (("nonsense",), "unknown command 'nonsense'"),
     ],

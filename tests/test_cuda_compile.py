@@ -82,10 +82,33 @@ ATTENTION = {
 }
 
 
+# Keys, coding of the values and their bits of the presets.
+PRESETS = {"tq3": (3, 0, 2), "tq33": (3, 1, 3), "tq4": (4, 1, 4)}
+
+
+def preset(name, **changes):
+    key_bits, lloyd, value_bits = PRESETS[name]
+    return ATTENTION | {"KEY_BITS": key_bits, "LLOYD": lloyd, "VALUE_BITS": value_bits} | changes
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_attention_compiles_for_every_architecture(architecture):
-    log = compile_kernel("turboquant_attention.cu", architecture, **ATTENTION)
+@pytest.mark.parametrize("name", ["tq3", "tq33"])
+def test_attention_compiles_for_every_architecture(name, architecture):
+    # As the host chooses them: 100 KB of shared memory hold two blocks of three stages, not three blocks.
+    small = {"BLOCKS_PER_SM": 2, "STAGES": 3} if architecture in ("sm_86", "sm_89", "sm_120") else {}
+    log = compile_kernel("turboquant_attention.cu", architecture, **preset(name, **small))
     assert "0 bytes spill stores" in log, log
+
+
+@pytest.mark.parametrize("name", ["tq33", "tq4"])
+@pytest.mark.parametrize("dim, rows", [(128, 4), (128, 8), (128, 16), (256, 8)])
+def test_attention_of_lloyd_values_fits_into_registers(name, dim, rows):
+    two_blocks = rows == 16 or dim > 128
+    defines = preset(name, KEY_DIM=dim, VALUE_DIM=dim, ROWS=rows, BLOCKS_PER_SM=2 if two_blocks else 3)
+    log = compile_kernel("turboquant_attention.cu", "sm_90", **defines)
+    spilled = int(re.search(r"(\d+) bytes spill stores", log).group(1))
+    # Four bits and the most registers there are: a few words, outside of the products.
+    assert spilled <= (32 if name == "tq4" and two_blocks else 0), log
 
 
 @pytest.mark.parametrize(
@@ -96,6 +119,9 @@ def test_attention_compiles_for_every_architecture(architecture):
         {"KEY_DIM": 96, "VALUE_DIM": 64, "KEY_BITS": 4, "VALUE_BITS": 4},
         {"KEY_DIM": 256, "VALUE_DIM": 192, "ROWS": 8, "BLOCKS_PER_SM": 2},
         {"KEY_BITS": 2, "SIGNS": 1, "MASK": 2, "STRIDED": 1},
+        {"LLOYD": 1, "VALUE_BITS": 3, "ROWS": 16, "TYPE": 0, "BLOCKS_PER_SM": 2},
+        {"LLOYD": 1, "VALUE_BITS": 4, "KEY_DIM": 96, "VALUE_DIM": 224, "ROWS": 8, "BLOCKS_PER_SM": 2},
+        {"LLOYD": 1, "VALUE_BITS": 2, "VALUE_DIM": 32, "SIGNS": 1, "MASK": 1, "STRIDED": 1},
     ],
 )
 def test_attention_variants_compile(changes):
@@ -169,12 +195,25 @@ def test_empty_kernel_compiles():
     compile_kernel("reserve.cu", "sm_80")
 
 
-@pytest.mark.parametrize("operation", range(5))
-def test_encoding_compiles(operation):
-    keys = operation in (0, 2)
+# Operation (params.h), bits, means, balance, signs.
+ENCODINGS = [
+    (0, 3, 1, 1, 1),
+    (0, 4, 2, 0, 0),
+    (0, 2, 0, 1, 0),
+    (1, 2, 0, 0, 0),
+    (2, 3, 1, 1, 0),
+    (2, 4, 0, 0, 0),
+    (3, 4, 0, 0, 0),
+    (4, 1, 0, 0, 0),
+    (5, 3, 0, 0, 0),
+]
+
+
+@pytest.mark.parametrize("operation, bits, means, balance, signs", ENCODINGS)
+def test_encoding_compiles(operation, bits, means, balance, signs):
+    defines = dict(OPERATION=operation, BITS=bits, TYPE=1, HADAMARD=1, MEANS=means, BALANCE=balance, SIGNS=signs)
     for dim in (128, 96):
-        compile_kernel("turboquant_encode.cu", "sm_80", OPERATION=operation, DIM=dim, BITS=3 if keys else 2, TYPE=1, HADAMARD=1,
-                       MEAN=int(keys), SIGNS=int(operation == 0))  # fmt: skip
+        compile_kernel("turboquant_encode.cu", "sm_80", DIM=dim, **defines)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -72,9 +72,9 @@ def header_end(data):
 
 def make_caches():
     mx.random.seed(0)
-    caches = [TurboQuantKVCache(), TurboQuantKVCache(tqext.Recipe(qjl=True, sinks=0))]
+    caches = [TurboQuantKVCache(balance=mx.full((2, 64), 2.0)), TurboQuantKVCache(tqext.Recipe(qjl=True, first=0, tail=30))]
     for cache in caches:
-        cache.update_and_fetch(*mx.random.normal((2, 1, 2, 200, 64)))
+        cache.update_and_fetch(*mx.random.normal((2, 1, 2, 300, 64)))
     return caches
 
 
@@ -122,10 +122,10 @@ numbers = st.integers(-(2**31), 2**31 - 1) | st.integers(-2, 300)
 @fuzz
 @given(
     which=st.integers(0, 1),
-    header=st.dictionaries(st.integers(0, 17), numbers, max_size=2),
+    header=st.dictionaries(st.integers(0, 22), numbers, max_size=2),
     replaced=st.dictionaries(
         st.integers(0, 11),
-        st.sampled_from([None, "text", {}, 3, mx.zeros(()), mx.zeros((1, 2, 160, 6), mx.uint32), mx.zeros((1, 2, 36, 64))]),
+        st.sampled_from([None, "text", {}, 3, mx.zeros(()), mx.zeros((1, 2, 128, 6), mx.uint32), mx.zeros((1, 2, 108, 64))]),
         max_size=1,
     ),
     dropped=st.sets(st.integers(0, 11), max_size=1),

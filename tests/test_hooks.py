@@ -1,4 +1,7 @@
-"""What tqext replaces in MLX and mlx-lm: every use finds it, nothing of it is left behind, and no request passes it by."""
+"""What tqext replaces in MLX and mlx-lm: every use finds it, nothing of it is left behind, and no request passes it by.
+
+Without the guard, which would leave layers of these sharp models uncompressed.
+"""
 
 import copy
 import gc
@@ -53,7 +56,7 @@ def replaced():
 
 def test_uninstall_gives_everything_back(model):
     before, seen = replaced(), []
-    tqext.install("tq3")
+    tqext.install("tq3", guard=False)
     assert all(a is not b for a, b in zip(replaced(), before, strict=True))
     tqext.mlx_lm.on_cache(lambda report, cache: seen.append(report))
     stock.make_prompt_cache(model)
@@ -63,7 +66,7 @@ def test_uninstall_gives_everything_back(model):
     assert replaced() == before
     assert not hasattr(stock, "TurboQuantKVCache") and not hasattr(stock, "BatchTurboQuantKVCache")
     assert kinds(stock.make_prompt_cache(model)) == {stock.KVCache}
-    tqext.install("tq3")
+    tqext.install("tq3", guard=False)
     stock.make_prompt_cache(model)
     assert len(seen) == 1
 
@@ -80,7 +83,7 @@ def test_one_bit_loading_outlives_uninstall(tmp_path, first):
     before = mlx_lm.utils.load_model
 
     for step in ("kv", "1-bit") if first == "kv" else ("1-bit", "kv"):
-        tqext.install("tq3") if step == "kv" else one_bit.hook()
+        tqext.install("tq3", guard=False) if step == "kv" else one_bit.hook()
     loaded, _ = mlx_lm.utils.load(str(tmp_path / "native"))
     assert len(nn.q1_paths(loaded)) == 3 * 7 + 2
     assert kinds(stock.make_prompt_cache(loaded)) == {TurboQuantKVCache}
@@ -94,7 +97,7 @@ def test_one_bit_loading_outlives_uninstall(tmp_path, first):
 
 @pytest.mark.parametrize("module, name", [(mlx_lm.utils, "load_model"), (stock, "make_prompt_cache")])
 def test_uninstall_refuses_whole_when_another_wrapped_a_hook(model, module, name):
-    tqext.install("tq3")
+    tqext.install("tq3", guard=False)
     stock.make_prompt_cache(model)
     ours = getattr(module, name)
     setattr(module, name, lambda *args, **kwargs: ours(*args, **kwargs))
@@ -111,8 +114,8 @@ def test_detach_gives_the_models_own_make_cache_back(model):
 
     cls = type(model)
     model.make_cache = own
-    tqext.attach(model, "tq3")
-    tqext.attach(model, "tq4")
+    tqext.attach(model, "tq3", guard=False)
+    tqext.attach(model, "tq4", guard=False)
     assert [type(c) for c in stock_cache(model)] == [stock.RotatingKVCache, stock.KVCache, stock.KVCache]
     assert [type(c) for c in model.make_cache()] == [stock.RotatingKVCache, TurboQuantKVCache, TurboQuantKVCache]
     assert model.make_cache()[1].recipe.key_bits == 4
@@ -125,7 +128,7 @@ def test_detach_gives_the_models_own_make_cache_back(model):
 def test_a_class_own_make_cache_is_asked(monkeypatch):
     model = make_llama()
     monkeypatch.setattr(type(model), "make_cache", lambda self: [stock.KVCache(), stock.RotatingKVCache(9)], raising=False)
-    tqext.attach(model)
+    tqext.attach(model, guard=False)
     assert [type(c) for c in stock_cache(model)] == [stock.KVCache, stock.RotatingKVCache]
 
 
@@ -145,7 +148,7 @@ def test_an_unloaded_model_frees_its_weights_at_once(how):
     try:
         before = mx.get_active_memory()
         model = make_llama(hidden_size=256, vocab_size=8000)
-        tqext.attach(model) if how == "attach" else tqext.install()
+        tqext.attach(model, guard=False) if how == "attach" else tqext.install(guard=False)
         cache = stock.make_prompt_cache(model)
         assert kinds(cache) == {TurboQuantKVCache}
         mx.eval(model(mx.array([[1, 2, 3]]), cache=cache))
@@ -158,7 +161,7 @@ def test_an_unloaded_model_frees_its_weights_at_once(how):
 
 
 def test_a_copy_of_a_model_is_attached_to_itself():
-    model = tqext.attach(make_llama(), "tq4")
+    model = tqext.attach(make_llama(), "tq4", guard=False)
     stock.make_prompt_cache(model)
     other = copy.deepcopy(model)
     other.lm_head.weight = other.lm_head.weight * 0
@@ -173,12 +176,12 @@ def test_a_copy_of_a_model_is_attached_to_itself():
 
 
 def test_install_reaches_models_that_are_loaded_already(model):
-    kept, attached = make_llama(1), tqext.attach(make_llama(2), "tq4")
+    kept, attached = make_llama(1), tqext.attach(make_llama(2), "tq4", guard=False)
     tqext.detach(kept)
-    tqext.install("tq3", tail=40)
+    tqext.install("tq3", tail=40, guard=False)
     cache = generate.make_prompt_cache(model)
     assert kinds(cache) == {TurboQuantKVCache} and cache[0].recipe.tail == 40
-    tqext.install("tq3", tail=50)
+    tqext.install("tq3", tail=50, guard=False)
     assert stock.make_prompt_cache(model)[0].recipe.tail == 50
     assert kinds(stock.make_prompt_cache(kept)) == {stock.KVCache}
     assert stock.make_prompt_cache(attached)[0].recipe.key_bits == 4
@@ -190,7 +193,7 @@ def test_install_is_seen_by_modules_that_imported_the_function_by_name(model):
     sys.modules["an_engine"] = importer
     try:
         before = importer.make_prompt_cache
-        tqext.install("tq3")
+        tqext.install("tq3", guard=False)
         assert kinds(importer.make_prompt_cache(model)) == {TurboQuantKVCache}
         tqext.uninstall()
         assert importer.make_prompt_cache is before
@@ -200,7 +203,7 @@ def test_install_is_seen_by_modules_that_imported_the_function_by_name(model):
 
 @pytest.mark.parametrize("how", ["attach", "install"])
 def test_threads_get_compressed_caches_only(model, how):
-    tqext.attach(model) if how == "attach" else tqext.install()
+    tqext.attach(model, guard=False) if how == "attach" else tqext.install(guard=False)
     seen, errors = set(), []
 
     def work():
@@ -219,7 +222,7 @@ def test_threads_get_compressed_caches_only(model, how):
         for _ in range(20):
             stock_cache(model)
             if how == "attach":
-                tqext.attach(model, "tq4")
+                tqext.attach(model, "tq4", guard=False)
         for thread in threads:
             thread.join()
     finally:
@@ -229,22 +232,59 @@ def test_threads_get_compressed_caches_only(model, how):
 
 
 @pytest.mark.parametrize("make", [make_llama, make_qwen2])
-def test_max_kv_size_is_refused(make):
+def test_max_kv_size_bounds_every_layer(make):
     """Also for llama, whose own make_cache lets mlx-lm pass the bound by in silence."""
-    model = tqext.attach(make(), "tq3")
+    model = tqext.attach(make(), "tq3", guard=False)
+    caches = {kind: ask(model, 300) for kind, ask in BOUNDED.items()}
+    for kind, cache in caches.items():
+        assert kinds(cache) == {TurboQuantKVCache}, kind
+        assert {layer.max_size for layer in cache} == {300}, kind
+        assert {layer.offset for layer in cache} in ({810}, {809}), kind
+        assert max(layer.size() for layer in cache) <= 300, kind
+    assert {layer.max_size for layer in stock.make_prompt_cache(model, max_kv_size=None)} == {None}
+
+
+def generated(model, max_kv_size):
+    cache = stock.make_prompt_cache(model, max_kv_size=max_kv_size)
+    for _ in generate_step(mx.array(prompt(800)), model, max_tokens=10, prompt_cache=cache, prefill_step_size=200):
+        pass
+    return cache
+
+
+def generated_in_a_batch(model, max_kv_size):
+    batch = BatchGenerator(model, max_tokens=10, max_kv_size=max_kv_size, prefill_step_size=200)
+    batch.insert([prompt(800), prompt(30, 1)])
+    caches = []
+    while responses := batch.next_generated():
+        caches += [r.prompt_cache for r in responses if r.prompt_cache is not None]
+    return max(caches, key=lambda cache: cache[0].offset)
+
+
+BOUNDED = {"alone": generated, "in a batch": generated_in_a_batch}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(guard=False), r"max_size: expected None or 256 \(first \+ tail \+ 128\) or more, got 64"),
+        (dict(first_last=1), r"\[make_prompt_cache\] max_kv_size: expected None, as the layers 0, 2 are not compressed"),
+    ],
+)
+def test_max_kv_size_that_cannot_hold_is_refused(options, message):
+    model = tqext.attach(make_llama(), "tq3", **options)
     tokens = mx.array(prompt(20))
     for ask in (
         lambda: stock.make_prompt_cache(model, max_kv_size=64),
         lambda: next(generate_step(tokens, model, max_kv_size=64)),
         lambda: BatchGenerator(model, max_kv_size=64).insert([[1, 2]]),
+        lambda: tqext.make_prompt_cache(model, "tq3", max_kv_size=64, **options),
     ):
-        with pytest.raises(ValueError, match=r"\[make_prompt_cache\] max_kv_size: expected None .* \(tq3\), which keeps every"):
+        with pytest.raises(ValueError, match=message):
             ask()
-    assert kinds(stock.make_prompt_cache(model, max_kv_size=None)) == {TurboQuantKVCache}
 
 
 def test_max_kv_size_is_mlx_lms_where_nothing_is_compressed():
-    model = tqext.attach(make_qwen2(), first_last=2)
+    model = tqext.attach(make_qwen2(), first_last=2, guard=False)
     assert kinds(stock.make_prompt_cache(model, max_kv_size=64)) == {stock.RotatingKVCache}
     tqext.detach(model)
     assert kinds(stock.make_prompt_cache(model, max_kv_size=64)) == {stock.RotatingKVCache}
@@ -252,7 +292,7 @@ def test_max_kv_size_is_mlx_lms_where_nothing_is_compressed():
 
 def test_kv_bits_are_refused(model):
     """At the first step, not when mlx-lm would begin to quantise."""
-    tqext.attach(model, "tq3")
+    tqext.attach(model, "tq3", guard=False)
     with pytest.raises(ValueError, match=r"\[generate\] kv_bits: expected None for a compressed cache"):
         next(generate_step(mx.array(prompt(20)), model, kv_bits=8))
     with pytest.raises(ValueError, match=r"\[generate\] kv_bits: expected None"):
@@ -261,7 +301,7 @@ def test_kv_bits_are_refused(model):
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
 def test_plain_and_compressed_caches_in_one_batch_are_refused(model, order):
-    tqext.attach(model)
+    tqext.attach(model, guard=False)
     caches = [stock_cache(model), stock.make_prompt_cache(model)]
     for cache in caches:
         mx.eval(model(mx.array([prompt(100)]), cache=cache))
@@ -270,7 +310,7 @@ def test_plain_and_compressed_caches_in_one_batch_are_refused(model, order):
         batch.insert([[5, 6], [5, 6]], caches=[caches[i] for i in order])
         while batch.next_generated():
             pass
-    assert kinds(tqext.upgrade(caches[0], model=model)) == {TurboQuantKVCache}
+    assert kinds(tqext.upgrade(caches[0], model=model, guard=False)) == {TurboQuantKVCache}
 
 
 def test_a_plain_batch_cannot_be_appended():
@@ -301,7 +341,7 @@ def test_upgrade_that_changes_nothing_says_why(model):
     with pytest.warns(UserWarning, match="an empty list"):
         tqext.upgrade([])
     with pytest.warns(UserWarning, match="compressed with another recipe"):
-        tqext.upgrade(tqext.make_prompt_cache(model, "tq3"), "tq4")
+        tqext.upgrade(tqext.make_prompt_cache(model, "tq3", guard=False), "tq4")
 
 
 def test_upgrade_twice_is_silent(model, recwarn):
@@ -327,7 +367,7 @@ def test_upgrade_with_a_model_gives_the_probes_reason():
 
 def test_load_hook_reaches_models_loaded_later(tmp_path, model):
     folder = save_folder(model, tmp_path / "m")
-    tqext.install("tq4")
+    tqext.install("tq4", guard=False)
     loaded, _ = mlx_lm.utils.load_model(folder)
     assert kinds(loaded.make_cache()) == {TurboQuantKVCache}
     want = logits_after(model, stock.make_prompt_cache(model), prompt(30))

@@ -37,7 +37,7 @@ def test_resident_memory_grows_by_the_formats_bytes():
     run = [sys.executable, "-c", SCRIPT]
     done = subprocess.run(run, capture_output=True, text=True, check=False, timeout=600, env=with_steady_malloc())
     assert done.returncode == 0, done.stderr
-    measured = json.loads(done.stdout)
+    measured = json.loads(done.stdout.splitlines()[-1])
     (n_before, before), (n_after, after) = measured[7], measured[-1]
     per_token = (after - before) / (n_after - n_before)
     expected = 2 * 8 * Recipe().bytes_per_token(128)

@@ -16,7 +16,9 @@ from tqext import BatchTurboQuantKVCache, Recipe, TurboQuantKVCache, get_policy
 from tqext.mlx_lm import PathError, stock_cache
 
 pytestmark = pytest.mark.usefixtures("device", "uninstalled")
-N_PROMPT, N_NEW = 150, 60
+N_PROMPT, N_NEW = 300, 60
+# Random weights are too sharp for a codec: the accuracy of a layer is not what these proofs are about.
+PATH_ONLY = {"guard": False, "balance": False}
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +86,7 @@ def test_install_compresses_models_that_are_loaded_later(tmp_path, model):
     loaded, _ = mlx_lm.utils.load_model(folder)
     cache = stock.make_prompt_cache(loaded)
     assert [type(c) for c in cache] == [TurboQuantKVCache] * 3
-    assert cache[0].recipe == Recipe(key_bits=4, value_bits=4, tail=40)
+    assert cache[0].recipe == Recipe(key_bits=4, value_bits=4, value_coding="lloyd", tail=40)
     tqext.uninstall()
     assert type(stock.make_prompt_cache(mlx_lm.utils.load_model(folder)[0])[0]) is stock.KVCache
 
@@ -104,11 +106,11 @@ def test_generate_agrees_with_the_uncompressed_cache(model):
     tokens = prompt(N_PROMPT + 50)
     reference = logits_after(model, stock_cache(model), tokens)
     errors = {}
-    for preset in ("tq4", "tq3", "tq2"):
-        got = logits_after(model, tqext.make_prompt_cache(model, preset), tokens, chunk=8)
+    for preset in ("tq4", "tq33", "tq3", "tq2"):
+        got = logits_after(model, tqext.make_prompt_cache(model, preset, guard=False), tokens, chunk=8)
         errors[preset] = kl(reference, got)
     # Random weights are harder on a codec than trained ones: the order is the claim, the bars are bench_quality.py's.
-    assert 0 < errors["tq4"] < errors["tq3"] / 3 < errors["tq2"] / 3
+    assert 0 < errors["tq4"] < errors["tq33"] / 2 < errors["tq3"] / 2 < errors["tq2"] / 2
     assert errors["tq4"] < 0.1
 
 
@@ -120,7 +122,7 @@ def test_generate_first_chunk_is_as_uncompressed(model):
 
 
 def prompts():
-    return [prompt(n, seed=i) for i, n in enumerate((150, 3, 97, 40, 1))]
+    return [prompt(n, seed=i) for i, n in enumerate((250, 3, 197, 140, 1))]
 
 
 class Words:
@@ -132,10 +134,10 @@ class Words:
         return " ".join(str(t) for t in tokens)
 
 
-@pytest.mark.parametrize("preset", ["tq3", "tq4", "tq3-plain", "bonsai"])
+@pytest.mark.parametrize("preset", ["tq3", "tq33", "tq4", "tq3-plain", "bonsai"])
 def test_batch_generate_equals_alone(model, preset):
     """Greedy answers are the same alone and in company."""
-    tqext.attach(model, preset, first_last=1 if preset == "bonsai" else None)
+    tqext.attach(model, preset, first_last=1 if preset == "bonsai" else None, guard=False)
     alone = [greedy(model, p, N_NEW) for p in prompts()]
     together = batch_generate(model, Words(), prompts(), max_tokens=N_NEW, return_token_ids=True)
     tqext.detach(model)
@@ -144,7 +146,7 @@ def test_batch_generate_equals_alone(model, preset):
 
 def test_batch_generate_with_different_lengths_of_answers(model):
     """Sequences leave the batch at different times, and their caches go on alone."""
-    tqext.attach(model, "tq3")
+    tqext.attach(model, "tq3", guard=False)
     lengths = [60, 5, 33, 1, 50]
     alone = [greedy(model, p, n + 10) for p, n in zip(prompts(), lengths, strict=True)]
     out = batch_generate(model, Words(), prompts(), max_tokens=lengths, return_token_ids=True, return_prompt_caches=True)
@@ -163,9 +165,9 @@ def test_batch_generate_with_different_lengths_of_answers(model):
 @pytest.mark.parametrize("preset", ["tq3", "tq3-plain"])
 def test_batch_follow_ups_equal_alone(model, preset):
     """Kept caches go on with prompts of a few tokens, within some of which a block is encoded."""
-    tqext.attach(model, preset)
-    histories = [prompt(n, seed=i) for i, n in enumerate((94, 96, 97, 66, 20, 130))]
-    follow_ups = [prompt(n, seed=40 + i) for i, n in enumerate((9, 5, 2, 7, 3, 8))]
+    tqext.attach(model, preset, guard=False)
+    histories = [prompt(n, seed=i) for i, n in enumerate((190, 191, 197, 266, 20, 330))]
+    follow_ups = [prompt(n, seed=40 + i) for i, n in enumerate((9, 5, 2, 70, 3, 60))]
     caches = [stock.make_prompt_cache(model) for _ in histories]
     for history, cache in zip(histories, caches, strict=True):
         logits_after(model, cache, history)
@@ -175,14 +177,16 @@ def test_batch_follow_ups_equal_alone(model, preset):
     assert together.token_ids == alone
 
 
+@pytest.mark.parametrize("n_draft", [4, 40])
 @pytest.mark.parametrize("draft_seed", [0, 1])
-def test_speculative_decoding_equals_plain_decoding(model, draft_seed):
+def test_speculative_decoding_equals_plain_decoding(model, draft_seed, n_draft):
     """A draft model that is always right, and one that is mostly wrong."""
     tokens = prompt(N_PROMPT)
     draft = make_llama(draft_seed)
-    plain = greedy(model, tokens, N_NEW, cache=tqext.make_prompt_cache(model))
-    caches = tqext.make_prompt_cache(model) + tqext.make_prompt_cache(draft)
-    steps = speculative_generate_step(mx.array(tokens), model, draft, num_draft_tokens=4, max_tokens=N_NEW, prompt_cache=caches)
+    plain = greedy(model, tokens, N_NEW, cache=tqext.make_prompt_cache(model, guard=False))
+    caches = [cache for m in (model, draft) for cache in tqext.make_prompt_cache(m, guard=False)]
+    options = dict(num_draft_tokens=n_draft, max_tokens=N_NEW, prompt_cache=caches)
+    steps = speculative_generate_step(mx.array(tokens), model, draft, **options)
     got = [(int(token), from_draft) for token, _, from_draft in steps]
     assert [token for token, _ in got] == plain
     if draft_seed == 0:
@@ -253,7 +257,7 @@ def test_probe_gives_reasons():
 
 
 def test_verify_passes_and_changes_nothing(model, expected):
-    report = tqext.verify(model)
+    report = tqext.verify(model, **PATH_ONLY)
     assert len(report.compressed) == 3
     assert greedy(model, prompt(N_PROMPT), N_NEW) == expected
 
@@ -264,7 +268,7 @@ def test_verify_finds_a_layer_that_does_not_read_its_codes(model, monkeypatch):
 
     monkeypatch.setattr("tqext.cache.turboquant_attention", blind)
     with pytest.raises(PathError, match=r"layer 0: overwriting its codes leaves the logits as they were"):
-        tqext.verify(model)
+        tqext.verify(model, **PATH_ONLY)
 
 
 def test_verify_finds_bytes_that_no_token_owns(model, monkeypatch):
@@ -276,28 +280,27 @@ def test_verify_finds_bytes_that_no_token_owns(model, monkeypatch):
     cut = TurboQuantKVCache._snapshot
     monkeypatch.setattr(TurboQuantKVCache, "_snapshot", whole_tail)
     with pytest.raises(PathError, match="belong to no token"):
-        tqext.verify(model)
+        tqext.verify(model, **PATH_ONLY)
 
 
 @pytest.mark.parametrize(
     "changes",
     [
         dict(tail=300),
-        dict(flush=200),
-        dict(sinks=170),
-        dict(mean=False, tail=0, sinks=0, flush=1),
+        dict(first=370),
+        dict(means=False, tail=0, first=0),
         dict(layers={1: Recipe(tail=250)}),
     ],
     ids=lambda changes: " ".join(changes),
 )
 def test_verify_takes_a_prompt_that_the_recipes_encode(model, changes):
     """However many tokens stay exact."""
-    assert len(tqext.verify(model, **changes).compressed) == 3
+    assert len(tqext.verify(model, **(PATH_ONLY | changes)).compressed) == 3
 
 
 def test_verify_needs_codes(model):
     with pytest.raises(PathError, match="nothing was encoded after 20 tokens"):
-        tqext.verify(model, n_tokens=20)
+        tqext.verify(model, n_tokens=20, **PATH_ONLY)
 
 
 # Key bias
@@ -340,4 +343,4 @@ def test_keys_can_be_set_for_pipelines(model):
         before = cache.state
         cache.keys = mx.depends(cache.keys, mx.ones((3,)))
         for a, b in zip(cache.state, before, strict=True):
-            assert mx.array_equal(a, b)
+            assert not isinstance(a, mx.array) or mx.array_equal(a, b)

@@ -16,6 +16,7 @@ examples = settings(
 few = settings(examples, max_examples=20)
 head_dims = st.integers(1, 36).map(lambda n: 8 * n)
 dtypes = st.sampled_from(list(DTYPES.values()))
+codings = st.sampled_from([("groups", 2), ("groups", 4), ("lloyd", 2), ("lloyd", 3), ("lloyd", 4)])
 
 
 @st.composite
@@ -40,15 +41,17 @@ def problems(draw, with_mask=True):
     elif kind is None:
         options["lengths"] = mx.array(np.stack([rng.integers(0, n + 1, batch) for n in counts], 1).astype(np.int32))
     rotation = draw(st.sampled_from(["hadamard", "hadamard", "orthogonal", "none"]))
+    value_coding, value_bits = draw(codings)
     head_dim, value_dim = draw(head_dims), draw(head_dims)
     if rotation == "none":
         head_dim, value_dim = (n + -n % 32 for n in (head_dim, value_dim))
     return Problem(
         batch=batch, n_kv_heads=n_kv_heads, n_repeats=n_repeats, n_rows=n_rows,
         n_first=n_first, n_coded=n_coded, n_tail=n_tail, head_dim=head_dim, value_dim=value_dim,
-        key_bits=draw(st.integers(2, 4)), value_bits=draw(st.sampled_from([2, 4])), dtype=draw(dtypes),
-        mean=draw(st.booleans()), qjl=rotation == "hadamard" and tqext.format.hadamard_factor(head_dim + -head_dim % 32) > 0
-        and draw(st.booleans()), rotation=rotation, sinks=draw(st.booleans()),
+        key_bits=draw(st.integers(2, 4)), value_bits=value_bits, value_coding=value_coding, dtype=draw(dtypes),
+        means=draw(st.booleans()), balance=draw(st.booleans()),
+        qjl=rotation == "hadamard" and tqext.format.hadamard_factor(head_dim + -head_dim % 32) > 0 and draw(st.booleans()),
+        rotation=rotation, sinks=draw(st.booleans()),
         scale=draw(st.none() | st.floats(-0.25, 0.25, width=32)), seed=draw(st.integers(0, 2**16)), options=options,
     )  # fmt: skip
 
@@ -87,8 +90,12 @@ def test_turboquant_attention_does_not_see_a_constant_in_the_mask(problem, shift
 @few
 @given(problem=problems(with_mask=False), data=st.data())
 def test_turboquant_attention_does_not_depend_on_the_order_of_tokens(problem, data):
+    """Of those in a block, which share a mean; of all where there is none."""
     problem.options.clear()
-    order = mx.array(np.random.default_rng(data.draw(st.integers(0, 99))).permutation(problem.n_coded).astype(np.int32))
+    rng = np.random.default_rng(data.draw(st.integers(0, 99)))
+    length = problem.n_coded if problem.packed_k.means is None else tqext.format.BLOCK
+    blocks = np.split(np.arange(problem.n_coded), range(length, problem.n_coded, length)) if problem.n_coded else []
+    order = mx.array(np.concatenate([rng.permutation(block) for block in blocks] or [[]]).astype(np.int32))
 
     def shuffled(packed):
         names = ("codes", "norms", "signs", "residual_norms", "params")
@@ -101,7 +108,9 @@ def test_turboquant_attention_does_not_depend_on_the_order_of_tokens(problem, da
 
 
 def packed_arrays(packed):
-    return [np.array(x) for x in packed if isinstance(x, mx.array)]
+    """Of tokens: the balance is the layer's."""
+    names = [name for name in packed._fields if name != "balance"]
+    return [np.array(x) for x in (getattr(packed, name) for name in names) if isinstance(x, mx.array)]
 
 
 @examples
@@ -111,14 +120,15 @@ def packed_arrays(packed):
     n_tokens=st.integers(1, 70),
     heads=st.integers(1, 3),
     key_bits=st.integers(2, 4),
-    value_bits=st.sampled_from([2, 4]),
+    coding=codings,
+    balanced=st.booleans(),
     qjl=st.booleans(),
     rotation=st.sampled_from(["hadamard", "orthogonal"]),
     magnitude=st.sampled_from([0.0, 1e-30, 1e-6, 1.0, 300.0, 6e4]),
     data=st.data(),
 )
 def test_quantize_treats_every_token_alone(
-    dtype, head_dim, n_tokens, heads, key_bits, value_bits, qjl, rotation, magnitude, data
+    dtype, head_dim, n_tokens, heads, key_bits, coding, balanced, qjl, rotation, magnitude, data
 ):
     """A token's bytes do not depend on what is coded with it, nor on the type that holds the same numbers; all are finite."""
     rng = np.random.default_rng(data.draw(st.integers(0, 2**16)))
@@ -128,11 +138,13 @@ def test_quantize_treats_every_token_alone(
     end = data.draw(st.integers(begin + 1, n_tokens))
     qjl = qjl and rotation == "hadamard" and tqext.format.hadamard_factor(head_dim + -head_dim % 32) > 0
 
+    balance = mx.array(2.0 ** rng.uniform(-3, 3, (heads, head_dim)).astype(np.float32)) if balanced else None
+
     def keys(x):
-        return tqext.quantize_keys(x, bits=key_bits, qjl=qjl, rotation=rotation)
+        return tqext.quantize_keys(x, bits=key_bits, qjl=qjl, rotation=rotation, balance=balance)
 
     def values(x):
-        return tqext.quantize_values(x, bits=value_bits, rotation=rotation)
+        return tqext.quantize_values(x, bits=coding[1], coding=coding[0], rotation=rotation)
 
     for quantize in (keys, values):
         whole = quantize(x)

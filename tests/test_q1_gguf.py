@@ -1,5 +1,6 @@
 """GGUF files with Q1_0 tensors: the bytes, the names, the order of rotary rows, the tokenizer, and what is refused."""
 
+import json
 import os
 import struct
 import subprocess
@@ -8,10 +9,12 @@ import time
 
 import gguf
 import mlx.core as mx
+import mlx_lm.utils
 import numpy as np
 import pytest
 
 import q1_models
+import tiny
 import tqext
 from support import assert_close, to_numpy
 from tqext import gguf as loader
@@ -577,3 +580,134 @@ def test_generate_from_a_gguf_file(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "2 of 10" in done.stdout
+
+
+def dense_values(model):
+    return {name: to_numpy(value) for name, value in q1_models.parameters(model)}
+
+
+def test_gguf_without_q1_tensors_can_be_dequantised(tmp_path):
+    settings = q1_models.config("llama")
+    model = q1_models.make_model(settings)
+    kind = gguf.GGMLQuantizationType.Q8_0
+    path = write(tmp_path / "plain.gguf", model, settings, plain_type=kind)
+    loader.convert(path, tmp_path / "model", mx.float32, dense=True)
+    again, _ = mlx_lm.utils.load(str(tmp_path / "model"))
+    want = dense_values(model)
+    for name, value in dense_values(again).items():
+        exact = want[name] if want[name].ndim == 1 else gguf.quants.dequantize(gguf.quants.quantize(want[name], kind), kind)
+        np.testing.assert_array_equal(value, exact, err_msg=name)
+
+
+def write_plain(path, model, arch, names, *, tokens, tied_output=None, norm=0.0):
+    """A GGUF of fp32 tensors with the tokenizer that `tokens` writes."""
+    args = model.args
+    writer = gguf.GGUFWriter(str(path), arch)
+    writer.add_embedding_length(args.hidden_size)
+    writer.add_feed_forward_length(args.intermediate_size)
+    writer.add_block_count(args.num_hidden_layers)
+    writer.add_head_count(args.num_attention_heads)
+    writer.add_head_count_kv(args.num_key_value_heads)
+    writer.add_context_length(512)
+    writer.add_layer_norm_rms_eps(args.rms_norm_eps)
+    writer.add_rope_freq_base(args.rope_theta)
+    tokens(writer)
+    for name, value in dense_values(model).items():
+        layer, _, suffix = name.rpartition(".")
+        parts = layer.split(".", 3)
+        target = f"blk.{parts[2]}.{names[parts[3]]}" if layer.startswith("model.layers.") else names[layer]
+        writer.add_tensor(f"{target}.{suffix}", value + norm * ("norm" in layer))
+    if tied_output is not None:
+        writer.add_tensor("output.weight", tied_output)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def qwen2_tokens(writer):
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("qwen2")
+    writer.add_token_list(q1_models.TOKENS)
+    writer.add_token_types([1] * len(q1_models.BYTES) + [3] * len(q1_models.SPECIAL))
+    writer.add_token_merges([])
+    writer.add_eos_token_id(len(q1_models.BYTES) + 1)
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_gguf_qwen2_with_an_output_matrix(same, tmp_path):
+    """Two quantisations of one matrix are one matrix, the finer one; another matrix is the output's."""
+    model = tiny.make_qwen2(vocab_size=len(q1_models.TOKENS), tie_word_embeddings=True)
+    table = to_numpy(model.model.embed_tokens.weight)
+    rng = np.random.default_rng(0)
+    output = table * (1 + 0.05 * rng.standard_normal(table.shape)) if same else rng.standard_normal(table.shape)
+    output = output.astype(np.float32)
+    path = write_plain(
+        tmp_path / "m.gguf", model, "qwen2", GGUF_NAMES, tokens=qwen2_tokens, tied_output=output.astype(np.float16)
+    )
+    loader.convert(path, tmp_path / "model", mx.float32, dense=True)
+    again, tokenizer = mlx_lm.utils.load(str(tmp_path / "model"))
+    biases = [to_numpy(m.model.layers[0].self_attn.k_proj.bias) for m in (again, model)]
+    np.testing.assert_array_equal(*biases)
+    assert np.abs(biases[0]).min() > 0
+    if same:
+        assert "lm_head" not in again
+        np.testing.assert_array_equal(to_numpy(again.model.embed_tokens.weight), table)  # fp32: more bytes than fp16
+        assert_close(q1_models.logits(again), to_numpy(q1_models.logits(model)).astype(np.float64), 1e-6)
+    else:
+        np.testing.assert_array_equal(to_numpy(again.lm_head.weight), output.astype(np.float16).astype(np.float32))
+    assert tokenizer.eos_token == q1_models.SPECIAL[1]
+
+
+GEMMA_NAMES = GGUF_NAMES | {
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
+PIECES = ["<pad>", "<eos>", "<bos>", "<unk>", *(f"<0x{i:02X}>" for i in range(256)), *"▁abcdo.", "ab", "▁ab", "abc", "▁▁", "cd"]
+
+
+def gemma_tokens(writer):
+    kinds = [3, 3, 3, 2, *[6] * 256, *[1] * (len(PIECES) - 260)]
+    kinds[PIECES.index("▁▁")] = 4
+    scores = [0.0] * len(PIECES)
+    for rank, piece in enumerate(("ab", "▁ab", "cd", "abc")):
+        scores[PIECES.index(piece)] = -float(rank)
+    for piece in "▁abcdo.":
+        scores[PIECES.index(piece)] = -100.0
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(PIECES)
+    writer.add_token_scores(scores)
+    writer.add_token_types(kinds)
+    writer.add_bos_token_id(2)
+    writer.add_eos_token_id(1)
+    writer.add_unk_token_id(3)
+    writer.add_add_bos_token(True)
+    writer.add_add_space_prefix(False)
+    writer.add_key_length(32)
+    writer.add_sliding_window(16)
+
+
+def test_gguf_gemma3_gives_the_same_model(tmp_path):
+    from mlx_lm.models import gemma3_text
+
+    settings = {
+        "hidden_size": 64, "num_hidden_layers": 7, "intermediate_size": 96, "num_attention_heads": 2, "head_dim": 32,
+        "vocab_size": len(PIECES), "query_pre_attn_scalar": 32, "sliding_window": 16, "max_position_embeddings": 512,
+    }  # fmt: skip
+    model = gemma3_text.Model(gemma3_text.ModelArgs(model_type="gemma3_text", **settings))
+    model.pop("lm_head")
+    model.tie_word_embeddings = True
+    for layer in model.layers:
+        layer.post_feedforward_layernorm.weight = mx.random.normal((64,))
+    path = write_plain(tmp_path / "m.gguf", model, "gemma3", GEMMA_NAMES, tokens=gemma_tokens, norm=1.0)
+    loader.convert(path, tmp_path / "model", mx.float32, dense=True)
+    again, tokenizer = mlx_lm.utils.load(str(tmp_path / "model"))
+    tokens = mx.array([[(7 * i) % len(PIECES) for i in range(40)]])
+    assert_close(again(tokens), to_numpy(model(tokens)).astype(np.float64), 1e-5)
+    words = [PIECES[i] for i in tokenizer.encode("ab abcd  ö.")]
+    assert words == ["<bos>", "ab", "▁ab", "cd", "▁▁", "<0xC3>", "<0xB6>", "."]
+    assert tokenizer.decode(tokenizer.encode("ab abcd  ö."), skip_special_tokens=True) == "ab abcd  ö."
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert config["sliding_window_pattern"] == 6

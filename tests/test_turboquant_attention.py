@@ -480,22 +480,54 @@ def test_turboquant_attention_reads_transposed_inputs():
 
 
 def test_turboquant_attention_reads_arrays_whose_last_axis_is_strided():
-    problem = Problem(batch=2, n_first=4, n_tail=9)
-    want = to_numpy(problem.run())
-
     def spread(x):
         y = mx.repeat(x, 2, axis=-1)
         mx.eval(y)
         return y[..., ::2]
 
-    k, v = problem.packed_k, problem.packed_v
+    for coding, value_bits in (("groups", 2), ("lloyd", 3)):
+        problem = Problem(
+            batch=2, n_first=4, n_tail=9, value_coding=coding, value_bits=value_bits, means=True, balance=True, n_coded=150
+        )
+        want = to_numpy(problem.run())
+        k, v = problem.packed_k, problem.packed_v
+        got = problem.run(
+            q=spread(problem.q),
+            packed_k=k._replace(codes=spread(k.codes), norms=spread(k.norms), means=spread(k.means), balance=spread(k.balance)),
+            packed_v=v._replace(codes=spread(v.codes), params=spread(v.params)),
+            **{name: tuple(map(spread, getattr(problem, name))) for name in ("first", "tail")},
+        )
+        # Other loads, another order of sums.
+        assert_close(got, want.astype(np.float64), KERNEL_TOLERANCE[mx.float32])
+
+
+@pytest.mark.parametrize("coding, value_bits", [("groups", 2), ("lloyd", 2), ("lloyd", 3), ("lloyd", 4)])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_turboquant_attention_reads_arrays_that_begin_anywhere(head_dim, coding, value_bits):
+    """Arrays that follow something else in one buffer, as parts of a loaded file do: no alignment beyond an element's."""
+    problem = Problem(
+        batch=2, head_dim=head_dim, value_bits=value_bits, value_coding=coding, key_bits=value_bits, n_first=4, n_tail=9,
+        means=True, balance=True, dtype=mx.float16,
+    )  # fmt: skip
+    want = to_numpy(problem.run())
+
+    def shifted(x):
+        buffer = mx.concatenate([mx.zeros((1,), x.dtype), x.reshape(-1)])
+        mx.eval(buffer)
+        y = buffer[1:].reshape(x.shape)
+        mx.eval(y)
+        return y
+
+    def shift(packed, *names):
+        return packed._replace(**{name: shifted(getattr(packed, name)) for name in names})
+
     got = problem.run(
-        q=spread(problem.q),
-        packed_k=k._replace(codes=spread(k.codes), norms=spread(k.norms)),
-        packed_v=v._replace(codes=spread(v.codes), params=spread(v.params)),
-        **{name: tuple(map(spread, getattr(problem, name))) for name in ("first", "tail")},
+        q=shifted(problem.q),
+        packed_k=shift(problem.packed_k, "codes", "norms", "means", "balance"),
+        packed_v=shift(problem.packed_v, "codes", "params"),
+        **{name: tuple(map(shifted, getattr(problem, name))) for name in ("first", "tail")},
     )
-    assert np.array_equal(to_numpy(got), want)
+    assert_close(got, want.astype(np.float64), KERNEL_TOLERANCE[mx.float16])
 
 
 def test_turboquant_attention_reads_broadcast_tokens():
@@ -542,6 +574,23 @@ def test_turboquant_attention_equal_scores_give_the_average():
     q = mx.zeros_like(problem.q)
     want = np.repeat(decoded_values(problem.packed_v).mean(2, keepdims=True), 4, 1)
     assert_close(problem.run(q=q), want, 1e-5)
+
+
+@pytest.mark.parametrize("n_rows", [1, 20])
+@pytest.mark.parametrize("coding, bits", [("groups", 2), ("lloyd", 3)])
+def test_turboquant_attention_many_like_tokens(coding, bits, n_rows, rng):
+    """One token 50000 times: a sum in fp32 that rounds every term the same way drifts off."""
+    k, v = (mx.array(rng.normal(size=(1, 1, 1, 64)).astype(np.float32)) for _ in range(2))
+    packed_v = tqext.quantize_values(v, bits=bits, coding=coding)
+    many_k, many_v = (
+        packed._replace(**{
+            name: mx.repeat(x, 50000, axis=2) for name, x in packed._asdict().items() if isinstance(x, mx.array)
+        })
+        for packed in (tqext.quantize_keys(k), packed_v)
+    )  # fmt: skip
+    q = mx.array(rng.normal(size=(1, 1, n_rows, 64)).astype(np.float32))
+    want = np.broadcast_to(decoded_values(packed_v), q.shape)
+    assert_close(tqext.turboquant_attention(q, many_k, many_v), want, KERNEL_TOLERANCE[mx.float32])
 
 
 def test_turboquant_attention_rising_and_falling_scores():

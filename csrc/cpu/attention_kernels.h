@@ -58,6 +58,10 @@ struct Partial {
   float* out;  // [value_dim], for coded tokens in the rotated space; not divided by sum
 };
 
+// Sums of n fp32 terms may be off by n * 2^-25 of themselves, where all terms are alike. Kernels add up 64 or 128 tokens, then
+// those sums, so a call's error is below 1e-5 up to this many tokens; the caller joins calls.
+constexpr int kMostTokens = 8192;
+
 // Tokens [begin, end). partials: [n_rows]; what they held is overwritten.
 using AttendCoded = void (*)(const CodedHead&, const CodecShape&, const QueryRows&, int begin, int end, Partial* partials);
 using AttendExact = void (*)(const ExactHead&, const QueryRows&, int begin, int end, Partial* partials);

@@ -86,8 +86,8 @@ struct Avx2 : X86Vectors {
   static F byte_to_float(I x) {
     return _mm256_cvtepi32_ps(_mm256_srai_epi32(b == 3 ? x : _mm256_slli_epi32(x, 24 - 8 * b), 24));
   }
-  // The word in all lanes.
-  static I spread_words(const uint32_t* x) { return _mm256_set1_epi32(int(*x)); }
+  // The first word in all lanes.
+  static I spread_words(const uint32_t& a, const uint32_t&) { return _mm256_set1_epi32(int(a)); }
   // Eight signed bytes.
   static F load_bytes(const int8_t* x) {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(x))));

@@ -99,8 +99,8 @@ struct Avx512 : X86Vectors {
   static I look_up(I table, I index) { return _mm512_shuffle_epi8(table, index); }
   static constexpr int kPick = 16;
   // Two words, each in eight lanes.
-  static I spread_words(const uint32_t* x) {
-    return _mm512_inserti64x4(_mm512_set1_epi32(int(x[0])), _mm256_set1_epi32(int(x[1])), 1);
+  static I spread_words(const uint32_t& a, const uint32_t& b) {
+    return _mm512_mask_set1_epi32(_mm512_set1_epi32(int(a)), 0xff00, int(b));
   }
   // Lane `index` of the table, of which the four lowest bits count.
   static F pick(F table, I index) { return _mm512_permutexvar_ps(index, table); }
@@ -199,9 +199,13 @@ class IntegerAttention {
     const size_t n_rows = rows.n_rows;
     table_ = load_table(shape.codebook);
     if constexpr (kLloyd) set_value_tables(shape);
-    for (int i = 0; i < out_size_ && !kLloyd; i++) {
-      const int d = dimension(i);
-      group_of_[i] = d < 0 ? 0 : d / kGroup;
+    for (int chunk = 0; chunk < n_chunks_ && !kLloyd; chunk++) {
+      for (int slot = 0; slot < n_slots_; slot++) {
+        for (int lane = 0; lane < 16; lane++) {
+          const int d = dimension(chunk, slot, lane);
+          group_of_[(chunk * n_slots_ + slot) * 16 + lane] = d < 0 ? 0 : d / kGroup;
+        }
+      }
     }
     for (int r = 0; r < rows.n_rows; r++) max_[r] = kNegInf;
     for (size_t i = 0; i < n_rows * row_size(); i += 16) _mm512_store_ps(out_ + i, _mm512_setzero_ps());
@@ -218,15 +222,28 @@ class IntegerAttention {
   }
 
   void finish(Partial* partials) const {
-    for (int r = 0; r < rows_.n_rows; r++) {
+    const int n_rows = rows_.n_rows;
+    for (int r = 0; r < n_rows && fold_ > 1; r++) {
+      for (int d = 0; d < value_dim_; d++) partials[r].out[d] = 0;
+    }
+    for (int i = 0; i < out_size_ / 16; i++) {
+      alignas(64) int32_t to[16];
+      for (int lane = 0; lane < 16; lane++) to[lane] = dimension(i / n_slots_, i % n_slots_, lane);
+      const __m512i index = _mm512_load_si512(to);
+      const __mmask16 used = _mm512_cmpge_epi32_mask(index, _mm512_setzero_si512());
+      for (int r = 0; r < n_rows; r++) {
+        const float* from = out_ + size_t(r) * out_size_ + 16 * i;
+        if (fold_ == 1) {
+          _mm512_mask_i32scatter_ps(partials[r].out, used, index, _mm512_load_ps(from), 4);
+        } else {  // several lanes of a dimension
+          for (int lane = 0; lane < 16; lane++) partials[r].out[to[lane]] += from[lane];
+        }
+      }
+    }
+    for (int r = 0; r < n_rows; r++) {
       Partial& p = partials[r];
       p.max = max_[r];
       p.sum = _mm512_reduce_add_ps(_mm512_load_ps(sums_ + 16 * r));
-      for (int d = 0; d < value_dim_; d++) p.out[d] = 0;
-      for (int i = 0; i < out_size_; i++) {
-        const int d = dimension(i);
-        if (d >= 0) p.out[d] += out_[size_t(r) * out_size_ + i];
-      }
       for (int g = 0; g < n_groups_ && !kLloyd; g++) {
         const float bias = _mm512_reduce_add_ps(_mm512_load_ps(bias_sums_ + (size_t(r) * n_groups_ + g) * 16));
         for (int d = 0; d < kGroup; d++) p.out[kGroup * g + d] += bias;
@@ -279,9 +296,9 @@ class IntegerAttention {
     return _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(x)));
   }
 
-  // Dimension of element i of out_, or -1: lanes that fill up the last chunk.
-  int dimension(int i) const {
-    const int byte = i % 4, word = i / 4 % 4, slot = i / 16 % n_slots_, chunk = i / 16 / n_slots_;
+  // Dimension of a lane of out_, or -1: lanes that fill up the last chunk. out_: [chunk][slot][lane].
+  int dimension(int chunk, int slot, int lane) const {
+    const int byte = lane % 4, word = lane / 4;
     if (!kLloyd) {  // byte of word 4 * chunk + word
       const int w = 4 * chunk + word;
       return w < value_words_ ? value_words_ * (n_slots_ * byte + slot) + w : -1;
@@ -291,7 +308,7 @@ class IntegerAttention {
       unit = 2 * chunk + word / 2;
       eight = word % 2 + slot / 2 * 2;
     } else if (value_bits_ == 3) {
-      unit = chunk / 4 * 4 + word % n_units_;
+      unit = chunk / 4 * 4 + (word & (n_units_ - 1));  // one, two or four
       eight = chunk % 4;
     }
     return unit < value_dim_ / kUnit ? kUnit * unit + 8 * eight + 2 * byte + slot % 2 : -1;

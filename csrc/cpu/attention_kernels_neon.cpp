@@ -63,13 +63,29 @@ struct Neon : NeonFloats {
     __builtin_memcpy(&bytes, x, 4);
     return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_u32(vdup_n_u32(bytes))))));
   }
-  // The table's bytes at the nibbles of four words, low nibbles first.
-  static void look_up_nibbles(const int8_t table[16], const uint32_t words[4], int8_t to[32]) {
+  // A unit's bytes of the table, in the order of its dimensions; fourth: the last word, or of 3 bits the word of the last eight
+  // dimensions. The nibbles' other bits do not matter: the table repeats.
+  template <int kBits>
+  static void look_up_unit(const int8_t table[16], const uint32_t* w, uint32_t fourth, int8_t to[32]) {
     const int8x16_t levels = vld1q_s8(table);
-    const uint8x16_t x = vreinterpretq_u8_u32(vld1q_u32(words));
+    uint32x4_t words;
+    if constexpr (kBits == 4) {
+      words = vld1q_u32(w);
+    } else if constexpr (kBits == 3) {
+      words = vcombine_u32(vld1_u32(w), vset_lane_u32(fourth, vdup_n_u32(w[2]), 1));
+    } else {
+      words = vcombine_u32(vld1_u32(w), vshr_n_u32(vld1_u32(w), 2));
+    }
+    const uint8x16_t x = vreinterpretq_u8_u32(words);
     const int8x16_t even = vqtbl1q_s8(levels, vandq_u8(x, vdupq_n_u8(15))), odd = vqtbl1q_s8(levels, vshrq_n_u8(x, 4));
     vst1q_s8(to, vzip1q_s8(even, odd));
     vst1q_s8(to + 16, vzip2q_s8(even, odd));
+  }
+  // Words of the last eight dimensions of two units with 3-bit codes: out[0] and out[3].
+  static void last_words(const uint32_t w[6], uint32_t out[4]) {
+    const uint32x4_t a = vshrq_n_u32(vld1q_u32(w), 3), b = vshrq_n_u32(vld1q_u32(w + 1), 2);
+    const uint32x4_t c = vshrq_n_u32(vld1q_u32(w + 2), 1);
+    vst1q_u32(out, vbslq_u32(vdupq_n_u32(0x44444444), c, vbslq_u32(vdupq_n_u32(0x11111111), a, b)));
   }
   static F sign_of_top_bit(I x) {  // bit 31 set: +1, else -1
     return vreinterpretq_f32_u32(veorq_u32(vdupq_n_u32(0xbf800000u), vandq_u32(x, vdupq_n_u32(0x80000000u))));

@@ -28,7 +28,6 @@
 #include <cstdint>
 
 #include "attention_kernels.h"
-#include "scratch.h"
 #include "softmax.h"
 
 #if defined(__clang__)
@@ -71,8 +70,10 @@ inline float32x4_t half_to_float(uint16x4_t x) { return vcvt_f32_f16(vreinterpre
 inline int greatest_common_divisor(int a, int b) { return b ? greatest_common_divisor(b, a % b) : a; }
 
 // One call's state. N: bytes of a query element and of a weight.
-template <int N>
+template <int N, ValueCoding kCoding>
 class DotAttention {
+  static constexpr bool kLloyd = kCoding == kValueLloyd;
+
  public:
   DotAttention(const CodedHead& head, const CodecShape& shape, const QueryRows& rows)
       : head_(head),
@@ -83,46 +84,27 @@ class DotAttention {
         value_bits_(shape.value_bits),
         value_words_(code_words(shape.value_dim, shape.value_bits)),
         n_slots_(8 / shape.value_bits),
-        n_groups_(shape.value_dim / kGroup),
+        n_groups_(kLloyd ? 1 : shape.value_dim / kGroup),
+        n_stored_(kLloyd && value_bits_ == 3 ? value_dim_ / 8 : value_words_),
         lane_dims_(shape.value_dim / 4),
         pattern_dims_(greatest_common_divisor(kGroup, shape.value_dim / 4)),
         n_patterns_(lane_dims_ / pattern_dims_),
-        spread_((shape.value_dim & (shape.value_dim - 1)) != 0),
+        spread_(!kLloyd && (shape.value_dim & (shape.value_dim - 1)) != 0),
         n_sets_(spread_ ? (n_groups_ + 3) / 4 : n_patterns_),
         fused_(rows.n_rows <= kSet) {
-    const size_t n_rows = rows.n_rows, per_row = size_t(value_dim_) + 4 * n_groups_ + 4;
-    const size_t weight_bytes = size_t(16) * kSet * N * kQuads, level_bytes = size_t(fused_ ? 4 : kBlock) * key_dim_;
-    const size_t query_bytes = n_rows * key_dim_ * N;
-    Arrays arrays(level_bytes + size_t(kBlock) * value_words_ * 4 + weight_bytes * (n_patterns_ + (spread_ ? n_sets_ : 0)) +
-                  sizeof(float) * ((2 * size_t(n_groups_) + 2 + kSet) * kBlock + n_rows * (per_row + 3)) + query_bytes +
-                  32 * 64);
-    levels_ = arrays.take<int8_t>(level_bytes);
-    values_ = arrays.take<uint8_t>(size_t(kBlock) * value_words_ * 4);
-    weights_ = arrays.take<int8_t>(weight_bytes * n_patterns_);
-    set_weights_ = spread_ ? arrays.take<int8_t>(weight_bytes * n_sets_) : weights_;
-    query_ = arrays.take<int8_t>(query_bytes);
-    norms_ = arrays.take<float>(kBlock);
-    scales_ = arrays.take<float>(size_t(n_groups_) * kBlock);
-    biases_ = arrays.take<float>(size_t(n_groups_) * kBlock);
-    largest_scales_ = arrays.take<float>(kBlock);
-    scores_ = arrays.take<float>(kSet * kBlock);
-    out_ = arrays.take<float>(n_rows * per_row);
-    bias_sums_ = out_ + n_rows * value_dim_;
-    sums_ = bias_sums_ + n_rows * n_groups_ * 4;
-    query_step_ = arrays.take<float>(n_rows);
-    max_ = arrays.take<float>(n_rows);
-    nan_ = arrays.take<bool>(n_rows);
-
+    Arrays::place(*this);
     for (int i = 0; i < 16; i++) {
       const int code = key_bits_ == 4 ? i : key_bits_ == 3 ? i & 7 : i & 3;
       table_[i] = shape.codebook[code];
       high_table_[i] = shape.codebook[i >> 2];  // 2 bits: the code is in the upper half of the nibble
+      value_tables_[0][i] = shape.value_codebook[i & ((1 << value_bits_) - 1)];
+      value_tables_[1][i] = shape.value_codebook[i >> 2];
     }
-    for (int p = 0; p < n_patterns_; p++) {
+    for (int p = 0; p < n_patterns_ && !kLloyd; p++) {
       for (int b = 0; b < 4; b++) group_of_[p][b] = uint8_t((lane_dims_ * b + pattern_dims_ * p) / kGroup);
     }
     for (int r = 0; r < rows.n_rows; r++) max_[r] = kNegInf;
-    for (size_t i = 0; i < n_rows * per_row; i++) out_[i] = 0;  // bias_sums_ and sums_ too
+    for (size_t i = 0; i < rows.n_rows * row_size(); i++) out_[i] = 0;
     set_key_order();
     for (int r = 0; r < rows.n_rows; r++) split_query(r);
   }
@@ -146,12 +128,13 @@ class DotAttention {
       p.max = max_[r];
       p.sum = vaddvq_f32(vld1q_f32(sums_ + 4 * r));
       const float* from = out_ + size_t(r) * value_dim_;
-      for (int w = 0; w < value_words_; w++) {
+      for (int i = 0; i < value_dim_ && kLloyd; i++) p.out[lloyd_dimension(i)] = from[i];
+      for (int w = 0; w < value_words_ && !kLloyd; w++) {
         for (int slot = 0; slot < n_slots_; slot++) {
           for (int b = 0; b < 4; b++) p.out[lane_dims_ * b + value_words_ * slot + w] = *from++;
         }
       }
-      for (int g = 0; g < n_groups_; g++) {
+      for (int g = 0; g < n_groups_ && !kLloyd; g++) {
         const float bias = vaddvq_f32(vld1q_f32(bias_sums_ + (size_t(r) * n_groups_ + g) * 4));
         for (int d = 0; d < kGroup; d++) p.out[kGroup * g + d] += bias;
       }
@@ -162,6 +145,30 @@ class DotAttention {
  private:
   template <class Attention>
   friend void attend_sets(Attention& attention, int n_rows);
+  friend class Arrays;
+
+  void place(Arrays& arrays) {
+    const size_t n_rows = rows_.n_rows, set_bytes = size_t(kSet) * N * kBlock;
+    levels_ = arrays.take<int8_t>(size_t(fused_ ? 4 : kBlock) * key_dim_);
+    values_ = arrays.take<uint8_t>(size_t(kBlock) * n_stored_ * 4);
+    weights_ = arrays.take<int8_t>(kLloyd ? set_bytes : 4 * set_bytes * n_patterns_);
+    set_weights_ = spread_ ? arrays.take<int8_t>(4 * set_bytes * n_sets_) : weights_;
+    query_ = arrays.take<int8_t>(n_rows * key_dim_ * N);
+    norms_ = arrays.take<float>(kBlock);
+    scales_ = arrays.take<float>(size_t(n_groups_) * kBlock);
+    biases_ = kLloyd ? nullptr : arrays.take<float>(size_t(n_groups_) * kBlock);
+    largest_scales_ = arrays.take<float>(kBlock);
+    scores_ = arrays.take<float>(kSet * kBlock);
+    out_ = arrays.take<float>(n_rows * row_size());
+    sums_ = out_ + n_rows * value_dim_;
+    bias_sums_ = kLloyd ? nullptr : sums_ + n_rows * 4;
+    query_step_ = arrays.take<float>(n_rows);
+    max_ = arrays.take<float>(n_rows);
+    nan_ = arrays.take<bool>(n_rows);
+  }
+
+  // A row's sums: output, softmax weights in lanes, biases in lanes.
+  size_t row_size() const { return size_t(value_dim_) + 4 + (kLloyd ? 0 : 4 * n_groups_); }
 
   // ---- query
 
@@ -315,24 +322,28 @@ class DotAttention {
     }
   }
 
-  void load_norms() {
-    n_bad_keys_ = 0;
+  void load_norms() { n_bad_keys_ = load_halves(head_.key_norms, head_.norm_stride, norms_, bad_keys_); }
+
+  // The block's numbers as fp32; those that are not finite become zero, and their tokens' places are returned.
+  int load_halves(const uint16_t* from, ptrdiff_t stride, float* to, int* places) const {
     float32x4_t check = vdupq_n_f32(0);
     for (int t = 0; t < n_padded_; t += 4) {
-      const uint16_t* norms[4];
-      find_tokens(head_.key_norms, head_.norm_stride, t, norms);
+      const uint16_t* numbers[4];
+      find_tokens(from, stride, t, numbers);
       uint16_t half[4];
-      for (int i = 0; i < 4; i++) half[i] = *norms[i];
+      for (int i = 0; i < 4; i++) half[i] = *numbers[i];
       const float32x4_t x = half_to_float(vld1_u16(half));
       check = vfmaq_n_f32(check, x, 0.0f);
-      vst1q_f32(norms_ + t, x);
+      vst1q_f32(to + t, x);
     }
-    if (vaddvq_f32(check) == 0) return;
+    int n_places = 0;
+    if (vaddvq_f32(check) == 0) return n_places;
     for (int t = 0; t < n_padded_; t++) {
-      if (norms_[t] - norms_[t] == 0) continue;
-      norms_[t] = 0;
-      if (t < n_) bad_keys_[n_bad_keys_++] = t;
+      if (to[t] - to[t] == 0) continue;
+      to[t] = 0;
+      if (t < n_) places[n_places++] = t;
     }
+    return n_places;
   }
 
   // ---- values
@@ -341,7 +352,11 @@ class DotAttention {
   void load_values() {
     if (values_loaded_) return;
     values_loaded_ = true;
-    load_params();
+    if constexpr (kLloyd) {
+      load_value_norms();
+    } else {
+      load_params();
+    }
     const int n_words = value_words_, n_padded = n_padded_;  // stores of bytes might change the members
     for (int t = 0; t < n_padded; t += 4) {
       const uint32_t* x[4];
@@ -358,7 +373,7 @@ class DotAttention {
         vst1q_u8(to + kQuads * 32, vzip1q_u8(c, d));
         vst1q_u8(to + kQuads * 32 + 16, vzip2q_u8(c, d));
       }
-      if (w < n_words) {
+      if (w + 2 <= n_words) {
         uint8x16_t r[4];
         for (int i = 0; i < 4; i++) {
           const uint8x8_t y = vreinterpret_u8_u32(vld1_u32(x[i] + w));
@@ -367,8 +382,35 @@ class DotAttention {
         const uint8x16_t a = vzip1q_u8(r[0], r[2]), b = vzip1q_u8(r[1], r[3]);
         vst1q_u8(to, vzip1q_u8(a, b));
         vst1q_u8(to + 16, vzip2q_u8(a, b));
+        w += 2;
+        to += kQuads * 32;
+      }
+      if (w < n_words) {  // three-bit codes of an odd number of units
+        uint8x16_t r[4];
+        for (int i = 0; i < 4; i++) r[i] = vreinterpretq_u8_u32(vdupq_n_u32(x[i][w]));
+        vst1q_u8(to, vzip1q_u8(vzip1q_u8(r[0], r[2]), vzip1q_u8(r[1], r[3])));
+      }
+      if (kLloyd && value_bits_ == 3) {
+        for (int unit = 0; unit < value_dim_ / kUnit; unit++) store_last_eight(unit, t / 4);
       }
     }
+  }
+
+  uint8_t* stored(int w, int quad) const { return values_ + size_t(w / 2) * kQuads * 32 + quad * 32 + w % 2 * 16; }
+
+  // 3 bits: the codes of a unit's last eight dimensions, whose bits are the tops of its words' nibbles, as words of their own
+  // behind all others; the tops of their nibbles may be anything.
+  void store_last_eight(int unit, int quad) const {
+    uint32x4_t x[3];
+    for (int i = 0; i < 3; i++) x[i] = vreinterpretq_u32_u8(vld1q_u8(stored(3 * unit + i, quad)));
+    uint32x4_t last = vbslq_u32(vdupq_n_u32(0x11111111), vshrq_n_u32(x[0], 3), vshrq_n_u32(x[1], 2));
+    last = vbslq_u32(vdupq_n_u32(0x44444444), vshrq_n_u32(x[2], 1), last);
+    vst1q_u8(stored(value_words_ + unit, quad), vreinterpretq_u8_u32(last));
+  }
+
+  void load_value_norms() {
+    n_bad_ = load_halves(head_.value_params, head_.param_stride, scales_, bad_);
+    for (int t = 0; t < n_padded_; t += 4) vst1q_f32(largest_scales_ + t, vabsq_f32(vld1q_f32(scales_ + t)));
   }
 
   // Scales, and biases moved to the middle of the codes' range, from which `values` counts: a group's values lie around zero,
@@ -431,12 +473,14 @@ class DotAttention {
   // Not inlined, and `score` is: fewer instructions than with the caller's state.
   template <int H>
   __attribute__((noinline)) void attend_set(int r) {
-    scores<H>(r);
+    StepOffset offsets[H];
+    for (int h = 0; h < H; h++) offsets[h] = StepOffset(rows_, r + h, block_, n_);
+    scores<H>(r, offsets);
     float factors[8] = {};  // of the old state (0 ..) and of this block (4 ..)
     float reference[H];
     bool negligible = true;
     for (int h = 0; h < H; h++) {
-      const float block_max = finish_scores(r + h, scores_ + h * kBlock);
+      const float block_max = finish_scores(r + h, scores_ + h * kBlock, offsets[h]);
       negligible &= raise_max(block_max, max_[r + h], factors[h], factors[4 + h]);
       reference[h] = block_max == kNegInf ? 0.0f : block_max;
     }
@@ -458,33 +502,45 @@ class DotAttention {
       float* to = sums_ + 4 * (r + h);
       vst1q_f32(to, vfmaq_n_f32(vmulq_n_f32(vld1q_f32(to), factors[h]), sum, factors[4 + h]));
       for (int i = 0; i < n_bad_; i++) nan_[r + h] |= s[bad_[i]] != 0;
-      split_weights<H>(h, vmaxvq_f32(largest));
+      if constexpr (kLloyd) {
+        split_lloyd_weights<H>(h, vmaxvq_f32(largest));
+      } else {
+        split_weights<H>(h, vmaxvq_f32(largest));
+      }
     }
-    add_biases<H>(r, factors);
-    if (spread_) spread_weights<H>();
-    if (value_bits_ == 2) {
-      values<H, 2, 0>(r, factors);
-      values<H, 2, 2>(r, factors);
+    if constexpr (kLloyd) {
+      constexpr int kWords = H <= 2 ? 2 : 1;
+      for (int half = 0; half < (value_bits_ == 2 ? 2 : 1); half++) {
+        for (int w = 0; w < n_stored_; w += kWords) lloyd_values<H, kWords>(r, factors, w, half);
+      }
     } else {
-      values<H, 4, 0>(r, factors);
+      add_biases<H>(r, factors);
+      if (spread_) spread_weights<H>();
+      if (value_bits_ == 2) {
+        values<H, 2, 0>(r, factors);
+        values<H, 2, 2>(r, factors);
+      } else {
+        values<H, 4, 0>(r, factors);
+      }
     }
   }
 
   template <int H>
-  void scores(int r) {
+  void scores(int r, const StepOffset* offsets) {
     const int8_t* query = query_ + size_t(r) * key_dim_ * N;
     for (int t = 0; t < n_padded_; t += 4) {
       if (fused_) decode_keys(t, levels_);
       const int8_t* levels = levels_ + (fused_ ? 0 : size_t(t) * key_dim_);
-      if constexpr (H >= 2) score<H, 2>(levels, query, r, 0, t);
-      if constexpr (H == 4) score<H, 2>(levels, query, r, 2, t);
-      if constexpr (H % 2 == 1) score<H, 1>(levels, query, r, H - 1, t);
+      if constexpr (H >= 2) score<H, 2>(levels, query, r, 0, t, offsets);
+      if constexpr (H == 4) score<H, 2>(levels, query, r, 2, t, offsets);
+      if constexpr (H % 2 == 1) score<H, 1>(levels, query, r, H - 1, t, offsets);
     }
   }
 
   // Integer dot products of four tokens with rows h0 .. h0 + R - 1 of the set, times norm.
   template <int H, int R>
-  __attribute__((always_inline)) void score(const int8_t* levels, const int8_t* query, int r, int h0, int t) {
+  __attribute__((always_inline)) void score(const int8_t* levels, const int8_t* query, int r, int h0, int t,
+                                            const StepOffset* offsets) {
     int32x4_t acc[R][N][4];
 #pragma GCC unroll 2
     for (int h = 0; h < R; h++) {
@@ -518,14 +574,14 @@ class DotAttention {
         sum[p] = vpaddq_s32(vpaddq_s32(acc[h][p][0], acc[h][p][1]), vpaddq_s32(acc[h][p][2], acc[h][p][3]));
       }
       const int row = r + h0 + h;
-      const float32x4_t offset = vdupq_n_f32(rows_.offset && !nan_[row] ? rows_.offset[row] : 0.0f);
+      const float32x4_t offset = vdupq_n_f32(offsets[h0 + h].value[t >= offsets[h0 + h].cut]);
       const float32x4_t factor = vmulq_n_f32(norms, query_step_[row]);
       vst1q_f32(scores_ + (h0 + h) * kBlock + t, vfmaq_f32(offset, join<N>(sum), factor));
     }
   }
 
   // Applies what is particular to a row; returns the largest score, NaN if there is one.
-  float finish_scores(int r, float* s) {
+  float finish_scores(int r, float* s, const StepOffset& offset) {
     const int limit = smaller(n_, rows_.end[r] - block_);
     if (rows_.bias) {  // may end with the block
       const float* bias = rows_.bias[r] + block_;
@@ -535,6 +591,7 @@ class DotAttention {
     }
     for (int t = limit < 0 ? 0 : limit; t < n_padded_; t++) s[t] = kNegInf;
     for (int i = 0; i < n_bad_keys_; i++) nan_[r] |= s[bad_keys_[i]] != kNegInf;
+    nan_[r] |= offset.lost(s, n_);
     float32x4_t top = vdupq_n_f32(kNegInf);
     for (int t = 0; t < n_padded_; t += 4) top = vmaxq_f32(top, vld1q_f32(s + t));
     return vmaxvq_f32(top);
@@ -732,9 +789,115 @@ class DotAttention {
     }
   }
 
+  // ---- values coded as keys
+
+  // Weight times norm as integers relative to the row's largest such product in this block, in bytes:
+  // [quad][row][piece][token of the quad].
+  template <int H>
+  void split_lloyd_weights(int h, float largest_product) {
+    const float factor = weight_factor<N>(largest_product, weight_step_[h]);
+    const float32x4_t magic = vdupq_n_f32(Pieces<N>::kMagic);
+    const uint8_t order2[16] = {1, 5, 9, 13, 0, 4, 8, 12, 255, 255, 255, 255, 255, 255, 255, 255};
+    const uint8_t order3[16] = {2, 6, 10, 14, 1, 5, 9, 13, 0, 4, 8, 12, 255, 255, 255, 255};
+    const uint8x16_t order = vld1q_u8(N == 2 ? order2 : order3);
+    // Low pieces are digits plus 128; the top one of three holds the mantissa's own 2^22.
+    const uint32_t less2[4] = {0, 0x80808080, 0, 0}, less3[4] = {0x40404040, 0x80808080, 0x80808080, 0};
+    const uint8x16_t less = vreinterpretq_u8_u32(vld1q_u32(N == 2 ? less2 : less3));
+    const float *weights = scores_ + h * kBlock, *norms = scales_;
+    const int n_padded = n_padded_;
+    int8_t* to = weights_ + h * N * 4;
+    for (int t = 0; t < n_padded; t += 4, to += H * N * 4) {
+      const float32x4_t p = vmulq_n_f32(vld1q_f32(weights + t), factor);
+      const uint8x16_t x = vreinterpretq_u8_f32(vfmaq_f32(magic, p, vld1q_f32(norms + t)));
+      const uint32x4_t pieces = vreinterpretq_u32_u8(vsubq_u8(vqtbl1q_u8(x, order), less));
+      vst1_s8(to, vreinterpret_s8_u32(vget_low_u32(pieces)));
+      if constexpr (N == 3) {
+        const uint32_t last = vgetq_lane_u32(pieces, 2);
+        __builtin_memcpy(to + 8, &last, 4);
+      }
+    }
+  }
+
+  // Dimension of element i of out_: [stored word][half][even, odd nibbles][byte of the word].
+  int lloyd_dimension(int i) const {
+    const int byte = i % 4, odd = i / 4 % 2;
+    int w = i / 8, eight, unit;  // eight dimensions of the unit
+    if (value_bits_ == 2) {
+      w = i / 16;
+      unit = w / 2;
+      eight = w % 2 + i / 8 % 2 * 2;
+    } else if (value_bits_ == 3 && w >= value_words_) {
+      unit = w - value_words_;
+      eight = 3;
+    } else {
+      unit = w / value_bits_;
+      eight = w % value_bits_;
+    }
+    return kUnit * unit + 8 * eight + 2 * byte + odd;
+  }
+
+  // Sum over the block of weight * level for both nibbles of kWords stored words from w on. half: of 2 bits, the lower or the
+  // upper half of a nibble.
+  template <int H, int kWords>
+  __attribute__((noinline)) void lloyd_values(int r, const float* factors, int w, int half) {
+    int32x4_t acc[kWords][2][H][N];
+#pragma GCC unroll 2
+    for (int word = 0; word < kWords; word++) {
+#pragma GCC unroll 2
+      for (int i = 0; i < 2; i++) {
+#pragma GCC unroll 4
+        for (int h = 0; h < H; h++) {
+#pragma GCC unroll 3
+          for (int p = 0; p < N; p++) acc[word][i][h][p] = vdupq_n_s32(0);
+        }
+      }
+    }
+    const int8x16_t table = vld1q_s8(value_tables_[half]);
+    const uint8_t* codes = stored(w, 0);
+    const int8_t* weights = weights_;
+    for (int quad = n_padded_ / 4; quad > 0; quad--, codes += 32, weights += H * N * 4) {
+      int8x16_t even[kWords], odd[kWords];
+#pragma GCC unroll 2
+      for (int word = 0; word < kWords; word++) {
+        const uint8x16_t x = vld1q_u8(codes + 16 * word);
+        even[word] = vqtbl1q_s8(table, vandq_u8(x, vdupq_n_u8(15)));
+        odd[word] = vqtbl1q_s8(table, vshrq_n_u8(x, 4));
+      }
+#pragma GCC unroll 4
+      for (int h = 0; h < H; h++) {
+#pragma GCC unroll 3
+        for (int p = 0; p < N; p++) {
+          int32_t four;
+          __builtin_memcpy(&four, weights + (h * N + p) * 4, 4);
+          const int8x16_t x = vreinterpretq_s8_s32(vdupq_n_s32(four));
+#pragma GCC unroll 2
+          for (int word = 0; word < kWords; word++) {
+            acc[word][0][h][p] = vdotq_s32(acc[word][0][h][p], even[word], x);
+            acc[word][1][h][p] = vdotq_s32(acc[word][1][h][p], odd[word], x);
+          }
+        }
+      }
+    }
+    const ptrdiff_t word_step = value_bits_ == 2 ? 16 : 8;
+    float* row = out_ + size_t(r) * value_dim_ + w * word_step + 8 * half;
+#pragma GCC unroll 4
+    for (int h = 0; h < H; h++, row += value_dim_) {
+      const float old = factors[h], now = weight_step_[h] * factors[4 + h] * (1.0f / float(kCodebookTop));
+#pragma GCC unroll 2
+      for (int word = 0; word < kWords; word++) {
+#pragma GCC unroll 2
+        for (int i = 0; i < 2; i++) {
+          float* to = row + word * word_step + 4 * i;
+          vst1q_f32(to, vfmaq_n_f32(vmulq_n_f32(vld1q_f32(to), old), join<N>(acc[word][i][h]), now));
+        }
+      }
+    }
+  }
+
   const CodedHead& head_;
   const QueryRows& rows_;
   const int key_dim_, value_dim_, key_bits_, value_bits_, value_words_, n_slots_, n_groups_;
+  const int n_stored_;  // words of a token's values in values_
   // Byte b of a value word holds dimensions lane_dims_ * b on; the lanes' groups change every pattern_dims_ of them.
   const int lane_dims_, pattern_dims_, n_patterns_;
   const bool spread_;  // patterns are not disjoint sets of four groups
@@ -743,7 +906,7 @@ class DotAttention {
   int block_ = 0, n_ = 0, n_padded_ = 0;  // first token; tokens; to the next multiple of four
   bool values_loaded_ = false;            // of this block
   float weight_step_[kSet] = {};
-  alignas(16) int8_t table_[16], high_table_[16];
+  alignas(16) int8_t table_[16], high_table_[16], value_tables_[2][16];
   alignas(16) int32_t middle_first_[kSet][kMaxPatterns][4], middle_last_[kSet][kMaxPatterns][4];
   uint8_t group_of_[kMaxPatterns][4];  // of a pattern's lanes
   int16_t lane_dim_[kMaxDim / 4];

@@ -26,7 +26,7 @@ float finite_or_nan(float x) { return x + 0.0f * x; }
 template <class DecodeKey, class Score, class DecodeValue>
 void attend(const QueryRows& rows, int value_dim, int begin, int end, Partial* partials, const DecodeKey& decode_key,
             const Score& score, const DecodeValue& decode_value) {
-  std::vector<float> scores(size_t(rows.n_rows) * kStep);
+  std::vector<float> scores(size_t(rows.n_rows) * kStep), sums(size_t(rows.n_rows) * value_dim);
   float vector[kMaxDim];
   for (int r = 0; r < rows.n_rows; r++) {
     partials[r].max = kNegInf;
@@ -56,20 +56,26 @@ void attend(const QueryRows& rows, int value_dim, int begin, int end, Partial* p
       for (int t = 0; t < n; t++) new_max = s[t] > new_max || std::isnan(s[t]) ? s[t] : new_max;
       const float keep = rescale(p.max, new_max);
       p.max = new_max;
-      p.sum *= keep;
-      for (int d = 0; d < value_dim; d++) p.out[d] *= keep;
+      // A sum of the step's terms and a sum of such sums lose fewer digits than one of all terms.
+      float sum = 0;
       for (int t = 0; t < n; t++) {
         s[t] = s[t] == kNegInf ? 0.0f : std::exp2(s[t] - new_max);
-        p.sum += s[t];
+        sum += s[t];
       }
+      p.sum = p.sum * keep + sum;
+      for (int d = 0; d < value_dim; d++) p.out[d] *= keep;
     }
+    std::fill(sums.begin(), sums.end(), 0.0f);
     for (int t = 0; t < n; t++) {
       decode_value(t0 + t, vector);
       for (int r = 0; r < rows.n_rows; r++) {
         const float weight = scores[r * kStep + t];
         if (weight == 0.0f) continue;  // a token that is not attended may hold anything
-        for (int d = 0; d < value_dim; d++) partials[r].out[d] += weight * vector[d];
+        for (int d = 0; d < value_dim; d++) sums[r * value_dim + d] += weight * vector[d];
       }
+    }
+    for (int r = 0; r < rows.n_rows; r++) {
+      for (int d = 0; d < value_dim; d++) partials[r].out[d] += sums[r * value_dim + d];
     }
   }
 }

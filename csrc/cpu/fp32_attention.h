@@ -81,6 +81,7 @@ class Fp32Attention {
     values_ = arrays.take<float>(size_t(out_dim_ / kPanel) * kValuePanel);
     staging_ = arrays.take<float>(4 * kStagingRow);
     scores_ = arrays.take<float>(size_t(V::kRows) * kTile);
+    sign_scores_ = signs_ ? arrays.take<float>(size_t(V::kRows) * kTile) : nullptr;
     norms_ = arrays.take<float>(kTile);
     residual_norms_ = arrays.take<float>(kTile);
     value_norms_ = arrays.take<float>(kTile);
@@ -230,18 +231,14 @@ class Fp32Attention {
     poisoned_ = !(V::sum(poison) == 0);
   }
 
-  // Eight dimensions' codes a word, each in the low bits of a nibble: dimensions 8i .. 8i + 7 of a unit in word i. The
-  // nibbles' other bits may be anything.
-  template <int kBits>
-  static void unit_words(const uint32_t* w, uint32_t out[4]) {
-    out[0] = w[0];
-    out[1] = w[1];
-    if constexpr (kBits == 2) {
-      out[2] = w[0] >> 2;
-      out[3] = w[1] >> 2;
-    } else {
-      out[2] = w[2];
-      out[3] = kBits == 4 ? w[3] : (w[0] >> 3 & 0x11111111) | (w[1] >> 2 & 0x22222222) | (w[2] >> 1 & 0x44444444);
+  // 3 bits: the codes of a token's last eight dimensions of each unit, whose bits are the tops of its words' nibbles, to words
+  // of their own: unit u's is last[last_at(u)].
+  static constexpr int last_at(int unit) { return unit / 2 * 4 + unit % 2 * 3; }
+  static void find_last(const uint32_t* w, int n_units, uint32_t* last) {
+    int unit = 0;
+    for (; unit + 2 <= n_units; unit += 2, w += 6) V::last_words(w, last + last_at(unit));
+    if (unit < n_units) {
+      last[last_at(unit)] = (w[0] >> 3 & 0x11111111) | (w[1] >> 2 & 0x22222222) | (w[2] >> 1 & 0x44444444);
     }
   }
 
@@ -249,35 +246,28 @@ class Fp32Attention {
   template <int kBits>
   void decode_lloyd(const CodedHead& head, int t0, int n) {
     const int n_units = value_dim_ / kUnit;
-    if constexpr (V::kPick >= 1 << kBits) {
-      alignas(64) uint32_t nibble[kWidth];
-      for (int i = 0; i < kWidth; i++) nibble[i] = 4 * (i % 8);
-      const I shift = V::load_int(nibble);
-      const F all = value_levels_;
-      for (int t = 0; t < n; t++) {
-        const uint32_t* w = head.value_codes + (t0 + t) * head.value_stride;
-        float* to = values_ + t * kPanel;
-        const F levels = V::mul(all, V::set1(value_norms_[t]));
-        for (int unit = 0; unit < n_units; unit++, w += kBits, to += kUnit / kPanel * kValuePanel) {
-          uint32_t x[4];
-          unit_words<kBits>(w, x);
+    alignas(64) uint32_t nibbles[kWidth], last[last_at(kMaxDim / kUnit)];
+    for (int i = 0; i < kWidth; i++) nibbles[i] = 4 * (i % 8);
+    const I shift = V::load_int(nibbles), upper_shift = V::add_int(shift, V::set1_int(2));
+    for (int t = 0; t < n; t++) {
+      const uint32_t* w = head.value_codes + (t0 + t) * head.value_stride;
+      float* to = values_ + t * kPanel;
+      const F norm = V::set1(value_norms_[t]), scaled_levels = V::mul(value_levels_, norm);
+      if constexpr (kBits == 3) find_last(w, n_units, last);
+      for (int unit = 0; unit < n_units; unit++, w += kBits, to += kUnit / kPanel * kValuePanel) {
+        const uint32_t& fourth = kBits == 3 ? last[last_at(unit)] : w[kBits - 1];
+        if constexpr (V::kPick >= 1 << kBits) {  // the nibbles' other bits do not matter: the table repeats
 #pragma GCC unroll 4
           for (int j = 0; j < kUnit / kWidth; j++) {
-            const I words = V::spread_words(x + j * kWidth / 8);
-            V::store(to + j / 2 * kValuePanel + j % 2 * kWidth, V::pick(levels, V::shift_right_lanes(words, shift)));
+            const int first = j * kWidth / 8;  // eight dimensions
+            const uint32_t& a = kBits == 2 ? w[first % 2] : first < 3 ? w[first] : fourth;
+            const uint32_t& b = kBits == 2 ? w[1] : first < 2 ? w[1] : fourth;
+            const I code = V::shift_right_lanes(V::spread_words(a, b), kBits == 2 && first >= 2 ? upper_shift : shift);
+            V::store(to + j / 2 * kValuePanel + j % 2 * kWidth, V::pick(scaled_levels, code));
           }
-        }
-      }
-    } else {
-      for (int t = 0; t < n; t++) {
-        const uint32_t* w = head.value_codes + (t0 + t) * head.value_stride;
-        float* to = values_ + t * kPanel;
-        const F norm = V::set1(value_norms_[t]);
-        for (int unit = 0; unit < n_units; unit++, w += kBits, to += kUnit / kPanel * kValuePanel) {
-          uint32_t x[4];
+        } else {
           alignas(64) int8_t levels[kUnit];
-          unit_words<kBits>(w, x);
-          V::look_up_nibbles(value_table_, x, levels);
+          V::template look_up_unit<kBits>(value_table_, w, fourth, levels);
 #pragma GCC unroll 8
           for (int j = 0; j < kUnit / kWidth; j++) {
             V::store(to + j / 2 * kValuePanel + j % 2 * kWidth, V::mul(V::load_bytes(levels + j * kWidth), norm));
@@ -443,8 +433,8 @@ class Fp32Attention {
 
   // ---- arithmetic
 
-  // c[i][.] (+)= sum over k of a[i][k] * b[k][.] for R rows and P panels; a null keep starts from zero, else from
-  // c[i][.] * keep[i].
+  // c[i][.] = sum over k of a[i][k] * b[k][.] for R rows and P panels, plus c[i][.] * keep[i] unless keep is null. Added last:
+  // a sum of 64 terms and a sum of such sums lose fewer digits than one of all terms.
   template <int R, int P>
   static void multiply(const float* a, ptrdiff_t a_stride, const float* b, ptrdiff_t panel_stride, int n, float* c,
                        ptrdiff_t c_stride, const float* keep) {
@@ -452,9 +442,8 @@ class Fp32Attention {
     F acc[R][2 * P];
 #pragma GCC unroll 12
     for (int i = 0; i < R; i++) {
-      const F factor = V::set1(keep ? keep[i] : 0.0f);
 #pragma GCC unroll 16
-      for (int j = 0; j < 2 * P; j++) acc[i][j] = keep ? V::mul(V::load(c + i * c_stride + j * kWidth), factor) : V::set1(0);
+      for (int j = 0; j < 2 * P; j++) acc[i][j] = V::set1(0);
     }
     for (int k = 0; k < n; k++) {
       F x[2 * P];
@@ -469,8 +458,12 @@ class Fp32Attention {
     }
 #pragma GCC unroll 12
     for (int i = 0; i < R; i++) {
+      const F factor = V::set1(keep ? keep[i] : 0.0f);
 #pragma GCC unroll 16
-      for (int j = 0; j < 2 * P; j++) V::store(c + i * c_stride + j * kWidth, acc[i][j]);
+      for (int j = 0; j < 2 * P; j++) {
+        float* to = c + i * c_stride + j * kWidth;
+        V::store(to, keep ? V::fma(V::load(to), factor, acc[i][j]) : acc[i][j]);
+      }
     }
   }
 
@@ -526,14 +519,13 @@ class Fp32Attention {
                        scores_, kTile, nullptr);
     scale_scores<R>(scores_, norms_, n_padded);
     if (signs_) {
-      alignas(64) float extra[R * kTile];
       multiply_panels<R>(rows_.residual_q + ptrdiff_t(r0) * key_dim_, key_dim_, sign_keys_, ptrdiff_t(kPanel) * key_dim_,
-                         key_dim_, n_panels, extra, kTile, nullptr);
-      scale_scores<R>(extra, residual_norms_, n_padded);
+                         key_dim_, n_panels, sign_scores_, kTile, nullptr);
+      scale_scores<R>(sign_scores_, residual_norms_, n_padded);
       for (int i = 0; i < R; i++) {
         for (int t = 0; t < n_padded; t += kWidth) {
           float* s = scores_ + i * kTile + t;
-          V::store(s, V::add(V::load(s), V::load(extra + i * kTile + t)));
+          V::store(s, V::add(V::load(s), V::load(sign_scores_ + i * kTile + t)));
         }
       }
     }
@@ -578,23 +570,25 @@ class Fp32Attention {
     const float keep = max_[r] == new_max ? 1.0f : first_lane(V::exp2(V::set1(max_[r] - new_max)));
     max_[r] = new_max;
     const F reference = V::set1(new_max == kNegInf ? 0.0f : new_max);
-    F sum = V::mul(V::load(sum_ + r * kWidth), V::set1(keep));
+    F sum = V::set1(0);  // of the tile: see multiply()
     for (int t = 0; t < n_padded; t += kWidth) {
       const F weight = V::exp2(V::sub(V::load(s + t), reference));
       V::store(s + t, weight);
       sum = V::add(sum, weight);
     }
-    V::store(sum_ + r * kWidth, sum);
+    V::store(sum_ + r * kWidth, V::fma(V::load(sum_ + r * kWidth), V::set1(keep), sum));
     return keep;
   }
 
   // A token that a row does not attend may hold anything, NaN too.
   void add_values_carefully(int r, const float* weights, int n, float keep) {
     float* out = out_ + ptrdiff_t(r) * out_dim_;
-    for (int d = 0; d < out_dim_; d++) out[d] *= keep;
-    for (int t = 0; t < n; t++) {
-      if (weights[t] == 0) continue;
-      for (int d = 0; d < value_dim_; d++) out[d] += weights[t] * *value_at(t, d);
+    for (int d = 0; d < value_dim_; d++) {
+      float sum = 0;
+      for (int t = 0; t < n; t++) {
+        if (weights[t] != 0) sum += weights[t] * *value_at(t, d);
+      }
+      out[d] = out[d] * keep + sum;
     }
   }
 
@@ -624,7 +618,8 @@ class Fp32Attention {
   F levels_ = V::set1(0), steps_ = V::set1(0);  // 0 1 2 3, again and again
   F value_levels_ = V::set1(0);                 // as often as they fit
   alignas(16) int8_t value_table_[kMaxKeyLevels] = {};
-  float *keys_, *sign_keys_, *values_, *staging_, *scores_, *norms_, *residual_norms_, *value_norms_, *out_, *max_, *sum_;
+  float *keys_, *sign_keys_, *values_, *staging_, *scores_, *sign_scores_, *norms_, *residual_norms_, *value_norms_, *out_,
+      *max_, *sum_;
 };
 
 }  // namespace

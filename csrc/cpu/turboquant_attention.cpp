@@ -115,7 +115,7 @@ struct Task {
   int value_dim() const { return padded_dim(state.value_dim); }
 
   std::vector<Run> runs(int b) const;
-  void add_cut(Range range, std::vector<Run>& runs) const;
+  static std::vector<Run> cut(const std::vector<Run>& runs, int step);
   Rows prepare(const Block& block) const;
   void add_masks(const Block& block, Rows& rows) const;
   States make_states(int n_runs, int n_rows) const;
@@ -142,24 +142,25 @@ std::vector<Task::Run> Task::runs(int b) const {
       end = std::clamp(int(static_cast<const int32_t*>(v.data)[b * v.strides[0] + part * v.strides[1]]), 0, stored);
     }
     const Range range{std::clamp(padding - start(part), 0, end), end};
-    if (part == kCoded && means) {
-      add_cut(range, runs);
-    } else if (range.size()) {
-      runs.push_back({part, range});
-    }
+    // Coded tokens' runs begin with a block, but for a first one within a block.
+    const int aligned = part == kCoded ? std::clamp(n_blocks(range.begin) * kBlockTokens, range.begin, range.end) : range.begin;
+    if (range.begin < aligned) runs.push_back({part, {range.begin, aligned}});
+    if (aligned < range.end) runs.push_back({part, {aligned, range.end}});
   }
   const Range own{std::max(size(kTail) - n_own, padding - start(kTail)), size(kTail)};
   if (own.size()) runs.push_back({kTail, own, true});
   return runs;
 }
 
-// Coded tokens with means: runs begin with a block, but for a first one within a block, and are short enough that the products
-// of a prompt's rows with their blocks' means stay in the cache.
-void Task::add_cut(Range range, std::vector<Run>& runs) const {
-  constexpr int kMost = 256 * kBlockTokens;
-  const int aligned = std::min(range.end, n_blocks(range.begin) * kBlockTokens);
-  if (range.begin < aligned) runs.push_back({kCoded, {range.begin, aligned}});
-  for (int t = aligned; t < range.end; t += kMost) runs.push_back({kCoded, {t, std::min(t + kMost, range.end)}});
+// The runs in pieces of at most `step` tokens, a multiple of a block.
+std::vector<Task::Run> Task::cut(const std::vector<Run>& runs, int step) {
+  std::vector<Run> pieces;
+  for (const Run& run : runs) {
+    for (int t = run.tokens.begin; t < run.tokens.end; t += step) {
+      pieces.push_back({run.part, {t, std::min(t + step, run.tokens.end)}, run.own});
+    }
+  }
+  return pieces;
 }
 
 // Additive masks in base 2 over all columns.
@@ -301,6 +302,15 @@ void Task::attend(const Block& block, const Rows& rows, const Run& run, cpu::Par
   kernels.attend_exact(exact, query, run.tokens.begin, end, partials);
 }
 
+// The state of both parts' tokens.
+void add(const cpu::Partial& part, int dim, cpu::Partial& total) {
+  if (part.max == kNegInf) return;
+  const float max = std::max(total.max, part.max), keep = rescale(total.max, max), weight = rescale(part.max, max);
+  total.max = max;
+  total.sum = keep * total.sum + weight * part.sum;
+  for (int d = 0; d < dim; d++) total.out[d] = keep * total.out[d] + weight * part.out[d];
+}
+
 // Joins the states of each row's runs, rotates the coded part back and writes the output.
 void Task::join(const Block& block, const std::vector<Run>& runs, const States& states) const {
   float coded[kMaxDim], exact[kMaxDim];
@@ -339,14 +349,12 @@ void Task::decode() const {
   std::vector<std::pair<int, int>> items;  // block, run
   for (int i = 0; i < n_blocks; i++) {
     blocks.push_back({i / n_kv_heads(), i % n_kv_heads(), {0, n_queries()}});
-    for (const Run& run : runs(blocks[i].b)) {
-      const int share = (run.tokens.size() + n_ranges - 1) / n_ranges;
-      const int step = (std::max(kMinTokens, share) + 127) / 128 * 128;
-      for (int t = run.tokens.begin; t < run.tokens.end; t += step) {
-        items.emplace_back(i, int(block_runs[i].size()));
-        block_runs[i].push_back({run.part, {t, std::min(t + step, run.tokens.end)}, run.own});
-      }
-    }
+    const std::vector<Run> whole = runs(blocks[i].b);
+    int n_tokens = 0;
+    for (const Run& run : whole) n_tokens += run.tokens.size();
+    const int share = std::clamp((n_tokens + n_ranges - 1) / n_ranges, kMinTokens, cpu::kMostTokens);
+    block_runs[i] = cut(whole, (share + 127) / 128 * 128);
+    for (int run = 0; run < int(block_runs[i].size()); run++) items.emplace_back(i, run);
   }
   std::vector<Rows> rows(n_blocks);
   std::vector<States> states(n_blocks);
@@ -369,13 +377,20 @@ void Task::prefill() const {
     // The last queries have the most keys under a causal mask: they go first.
     const int query = (n_query_blocks - 1 - i % n_query_blocks) * kQueries, head = i / n_query_blocks;
     const Block block{head / n_kv_heads(), head % n_kv_heads(), {query, std::min(query + kQueries, n_queries())}};
-    const std::vector<Run> block_runs = runs(block.b);
     const Rows rows = prepare(block);
-    States states = make_states(int(block_runs.size()), n_rows(block));
-    for (size_t run = 0; run < block_runs.size(); run++) {
-      attend(block, rows, block_runs[run], &states.partials[run * n_rows(block)]);
+    const int n = n_rows(block);
+    // The state of all coded tokens, that of all exact ones, and that of the run at hand.
+    const std::vector<Run> totals{{kCoded, {}}, {kTail, {}}};
+    States states = make_states(int(totals.size()), n), one = make_states(1, n);
+    for (const Run& run : cut(runs(block.b), cpu::kMostTokens)) {
+      for (cpu::Partial& p : one.partials) p.max = kNegInf;
+      attend(block, rows, run, one.partials.data());
+      const bool is_coded = run.part == kCoded;
+      for (int r = 0; r < n; r++) {
+        add(one.partials[r], is_coded ? value_dim() : state.value_dim, states.partials[is_coded ? r : n + r]);
+      }
     }
-    join(block, block_runs, states);
+    join(block, totals, states);
   });
 }
 

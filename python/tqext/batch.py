@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from tqext.cache import Alone, Buffers, Snapshot, TurboQuantKVCache, trim_count
+from tqext.cache import Alone, Buffers, Snapshot, TurboQuantKVCache, check_max_size, check_reach, trim_count
 from tqext.ops import PackedKeys, PackedValues
 from tqext.presets import Recipe
 from tqext.tokens import (
@@ -61,7 +61,7 @@ class Columns:
         plain: Whether all of the step's tokens are real, or padded on the right only.
     """
 
-    __slots__ = ("counts", "left_padding", "n_new", "n_queries", "n_stock", "plain", "widths")
+    __slots__ = ("counts", "left_padding", "n_dropped", "n_new", "n_queries", "n_stock", "plain", "widths")
 
     def __init__(
         self,
@@ -72,7 +72,9 @@ class Columns:
         n_stock: int,
         plain: bool,
         n_queries: int,
+        n_dropped: Ints,
     ) -> None:
+        self.n_dropped = n_dropped
         self.counts = counts
         self.widths = widths
         self.n_new = n_new
@@ -106,7 +108,13 @@ class Columns:
     def _gather(self, mask: mx.array) -> mx.array:
         """The mask in our columns; the layers of a step share it."""
         memo = _last_translation
-        key = (self.counts.tobytes(), self.widths, self.n_new, self.n_stock, self.left_padding.tobytes())
+        key = (
+            self.counts.tobytes(),
+            self.widths,
+            self.n_new,
+            self.n_stock,
+            *(x.tobytes() for x in (self.left_padding, self.n_dropped)),
+        )
         if memo.mask is not mask or memo.key != key or memo.translated is None:
             memo.translated = self._gather_columns(mask)
             memo.mask, memo.key = mask, key
@@ -120,6 +128,8 @@ class Columns:
             valid.append(index < counts[:, part, None])
             columns.append(start[:, None] + index)
             start = start + counts[:, part]
+            if part == FIRST:
+                start = start + self.n_dropped
         own = np.broadcast_to(np.arange(self.n_stock, self.n_stock + self.n_new, dtype=np.int32), (len(counts), self.n_new))
         columns.append(own)
         valid.append(np.ones(own.shape, dtype=bool))
@@ -153,6 +163,7 @@ class BatchTurboQuantKVCache(Buffers):
         recipe: See `TurboQuantKVCache`.
         balance: See `TurboQuantKVCache`; the sequences of a batch share it.
         shared: See `TurboQuantKVCache`.
+        max_size: See `TurboQuantKVCache`; of each sequence.
     """
 
     def __init__(
@@ -162,8 +173,10 @@ class BatchTurboQuantKVCache(Buffers):
         *,
         balance: mx.array | None = None,
         shared: bool = False,
+        max_size: int | None = None,
     ) -> None:
         self.recipe = recipe or Recipe()
+        self.max_size = check_max_size(max_size, self.recipe)
         self._balance = check_balance(balance, self.recipe)
         self.shared = shared
         self._last: Snapshot | None = None
@@ -174,6 +187,7 @@ class BatchTurboQuantKVCache(Buffers):
         self._first: Exact | None = None
         self._tail: Exact | None = None
         self._counts: Ints = np.zeros((n, 3), np.int32)  # in the buffers: see Buffers
+        self._dropped: Ints = np.zeros(n, np.int32)
         self._left_padding: Ints = np.array(left_padding, np.int32).reshape(n)
         self._idx = 0  # columns of mlx-lm's left-padded batch
         self._skip = self._left_padding.copy()  # padding of each sequence that is still to come
@@ -195,7 +209,7 @@ class BatchTurboQuantKVCache(Buffers):
         Raises:
             ValueError: As `TurboQuantKVCache.update_and_fetch`.
         """
-        before = {**vars(self), "_counts": self._counts.copy()}
+        before = {**vars(self), "_counts": self._counts.copy(), "_dropped": self._dropped.copy()}
         try:
             return self._update(keys, values)
         except BaseException:  # as in TurboQuantKVCache
@@ -230,7 +244,8 @@ class BatchTurboQuantKVCache(Buffers):
 
     def _n_leading(self, n_held: Ints) -> Ints:
         """First tokens among so many exact ones that each sequence has in the buffer of recent tokens."""
-        return np.where(self._counts[:, CODED] > 0, 0, np.minimum(self.recipe.first, n_held)).astype(np.int32)
+        apart = (self._counts[:, CODED] > 0) | (self._dropped > 0)
+        return np.where(apart, 0, np.minimum(self.recipe.first, n_held)).astype(np.int32)
 
     @property
     def counts(self) -> Ints:
@@ -280,7 +295,7 @@ class BatchTurboQuantKVCache(Buffers):
             begin, end = int(skip[row]), int(skip[row] + n_real[row])
             one = self._view(row)
             one._append(Exact(*(x[row : row + 1, :, begin:end] for x in tokens)))
-            out.append(Alone(row, begin, end, one._step_snapshot()))
+            out.append(Alone(row, begin, end, one._step_snapshot(end - begin)))
         return tuple(out)
 
     def _flush(self, rows: npt.NDArray[np.bool_]) -> None:
@@ -304,10 +319,16 @@ class BatchTurboQuantKVCache(Buffers):
             self._keep_first(source, columns, leading)
         if len(rows):
             assert self._codec is not None
-            n = n_due[rows]
-            index = columns.of(leading[:, None] + np.arange(n.max(), dtype=np.int32)[None])[rows]
+            n_coded = self._counts[:, CODED].copy()
+            n_dropped = np.where(n_due > 0, np.maximum(n_coded + n_due - self._most_coded, 0), 0).astype(np.int32)
+            n_old = np.minimum(n_dropped, n_coded)
+            n_new = n_due - (n_dropped - n_old)
+            slots = np.arange(n_new.max(), dtype=np.int32)[None]
+            index = columns.of((leading + n_due - n_new)[:, None] + slots)[rows]
             tokens = _take(Exact(*(_rows(x, rows) for x in source)), index)
-            self._write_packed(self._codec.encode(tokens), rows, n)
+            self._drop_oldest(n_old)
+            self._write_packed(self._codec.encode(tokens), rows, n_new[rows])
+            self._dropped = self._dropped + n_dropped
         self._move_tail(source, columns, leading + n_due, n_held - leading - n_due)
 
     def _keep_first(self, source: Exact, columns: _StreamColumns, leading: Ints) -> None:
@@ -320,6 +341,19 @@ class BatchTurboQuantKVCache(Buffers):
             own = Exact(*(mx.where(new, x, held) for x, held in zip(own, self._first, strict=True)))
         self._first = own
         self._counts[:, FIRST] += leading
+
+    def _drop_oldest(self, n: Ints) -> None:
+        """Forget so many of each sequence's oldest coded tokens."""
+        assert self._codec is not None
+        if not n.any():
+            return
+        self._now = None
+        kept = self._counts[:, CODED] - n
+        for buffer, per in zip(self._packed, self._codec.per_row, strict=True):
+            for row in np.flatnonzero(n).tolist():
+                begin, count = int(n[row]) // per, int(kept[row]) // per
+                buffer[row : row + 1, :, :count] = buffer[row : row + 1, :, begin : begin + count]
+        self._counts[:, CODED] = kept
 
     def _write_packed(self, parts: Sequence[mx.array], rows: npt.NDArray[Any], n: Ints) -> None:
         assert self._codec is not None
@@ -354,7 +388,8 @@ class BatchTurboQuantKVCache(Buffers):
         counts = self._counts.copy()
         n_first, n_coded, n_tail = (int(n) for n in counts.max(axis=0))
         first = self._first if n_first else None
-        columns = Columns(counts, (n_first, n_coded, n_tail), n_new, self._left_padding.copy(), self._idx, plain, n_queries)
+        widths, padding = (n_first, n_coded, n_tail), self._left_padding.copy()
+        columns = Columns(counts, widths, n_new, padding, self._idx, plain, n_queries, self._dropped.copy())
         return Snapshot(self._coded(n_coded), first, tail.cut(0, n_tail + n_new), self._idx + n_queries, columns)
 
     def keys_and_values(self) -> tuple[Snapshot, Snapshot]:
@@ -448,14 +483,19 @@ class BatchTurboQuantKVCache(Buffers):
         Columns of a sequence's padding are to come again, as in mlx-lm's own batch.
 
         Raises:
-            ValueError: n is negative, or a prompt padded on the right is not complete (`finalize`).
+            ValueError: n is negative, a prompt padded on the right is not complete (`finalize`), or what is left of a sequence
+                would end among tokens that were dropped.
         """
         n = min(trim_count(n), self._idx)
         if self._right_padding is not None:
             raise ValueError("[trim] cache: expected a complete prompt, got one whose padding is to come: call finalize first")
+        n_tokens = self._counts.sum(axis=1) + self._dropped
+        n_gone = np.minimum(n, n_tokens)
+        for row in np.flatnonzero(self._dropped).tolist():
+            counts = self._counts[row]
+            check_reach(int(n_gone[row]), int(counts[FIRST]), int(counts.sum()), int(self._dropped[row]))
         self._last = None
-        n_gone = np.minimum(n, self._counts.sum(axis=1))
-        cut = np.flatnonzero((n_gone > self._counts[:, TAIL]) & (self._counts[:, CODED] > 0))
+        cut = np.flatnonzero(n_gone > self._counts[:, TAIL])
         views = [self._view(row) for row in cut.tolist()]
         self._counts[:, TAIL] -= np.where(np.isin(np.arange(len(n_gone)), cut), 0, n_gone)
         for row, one in zip(cut.tolist(), views, strict=True):
@@ -478,6 +518,7 @@ class BatchTurboQuantKVCache(Buffers):
             for buffer, x in zip(self._tail, one._tail, strict=True):
                 buffer[row : row + 1, :, :held] = x[:, :, :held]
         self._counts[row] = 0 if one._first is None else one.n_first, one.n_coded, held
+        self._dropped[row] = one.n_dropped
 
     def _shrink(self) -> None:
         assert self._codec is not None
@@ -501,6 +542,7 @@ class BatchTurboQuantKVCache(Buffers):
         rows = given.astype(np.int64)
         self._last = self._now = None
         self._counts = self._counts[rows]
+        self._dropped = self._dropped[rows]
         self._left_padding = self._left_padding[rows]
         self._skip = self._skip[rows]
         if self._remaining is not None and self._right_padding is not None:
@@ -532,6 +574,7 @@ class BatchTurboQuantKVCache(Buffers):
         self._left_padding = np.concatenate(paddings).astype(np.int32)
         self._skip = np.concatenate([self._skip, other._skip])
         self._counts = np.concatenate([self._counts, other._counts])
+        self._dropped = np.concatenate([self._dropped, other._dropped])
         self._idx = width
         if parts is not None:
             self._codec, self._first, self._tail, self._packed = parts
@@ -539,7 +582,7 @@ class BatchTurboQuantKVCache(Buffers):
 
     def _view(self, idx: int) -> TurboQuantKVCache:
         """The cache of one sequence, on the arrays of the batch."""
-        out = TurboQuantKVCache(self.recipe, balance=self._balance, shared=self.shared)
+        out = TurboQuantKVCache(self.recipe, balance=self._balance, shared=self.shared, max_size=self.max_size)
         if self._codec is None or self._tail is None or not self._counts[idx].any():
             return out
         row = slice(idx, idx + 1)
@@ -550,6 +593,7 @@ class BatchTurboQuantKVCache(Buffers):
         if n_first and self._first is not None:
             out._first = Exact(*(x[row] for x in self._first))
         out.n_first, out.n_coded, out.n_tail = (int(n) for n in self.counts[idx])
+        out.n_dropped = int(self._dropped[idx])
         return out
 
     def extract(self, idx: int) -> TurboQuantKVCache:
@@ -563,7 +607,7 @@ class BatchTurboQuantKVCache(Buffers):
         out = self._view(idx)
         if out._codec is not None and out._tail is not None:
             out._packed = out._codec.resized(out._packed, out.n_coded)
-            out._tail = out._tail.resized(exact_room(out._tail.n_tokens, out.offset))
+            out._tail = out._tail.resized(exact_room(out._tail.n_tokens, out.size()))
             out._first = None if out._first is None else out._first.resized(out.n_first)
         return out
 
@@ -581,10 +625,12 @@ class BatchTurboQuantKVCache(Buffers):
         if len(batches) > 1:
             _check_alike(batches, "[merge] caches")
             parts = _joined(batches)
-            merged._idx = max(b._idx for b in batches)
-            merged._left_padding = np.array([merged._idx - int(b._counts.sum()) for b in batches], np.int32)
+            lengths = np.array([b._idx for b in batches], np.int32)
+            merged._idx = int(lengths.max())
+            merged._left_padding = merged._idx - lengths
             merged._skip = np.zeros(len(batches), np.int32)
             merged._counts = np.concatenate([b._counts for b in batches])
+            merged._dropped = np.concatenate([b._dropped for b in batches])
             if parts is not None:
                 merged._codec, merged._first, merged._tail, merged._packed = parts
         return merged
@@ -648,13 +694,14 @@ def put_tokens(x: mx.array, index: mx.array, new: mx.array) -> mx.array:
 
 
 def _batch_of_one(cache: TurboQuantKVCache) -> BatchTurboQuantKVCache:
-    out = BatchTurboQuantKVCache([0], cache.recipe, balance=cache._balance, shared=cache.shared)
+    out = BatchTurboQuantKVCache([0], cache.recipe, balance=cache._balance, shared=cache.shared, max_size=cache.max_size)
     if cache._codec is None or cache._tail is None:
         return out
     _check_rows(cache._tail.keys.shape[0] == 1, 1, cache._tail.keys.shape[0])
     out._codec = cache._codec
     n_held = cache._n_leading + cache.n_tail
-    out._counts = np.array([[cache.offset - cache.n_coded - n_held, cache.n_coded, n_held]], np.int32)
+    out._counts = np.array([[cache.size() - cache.n_coded - n_held, cache.n_coded, n_held]], np.int32)
+    out._dropped = np.array([cache.n_dropped], np.int32)
     out._idx = cache.offset
     out._packed = cache._codec.cut(cache._packed, 0, cache.n_coded)
     out._tail = cache._tail.cut(0, n_held)
@@ -669,6 +716,8 @@ def _check_alike(caches: Sequence[BatchTurboQuantKVCache], what: str) -> None:
     for other in caches[1:]:
         if other.recipe != one.recipe:
             raise ValueError(f"{what}: expected the recipe {one.recipe}, got {other.recipe}")
+        if other.max_size != one.max_size:
+            raise ValueError(f"{what}: expected the bound {one.max_size}, got {other.max_size}")
         a, b = one._balance, other._balance
         if a is not b:
             if a is None or b is None or a.shape != b.shape or not mx.array_equal(a, b).item():

@@ -16,8 +16,9 @@ from tqext.presets import Policy, get_policy
 EDGES = (0, 512, 2048, 4096, 8192, 16384, 32768)
 CHUNK = 256
 STOCK_BITS = (8, 4, 3)
-# Rows of logits that are compared at once: of 152 thousand words in fp32, 39 MB for each array in use.
-_ROWS = 64
+# Rows of logits that are compared at once: on a CPU 39 MB for each array in use, with 152 thousand words. A GPU has the room,
+# and waits for the host after each comparison.
+_ROWS, _GPU_ROWS = 64, 512
 # Neighbouring positions go wrong together: standard errors are those of the means of so many.
 _BATCH = 64
 
@@ -34,6 +35,7 @@ class Contender:
         stock: Whether it is mlx-lm's own: if it fails, that is a result.
         seconds: Spent in the model so far.
         failure: How it failed, empty if it did not.
+        layers: What the probe and the guard say about the layers, empty for mlx-lm's own caches.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Contender:
     stock: bool = False
     seconds: float = 0.0
     failure: str = ""
+    layers: str = ""
     # KL, loss and agreement of every position so far.
     kl: list[np.ndarray] = field(default_factory=list)
     nll: list[np.ndarray] = field(default_factory=list)
@@ -82,6 +85,7 @@ class ByPosition:
         whole: All positions; its spans are in `spans`.
         seconds: Spent in the model with this cache.
         failure: How the cache failed, empty if it did not.
+        layers: See `Contender`.
     """
 
     cache: str
@@ -93,6 +97,7 @@ class ByPosition:
     spans: tuple[Span, ...]
     seconds: float
     failure: str = ""
+    layers: str = ""
 
 
 def contenders(model: Any, presets: Sequence[str | Policy], *, stock_bits: Sequence[int] = STOCK_BITS) -> list[Contender]:
@@ -103,15 +108,16 @@ def contenders(model: Any, presets: Sequence[str | Policy], *, stock_bits: Seque
         presets: See `tqext.install`.
         stock_bits: 8, 6, 4, 3 or 2.
     """
-    from tqext.mlx_lm import make_prompt_cache, probe, stock_cache
+    from tqext.mlx_lm import _compressed, _judged, probe, stock_cache
 
     out = []
     for preset in presets:
         policy = get_policy(preset)
-        layers = probe(model, policy).layers
+        report = _judged(model, policy)
+        layers = report.layers
         heads = sum(layer.n_kv_heads for layer in layers if _grows(layer))
         packed = sum(layer.bytes_per_token or layer.fp16_bytes_per_token for layer in layers if _grows(layer))
-        out.append(Contender(policy.name, make_prompt_cache(model, policy), packed / max(heads, 1)))
+        out.append(Contender(policy.name, _compressed(stock_cache(model), report), packed / max(heads, 1), layers=str(report)))
     grown = [layer for layer in probe(model, get_policy()).layers if _grows(layer)]
     heads = sum(layer.n_kv_heads for layer in grown)
     plain = sum(layer.fp16_bytes_per_token for layer in grown) / max(heads, 1)
@@ -208,7 +214,8 @@ def _logits(model: Any, fed: mx.array, entry: Contender) -> mx.array:
 
 
 def _rows(n: int) -> Iterator[slice]:
-    return (slice(begin, begin + _ROWS) for begin in range(0, n, _ROWS))
+    size = _GPU_ROWS if mx.default_device() == mx.gpu else _ROWS
+    return (slice(begin, begin + size) for begin in range(0, n, size))
 
 
 def _loss(logits: mx.array, following: mx.array) -> np.ndarray:
@@ -240,7 +247,18 @@ def _results(reference: Contender, entries: Sequence[Contender], chunk: int, edg
             cuts = [*(edge for edge in edges if edge < n), n]
             spans = [_span(a, b, kl, nll - expected, same) for a, b in itertools.pairwise(cuts)]
         perplexity, seconds = float(np.exp(expected.mean())), round(entry.seconds, 1)
-        found = (entry.name, entry.bytes_per_token, n, chunk, perplexity, whole, tuple(spans), seconds, entry.failure)
+        found = (
+            entry.name,
+            entry.bytes_per_token,
+            n,
+            chunk,
+            perplexity,
+            whole,
+            tuple(spans),
+            seconds,
+            entry.failure,
+            entry.layers,
+        )
         out.append(ByPosition(*found))
     return out
 

@@ -29,6 +29,7 @@ from tqext.tokens import (
 if TYPE_CHECKING:
     from tqext.batch import BatchTurboQuantKVCache, Columns
 
+MAX_CODED = (1 << 31) - 1  # tokens are counted in 32 bits
 __all__ = [
     "BLOCK",
     "GROWTH",
@@ -52,11 +53,12 @@ class Snapshot:
         tail: The exact last tokens; the step's own tokens are its last ones.
         shape: ``(B, n_kv_heads, n_tokens, D)``, as the keys would have it.
         columns: None, or how a batch's mask columns and lengths are told (`tqext.batch.Columns`).
-        earlier: What the step's earlier tokens attend to, where a block is encoded in between.
+        earlier: What the step's earlier tokens attend to, where a block is encoded in between, and how many they are.
+        gap: Tokens that a bounded cache dropped: where they were, and how many. ``earlier`` may hold some of them yet.
         alone: Sequences of a batch for which a block is encoded within the step, and what their tokens attend to.
     """
 
-    __slots__ = ("alone", "columns", "dtype", "earlier", "first", "packed_keys", "packed_values", "shape", "tail")
+    __slots__ = ("alone", "columns", "dtype", "earlier", "first", "gap", "packed_keys", "packed_values", "shape", "tail")
 
     def __init__(
         self,
@@ -65,6 +67,7 @@ class Snapshot:
         tail: Exact,
         n_tokens: int,
         columns: Columns | None = None,
+        gap: tuple[int, int] = (0, 0),
     ) -> None:
         self.packed_keys, self.packed_values = packed
         self.first = first
@@ -72,7 +75,8 @@ class Snapshot:
         self.shape = (*tail.keys.shape[:2], n_tokens, tail.keys.shape[3])
         self.dtype = tail.keys.dtype
         self.columns = columns
-        self.earlier: tuple[Snapshot, ...] = ()
+        self.gap = gap
+        self.earlier: tuple[Snapshot, int] | None = None
         self.alone: tuple[Alone, ...] = ()
 
     def __deepcopy__(self, memo: Any) -> Snapshot:
@@ -91,7 +95,7 @@ class Snapshot:
         self, queries: mx.array, scale: float, mask: mx.array | str | None = None, sinks: mx.array | None = None
     ) -> mx.array:
         """softmax(scale q k^T + mask) v of the queries ``[B, n_q_heads, L, D]`` over all tokens of the snapshot."""
-        if self.earlier:
+        if self.earlier is not None:
             return self._attend_in_parts(queries, scale, mask, sinks)
         out = self._attend_whole(queries, scale, mask, sinks)
         for one in self.alone:
@@ -104,8 +108,11 @@ class Snapshot:
         assert self.columns is not None
         if not isinstance(mask, mx.array) or self.columns.is_own(mask, self.columns.n_queries):
             return "causal"
+        whole = one.snapshot if one.snapshot.earlier is None else one.snapshot.earlier[0]
+        at, n_dropped = whole.gap
         begin = int(self.columns.left_padding[one.row])
-        own = mask[..., begin : begin + one.snapshot.shape[2]]
+        n_tokens = self.columns.n_stock + one.end - begin - n_dropped
+        own = without(mask[..., begin:], at, n_dropped)[..., :n_tokens]
         own = own[..., one.begin : one.end, :] if mask.ndim > 1 and mask.shape[-2] > 1 else own
         return own[one.row : one.row + 1] if mask.ndim == 4 and mask.shape[0] > 1 else own
 
@@ -128,19 +135,23 @@ class Snapshot:
     def _attend_in_parts(
         self, queries: mx.array, scale: float, mask: mx.array | str | None, sinks: mx.array | None
     ) -> mx.array:
-        """Each of a draft's tokens over what it would have found without the draft."""
+        """The step's earlier tokens over what there was before a block was encoded, the others over what there is now."""
+        assert self.earlier is not None
+        earlier, n = self.earlier
+        at = self.gap[0]
         outs = []
-        begin, n_before = 0, self.shape[2] - queries.shape[2]
-        for part in (*self.earlier, self):
-            n_keys = part.shape[2]
-            end = n_keys - n_before
+        for part, begin, end in ((earlier, 0, n), (self, n, queries.shape[2])):
             own = mask
             if isinstance(mask, mx.array):
-                own = mask[..., begin:end, :n_keys] if mask.shape[-2] > 1 else mask[..., :n_keys]
-            rows = queries[:, :, begin:end]
-            outs.append(part._attend_whole(rows, scale, own, sinks))
-            begin = end
+                own = mask[..., begin:end, :] if mask.ndim > 1 and mask.shape[-2] > 1 else mask
+                own = without(own, at, part.gap[1] - earlier.gap[1])[..., : part.shape[2]]
+            outs.append(part._attend_whole(queries[:, :, begin:end], scale, own, sinks))
         return mx.concatenate(outs, axis=2)
+
+
+def without(mask: mx.array, at: int, n: int) -> mx.array:
+    """A mask less its n columns from `at` on."""
+    return mask if n == 0 else mx.concatenate([mask[..., :at], mask[..., at + n :]], axis=-1)
 
 
 class Alone(NamedTuple):
@@ -152,26 +163,36 @@ class Alone(NamedTuple):
     snapshot: Snapshot
 
 
-def create_mask(n_new: int, offset: int, return_array: bool = False, window_size: int | None = None) -> mx.array | str | None:
-    """The mask of `n_new` tokens after `offset` others, as mlx-lm's caches make it."""
+def create_mask(
+    n_new: int,
+    n_held: int,
+    return_array: bool = False,
+    window_size: int | None = None,
+    gap: tuple[int, int] = (0, 0),
+) -> mx.array | str | None:
+    """The mask of `n_new` tokens after `n_held` others, as mlx-lm's caches make it; `gap` as in `Snapshot`."""
     if window_size is None and n_new == 1:
         return None
     if window_size is None and not return_array:
         return "causal"
-    columns = mx.arange(offset + n_new)[None]
-    rows = mx.arange(offset, offset + n_new)[:, None]
+    at, n_dropped = gap
+    columns = mx.arange(n_held + n_new)[None]
+    rows = mx.arange(n_held, n_held + n_new)[:, None]
     mask = rows >= columns
-    return mask if window_size is None else mask & (rows < columns + window_size)
+    if window_size is None:
+        return mask
+    return mask & (rows < mx.where(columns < at, columns - n_dropped, columns) + window_size)
 
 
 class Buffers:
     """What the caches of one sequence and of a batch keep.
 
-    Until the first block is encoded all tokens are in the buffer of recent tokens, the first ones as well; then the first ones
-    get their own.
+    A bounded cache drops its oldest blocks whole. Until the first block is encoded all tokens are in the buffer of recent
+    tokens, the first ones as well; then the first ones get their own.
     """
 
     recipe: Recipe
+    max_size: int | None
     _balance: mx.array | None
     _codec: Codec | None
     _packed: list[mx.array]
@@ -189,6 +210,13 @@ class Buffers:
         self._packed = self._codec.empty(*keys.shape[:2])
         self._now = None
         self._tail = Exact(*(mx.zeros((*x.shape[:2], 0, x.shape[3]), x.dtype) for x in (keys, values)))
+
+    @property
+    def _most_coded(self) -> int:
+        """Coded tokens that a bounded cache keeps; the recent ones may be a block more than `tail`."""
+        if self.max_size is None:
+            return MAX_CODED
+        return (self.max_size - self.recipe.first - self.recipe.tail - BLOCK) // BLOCK * BLOCK
 
     def _coded(self, n_coded: int) -> tuple[PackedKeys, PackedValues]:
         """The coded tokens as attention takes them: the same objects until the next block."""
@@ -257,13 +285,24 @@ class TurboQuantKVCache(Buffers):
         recipe: What to store. Default: that of `tq3`.
         balance: float32 ``[n_kv_heads, head_dim]``, positive, from `tqext.calibrate`; None for a model that is not calibrated.
         shared: Other layers attend to these tokens too (`keys_and_values`), and find what this layer found.
+        max_size: Tokens to keep at most: the first ones, and of the others the last ones, in whole blocks. At least `first` +
+            `tail` + 128 of the recipe. Drafts and follow-ups of up to 64 tokens come on top until the next step. None: all.
 
     Attributes:
         n_first: First tokens, exact. ``n_coded``: coded tokens, whole blocks. ``n_tail``: recent tokens, exact.
+        n_dropped: Tokens that were dropped, all between the first and the coded ones.
     """
 
-    def __init__(self, recipe: Recipe | None = None, *, balance: mx.array | None = None, shared: bool = False) -> None:
+    def __init__(
+        self,
+        recipe: Recipe | None = None,
+        *,
+        balance: mx.array | None = None,
+        shared: bool = False,
+        max_size: int | None = None,
+    ) -> None:
         self.recipe = recipe or Recipe()
+        self.max_size = check_max_size(max_size, self.recipe)
         self._balance = check_balance(balance, self.recipe)
         self.shared = shared
         self._clear()
@@ -279,6 +318,7 @@ class TurboQuantKVCache(Buffers):
         self.n_first = 0
         self.n_coded = 0
         self.n_tail = 0
+        self.n_dropped = 0
 
     # Writing
 
@@ -315,7 +355,7 @@ class TurboQuantKVCache(Buffers):
         tokens = Exact(keys, values)
         self._append(tokens)
         if tokens.n_tokens <= BLOCK:
-            snapshot = self._step_snapshot()
+            snapshot = self._step_snapshot(tokens.n_tokens)
         else:
             snapshot = self._snapshot()
             self._flush()  # at once: no layer keeps its prompt uncompressed while the next one runs
@@ -332,11 +372,20 @@ class TurboQuantKVCache(Buffers):
         """Recent tokens of which the oldest are encoded before the next token comes."""
         return self.recipe.tail + BLOCK
 
+    @property
+    def _n_due(self) -> int:
+        """Recent tokens that are encoded before the next token comes."""
+        return (self.n_tail - self.recipe.tail) // BLOCK * BLOCK if self.n_tail >= self._flush_at else 0
+
+    def _n_over(self, n: int) -> int:
+        """Tokens that are dropped when n more are encoded."""
+        return max(0, self.n_coded + n - self._most_coded)
+
     def _append(self, tokens: Exact) -> None:
         assert self._tail is not None
         held = self._n_leading + self.n_tail
         end = held + tokens.n_tokens
-        n_tokens = self.offset + tokens.n_tokens
+        n_tokens = self.size() + tokens.n_tokens
         if tokens.n_tokens > BLOCK:
             self._tail = self._tail.cut(0, held).then(tokens)
         else:
@@ -348,28 +397,33 @@ class TurboQuantKVCache(Buffers):
 
     def _flush(self) -> None:
         """Encode the oldest recent tokens, in whole blocks, down to `tail` and a part of a block."""
-        if self.n_tail < self._flush_at:
+        n = self._n_due
+        if n == 0:
             return
         assert self._tail is not None and self._codec is not None
         leading = self._n_leading
-        n = (self.n_tail - self.recipe.tail) // BLOCK * BLOCK
         begin, end = leading + n, leading + self.n_tail
-        self._write_packed(self._codec.encode(self._tail.cut(leading, begin)), n)
+        n_dropped = self._n_over(n)
+        n_old = min(n_dropped, self.n_coded)
+        n_new = n - (n_dropped - n_old)
+        self._write_packed(self._codec.encode(self._tail.cut(begin - n_new, begin)), n_new, n_old)
         first = self._tail.cut(0, leading).resized(leading) if leading else self._first
-        tail = self._tail.cut(begin, end).resized(exact_room(end - begin, self.offset))
-        vars(self).update(n_coded=self.n_coded + n, n_tail=self.n_tail - n, _first=first, _tail=tail)
+        tail = self._tail.cut(begin, end).resized(exact_room(end - begin, self.size()))
+        counts = {"n_coded": self.n_coded - n_old + n_new, "n_tail": self.n_tail - n, "n_dropped": self.n_dropped + n_dropped}
+        vars(self).update(counts, _first=first, _tail=tail, _summed=None if n_old else self._summed)
 
-    def _write_packed(self, parts: Sequence[mx.array], n: int) -> None:
-        """Put the codes of n tokens behind those that are counted."""
+    def _write_packed(self, parts: Sequence[mx.array], n: int, n_dropped: int = 0) -> None:
+        """Put the codes of n tokens behind those that are counted, less the oldest `n_dropped`."""
         assert self._codec is not None
-        end = self.n_coded + n
+        begin = self.n_coded - n_dropped
+        end = begin + n
         self._now = None  # a view that is kept would have the buffer copied
-        if end > self._packed[0].shape[2]:
-            self._packed = self._codec.resized(self._codec.cut(self._packed, 0, self.n_coded), coded_room(end))
+        if n_dropped or end > self._packed[0].shape[2]:
+            self._packed = self._codec.resized(self._codec.cut(self._packed, n_dropped, self.n_coded), coded_room(end))
         else:
             wait_for_readers(self._packed)
         for buffer, new, per in zip(self._packed, parts, self._codec.per_row, strict=True):
-            buffer[:, :, self.n_coded // per : end // per] = new
+            buffer[:, :, begin // per : end // per] = new
 
     def overwrite(self, *, attended: bool) -> None:
         """Flip bits of every code, or (`attended` False) fill the room that no token owns: for tests of what is read."""
@@ -394,10 +448,10 @@ class TurboQuantKVCache(Buffers):
     def _snapshot(self) -> Snapshot:
         assert self._tail is not None
         tail = self._tail.cut(0, self._n_leading + self.n_tail)
-        return Snapshot(self._coded(self.n_coded), self._first, tail, self.offset)
+        return Snapshot(self._coded(self.n_coded), self._first, tail, self.size(), gap=(self.n_first, self.n_dropped))
 
-    def _step_snapshot(self) -> Snapshot:
-        """What each of the last few tokens attends to, as if they had come one by one.
+    def _step_snapshot(self, n_new: int) -> Snapshot:
+        """What each of the last `n_new` tokens attends to, as if they had come one by one.
 
         A block that is due between them is encoded, but not for good: they may be a draft that is wrong, and then they are
         trimmed. It is written behind the tokens that are counted.
@@ -410,12 +464,14 @@ class TurboQuantKVCache(Buffers):
         self._write_packed(self._codec.encode(self._tail.cut(leading, leading + BLOCK)), BLOCK)
         # Only now: a view of what was there before would have the buffers copied.
         before = self._coded(self.n_coded)
-        after = self._codec.pack(self._codec.cut(self._packed, 0, self.n_coded + BLOCK))
-        n_before = self.offset - n_tail + due
-        earlier = Snapshot(before, self._first, self._tail.cut(0, leading + due), n_before)
+        n_dropped = self._n_over(BLOCK)
+        after = self._codec.pack(self._codec.cut(self._packed, n_dropped, self.n_coded + BLOCK))
+        size, gap = self.size(), (self.n_first, self.n_dropped)
+        earlier = Snapshot(before, self._first, self._tail.cut(0, leading + due), size - n_tail + due, gap=gap)
         first = self._tail.cut(0, leading) if leading else self._first
-        snapshot = Snapshot(after, first, self._tail.cut(leading + BLOCK, leading + n_tail), self.offset)
-        snapshot.earlier = (earlier,)
+        tail = self._tail.cut(leading + BLOCK, leading + n_tail)
+        snapshot = Snapshot(after, first, tail, size - n_dropped, gap=(gap[0], gap[1] + n_dropped))
+        snapshot.earlier = earlier, n_new - (n_tail - due)
         return snapshot
 
     def keys_and_values(self) -> tuple[Snapshot, Snapshot]:
@@ -431,21 +487,21 @@ class TurboQuantKVCache(Buffers):
 
     @property
     def offset(self) -> int:
-        """The number of tokens."""
-        return self.n_first + self.n_coded + self.n_tail
+        """The number of tokens, those that were dropped included."""
+        return self.n_first + self.n_dropped + self.n_coded + self.n_tail
 
     def size(self) -> int:
-        """The number of tokens."""
-        return self.offset
+        """The number of tokens that are held."""
+        return self.n_first + self.n_coded + self.n_tail
 
     def empty(self) -> bool:
         """Whether no token is stored."""
-        return self.offset == 0
+        return self.size() == 0
 
     @property
     def used_nbytes(self) -> int:
         """Bytes of the tokens in the buffers, without room for growth."""
-        return sum(x.nbytes for x in self._arrays())
+        return sum(x.nbytes for x in (*self._coded_arrays(), *self._exact_arrays()))
 
     @property
     def fp16_nbytes(self) -> int:
@@ -453,11 +509,13 @@ class TurboQuantKVCache(Buffers):
         if self._codec is None or self._tail is None:
             return 0
         batch, n_kv_heads = self._tail.keys.shape[:2]
-        return int(batch * n_kv_heads * self.offset * (self._codec.head_dim + self._codec.value_dim) * 2)
+        return int(batch * n_kv_heads * self.size() * (self._codec.head_dim + self._codec.value_dim) * 2)
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> mx.array | str | None:
         """The mask of the next N tokens: None, ``"causal"``, or a bool array if asked for or if a window needs it."""
-        return create_mask(N, self.offset, return_array, window_size)
+        n_dropped = self._n_over(self._n_due) if self._n_due else 0
+        gap = (self.n_first, self.n_dropped + n_dropped)
+        return create_mask(N, self.size() - n_dropped, return_array, window_size, gap)
 
     # Trimming
 
@@ -467,11 +525,12 @@ class TurboQuantKVCache(Buffers):
         What is left of a block that is cut becomes exact tokens again, at most 63: as the codes had them.
 
         Raises:
-            ValueError: n is negative.
+            ValueError: n is negative, or what is left would end among tokens that were dropped.
         """
         n = min(trim_count(n), self.offset)
+        check_reach(n, self.n_first, self.size(), self.n_dropped)
         self._last = None
-        left = self.offset - n
+        left = 0 if n == self.offset else self.size() - n
         if left == 0:
             self._clear()
         elif self.n_coded == 0 or n <= self.n_tail:
@@ -484,7 +543,7 @@ class TurboQuantKVCache(Buffers):
 
     def _shrink_tail(self) -> None:
         assert self._tail is not None
-        room = exact_room(self._n_leading + self.n_tail, self.offset)
+        room = exact_room(self._n_leading + self.n_tail, self.size())
         if self._tail.n_tokens > 2 * room + BLOCK:
             self._tail = self._tail.resized(room)
 
@@ -495,7 +554,7 @@ class TurboQuantKVCache(Buffers):
         n_coded = (left - n_first) // BLOCK * BLOCK
         n_tail = left - n_first - n_coded
         first, tail, packed = self._first, self._tail.cut(0, 0), self._packed
-        if n_coded == 0 and first is not None:
+        if n_coded == 0 and self.n_dropped == 0 and first is not None:
             tail, first = first.cut(0, n_first), None
         if n_tail:
             tail = tail.then(self._codec.decode(packed, n_coded, n_coded + n_tail, *(x.dtype for x in tail)))
@@ -510,18 +569,16 @@ class TurboQuantKVCache(Buffers):
 
     @property
     def state(self) -> list[mx.array]:
-        """Arrays that hold everything: the header, the coded, first and recent tokens if any, the balance if any.
+        """Arrays that hold everything: the header; coded, first and recent tokens unless there are none; the balance if any.
 
         The header ends in a checksum of itself and the arrays, so that a damaged file is no other cache.
         """
         self._last = None  # mlx-lm evaluates the state when a step is over
         numbers = self._header().numbers()
-        total = saved.checksum(numbers, [])
         coded, exact = self._coded_arrays(), self._exact_arrays()
-        if coded:
-            total = total + self._coded_sum()
-        for i, x in enumerate(exact):
-            total = total + saved.sum_of([x], first=1 + len(coded) + i)
+        if self._balance is not None:
+            exact.append(self._balance)
+        total = saved.checksum(numbers, exact, begin=1 + len(coded)) + self._coded_sum()
         return [saved.header_array(numbers, total), *coded, *exact]
 
     @state.setter
@@ -530,7 +587,7 @@ class TurboQuantKVCache(Buffers):
         codec = Codec(header.recipe, header.head_dim, header.value_dim)
         saved.check_arrays(arrays[1:], header, codec)
         saved.check_checksum(arrays)
-        self.recipe = header.recipe
+        self.recipe, self.max_size = header.recipe, header.max_size
         self._balance = None
         self._clear()
         rest = list(arrays[1:])
@@ -538,63 +595,44 @@ class TurboQuantKVCache(Buffers):
             self._balance = rest.pop()
             good = mx.isfinite(self._balance).all() & (self._balance > 0).all()
             saved.check(bool(good.item()), "a balance of positive numbers", "others")
-        if sum(header.counts) == 0:
+        if not rest:
             return
         self._codec = Codec(header.recipe, header.head_dim, header.value_dim, self._balance)
-        rows = (header.batch, header.n_kv_heads)
-        n_parts = len(self._codec.per_row) if header.counts[1] else 0
-        self._packed = rest[:n_parts] if n_parts else self._codec.empty(*rows)
-        given = iter(rest[n_parts:])
-        dims = (header.head_dim, header.value_dim)
-
-        def exact(n: int) -> Exact:
-            if n:
-                return Exact(next(given), next(given))
-            return Exact(*(mx.zeros((*rows, 0, dim), dtype) for dim, dtype in zip(dims, header.dtypes, strict=True)))
-
-        first, tail = (exact(n) for n in header.n_exact)
-        self._first = first if first.n_tokens else None
-        self._tail = tail
+        *self._packed, first_keys, first_values, tail_keys, tail_values = rest
+        self._first = Exact(first_keys, first_values) if header.n_exact[0] else None
+        self._tail = Exact(tail_keys, tail_values)
         self.n_first, self.n_coded, self.n_tail = header.counts
+        self.n_dropped = header.n_dropped
 
     def _coded_sum(self) -> mx.array:
         """The coded tokens' part of the checksum; only that of blocks that are new is computed."""
-        assert self._codec is not None
         n, total = self._summed or (0, mx.zeros(1, mx.uint32))
-        if n < self.n_coded:
+        if self._codec is not None and n < self.n_coded:
             begin = [n // per for per in self._codec.per_row]
             total = total + saved.sum_of(self._codec.cut(self._packed, n, self.n_coded), begin)
-        self._summed = (self.n_coded, total)
+            self._summed = (self.n_coded, total)
         return total
 
     def _coded_arrays(self) -> list[mx.array]:
-        return self._codec.cut(self._packed, 0, self.n_coded) if self._codec is not None and self.n_coded else []
+        """The coded tokens without room for growth."""
+        return self._codec.cut(self._packed, 0, self.n_coded) if self._codec is not None and self.size() else []
 
     def _exact_arrays(self) -> list[mx.array]:
-        """The exact tokens without room for growth, and the balance."""
-        out: list[mx.array] = []
-        if self._first is not None:
-            out += self._first
-        if self._tail is not None and self._n_leading + self.n_tail:
-            out += self._tail.cut(0, self._n_leading + self.n_tail)
-        return out if self._balance is None else [*out, self._balance]
-
-    def _arrays(self) -> list[mx.array]:
-        """The tokens without room for growth."""
-        exact = self._exact_arrays()
-        return [*self._coded_arrays(), *(exact if self._balance is None else exact[:-1])]
+        """The exact tokens, first and recent ones, without room for growth."""
+        if self._tail is None or not self.size():
+            return []
+        first = self._tail.cut(0, 0) if self._first is None else self._first
+        return [*first, *self._tail.cut(0, self._n_leading + self.n_tail)]
 
     def _header(self) -> saved.Header:
         sizes: tuple[int, int, int, int] = (0, 0, 0, 0)
-        dtypes = (mx.float32, mx.float32)
-        if self._codec is not None and self._tail is not None:
+        if self._codec is not None and self._tail is not None and self.size():
             batch, n_kv_heads = self._tail.keys.shape[:2]
             sizes = (self._codec.head_dim, self._codec.value_dim, batch, n_kv_heads)
-            dtypes = (self._tail.keys.dtype, self._tail.values.dtype)
         elif self._balance is not None:
             sizes = (self._balance.shape[1], 0, 0, self._balance.shape[0])
         counts = (self.n_first, self.n_coded, self.n_tail)
-        return saved.Header(self.recipe, *sizes, dtypes, counts, self._balance is not None)
+        return saved.Header(self.recipe, *sizes, counts, self._balance is not None, self.max_size, self.n_dropped)
 
     @property
     def meta_state(self) -> str:
@@ -624,6 +662,21 @@ class TurboQuantKVCache(Buffers):
         from tqext.batch import BatchTurboQuantKVCache
 
         return BatchTurboQuantKVCache.merge(caches)
+
+
+def check_max_size(max_size: int | None, recipe: Recipe) -> int | None:
+    """The bound of a cache, if the recipe leaves room for codes in it."""
+    least = recipe.first + recipe.tail + 2 * BLOCK
+    if max_size is not None and not least <= operator.index(max_size) <= MAX_CODED:
+        raise ValueError(f"[TurboQuantKVCache] max_size: expected None or {least} (first + tail + 128) or more, got {max_size}")
+    return max_size
+
+
+def check_reach(n: int, n_first: int, n_held: int, n_dropped: int) -> None:
+    """Forgetting n of the tokens, of which so many are held and were dropped, leaves some behind the gap, or nothing at all."""
+    most = n_held - max(n_first, 1)
+    if n_dropped and most < n < n_held + n_dropped:
+        raise ValueError(f"[trim] n: expected at most {most}, as older tokens were dropped (max_size), or all, got {n}")
 
 
 def trim_count(n: Any) -> int:

@@ -28,7 +28,7 @@ from tqext.ops import dequantize, quantize_keys, quantize_values
 from tqext.presets import Recipe
 
 # Raised when the prompt, the offsets or what is derived from them changes: earlier results are then made again.
-VERSION = 1
+VERSION = 2
 N_TOKENS = 512
 # Places in the trained context. Observed at position 0 alone, the balance of Qwen2.5 is worse than none at 31k.
 N_OFFSETS = 6
@@ -36,12 +36,15 @@ N_OFFSETS = 6
 DEFAULT_CONTEXT = 32768
 # Further than any RoPE table of a model that is not scaled.
 MAX_CONTEXT = 131072
+# What models' arguments call it.
+CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "n_ctx")
 # Queries whose scores and outputs are compared, the last of the prompt.
 N_QUERIES = 32
 BALANCE_RANGE = 64.0
 
-# A layer above one of these is stepped up (`step_up`).
-MAX_OUTPUT_ERROR = 0.25
+# A layer above one of these is stepped up. 2-bit values alone have an output error of 0.31 where one token gets all attention.
+# Qwen2.5-Coder 0.5B and 1.5B stay below both with tq3, tq33 and tq4.
+MAX_OUTPUT_ERROR = 0.4
 MAX_SCORE_ERROR = 1.5
 
 
@@ -51,7 +54,8 @@ class LayerCalibration:
 
     Attributes:
         balance: float32 ``[n_kv_heads, head_dim]``, see docs/format.md; None for a recipe without it.
-        output_error: Root mean square error of the attention output relative to the output, over coded tokens alone.
+        output_error: Root mean square error of the attention output relative to the length of the values that are attended to,
+            over coded tokens alone. (The output itself may be a small difference of large values.)
         score_error: Root mean square error of the scores in nats, their mean over the tokens left out: softmax cannot see it.
     """
 
@@ -73,7 +77,7 @@ class Calibration:
     """The layers of a model under the recipes that were asked for.
 
     Attributes:
-        layers: By path and recipe; one layer may have several, of rising cost.
+        layers: By path and recipe; a layer has further steps of its `ladder` only where the ones before are not accurate.
         seconds: What it took; 0 if it was read from disk.
     """
 
@@ -94,22 +98,26 @@ def offsets(model: Any) -> tuple[int, ...]:
 
 
 def trained_context(model: Any) -> int:
-    """``max_position_embeddings`` of the model's arguments; `DEFAULT_CONTEXT` where they do not say."""
+    """Positions that the model knows, from its arguments; `DEFAULT_CONTEXT` where they do not say.
+
+    A table of positions ends there: the least number counts.
+    """
     args = getattr(model, "args", None)
+    found = []
     for holder in (args, getattr(args, "text_config", None)):
-        value = (
-            holder.get("max_position_embeddings")
-            if isinstance(holder, dict)
-            else getattr(holder, "max_position_embeddings", None)
-        )
-        if isinstance(value, int) and value > 0:
-            return value
-    return DEFAULT_CONTEXT
+        names = holder if isinstance(holder, dict) else vars(holder) if hasattr(holder, "__dict__") else {}
+        found += [n for name in CONTEXT_NAMES if isinstance(n := names.get(name), int) and n > 0]
+    return min(found, default=DEFAULT_CONTEXT)
 
 
-def prompt() -> mx.array:
-    """int ``[1, N_TOKENS]``: a fixed linear congruence over 61 tokens, which every vocabulary has."""
-    return mx.array([[(7919 * i * (i + 3) + 13 * i) % 61 + 1 for i in range(N_TOKENS)]])
+def prompt(context: int = DEFAULT_CONTEXT) -> mx.array:
+    """int ``[1, N_TOKENS]``, whole blocks as far as the context goes and two at least: one that stays exact, one that is coded.
+
+    A fixed linear congruence over 61 tokens, which every vocabulary has.
+    """
+    block = packed_format.BLOCK
+    n = max(2 * block, min(N_TOKENS, context) // block * block)
+    return mx.array([[(7919 * i * (i + 3) + 13 * i) % 61 + 1 for i in range(n)]])
 
 
 class ObservingCache:
@@ -265,11 +273,13 @@ def _errors(o: _Observation, recipe: Recipe, balance: mx.array | None) -> tuple[
         scores = q @ keys.swapaxes(-1, -2)
         return scores, mx.softmax(scores, axis=-1) @ values
 
-    scores, exact = attend(k.astype(mx.float32), v.astype(mx.float32))
+    v32 = v.astype(mx.float32)
+    scores, exact = attend(k.astype(mx.float32), v32)
+    attended = mx.softmax(scores, axis=-1) @ (v32 * v32).sum(axis=-1, keepdims=True)
     coded_scores, coded = attend(dequantize(packed_k), dequantize(packed_v))
     difference = coded_scores - scores
     difference = difference - difference.mean(axis=-1, keepdims=True)
-    output = mx.sqrt(((coded - exact) ** 2).sum() / mx.maximum((exact**2).sum(), 1e-30))
+    output = mx.sqrt(((coded - exact) ** 2).sum() / mx.maximum(attended.sum(), 1e-30))
     return output, mx.sqrt((difference**2).mean())
 
 
@@ -299,16 +309,23 @@ def observe(
         at: Offsets.
     """
     observations: dict[str, list[_Observation]] = {path: [] for path in recipes}
+    tokens = prompt(trained_context(model))
     for shift in at:
         cache, observing = make_cache(lambda shift=shift: ObservingCache(shift))
-        out = model(prompt(), cache=cache)
+        out = model(tokens, cache=cache)
         step = {path: _observation(observing[path].seen, recipe.means) for path, recipe in recipes.items()}
         arrays = [x for o in step.values() for x in (o.query_square, o.key_square, o.queries, o.keys, o.values)]
         # Ranks wait for each other in the last layer, too; one number stands for all logits.
         mx.eval(arrays, out[:, -1:, :1] if _world_size() > 1 else [])
         for path, observation in step.items():
             observations[path].append(observation)
-    return {(path, r): _calibrated(observations[path], r) for path, recipe in recipes.items() for r in ladder(recipe)}
+    layers = {}
+    for path, recipe in recipes.items():
+        for rung in ladder(recipe):
+            layers[path, rung] = _calibrated(observations[path], rung)
+            if layers[path, rung].accurate:
+                break
+    return layers
 
 
 # Kept results
@@ -357,6 +374,8 @@ def _read(path: Path, recipes: Mapping[str, Recipe]) -> dict[tuple[str, Recipe],
                 if balance is not None and (balance.dtype != mx.float32 or balance.ndim != 2 or not mx.all(balance > 0).item()):
                     return None
                 layers[layer, step] = LayerCalibration(balance, output, score)
+                if layers[layer, step].accurate:
+                    break
         return layers
     except (OSError, RuntimeError, ValueError, KeyError, TypeError):
         return None
@@ -366,6 +385,8 @@ def _write(path: Path, layers: Mapping[tuple[str, Recipe], LayerCalibration], re
     arrays, errors = {}, {}
     for layer, recipe in recipes.items():
         for i, step in enumerate(ladder(recipe)):
+            if (layer, step) not in layers:
+                break
             found = layers[layer, step]
             errors[f"{layer}/{i}"] = [found.output_error, found.score_error]
             if found.balance is not None:
@@ -397,16 +418,19 @@ def calibrate_layers(model: Any, make_cache: Any, recipes: Mapping[str, Recipe])
     """The calibration of these layers: read from disk where it was kept, else made, kept and announced."""
     from tqext.models import cache_dir
 
-    if not recipes:
+    # A rank without layers to calibrate still takes part in the others' runs of the model.
+    if not recipes and _world_size() == 1:
         return Calibration({})
     at = offsets(model)
     path = cache_dir() / "calibration" / f"{_key(model, recipes, at)}.safetensors"
-    kept = _read(path, recipes)
+    kept = _read(path, recipes) if recipes else {}
     if _all_ranks(kept is not None) and kept is not None:
         return Calibration(kept)
     begin = time.perf_counter()
     layers = observe(model, make_cache, recipes, at)
     seconds = time.perf_counter() - begin
+    if not recipes:
+        return Calibration({})
     try:
         _write(path, layers, recipes)
         where = "kept for the next time"
@@ -414,3 +438,25 @@ def calibrate_layers(model: Any, make_cache: Any, recipes: Mapping[str, Recipe])
         where = f"not kept: {error}"
     print(f"tqext: calibrated {len(recipes)} layers at {len(at)} positions in {seconds:.1f} s ({where})", file=sys.stderr)
     return Calibration(layers, seconds)
+
+
+# Command
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """``tqext calibrate``: what compression does to each layer's attention, and what the guard makes of it."""
+    import argparse
+
+    from tqext.cli import add_kv_options, policy_of
+    from tqext.mlx_lm import attach, report
+    from tqext.models import load
+
+    parser = argparse.ArgumentParser(prog="tqext calibrate", description=main.__doc__)
+    parser.add_argument("--model", required=True, help="a folder, a GGUF file, a hub id, or smollm2")
+    add_kv_options(parser)
+    options = parser.parse_args(argv)
+    policy = policy_of(options)
+    if policy is None:
+        parser.error("--kv none: expected a preset to calibrate for")
+    model, _ = load(options.model)
+    print(report(attach(model, policy)).table())

@@ -14,6 +14,7 @@ from tqext.presets import DEFAULT_PRESET, PRESETS
 MLX_LM_COMMANDS = ("generate", "chat", "server", "cache_prompt", "benchmark", "evaluate")
 OWN_COMMANDS = {
     "bench": "tqext.bench.__main__",
+    "calibrate": "tqext.calibration",
     "plan": "tqext.plan",
     "doctor": "tqext.doctor",
     "eval": "tqext.evaluate",
@@ -21,8 +22,8 @@ OWN_COMMANDS = {
 }
 # Options of mlx-lm that name a model, to be resolved before mlx-lm sees them.
 _MODEL_OPTIONS = ("--model", "--draft-model")
-# Options of mlx-lm for its own caches; with a compressed cache they would do nothing, or switch batching off.
-_STOCK_CACHE_OPTIONS = ("--kv-bits", "--max-kv-size")
+# Options of mlx-lm for its own caches; with a compressed cache they would switch batching off.
+_STOCK_CACHE_OPTIONS = ("--kv-bits",)
 _UNCOMPRESSED = "none"
 
 USAGE = f"""usage: tqext COMMAND [--kv PRESET] [options of the command]
@@ -32,7 +33,8 @@ on a compressed cache, with the options of mlx_lm.COMMAND:
 own commands:
   plan           does it fit: bytes per token and the longest context in a given memory
   doctor         versions, backend, instruction set, and the path proof on a tiny model
-  eval           perplexity, KL and passkeys through a compressed cache
+  calibrate      the error of each layer under a preset, and what the guard makes of it
+  eval           perplexity, KL (--by-position), passkeys and tool calls (--agents) through a compressed cache
   bench          measure: attention, memory, quality, 1-bit matrices, other packages
   quantize-1bit  round a model's weights to 1 bit: --model IN --out OUT
 
@@ -178,7 +180,8 @@ class _Witness:
         """A cache from a file."""
         self.cache = cache
         compressed = [(i, c) for i, c in enumerate(cache) if hasattr(c, "n_coded")]
-        other = policy is None or any(c.recipe != policy.of_layer(i, len(cache)) for i, c in compressed)
+        # The guard may have stepped some layers up: a cache of this policy has others that are as it says.
+        other = policy is None or all(c.recipe != policy.of_layer(i, len(cache)) for i, c in compressed)
         text = f"KV cache from the file: {len(compressed)} of {len(cache)} layers compressed"
         if compressed and other:
             name = _UNCOMPRESSED if policy is None else policy.name

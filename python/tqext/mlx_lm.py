@@ -65,12 +65,8 @@ def _make_mlx_lm_cache(previous: Callable[..., Any], model: Any, max_kv_size: in
             if _load_policy is not None and isinstance(model, nn.Module) and _KEY not in vars(model):
                 _attach(model, _Attachment(_load_policy, installed=True))
     if max_kv_size is not None and isinstance(model, _CompressedCaches):
-        report = model._tqext_report()
-        if report.compressed:
-            raise ValueError(
-                f"[make_prompt_cache] max_kv_size: expected None for a compressed cache ({report.policy.name}), which keeps "
-                f"every token, got {max_kv_size}; tqext.detach(model) gives mlx-lm's bounded cache"
-            )
+        if model._tqext_report().compressed:
+            return model._tqext_cache(max_kv_size)
         if _stock_make_cache(model) is None:
             return previous(_layers_of(model), max_kv_size)
     return previous(model, max_kv_size)
@@ -197,9 +193,12 @@ class _CompressedCaches:
 
     def make_cache(self) -> list[Any]:
         """A compressed cache for every layer that allows it."""
+        return self._tqext_cache(None)
+
+    def _tqext_cache(self, max_kv_size: int | None) -> list[Any]:
         hook()
         report = self._tqext_report()
-        cache = _compressed(stock_cache(self), report)
+        cache = _compressed(stock_cache(self), report, max_kv_size)
         for observer in list(_observers):
             observer(report, cache)
         return cache
@@ -257,10 +256,23 @@ def detach(model: Any) -> Any:
     return model
 
 
-def make_prompt_cache(model: Any, preset: str | Policy = DEFAULT_PRESET, **overrides: Any) -> list[Any]:
-    """A prompt cache for ``mlx_lm.generate(..., prompt_cache=)``, compressed where the model allows it."""
+def make_prompt_cache(
+    model: Any, preset: str | Policy = DEFAULT_PRESET, *, max_kv_size: int | None = None, **overrides: Any
+) -> list[Any]:
+    """A prompt cache for ``mlx_lm.generate(..., prompt_cache=)``, compressed where the model allows it.
+
+    Args:
+        model: Any mlx-lm model.
+        preset: See `install`.
+        max_kv_size: Tokens that each compressed layer keeps at most: the first ones, and of the others the last ones
+            (`TurboQuantKVCache`'s ``max_size``). None: all.
+        **overrides: See `tqext.presets.get_policy`.
+
+    Raises:
+        ValueError: A bound that leaves no room for codes, or one for a model in which other layers keep all tokens.
+    """
     hook()
-    return _compressed(stock_cache(model), _judged(model, get_policy(preset, **overrides)))
+    return _compressed(stock_cache(model), _judged(model, get_policy(preset, **overrides)), max_kv_size)
 
 
 def stock_cache(model: Any) -> list[Any]:
@@ -501,15 +513,21 @@ def _replaced(caches: Sequence[Any], new: Callable[[str, Any], Any], prefix: str
     return out
 
 
-def _compressed(stock: Sequence[Any], report: Report) -> list[Any]:
+def _compressed(stock: Sequence[Any], report: Report, max_kv_size: int | None = None) -> list[Any]:
     layers = {layer.path: layer for layer in report.layers}
+    unbounded = [layer.path for layer in report.layers if layer.recipe is None and layer.cache == "KVCache"]
+    if max_kv_size is not None and unbounded:
+        raise ValueError(
+            f"[make_prompt_cache] max_kv_size: expected None, as the layers {', '.join(unbounded)} are not compressed "
+            f"({report.policy.name}) and keep every token, got {max_kv_size}; tqext.detach(model) gives mlx-lm's bounded cache"
+        )
 
     def new(path: str, cache: Any) -> Any:
         layer = layers[path]
         if layer.recipe is None:
             return cache
         balance = None if layer.calibration is None else layer.calibration.balance
-        return TurboQuantKVCache(layer.recipe, balance=balance, shared=layer.shared)
+        return TurboQuantKVCache(layer.recipe, balance=balance, shared=layer.shared, max_size=max_kv_size)
 
     return _replaced(stock, new)
 
@@ -574,12 +592,21 @@ def calibrate(model: Any, preset: str | Policy = DEFAULT_PRESET, **overrides: An
     return _calibrate(model, probe(model, preset, **overrides))
 
 
-def _calibrate(model: Any, report: Report) -> Calibration:
-    wanted = {
-        layer.path: layer.recipe
-        for layer in report.compressed
-        if layer.recipe and (layer.recipe.balance or report.policy.guard)
-    }
+def report(model: Any) -> Report:
+    """What an attached model's caches are like: compressed or not, and why, with the errors that the calibration found.
+
+    Raises:
+        ValueError: The model is not attached.
+    """
+    if not isinstance(model, _CompressedCaches):
+        raise ValueError(f"[report] model: expected an attached model, got {type(model).__name__}")
+    return model._tqext_report()
+
+
+def _calibrate(model: Any, probed: Report, *, every_layer: bool = False) -> Calibration:
+    """Of the layers that need a balance or are guarded, or of all."""
+    every_layer = every_layer or probed.policy.guard
+    wanted = {x.path: x.recipe for x in probed.compressed if x.recipe is not None and (x.recipe.balance or every_layer)}
 
     def make_cache(new: Callable[[], Any]) -> tuple[list[Any], dict[str, Any]]:
         made: dict[str, Any] = {}
@@ -594,11 +621,11 @@ def _calibrate(model: Any, report: Report) -> Calibration:
     return calibrate_layers(model, make_cache, wanted)
 
 
-def _judged(model: Any, policy: Policy) -> Report:
+def _judged(model: Any, policy: Policy, *, every_layer: bool = False) -> Report:
     """What the probe finds, calibrated, with the layers stepped up that the guard finds inaccurate."""
-    report = probe(model, policy)
-    calibration = _calibrate(model, report)
-    return Report(policy, tuple(_guarded(layer, calibration, policy.guard) for layer in report.layers))
+    probed = probe(model, policy)
+    calibration = _calibrate(model, probed, every_layer=every_layer)
+    return Report(policy, tuple(_guarded(layer, calibration, policy.guard) for layer in probed.layers))
 
 
 def _guarded(layer: Layer, calibration: Calibration, guard: bool) -> Layer:
@@ -612,7 +639,8 @@ def _guarded(layer: Layer, calibration: Calibration, guard: bool) -> Layer:
                 "" if found is first else f"stepped up to {recipe.key_bits}-bit keys: with {layer.recipe.key_bits} bits {first}"
             )
             return replace(layer, recipe=recipe, calibration=found, note=note)
-    bits = ladder(layer.recipe)[-1].key_bits
+    assert not found.accurate
+    bits = recipe.key_bits
     reason = f"compression is not accurate here: with {bits}-bit keys {found}"
     return replace(layer, recipe=None, reason=reason)
 
@@ -642,7 +670,7 @@ def verify(model: Any, preset: str | Policy = DEFAULT_PRESET, *, n_tokens: int |
         PathError: A layer fails; the message names it.
     """
     policy = get_policy(preset, **overrides)
-    report = _judged(model, policy)
+    report = _judged(model, policy, every_layer=True)
     for layer in report.compressed:
         if layer.calibration is not None and not layer.calibration.accurate:
             raise PathError(f"[verify] layer {layer.path}: not accurate: {layer.calibration}")

@@ -17,10 +17,6 @@ DEFAULT_TAIL = 64
 DEFAULT_FIRST = 64
 
 
-def _padded(head_dim: int) -> int:
-    return (head_dim + 31) // 32 * 32
-
-
 def _check(ok: bool, argument: str, expected: str, got: object) -> None:
     if not ok:
         raise ValueError(f"[policy] {argument}: expected {expected}, got {got}")
@@ -71,7 +67,7 @@ class Recipe:
     def bytes_per_block(self, key_dim: int, value_dim: int | None = None) -> int:
         """Packed bytes of a block of 64 tokens of one KV head, its mean included."""
         value_dim = value_dim or key_dim
-        padded_key, padded_value = _padded(key_dim), _padded(value_dim)
+        padded_key, padded_value = packed_format.padded_dim(key_dim), packed_format.padded_dim(value_dim)
         keys = padded_key * self.key_bits // 8 + 2 + (padded_key // 8 + 2 if self.qjl else 0)
         params = 2 if self.value_coding == "lloyd" else padded_value // 32 * 4
         values = padded_value * self.value_bits // 8 + params

@@ -1,4 +1,4 @@
-"""The saved state of a cache, version 2: a header of numbers with a checksum, then the arrays that hold anything."""
+"""The saved state of a cache, version 2: a header of numbers with a checksum, then the arrays."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ STATE_MAGIC = 0x54515854
 STATE_VERSION = 2
 
 _CODINGS = tuple(VALUE_BITS)
-_HEADER_INTS = 24  # with the checksum
+_HEADER_INTS = 23  # with the checksum
 
 
 class Header(NamedTuple):
@@ -30,9 +30,10 @@ class Header(NamedTuple):
         value_dim: Of the values.
         batch: Sequences.
         n_kv_heads: KV heads.
-        dtypes: Types of exact keys and values.
         counts: First, coded and recent tokens.
         has_balance: Whether a balance is among the arrays.
+        max_size: The bound of a bounded cache.
+        n_dropped: Tokens that it dropped.
     """
 
     recipe: Recipe
@@ -40,24 +41,25 @@ class Header(NamedTuple):
     value_dim: int
     batch: int
     n_kv_heads: int
-    dtypes: tuple[mx.Dtype, mx.Dtype]
     counts: tuple[int, int, int]
     has_balance: bool
+    max_size: int | None
+    n_dropped: int
 
     def numbers(self) -> list[int]:
         """As they are saved, without the checksum."""
         r = self.recipe
-        recipe = [r.key_bits, r.value_bits, _CODINGS.index(r.value_coding), int(r.qjl), ROTATIONS.index(r.rotation)]
-        recipe += [int(r.means), int(r.balance), r.tail, r.first]
-        sizes = [self.head_dim, self.value_dim, self.batch, self.n_kv_heads, *(FLOATS.index(d) for d in self.dtypes)]
-        head = [STATE_MAGIC, STATE_VERSION, packed_format.VERSION]
-        return [*head, *recipe, *sizes, *self.counts, 0, int(self.has_balance)]
+        recipe = [r.key_bits, r.value_bits, int(r.qjl), ROTATIONS.index(r.rotation), int(r.means), r.tail, r.first]
+        recipe += [_CODINGS.index(r.value_coding)]
+        sizes = [self.head_dim, self.value_dim, self.batch]
+        more = [self.n_kv_heads, int(r.balance), int(self.has_balance), self.max_size or 0, self.n_dropped]
+        return [STATE_MAGIC, STATE_VERSION, packed_format.VERSION, *recipe, *sizes, *self.counts, *more]
 
     @property
     def n_exact(self) -> tuple[int, int]:
-        """Tokens in the arrays of first and of recent tokens: they are apart once there are codes between them."""
+        """Tokens in the arrays of first and of recent tokens: they are apart once there are or were codes between them."""
         n_first, n_coded, n_tail = self.counts
-        return (n_first, n_tail) if n_coded else (0, n_first + n_tail)
+        return (n_first, n_tail) if n_coded or self.n_dropped else (0, n_first + n_tail)
 
 
 def check(ok: bool, expected: str, got: object) -> None:
@@ -82,14 +84,13 @@ def read_header(arrays: Any) -> Header:
     versions = (STATE_VERSION, packed_format.VERSION)
     check((ints[1], ints[2]) == versions, f"state and format versions {versions}", (ints[1], ints[2]))
     check(len(ints) == _HEADER_INTS, f"a header of {_HEADER_INTS} numbers", len(ints))
-    key_bits, value_bits, coding, qjl, rotation, means, balance, tail, n_first = ints[3:12]
-    *sizes, key_dtype, value_dtype = ints[12:18]
-    *counts, reserved, has_balance = ints[18:23]
-    flags = (qjl, means, balance, has_balance, reserved)
-    check(all(flag in (0, 1) for flag in flags) and not reserved, "flags of 0 or 1", flags)
+    key_bits, value_bits, qjl, rotation, means, tail, n_first, coding = ints[3:11]
+    sizes, counts = [*ints[11:14], ints[17]], ints[14:17]
+    balance, has_balance, max_size, n_dropped = ints[18:22]
+    flags = (qjl, means, balance, has_balance)
+    check(set(flags) <= {0, 1}, "flags of 0 or 1", flags)
     check(coding in range(len(_CODINGS)), "a known value coding", coding)
     check(rotation in range(len(ROTATIONS)), "a known rotation", rotation)
-    check({key_dtype, value_dtype} <= set(range(len(FLOATS))), "known types", (key_dtype, value_dtype))
     check(min(sizes) >= 0, "sizes of at least 0", sizes)
     recipe = Recipe(
         key_bits=key_bits,
@@ -105,8 +106,23 @@ def read_header(arrays: Any) -> Header:
     _check_counts(counts, recipe)
     check(recipe.balance or not has_balance, "no balance with a recipe without", has_balance)
     head_dim, value_dim, batch, n_kv_heads = sizes
-    dtypes = FLOATS[key_dtype], FLOATS[value_dtype]
-    return Header(recipe, head_dim, value_dim, batch, n_kv_heads, dtypes, (counts[0], counts[1], counts[2]), bool(has_balance))
+    least = recipe.first + recipe.tail + 2 * BLOCK
+    check(max_size == 0 or max_size >= least, f"a bound of at least {least} tokens", max_size)
+    check(
+        n_dropped == 0 or (max_size > 0 and n_dropped > 0 and counts[0] == recipe.first), "dropped tokens if bounded", n_dropped
+    )
+    check(n_dropped % BLOCK == 0, f"whole blocks of {BLOCK} dropped tokens", n_dropped)
+    return Header(
+        recipe,
+        head_dim,
+        value_dim,
+        batch,
+        n_kv_heads,
+        (counts[0], counts[1], counts[2]),
+        bool(has_balance),
+        max_size or None,
+        n_dropped,
+    )
 
 
 def _check_counts(counts: Sequence[int], recipe: Recipe) -> None:
@@ -122,17 +138,23 @@ def check_arrays(arrays: Sequence[mx.array], header: Header, codec: Codec) -> No
     """Every array has the shape and the type that the header implies.
 
     Args:
-        arrays: Without the header: codes if any, first and recent keys and values if any, the balance if any.
+        arrays: Without the header. With tokens: codes, first keys and values, recent keys and values, any of them perhaps of no
+            token. Then the balance, if there is one.
     """
-    rows = (header.batch, header.n_kv_heads)
-    dims = (header.head_dim, header.value_dim)
-    n_coded = header.counts[1]
+    rows, dims = (header.batch, header.n_kv_heads), (header.head_dim, header.value_dim)
     expected: list[tuple[tuple[int, ...], mx.Dtype]] = []
-    if n_coded:
+    if sum(header.counts):
+        most, step = packed_format.MAX_DIM, packed_format.DIM_STEP
+        check(all(dim % step == 0 and 0 < dim <= most for dim in dims), f"head dimensions up to {most} by {step}", dims)
+        n_parts = len(codec.per_row)
+        n_arrays = n_parts + 4 + header.has_balance
+        check(len(arrays) == n_arrays, f"{n_arrays} arrays after the header", len(arrays))
+        dtypes = [x.dtype for x in arrays[n_parts + 2 : n_parts + 4]]
+        check(all(dtype in FLOATS for dtype in dtypes), "recent tokens of a float type", dtypes)
         for template, per in zip(codec.empty(1, 1), codec.per_row, strict=True):
-            expected.append(((*rows, n_coded // per, template.shape[-1]), template.dtype))
-    for n in header.n_exact:
-        expected += [((*rows, n, dim), dtype) for dim, dtype in zip(dims, header.dtypes, strict=True) if n]
+            expected.append(((*rows, header.counts[1] // per, template.shape[-1]), template.dtype))
+        for n in header.n_exact:
+            expected += [((*rows, n, dim), dtype) for dim, dtype in zip(dims, dtypes, strict=True)]
     if header.has_balance:
         expected.append(((header.n_kv_heads, header.head_dim), mx.float32))
     check(len(arrays) == len(expected), f"{len(expected)} arrays after the header", len(arrays))
@@ -157,7 +179,7 @@ def _mixed(words: mx.array) -> mx.array:
     return words ^ (words >> 16)
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=8)  # the layers of a model ask for the same ones
 def _word_keys(spans: tuple[tuple[int, int, int], ...]) -> npt.NDArray[np.uint32]:
     keys = [(np.arange(begin, end, dtype=np.uint64) * _WORD + salt * _ARRAY).astype(np.uint32) for begin, end, salt in spans]
     return np.concatenate(keys)
@@ -194,10 +216,10 @@ def sum_of(arrays: Sequence[mx.array], begin: Sequence[int] = (), first: int = 1
     return _mixed(joined ^ keys).sum().reshape(1)
 
 
-def checksum(numbers: Sequence[int], arrays: Sequence[mx.array]) -> mx.array:
-    """uint32 ``[1]``: of the header's numbers and of the arrays that follow it; empty ones do not count."""
-    total = sum_of([mx.array(list(numbers), mx.int32).reshape(1, -1)], first=0)
-    for i, x in enumerate(arrays, 1):
+def checksum(numbers: Sequence[int], arrays: Sequence[mx.array], begin: int = 1) -> mx.array:
+    """uint32 ``[1]``: of the header's numbers and of the arrays whose first has the place `begin`; empty ones do not count."""
+    total = sum_of([mx.array(list(numbers), mx.int32)], first=0)
+    for i, x in enumerate(arrays, begin):
         if x.size:
             total = total + sum_of([x], first=i)
     return total

@@ -18,7 +18,7 @@ SCHEDULES = [sim.IN_ORDER, sim.REVERSE, sim.RANDOM]
 def pytest_collection_modifyitems(config, items):
     """Leaves out parameter sets of the shared operator tests that have no kernel, or a kernel another set runs too.
 
-    TQEXT_METAL_SIM=full keeps every set that has a kernel (about six minutes of one processor, in place of one).
+    TQEXT_METAL_SIM=full keeps every set that has a kernel (some ten minutes of one processor instead of two).
     """
     full = os.environ.get("TQEXT_METAL_SIM") == "full"
     dropped = []

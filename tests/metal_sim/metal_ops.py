@@ -41,7 +41,7 @@ def header_enums(*names: str) -> dict[str, int]:
 
 ENUM = header_enums("params.h", "q1_params.h", "format.h")
 
-STRIDES4, STRIDES3 = ctypes.c_int64 * 4, ctypes.c_int64 * 3
+STRIDES4, STRIDES3, STRIDES2 = ctypes.c_int64 * 4, ctypes.c_int64 * 3, ctypes.c_int64 * 2
 
 
 class AttentionShape(ctypes.Structure):
@@ -61,9 +61,11 @@ class AttentionShape(ctypes.Structure):
                 "n_tail",
                 "key_bits",
                 "value_bits",
+                "value_coding",
                 "hadamard",
                 "causal",
-                "has_mean",
+                "means_kind",
+                "has_balance",
                 "has_residual",
                 "mask_kind",
                 "has_sinks",
@@ -73,19 +75,21 @@ class AttentionShape(ctypes.Structure):
             ]
         ]
         + [("scale", ctypes.c_float)]
-        + [(name, STRIDES4) for name in ["q", "first_keys", "first_values", "tail_keys", "tail_values", "mask"]]
+        + [(name, STRIDES4) for name in ["q", "means", "first_keys", "first_values", "tail_keys", "tail_values", "mask"]]
         + [
             (name, STRIDES3)
-            for name in ["key_codes", "key_norms", "key_signs", "residual_norms", "value_codes", "value_params", "mean"]
+            for name in ["key_codes", "key_norms", "key_signs", "residual_norms", "value_codes", "value_params"]
         ]
+        + [("balance", STRIDES2)]
     )
 
 
 class EncodeShape(ctypes.Structure):
     _fields_ = [(name, ctypes.c_int32) for name in ["type", "batch", "n_heads", "n_tokens", "head_dim", "bits", "flags"]] + [
         ("in_", STRIDES4),
+        ("means", STRIDES4),
         ("in_params", STRIDES3),
-        ("mean", STRIDES3),
+        ("balance", STRIDES2),
     ]
 
 
@@ -167,7 +171,14 @@ def buffer_of(x: np.ndarray) -> np.ndarray:
 def strides(x: np.ndarray, n: int, unit: int | None = None):
     """The first n strides in elements, or in `unit` bytes."""
     steps = [step // (unit or x.itemsize) for step in x.strides]
-    return (STRIDES4 if n == 4 else STRIDES3)(*steps[:n])
+    return {4: STRIDES4, 3: STRIDES3, 2: STRIDES2}[n](*steps[:n])
+
+
+def means_of(means, batch: int, n_kv_heads: int, n_tokens: int) -> tuple[np.ndarray, bool]:
+    """Means of blocks as the op hands them to the kernels [batch, n_kv_heads, n_blocks, D], and whether they are fp32."""
+    array = as_numpy(means)
+    shape = batch, n_kv_heads, -(-n_tokens // ENUM["kBlockTokens"]), array.shape[-1]
+    return np.broadcast_to(array, shape), array.dtype == np.float32
 
 
 def _empty(n_numbers: int) -> sim.Output:
@@ -251,19 +262,23 @@ def turboquant_attention(
     shape.batch, shape.n_q_heads, shape.n_kv_heads, shape.n_queries = batch, n_q_heads, n_kv_heads, n_queries
     shape.head_dim, shape.value_dim, shape.n_coded = head_dim, value_dim, n_coded
     shape.key_bits, shape.value_bits, shape.hadamard = packed_k.bits, packed_v.bits, hadamard
+    lloyd = packed_v.coding == "lloyd"
+    shape.value_coding = ENUM["kValueLloyd" if lloyd else "kValueGroups"]
     shape.causal, shape.n_cores = isinstance(mask, str), device.n_cores
     shape.scale = scale if scale is not None else head_dim**-0.5
     vectors("kAttentionQueries", "q", queries)
     packed("kAttentionKeyCodes", "key_codes", packed_k.codes, 4)
     packed("kAttentionKeyNorms", "key_norms", packed_k.norms, 2)
     packed("kAttentionValueCodes", "value_codes", packed_v.codes, 4)
-    packed("kAttentionValueParams", "value_params", packed_v.params, 4)
-    if packed_k.mean is not None:
-        mean = as_numpy(packed_k.mean.astype(mx.float32) if isinstance(packed_k.mean, mx.array) else packed_k.mean)
-        mean = np.broadcast_to(mean, (batch, n_kv_heads, head_dim))
-        bind("kAttentionMean", mean)
-        shape.has_mean = 1
-        shape.mean = strides(mean, 3)
+    packed("kAttentionValueParams", "value_params", packed_v.params, 2 if lloyd else 4)
+    if packed_k.means is not None and n_coded > 0:
+        means, is_float = means_of(packed_k.means, batch, n_kv_heads, n_coded)
+        shape.means_kind = ENUM["kMeansFloat" if is_float else "kMeansHalf"]
+        vectors("kAttentionMeans", "means", means)
+    if packed_k.balance is not None:
+        balance = as_numpy(packed_k.balance)
+        bind("kAttentionBalance", balance)
+        shape.has_balance, shape.balance = 1, strides(balance, 2)
     if packed_k.signs is not None:
         shape.has_residual = 1
         packed("kAttentionKeySigns", "key_signs", packed_k.signs, 4)
@@ -310,7 +325,38 @@ def turboquant_attention(
     return _to_mx(out.array, dtype)
 
 
-def _encode(device, op, vectors_or_codes, dtype, head_dim, bits, *, params=None, mean=None, flags=0, outputs=(), unit=None):
+ENCODE_OPS = [
+    "quantize_keys",
+    "quantize_values_groups",
+    "quantize_values_lloyd",
+    "dequantize_levels",
+    "dequantize_groups",
+    "rotate",
+]
+
+
+def plan_encode(lib, op, shape) -> tuple[dict, np.ndarray]:
+    """The plan, and the kernel's parameter struct as bytes."""
+    params = np.zeros(lib.tq_sizeof_encode_params(), np.uint8)
+    plan = json.loads(lib.tq_plan_encode(ENCODE_OPS.index(op), ctypes.byref(shape), params.ctypes.data_as(ctypes.c_void_p)))
+    return plan, params
+
+
+def _encode(
+    device,
+    op,
+    vectors_or_codes,
+    dtype,
+    head_dim,
+    bits,
+    *,
+    params=None,
+    means=None,
+    balance=None,
+    flags=0,
+    outputs=(),
+    unit=None,
+):
     """Runs one kernel of turboquant_encode.metal on [B, H, n, last]; outputs: (buffer name, Output)."""
     lib, shape = plans(), EncodeShape()
     source = packed_input(device, vectors_or_codes) if params is not None else as_numpy(vectors_or_codes)
@@ -323,15 +369,18 @@ def _encode(device, op, vectors_or_codes, dtype, head_dim, bits, *, params=None,
         shape.in_params = strides(array, 3, unit)
         if array.size:
             buffers[ENUM["kEncodeInParams"]] = buffer_of(array)
-    if mean is not None:
-        array = np.broadcast_to(as_numpy(mean.astype(mx.float32)), (*source.shape[:2], head_dim))
-        shape.mean = strides(array, 3)
-        buffers[ENUM["kEncodeMeanVector"]] = buffer_of(array)
-        flags |= ENUM["kEncodeMean"]
+    if means is not None:
+        array, is_float = means_of(means, *source.shape[:3])
+        shape.means = strides(array, 4)
+        buffers[ENUM["kEncodeMeanVectors"]] = buffer_of(array)
+        flags |= ENUM["kEncodeMeans"] | (ENUM["kEncodeFloatMeans"] if is_float else 0)
+    if balance is not None:
+        array = as_numpy(balance)
+        shape.balance = strides(array, 2)
+        buffers[ENUM["kEncodeBalanceVectors"]] = buffer_of(array)
+        flags |= ENUM["kEncodeBalance"]
     shape.flags = flags
-    blob = np.zeros(lib.tq_sizeof_encode_params(), np.uint8)
-    kind = ["quantize_keys", "quantize_values", "dequantize_keys", "dequantize_values", "rotate"].index(op)
-    plan = json.loads(lib.tq_plan_encode(kind, ctypes.byref(shape), blob.ctypes.data_as(ctypes.c_void_p)))
+    plan, blob = plan_encode(lib, op, shape)
     if not source.size:
         return
     buffers |= {ENUM[name]: out for name, out in outputs} | {ENUM["kEncodeParams"]: blob}
@@ -346,7 +395,7 @@ def _rotation_flag(rotation: str) -> int:
     return ENUM["kEncodeHadamard"] if rotation == "hadamard" else 0
 
 
-def quantize_keys(device, k, *, bits=3, mean=None, qjl=False, rotation="hadamard"):
+def quantize_keys(device, k, *, bits=3, means=None, balance=None, qjl=False, rotation="hadamard"):
     """codes, norms, and with `qjl` signs and residual norms."""
     lead, dim = k.shape[:3], padded(k.shape[3])
     outputs = [
@@ -359,39 +408,43 @@ def quantize_keys(device, k, *, bits=3, mean=None, qjl=False, rotation="hadamard
             ("kEncodeResidualNorms", sim.Output((*lead, 1), np.float16)),
         ]
     flags = _rotation_flag(rotation) | (ENUM["kEncodeResidual"] if qjl else 0)
-    _encode(device, "quantize_keys", k, k.dtype, k.shape[3], bits, mean=mean, flags=flags, outputs=outputs)
+    centre = dict(means=means, balance=balance)
+    _encode(device, "quantize_keys", k, k.dtype, k.shape[3], bits, **centre, flags=flags, outputs=outputs)
     return [mx.array(out.array) for _, out in outputs]
 
 
-def quantize_values(device, v, *, bits=2, rotation="hadamard"):
+def quantize_values(device, v, *, bits=2, coding="groups", rotation="hadamard"):
     """codes, params."""
     lead, dim = v.shape[:3], padded(v.shape[3])
     outputs = [
         ("kEncodeOut", sim.Output((*lead, dim * bits // 32), np.uint32)),
-        ("kEncodeOutParams", sim.Output((*lead, dim // 16), np.float16)),
+        ("kEncodeOutParams", sim.Output((*lead, 1 if coding == "lloyd" else dim // 16), np.float16)),
     ]
-    _encode(device, "quantize_values", v, v.dtype, v.shape[3], bits, flags=_rotation_flag(rotation), outputs=outputs)
+    op, flags = f"quantize_values_{coding}", _rotation_flag(rotation)
+    _encode(device, op, v, v.dtype, v.shape[3], bits, flags=flags, outputs=outputs)
     return [mx.array(out.array) for _, out in outputs]
 
 
 def dequantize(device, packed, *, rotated=False, dtype=mx.float32):
     """`tqext.dequantize` for rotations "hadamard" and "none"."""
     keys = hasattr(packed, "norms")
+    levels = keys or packed.coding == "lloyd"
     head_dim = packed.head_dim or packed.codes.shape[-1] * 32 // packed.bits
     width = padded(head_dim) if rotated else head_dim
     out = sim.Output((*packed.codes.shape[:3], width), _numpy_type(dtype))
+    centre = dict(means=packed.means, balance=packed.balance) if keys and not rotated else {}
     _encode(
         device,
-        "dequantize_keys" if keys else "dequantize_values",
+        "dequantize_levels" if levels else "dequantize_groups",
         packed.codes,
         dtype,
         width,
         packed.bits,
         params=packed.norms if keys else packed.params,
-        mean=None if rotated or not keys else packed.mean,
+        **centre,
         flags=0 if rotated else _rotation_flag(packed.rotation),
         outputs=[("kEncodeOut", out)],
-        unit=2 if keys else 4,
+        unit=2 if levels else 4,
     )
     return _to_mx(out.array, dtype)
 

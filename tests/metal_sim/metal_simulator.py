@@ -57,6 +57,8 @@ MODE_FLAGS = {
         "-fsanitize=bounds,alignment,null,integer-divide-by-zero,shift-exponent",
         "-fno-vectorize",
         "-fno-slp-vectorize",
+        # Variables that a kernel does not set hold NaN.
+        "-ftrivial-auto-var-init=pattern",
     ],
 }
 STRICT_FLAGS = [
@@ -72,6 +74,25 @@ STRICT_FLAGS = [
     "-Wvla",
     "-Werror=vla",
     "-ferror-limit=40",
+]
+
+# The GPU whose back end of clang's is nearest to Apple's in what it counts: 32 lanes, registers of 32 bits.
+GPU_FLAGS = [
+    "--target=amdgcn-amd-amdhsa",
+    "-mcpu=gfx1030",
+    "-nogpulib",
+    "-std=c++20",
+    "-nostdinc++",
+    "-O3",
+    "-ffp-contract=off",
+    "-fno-exceptions",
+    "-fno-rtti",
+    f"-I{INCLUDE}",
+    "-Wno-everything",
+    "-mllvm",
+    "-amdgpu-early-inline-all=true",
+    "-mllvm",
+    "-amdgpu-function-calls=false",
 ]
 
 # Scheduling options of a dispatch (runtime.cpp).
@@ -198,6 +219,68 @@ def _as_file(source: str | Path) -> Path:
         part.write_text(source)
         part.replace(path)
     return path
+
+
+@dataclass
+class Compiled:
+    """A kernel as clang compiles it for a GPU."""
+
+    registers: int  # of a lane
+    spilled: int  # with at most `limit` registers
+    arrays: list[str]  # variables that are memory, and vectors of registers with an index that is not known
+    instructions: int
+
+
+def compile_for_gpu(source: str, constants: dict[str, int], *, includes=(), limit: int) -> Compiled:
+    """Compiles the one kernel of a .metal source for AMD's gfx1030, without and with a limit of registers.
+
+    Another compiler than Apple's for another GPU: the figures show what a change does, not what a Mac needs.
+
+    Args:
+        source: the text.
+        constants: values of the function constants, by name.
+        includes: folders of included headers.
+        limit: of registers.
+    """
+    require_clang()
+    BUILD.mkdir(parents=True, exist_ok=True)
+    text = msl_translate.convert(_as_file(source), includes, (), "gpu", CLANG, INCLUDE / "msl_pp")
+    for name, value in constants.items():
+        text, n = re.subn(rf"extern MSL_AS2 (bool|int) {name}\s*;", rf"constexpr \1 {name} = \1({value});", text)
+        if n != 1:
+            raise KeyError(f"function constant {name}")
+    text = text.replace("static MSL_AS3", "static __attribute__((loader_uninitialized)) MSL_AS3")
+    text, n = re.subn(
+        r"inline constexpr auto msl_inst_\d+ = &([^;]*);", r"template struct gpu::Kernel<&\1, decltype(\1)>;", text
+    )
+    if n != 1:
+        raise ValueError(f"expected one kernel, got {n}")
+    with tempfile.TemporaryDirectory(dir=BUILD) as folder:
+        cpp, plain, limited, assembly = (Path(folder) / name for name in ("k.cpp", "k.ll", "limited.ll", "k.s"))
+        cpp.write_text(text)
+        _run([CLANG, *GPU_FLAGS, "-S", "-emit-llvm", str(cpp), "-o", str(plain)])
+        # Attributes that C++ has no words for.
+        ir = plain.read_text()
+        (group,) = set(re.findall(r"^define [^\n]*amdgpu_kernel[^\n]*#(\d+)", ir, re.M))
+
+        def attributed(extra):
+            path = limited
+            path.write_text(re.sub(rf"^attributes #{group} = {{", rf"\g<0> {extra}", ir, flags=re.M))
+            flags = [flag for flag in GPU_FLAGS if not flag.startswith(("-std", "-nostdinc++"))]
+            _run([CLANG, "-x", "ir", *flags, "-Xclang", "-disable-llvm-passes", "-S", str(path), "-o", str(assembly)])
+            return assembly.read_text()
+
+        def figure(text, name):
+            return int(re.search(rf"\.{name}:\s+(\d+)", text).group(1))
+
+        threads = '"amdgpu-flat-work-group-size"="256,256"'
+        free, tight = attributed(threads), attributed(f'{threads} "amdgpu-num-vgpr"="{limit}"')
+        return Compiled(
+            registers=figure(free, "vgpr_count"),
+            spilled=figure(tight, "vgpr_spill_count"),
+            arrays=re.findall(r"alloca .*|(?:extract|insert)element .*, i\d+ %[\w.]+$", ir, re.M),
+            instructions=len(re.findall(r"^\t(?:[vs]|ds|global|flat|buffer|scratch)_\w+", tight, re.M)),
+        )
 
 
 def strict_errors(source: str | Path, *, includes=(), defines=()) -> list[str]:

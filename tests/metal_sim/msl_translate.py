@@ -1,11 +1,12 @@
 """Translates preprocessed Metal Shading Language to C++20.
 
 The text is split into tokens and rewritten; line markers stay, so that diagnostics, debug information and reports of the
-checker name lines of the .metal file. Two modes:
+checker name lines of the .metal file. Three modes:
 
 exec: address spaces vanish, threadgroup variables of a kernel become references into simulated memory, kernels and function
     constants register themselves with the runtime.
 strict: address spaces become `__attribute__((address_space(N)))`; for `clang -fsyntax-only`.
+gpu: as strict, with the loop pragmas; for a compiler that has a GPU as its target.
 
 Macros alone would not do: `threadgroup` variables inside functions, `template [[host_name]] [[kernel]] decltype(...)`,
 function constants and unsuffixed float literals (float in Metal) have no C++ counterpart.
@@ -469,11 +470,11 @@ class Rewriter:
 
     def run(self):
         self.fix_attr_tokens()
-        self.strip_pragmas()
+        if self.mode != "gpu":
+            self.strip_pragmas()
         self.literals()
-        if self.mode == "strict":
+        if self.mode != "exec":
             self.vector_ctors()
-        if self.mode == "strict":
             self.fc_extern()
         self.kernels_pass()
         self.globals_and_attrs()
@@ -494,7 +495,7 @@ def preprocess(source, includes=(), defines=(), clang="clang++-19", shim="") -> 
 
 
 def convert(source, includes=(), defines=(), mode="exec", clang="clang++-19", shim="") -> str:
-    """Returns the C++ text of a .metal file: `exec` to run it, `strict` for a syntax check."""
+    """Returns the C++ text of a .metal file: `exec` to run it, `strict` for a syntax check, `gpu` to compile it for a GPU."""
     rewriter = Rewriter(preprocess(source, includes, defines, clang, shim), mode)
-    header = "runtime.h" if mode == "exec" else "strict.h"
+    header = {"exec": "runtime.h", "strict": "strict.h", "gpu": "gpu.h"}[mode]
     return f'#define MSL_MODE_{mode.upper()} 1\n#include "msl/{header}"\n' + rewriter.run()

@@ -12,6 +12,7 @@ import tqext
 # What the kernels cannot show: argument checks, compilation, and what the op composes.
 OP_ONLY = (
     *("compile", "reject", "bad_", "reference_hadamard", "dense_matrix", "none_changes_nothing", "nothing_gives_nothing"),
+    "block_means",  # composed of MLX operations
     *("distortion", "unbiased", "closer"),  # averages over many tokens: the bytes are compared instead
 )
 
@@ -34,7 +35,7 @@ def SELECTION(name, params):
     if name == "test_quantize_matches_reference_wherever_no_decision_is_close":
         return not composed, dim == 80 and params["rotation"] == "hadamard"  # thousands of tokens
     if "golden" in name:
-        kernel = bool(tqext.format.hadamard_factor(metal_ops.padded(params["case"]["head_dim"])))
+        kernel = params["case"].get("rotation") != "orthogonal" and _has_factor(params["case"]["head_dim"])
         return kernel, params["dtype"] == "float32" and params["case"]["head_dim"] in (64, 80, 96, 128)
     few = dim == 128 or (params.get("dtype", "float32") == "float32" and dim in (32, 64, 80, 96, 160, 512))
     return not composed, few and params.get("rotation") != "none"
@@ -59,15 +60,15 @@ def on_the_simulated_gpu(request, scheduled, monkeypatch):
     def hadamard(x, *_, rotation="hadamard", **__):
         return rotation in ("hadamard", "none") and _has_factor(x.shape[-1])
 
-    def keys(k, *, bits=3, mean=None, qjl=False, rotation="hadamard"):
-        parts = metal_ops.quantize_keys(scheduled, k, bits=bits, mean=mean, qjl=qjl, rotation=rotation)
+    def keys(k, *, bits=3, means=None, balance=None, qjl=False, rotation="hadamard"):
+        centre = dict(means=means, balance=balance)
+        parts = metal_ops.quantize_keys(scheduled, k, bits=bits, **centre, qjl=qjl, rotation=rotation)
         signs = parts[2:] if qjl else (None, None)
-        return tqext.PackedKeys(parts[0], parts[1], mean, *signs, bits, k.shape[-1], rotation)
+        return tqext.PackedKeys(parts[0], parts[1], means, balance, *signs, bits, k.shape[-1], rotation)
 
-    def values(v, *, bits=2, rotation="hadamard"):
-        return tqext.PackedValues(
-            *metal_ops.quantize_values(scheduled, v, bits=bits, rotation=rotation), bits, v.shape[-1], rotation
-        )
+    def values(v, *, bits=2, coding="groups", rotation="hadamard"):
+        parts = metal_ops.quantize_values(scheduled, v, bits=bits, coding=coding, rotation=rotation)
+        return tqext.PackedValues(*parts, bits, v.shape[-1], coding, rotation)
 
     def rotate(x, inverse=False, *, rotation="hadamard"):
         # The host code counts rows the same way (metal/turboquant_encode.cpp).

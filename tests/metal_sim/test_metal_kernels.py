@@ -9,9 +9,11 @@ import metal_simulator as sim
 import mlx.core as mx
 import msl_lint
 import msl_translate
+import numpy as np
 import pytest
 from instances import INSTANCES
 
+import tqext
 from support import KERNEL_TOLERANCE, Problem, assert_close
 
 METAL = metal_ops.ROOT / "metal"
@@ -29,16 +31,39 @@ def packed_bytes(problem):
     return [x.nbytes for x in (*problem.packed_k[:2], *problem.packed_v[:2])]
 
 
+def bytes_read(device, buffer):
+    index = metal_ops.ENUM[buffer]
+    return sum(stats.buffer_read[index] for _, stats in device.log)
+
+
+CODINGS = [("groups", 2), ("lloyd", 3)]
+
+
 # --- bytes and launches -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("coding, value_bits", CODINGS)
 @pytest.mark.parametrize("n_repeats, n_rows", [(1, 1), (2, 1), (3, 1), (4, 1), (8, 1), (16, 1), (4, 8)])
-def test_every_packed_byte_is_read_once_for_all_rows(checked, n_repeats, n_rows):
-    problem = Problem(n_repeats=n_repeats, n_rows=n_rows, n_coded=600, n_tail=9)
+def test_every_packed_byte_is_read_once_for_all_rows(checked, n_repeats, n_rows, coding, value_bits):
+    problem = Problem(
+        n_repeats=n_repeats, n_rows=n_rows, n_coded=600, n_tail=9, value_coding=coding, value_bits=value_bits, means=True,
+        balance=True,
+    )  # fmt: skip
     checked.reset()
     assert_close(attend(checked, problem), problem.answer(), KERNEL_TOLERANCE[mx.float32])
     read = [sum(stats.buffer_read[i] for _, stats in checked.log) for i in range(1, 5)]
     assert read == packed_bytes(problem)
+
+
+@pytest.mark.parametrize("n_repeats", [1, 4, 8, 16])
+def test_means_are_read_once_for_all_rows(n_repeats):
+    """Once by simdgroups with whole blocks to themselves; a range of 256 tokens gives those of the split kernel half of one."""
+    for n_coded, n_cores in ((4096, 1), (4096 - 37, 1), (1024, 80)):
+        problem = Problem(n_kv_heads=1, n_repeats=n_repeats, n_coded=n_coded, head_dim=64, means=True)
+        device = metal_ops.Device("check", n_cores=n_cores)
+        attend(device, problem)
+        readers = 2 if n_repeats <= 4 and n_cores == 80 else 1
+        assert bytes_read(device, "kAttentionMeans") == readers * problem.packed_k.means.nbytes
 
 
 def test_residual_signs_are_read_once(checked):
@@ -78,7 +103,7 @@ def test_matvec_reads_every_weight_byte_once(checked):
 @pytest.mark.parametrize("n_repeats", [4, 8])
 def test_realistic_size_on_any_schedule(checked, n_repeats, schedule):
     """4096 keys, 4 KV heads, head dimension 128, exact tokens, mean: no report, the tolerance of the CPU."""
-    problem = Problem(n_kv_heads=4, n_repeats=n_repeats, n_coded=4096, n_first=4, n_tail=40, mean=True, dtype=mx.float16)
+    problem = Problem(n_kv_heads=4, n_repeats=n_repeats, n_coded=4096, n_first=4, n_tail=40, means=True, dtype=mx.float16)
     checked.reset()
     checked.schedule, checked.seed = schedule, n_repeats
     try:
@@ -89,12 +114,74 @@ def test_realistic_size_on_any_schedule(checked, n_repeats, schedule):
     assert all(not stats.report for _, stats in checked.log)
 
 
+@pytest.mark.parametrize("coding, value_bits", CODINGS)
 @pytest.mark.parametrize("n_cores", [1, 3, 10, 80])
-def test_any_number_of_ranges_gives_the_same_answer(checked, n_cores):
+def test_any_number_of_ranges_gives_the_same_answer(checked, n_cores, coding, value_bits):
     device = metal_ops.Device("check", n_cores=n_cores)
     for n_repeats in (4, 8):
-        problem = Problem(n_kv_heads=1, n_repeats=n_repeats, n_coded=3001, n_first=4, n_tail=33, head_dim=64)
+        problem = Problem(
+            n_kv_heads=1, n_repeats=n_repeats, n_coded=3001, n_first=4, n_tail=33, head_dim=64, value_coding=coding,
+            value_bits=value_bits, means=True, balance=True,
+        )  # fmt: skip
         assert_close(attend(device, problem), problem.answer(), KERNEL_TOLERANCE[mx.float32])
+
+
+@pytest.mark.parametrize("n_repeats", [1, 8])
+@pytest.mark.parametrize("padding", [0, 31, 45, 64, 200, 511, 700])
+def test_blocks_begin_where_they_were_coded_whatever_the_padding(checked, padding, n_repeats):
+    """Tiles and shares are counted from a block's first token; several tiles per simdgroup."""
+    device = metal_ops.Device("check", n_cores=1)
+    problem = Problem(
+        n_kv_heads=1, n_repeats=n_repeats, n_coded=1301, head_dim=64, means=True, balance=True,
+        options={"left_padding": mx.array([padding])},
+    )  # fmt: skip
+    assert_close(attend(device, problem), problem.answer(), KERNEL_TOLERANCE[mx.float32])
+
+
+@pytest.mark.parametrize("n_repeats", [1, 4, 8, 9])
+def test_means_of_a_dense_rotation_are_fp32(checked, n_repeats):
+    problem = Problem(n_repeats=n_repeats, n_coded=300, head_dim=64, rotation="none", means=True)
+    means = problem.packed_k.means.astype(mx.float32) * 1.0001
+    problem.packed_k = problem.packed_k._replace(means=means)
+    assert_close(attend(checked, problem), problem.answer(), KERNEL_TOLERANCE[mx.float32])
+
+
+@pytest.mark.parametrize("coding, value_bits", CODINGS)
+@pytest.mark.parametrize("n_repeats", [1, 4, 8])
+def test_tokens_beyond_the_lengths_may_hold_anything(checked, n_repeats, coding, value_bits):
+    """One row, several tiles per simdgroup, lengths that end in a tile, with a tile and with a block."""
+    device = metal_ops.Device("check", n_cores=1)
+    lengths = [300, 352, 384, 0, 700]
+    problem = Problem(
+        batch=5, n_kv_heads=1, n_repeats=n_repeats, n_coded=700, n_tail=3, head_dim=64, means=True, value_coding=coding,
+        value_bits=value_bits, options={"lengths": mx.array([[0, n, 3] for n in lengths])},
+    )  # fmt: skip
+    want = problem.answer()
+    norms, params, means = (np.array(x) for x in (problem.packed_k.norms, problem.packed_v.params, problem.packed_k.means))
+    for b, n in enumerate(lengths):
+        norms[b, :, n:], params[b, :, n:], means[b, :, -(-n // 64) :] = np.nan, np.nan, np.nan
+    problem.packed_k = problem.packed_k._replace(norms=mx.array(norms), means=mx.array(means))
+    problem.packed_v = problem.packed_v._replace(params=mx.array(params))
+    assert_close(attend(device, problem), want, KERNEL_TOLERANCE[mx.float32])
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.float32], ids=str)
+def test_encoded_bytes_of_many_tokens_are_the_cpus(fast, dtype):
+    """Roundings that differ show in some parameters of a thousand."""
+    rng = np.random.default_rng(5)
+    for dim in (128, 96):
+        x = mx.array((rng.normal(size=(1, 3, 1000, dim)) * np.exp(rng.normal(size=dim))).astype(np.float32)).astype(dtype)
+        means, balance = tqext.block_means(x), mx.array(np.exp(rng.normal(size=(3, dim))).astype(np.float32))
+        for bits in (2, 3, 4):
+            options = dict(bits=bits, means=means, balance=balance, qjl=True)
+            packed = tqext.quantize_keys(x, **options)
+            want = packed.codes, packed.norms, packed.signs, packed.residual_norms
+            for got, array in zip(metal_ops.quantize_keys(fast, x, **options), want, strict=True):
+                assert mx.array_equal(got, array).item()
+        for coding, bits in (("groups", 2), ("groups", 4), ("lloyd", 2), ("lloyd", 3), ("lloyd", 4)):
+            want = tqext.quantize_values(x, coding=coding, bits=bits)[:2]
+            for got, array in zip(metal_ops.quantize_values(fast, x, coding=coding, bits=bits), want, strict=True):
+                assert mx.array_equal(got, array).item()
 
 
 def test_preempted_threads_change_nothing(checked):
@@ -112,17 +199,18 @@ def test_preempted_threads_change_nothing(checked):
 # --- counted cost -----------------------------------------------------------------------------------------------------
 
 
-def counted_per_token(head_dim, rows):
+def counted_per_token(head_dim, rows, **options):
     """Operations per token and KV head in the split kernel's loop: the difference of two lengths, without the prologue."""
     totals = []
     for n_coded in (2048, 4096):
-        problem = Problem(n_kv_heads=1, n_repeats=rows, n_coded=n_coded, head_dim=head_dim, dtype=mx.float16)
+        problem = Problem(n_kv_heads=1, n_repeats=rows, n_coded=n_coded, head_dim=head_dim, dtype=mx.float16, **options)
         # Equal scores: the maximum is found in the first tile. A new one costs some 20 operations per row and comes ever rarer.
         problem.q = mx.zeros_like(problem.q)
         count, check = (metal_ops.Device(mode, n_cores=1) for mode in ("count", "check"))
         # The first call loads the library; its counters run from then on.
         attend(count, problem)
-        library = next(lib for lib in sim.loaded("count") if any("_split_" in k for k in lib.kernels))
+        kernel = count.log[0][0]
+        library = next(lib for lib in sim.loaded("count") if kernel in lib.kernels)
         before = [library.counter("fma"), library.counter("exp2")]
         attend(count, problem)
         fma, exp2 = (library.counter(name) - old for name, old in zip(("fma", "exp2"), before, strict=True))
@@ -134,14 +222,27 @@ def counted_per_token(head_dim, rows):
     return cost.Counted(*((b - a) / 2048 for a, b in zip(*totals, strict=True)))
 
 
-@pytest.mark.parametrize("rows, most", [(1, 5.3), (2, 7.8), (4, 13.2)])
-def test_counted_cost_at_dimension_128(rows, most):
+@pytest.mark.parametrize(
+    "rows, lloyd, means, most",
+    [
+        (1, False, False, 5.3),
+        (2, False, False, 7.8),
+        (4, False, False, 13.2),
+        (1, False, True, 5.4),
+        (4, False, True, 13.4),
+        (1, True, True, 5.1),
+        (2, True, True, 7.5),
+        (4, True, True, 12.3),
+    ],
+)
+def test_counted_cost_at_dimension_128(rows, lloyd, means, most):
     """Core cycles per key and KV head stay within the model that the design was chosen by."""
-    counted = counted_per_token(128, rows)
-    cycles = cost.core_cycles(counted, cost.Loop(128, rows))
+    coding = dict(value_coding="lloyd", value_bits=3) if lloyd else {}
+    counted = counted_per_token(128, rows, means=means, balance=means, **coding)
+    cycles = cost.core_cycles(counted, cost.Loop(128, rows, lloyd, means))
     print(f"rows {rows}: {counted}, {cycles:.2f} core cycles")
     assert round(cycles, 1) <= most
-    # Scores and values are 2 x 128 FMA per row; what is above them is the norm, the biases and the sums.
+    # Scores and values are 2 x 128 FMA per row; what is above them is the norm, the biases, the means and the sums.
     assert 256 * rows <= counted.fma <= 256 * rows * 1.2
     assert counted.exp2 <= 1.1 * rows
 
@@ -152,19 +253,27 @@ def test_counted_cost_at_dimension_128(rows, most):
 def test_plan_fits_every_shape(fast):
     """No shape asks for more threads or threadgroup memory than any Apple GPU has."""
     lib = metal_ops.plans()
-    for k, v, repeats, queries, key_bits, value_bits, qjl in itertools.product(
-        (32, 64, 80, 128, 192, 256), (64, 128, 256), (1, 3, 8, 71), (1, 8), (2, 3, 4), (2, 4), (0, 1)
-    ):
+    for k, v, repeats, queries, key_bits, (coding, value_bits), qjl, means_kind in itertools.product(
+        (32, 64, 80, 128, 192, 256), (64, 128, 256), (1, 3, 8, 71), (1, 8), (2, 3, 4), ((0, 2), (0, 4), (1, 2), (1, 3), (1, 4)),
+        (0, 1), range(3),
+    ):  # fmt: skip
         shape = metal_ops.AttentionShape(
             batch=1, n_q_heads=2 * repeats, n_kv_heads=2, n_queries=queries, head_dim=k, value_dim=v, n_coded=5000, n_tail=50,
-            key_bits=key_bits, value_bits=value_bits, hadamard=1, has_residual=qjl, n_cores=10, scale=1.0,
+            key_bits=key_bits, value_bits=value_bits, value_coding=coding, hadamard=1, means_kind=means_kind,
+            has_residual=qjl, n_cores=10, scale=1.0,
         )  # fmt: skip
         plan = metal_ops.plan_attention(lib, shape)[0]
         assert len(plan["dispatches"]) <= 3
+        tables = 2 if coding and (key_bits, metal_ops.padded(k)) != (value_bits, v) else 1
         for dispatch in plan["dispatches"]:
             assert 32 <= dispatch["threads"] <= 256 and dispatch["threads"] % 32 == 0
-            assert sum(dispatch["threadgroup_bytes"]) + 2048 + 256 <= 32768
+            assert sum(dispatch["threadgroup_bytes"]) + 2048 * tables + 256 <= 32768
             assert all(n >= 1 for n in dispatch["grid"])
+
+
+def test_buffers_fit_the_argument_table():
+    """31 on every Metal device."""
+    assert metal_ops.ENUM["kAttentionParams"] < 31 and metal_ops.ENUM["kEncodeParams"] < 31
 
 
 def test_library_instances_have_the_names_of_the_plan():
@@ -172,14 +281,20 @@ def test_library_instances_have_the_names_of_the_plan():
     text = msl_translate.preprocess(METAL / "library.metal", metal_ops.INCLUDES, shim=sim.INCLUDE / "msl_pp", clang=sim.CLANG)
     names = {re.sub(r'"\s*"', "", match).strip('" ') for match in re.findall(r"host_name\(((?:\s*\"[^\"]*\")+)\)", text)}
     lib, planned = metal_ops.plans(), set()
-    for kind, d, bits, repeats in itertools.product(range(3), (64, 128), ((3, 2), (4, 4)), (1, 2, 4, 8)):
+    for kind, d, bits, repeats in itertools.product(
+        range(3), (64, 128), ((3, 2, 0), (3, 3, 1), (4, 4, 1), (2, 2, 1)), (1, 2, 4, 8)
+    ):
         shape = metal_ops.AttentionShape(
             type=kind, batch=1, n_q_heads=repeats, n_kv_heads=1, n_queries=1, head_dim=d, value_dim=d, n_coded=5000,
-            key_bits=bits[0], value_bits=bits[1], hadamard=1, n_cores=10, scale=1.0,
+            key_bits=bits[0], value_bits=bits[1], value_coding=bits[2], hadamard=1, n_cores=10, scale=1.0,
         )  # fmt: skip
         planned |= {dispatch["kernel"] for dispatch in metal_ops.plan_attention(lib, shape)[0]["dispatches"]}
     assert planned <= names
-    assert len(names) == 3 * 2 * (2 * 4 + 1 + 8 + 1)
+    for kind, d, bits in itertools.product(range(3), (64, 128), (2, 3, 4)):
+        shape = metal_ops.EncodeShape(type=kind, batch=1, n_heads=1, n_tokens=1, head_dim=d, bits=bits)
+        operations = [x for x in metal_ops.ENCODE_OPS if "groups" not in x or bits == 2]
+        planned |= {metal_ops.plan_encode(lib, op, shape)[0]["kernel"] for op in operations}
+    assert planned == names
 
 
 # --- sources ----------------------------------------------------------------------------------------------------------

@@ -21,10 +21,12 @@ ENCODE = (metal_ops.ROOT / "metal" / "turboquant_encode.metal").read_text()
 Q1 = (metal_ops.ROOT / "metal" / "q1_matmul.metal").read_text()
 
 
-def body(source, kernel):
-    """Start and end of a kernel in the source."""
-    start = source.index(f" {kernel}(")
-    return start, source.index("\n}\n", start)
+def body(source, name):
+    """Start and end of a function or a struct in the source."""
+    start = source.find(f" {name}(")
+    if start < 0:
+        start = source.index(f"struct {name} {{")
+    return start, re.compile(r"\n};?\n").search(source, start).start()
 
 
 def replace(source, kernel, old, new, nth=1):
@@ -46,6 +48,12 @@ SMALL = dict(n_kv_heads=1, n_coded=300, head_dim=64)
 TAIL = dict(n_kv_heads=1, n_coded=40, head_dim=64, n_first=4, n_tail=33)
 ROWS = dict(n_kv_heads=1, n_coded=100, head_dim=64, n_repeats=8)
 MANY = dict(n_kv_heads=1, n_coded=100, head_dim=64, n_repeats=9)
+MEANS = dict(SMALL, n_kv_heads=2, n_coded=1300, means=True, balance=True)
+MEANS_ROWS = dict(MEANS, n_repeats=9)
+LONG_ROWS = dict(MEANS_ROWS, n_coded=2300)
+PADDED = dict(MEANS, n_coded=300, options={"left_padding": mx.array([45])})
+LLOYD = dict(SMALL, value_coding="lloyd", value_bits=3, n_coded=600)
+LLOYD_ROWS = dict(LLOYD, n_repeats=8)
 MUTATIONS = {
     "missing barrier before the weights are read": (SPLIT, SIMD_BARRIER, "", 2, SMALL),
     "missing barrier before norms are overwritten": (SPLIT, SIMD_BARRIER, "", 3, dict(SMALL, n_coded=1300)),
@@ -54,29 +62,94 @@ MUTATIONS = {
     "barrier that orders nothing": (SPLIT, BARRIER, "threadgroup_barrier(mem_flags::mem_none);", 2, SMALL),
     "simdgroup barrier in place of the threadgroup's": (SPLIT, BARRIER, SIMD_BARRIER, 2, SMALL),
     "keys read past the last token": (SPLIT, "const bool load = t < n && has_unit;", "const bool load = has_unit;", 1, SMALL),
-    "values read past the last token": (SPLIT, "x[i] = t < n && has_word ?", "x[i] = has_word ?", 1, SMALL),
+    "values read past the last token": ("GroupValues", "x[i] = t < n && has ?", "x[i] = has ?", 1, SMALL),
     "parameters of tokens beyond the range": (SPLIT, "const bool mine = int(lane) < n;", "const bool mine = int(lane) <= n;", 1, SMALL),
-    "idle lanes decode": (SPLIT, "const bool has_unit = unit < NU,", "const bool has_unit = true,", 1, dict(SMALL, head_dim=96)),
+    "idle lanes decode": (SPLIT, "const bool has_unit = unit < NU;", "const bool has_unit = true;", 1, dict(SMALL, head_dim=96)),
     "shuffle in a divergent branch": (SPLIT, "if (simd_any(tile_max > row_max)) {", "if (tile_max > row_max) {", 1, dict(SMALL, n_coded=1300)),
     "sums not rescaled at a new maximum": (SPLIT, "row_sum *= factor;", "", 1, dict(SMALL, n_coded=1300)),
-    "accumulators not rescaled": (SPLIT, "acc[i][r] *= row_factor;", ";", 1, dict(SMALL, n_coded=1300)),
+    "accumulators not rescaled": (SPLIT, "acc[i * R + r] *= row_factor;", ";", 1, dict(SMALL, n_coded=1300)),
+    "accumulators not cleared": (SPLIT, "for (int i = 0; i < NA * R; i++) acc[i] = 0.0f;", ";", 1, SMALL),
+    "matrices not cleared": (MATRIX, "put(acc[s], float2(0.0f));", ";", 1, ROWS),
     "wrong transposed reduction": (SPLIT, "const bool up = key_lane & h;", "const bool up = int(lane) & 1;", 1, SMALL),
     "bias of another group": (SPLIT, "bias_sums[(s * R + r) * NG + d / 32]", "bias_sums[(s * R + r) * NG]", 1, SMALL),
     "output rows not all written": (SPLIT, "i < n_rows * V; i += NSG * 32", "i < n_rows * V - 1; i += NSG * 32", 1, SMALL),
     "write to a part of another range": (SPLIT, "p.n_parts + int(tg.x)) * n_rows;", "p.n_parts) * n_rows;", 2, SMALL),
     "threadgroup array one short": (SPLIT, "threadgroup float weights_all[NSG * 32 * R];", "threadgroup float weights_all[NSG * 32 * R - 1];", 1, SMALL),
-    "first tokens taken for the tail": ("attend_exact", "const bool is_tail = e >= p.n_first;", "const bool is_tail = e > p.n_first;", 1, TAIL),
+    "first tokens over those of the tail": ("exact_run", "part ? n_before : 0;", "0;", 1, TAIL),
+    "tail begins a token late": ("exact_run", "max(begin - p.n_first, 0)", "max(begin - p.n_first, 1)", 1, TAIL),
+    "tail read from the first tokens' length on": ("exact_run", "end - begin - n_before", "end - begin", 1, TAIL),
+    "score of a neighbour's token": ("score_exact", "(up1 ? high : low)", "(up1 ? low : high)", 1, TAIL),
+    "exact tokens read past the last": ("score_exact", "min(first + j, run.n - 1)", "(first + j)", 1, dict(TAIL, n_first=0)),
+    "slices of values overlap": ("attend_exact", "partial[((slice - 1) * n + r) * V + d]", "partial[r * V + d]", 1, TAIL),
+    "slices read before they are written": ("attend_exact", BARRIER, "", 3, TAIL),
+    "one slice left out": ("attend_exact", "for (int i = 1; i < n_slices; i++) sum", "for (int i = 2; i < n_slices; i++) sum", 1, TAIL),
     "exact weights read before they are made": ("attend_exact", BARRIER, "", 2, TAIL),
-    "tile overwritten while in use": (MATRIX, "tile_barrier(n_blocks == 1);", "", 1, dict(MANY, n_coded=700)),
-    "tile read before it is staged": (MATRIX, "tile_barrier(n_blocks == 1);", "", 2, ROWS),
-    "simdgroup barrier where two simdgroups share a tile": (MATRIX, "tile_barrier(n_blocks == 1);", "tile_barrier(true);", 2, MANY),
-    "wrong column of the operand": (MATRIX, "const float2 offset = float2(offsets[8 * block + column],", "const float2 offset = float2(offsets[8 * block + row],", 1, dict(ROWS, mean=True)),
+    "tile overwritten while in use": (MATRIX, "tile_barrier(n_blocks == 1);", "", 3, dict(MANY, n_coded=700)),
+    "tile read before it is staged": (MATRIX, "tile_barrier(n_blocks == 1);", "", 4, ROWS),
+    "simdgroup barrier where two simdgroups share a tile": (MATRIX, "tile_barrier(n_blocks == 1);", "tile_barrier(true);", 4, MANY),
+    "wrong column of the operand": (MATRIX, "row) * 8 + column;", "row) * 8 + row;", 1, ROWS),
     "rows beyond the last one written": (MATRIX, "if (row0 + k >= n_rows) continue;", "", 1, MANY),
     "scale of another token": (MATRIX, "tile_params[t * NG + g]", "tile_params[row * NG + g]", 1, ROWS),
     "one part left out": (COMBINE, "p.n_parts, p.n_ranges", "p.n_parts - 1, p.n_ranges", 1, SMALL),
-    "misaligned read": (SPLIT, "+ NB * part_of_unit;", "+ NB * part_of_unit + 1;", 1, SMALL),
+    "misaligned read": (SPLIT, "4 * KB * unit + NB * part_of_unit;", "4 * KB * unit + NB * part_of_unit + 1;", 1, SMALL),
     "write through an input": (SPLIT, "const int n_exact = p.n_first + p.n_tail;", "const int n_exact = p.n_first + p.n_tail; const_cast<device half*>(key_norms)[0] = 0;", 1, SMALL),
+    # Means, balance
+    "mean of another block": (SPLIT, "block_offset<K, R>(p, means, my_block,", "block_offset<K, R>(p, means, my_block / 2,", 1, MEANS),
+    "offset of the first block kept": (SPLIT, "base / kBlockTokens != my_block", "my_block < 0", 1, MEANS),
+    "blocks counted from the first token attended to": ("coded_range", "range.begin / kBlockTokens * kBlockTokens", "range.begin", 1, PADDED),
+    "tiles of padding not cut": (SPLIT, "const int base = max(tile, range.begin),", "const int base = tile,", 1, PADDED),
+    "unrotated queries over the rotated ones": (SPLIT, "merged + R * M;  // for the means", "merged;", 1, MEANS),
+    "mean of the rotated query": (SPLIT, "my_block, plain_queries, lane)", "my_block, queries, lane)", 1, MEANS),
+    "offsets of the rows swapped": ("block_offset", "(up ? high : low)", "(up ? low : high)", 1, MEANS),
+    "balance left out": ("prepare_query", "x[i] /= balance", "x[i] += 0.0f * balance", 1, MEANS),
+    "balance of another head": ("prepare_query", "kv_head * p.balance.head", "0 * p.balance.head", 1, MEANS),
+    "balance multiplied": ("prepare_query", "x[i] /= balance", "x[i] *= balance", 1, MEANS_ROWS),
+    "fp16 means read as fp32": ("mean_at", "means_kind == kMeansFloat", "means_kind == kMeansHalf", 1, MEANS),
+    "fp32 means read as fp16": ("mean_at", "means_kind == kMeansFloat", "false", 1, dict(MEANS_ROWS, float_means=True)),
+    "fp32 means staged as fp16": (MATRIX, "if (means_kind == kMeansHalf) {", "if (true) {", 1, dict(MEANS_ROWS, float_means=True)),
+    "strides of fp32 means in fp16": (SPLIT, "TQ_ATTENTION_HEAD", "TQ_ATTENTION_HEAD means -= 2 * kv_head * p.means.head;", 1, dict(MEANS, float_means=True)),
+    "means staged over a tile in use": (MATRIX, "tile_barrier(n_blocks == 1);", "", 1, LONG_ROWS),
+    "means read before they are staged": (MATRIX, "tile_barrier(n_blocks == 1);", "", 2, MEANS_ROWS),
+    "tile staged over means in use": (MATRIX, "tile_barrier(n_blocks == 1);", "", 3, MEANS_ROWS),
+    "means read past the last block": (MATRIX, "b * kBlockTokens < end && d", "d", 1, MEANS_ROWS),
+    "offset of the next block": (MATRIX, "i_tile / 2 % kStagedBlocks", "(i_tile + 1) / 2 % kStagedBlocks", 1, MEANS_ROWS),
+    "offset of another lane's rows": (MATRIX, "int(lane & 9u)", "int(lane & 8u)", 1, MEANS_ROWS),
+    "means of the first eight blocks kept": (MATRIX, "i_tile % (2 * kStagedBlocks) == 0", "i_tile == 0", 1, LONG_ROWS),
+    "blocks shared out one tile off": (MATRIX, "+ block_tokens - 1) / block_tokens * kBlockTokens", "+ block_tokens - 1) / block_tokens * kBlockTokens - 32", 1, MEANS_ROWS),
+    "means of another row's query": ("stage_offsets", "(row0 + 1) % p.n_queries", "row0 % p.n_queries", 1, dict(MEANS, n_repeats=3, n_rows=3)),
+    # Lloyd-Max values
+    "norm of the value not applied": (SPLIT, "scaled = weight * as_type<float>(tile_params[t]);", "", 1, LLOYD),
+    "norm of another value": (SPLIT, "as_type<float>(tile_params[t])", "as_type<float>(tile_params[lane])", 1, LLOYD),
+    "norm in the denominator": (SPLIT, "row_sum += weight;\n", "row_sum += weight * (LLOYD ? as_type<float>(tile_params[lane]) : 1.0f);\n", 1, LLOYD),
+    "norm not applied by matrices": (MATRIX, "float2 scaled = weights[rt] * norm;", "float2 scaled = weights[rt];", 1, LLOYD_ROWS),
+    "levels of the keys": (SPLIT, "OWN_TABLE ? reinterpret_cast<threadgroup const uchar*>(value_table) + bank : lookup", "lookup", 1, dict(LLOYD, value_bits=2)),
+    "levels of the keys in matrices": (MATRIX, "(OWN_TABLE ? reinterpret_cast<threadgroup const uchar*>(value_table) : lookup)", "lookup", 1, dict(LLOYD_ROWS, value_bits=4)),
+    "levels of even dimensions only": (MATRIX, "4 * (row & 1)", "0", 1, LLOYD_ROWS),
+    "bytes of the next token": (MATRIX, "bytes[4 * (VW + i)]", "bytes[4 * i]", 1, LLOYD_ROWS),
+    "runs of a value out of order": ("LloydValues", "8 * (i / kRun)", "8 * (3 - i / kRun)", 1, LLOYD),
+    "units of a value not scaled": ("LloydValues", "return 1.0f / float(kCodebookTop);", "return 1.0f;", 1, LLOYD),
+    "Lloyd-Max values past the last token": ("LloydValues", "t < n && has, c)", "has, c)", 1, LLOYD),
+    "weight 0 times a NaN norm": (SPLIT, "if (skips) scaled =", "if (false) scaled =", 1, dict(LLOYD, spoilt=True)),
+    "weight 0 times a NaN norm in matrices": (MATRIX, "if (skips) scaled =", "if (false) scaled =", 1, dict(LLOYD_ROWS, spoilt=True)),
 }  # fmt: skip
+
+
+def make_problem(float_means=False, spoilt=False, **shape):
+    """float_means: in fp32, as a dense rotation gives them. spoilt: NaN parameters of tokens that a mask hides."""
+    problem = Problem(rotation="none" if float_means else "hadamard", **shape)
+    if float_means:
+        means = problem.packed_k.means.astype(mx.float32) * 1.0001
+        problem.packed_k = problem.packed_k._replace(means=means)
+    want = problem.answer
+    if spoilt:
+        hidden = np.arange(problem.n_coded) % 7 == 3
+        problem.options["mask"] = mx.array(~hidden)
+        answer = problem.answer()
+        params = np.array(problem.packed_v.params)
+        params[:, :, hidden] = np.nan
+        problem.packed_v = problem.packed_v._replace(params=mx.array(params))
+        want = lambda: answer  # noqa: E731
+    return problem, want
 
 
 def caught(device, run, tolerance_check):
@@ -105,53 +178,81 @@ def mutant():
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_mutation_of_attention_is_caught(name, mutant):
     kernel, old, new, nth, shape = MUTATIONS[name]
-    problem = Problem(**shape)
+    problem, want = make_problem(**shape)
     mutant.source = replace(ATTENTION, kernel, old, new, nth)
-    assert caught(
-        mutant, lambda d: attention(d, problem), lambda out: assert_close(out, problem.answer(), KERNEL_TOLERANCE[mx.float32])
-    )
+    assert caught(mutant, lambda d: attention(d, problem), lambda out: assert_close(out, want(), KERNEL_TOLERANCE[mx.float32]))
 
 
-def test_unmutated_kernels_pass_the_same_check(mutant):
+@pytest.mark.parametrize("shape", {str(shape): shape for *_, shape in MUTATIONS.values()}.values(), ids=str)
+def test_unmutated_kernels_pass_the_same_check(mutant, shape):
     mutant.source = ATTENTION
-    for shape in (SMALL, TAIL, ROWS, MANY):
-        problem = Problem(**shape)
-        assert not caught(
-            mutant, lambda d, p=problem: attention(d, p), lambda out, p=problem: assert_close(out, p.answer(), 1e-5)
-        )
+    problem, want = make_problem(**shape)
+    assert not caught(mutant, lambda d: attention(d, problem), lambda out: assert_close(out, want(), 1e-5))
 
 
+# name -> (operation, function, text, replacement, occurrence)
+KEYS, GROUPS, LLOYD_VALUES = "quantize_keys", "quantize_values_groups", "quantize_values_lloyd"
 ENCODE_MUTATIONS = {
-    "codes shared without a barrier": ("quantize_values", SIMD_BARRIER, "", 1),
-    "level below the boundary": ("quantize_keys", ">= boundary", "> boundary + 0.02f", 1),
-    "last token of a full threadgroup": ("quantize_keys", "if (row >= p.n_rows) return;", "if (row > p.n_rows) return;", 1),
-    "spare bits of the wrong word": ("quantize_keys", ">> uint(k) & 1u) << 3", ">> uint(2 - k) & 1u) << 3", 1),
-    "slots in another order": ("quantize_values", "codes[W * s + w]", "codes[SLOTS * w + s]", 1),
-}
+    "codes shared without a barrier": (GROUPS, GROUPS, SIMD_BARRIER, "", 1),
+    "level below the boundary": (KEYS, "encode_levels", ">= p.boundaries[k] * unit_length", "> p.boundaries[k] * unit_length + 0.02f", 1),
+    "last token of a full threadgroup": (KEYS, KEYS, "if (row >= p.n_rows) return;", "if (row > p.n_rows) return;", 1),
+    "spare bits of the wrong word": (KEYS, "encode_levels", ">> uint(k) & 1u) << 3", ">> uint(2 - k) & 1u) << 3", 1),
+    "slots in another order": (GROUPS, GROUPS, "codes[W * s + w]", "codes[SLOTS * w + s]", 1),
+    "mean of the wrong block": (KEYS, "token_of", "t / kBlockTokens", "(t + 1) / kBlockTokens", 1),
+    "mean of the first block for all": (KEYS, "token_of", "t / kBlockTokens * p.means.token", "0 * p.means.token", 1),
+    "fp16 means taken for fp32": (KEYS, "mean_at", "p.flags & kEncodeFloatMeans", "p.flags & kEncodeMeans", 1),
+    "fp32 means taken for fp16": ("quantize_keys_float_means", "mean_at", "p.flags & kEncodeFloatMeans", "false", 1),
+    "key not balanced": (KEYS, "load_vector", "x[i] *= balance", "x[i] += 0.0f * balance", 1),
+    "balance of the first head": (KEYS, "token_of", "head * p.balance.head", "0 * p.balance.head", 1),
+    "balance divided": (KEYS, "load_vector", "x[i] *= balance", "x[i] /= balance", 1),
+    "key's norm for a value": (LLOYD_VALUES, LLOYD_VALUES, "coded.projection * float(kCodebookTop) / level_square", "coded.square / (coded.projection / float(kCodebookTop))", 1),
+    "norm of one lane's levels": (LLOYD_VALUES, LLOYD_VALUES, "level_square = simd_sum(level_square);", "", 1),
+    "norm of the scaled value": (LLOYD_VALUES, LLOYD_VALUES, "/ level_square / coded.safe", "/ level_square", 1),
+    "mean left out": ("dequantize_keys", "store_vector", "x[i] += mean_at(p, means, token, d);", ";", 1),
+    "balance not undone": ("dequantize_keys", "store_vector", "x[i] /= balance", "x[i] += 0.0f * balance", 1),
+    "norm of the value left out": ("dequantize_lloyd", "dequantize_levels", "float(norms[token.params]) *", "", 1),
+}  # fmt: skip
 
 
-def encode_is_caught(mutant, kernel):
-    """Whether the source's bug in an encoding kernel shows."""
-    x = mx.array(np.random.default_rng(0).normal(size=(1, 1, 7, 64)).astype(np.float32))
-    want = getattr(tqext, kernel)(x)
+def encode_is_caught(mutant, operation):
+    """Whether the source's bug in an encoding kernel shows: other bytes than the CPU's."""
+    rng = np.random.default_rng(0)
+    x = mx.array(rng.normal(size=(1, 2, 133, 64)).astype(np.float32)) * 3
+    means, balance = tqext.block_means(x), mx.array(np.exp2(rng.uniform(-2, 2, (2, 64))).astype(np.float32))
+    means = means + mx.array(rng.normal(size=means.shape).astype(np.float16))
+    name, options = operation.removesuffix("_groups").removesuffix("_lloyd"), {}
+    if "keys" in operation:
+        options = dict(means=means, balance=balance)
+    if operation == "quantize_keys_float_means":
+        name, options = "quantize_keys", dict(means=means.astype(mx.float32) * 1.0001, rotation="none")
+    if operation == LLOYD_VALUES:
+        options = dict(coding="lloyd", bits=3)
+    argument = x
+    if operation.startswith("dequantize"):
+        name = "dequantize"
+        lloyd = operation == "dequantize_lloyd"
+        argument = tqext.quantize_values(x, coding="lloyd", bits=3) if lloyd else tqext.quantize_keys(x, **options)
+        options = {}
+    want = getattr(tqext, name)(argument, **options)
 
     def same(out):
-        assert all(mx.array_equal(a, b).item() for a, b in zip(out, want[:2], strict=True))
+        pairs = [(out, want)] if name == "dequantize" else zip(out, want[:2], strict=True)
+        assert all(mx.array_equal(a, b).item() for a, b in pairs)
 
-    return caught(mutant, lambda d: getattr(metal_ops, kernel)(d, x), same)
+    return caught(mutant, lambda d: getattr(metal_ops, name)(d, argument, **options), same)
 
 
 @pytest.mark.parametrize("name", ENCODE_MUTATIONS)
 def test_mutation_of_encode_is_caught(name, mutant):
-    kernel, old, new, nth = ENCODE_MUTATIONS[name]
-    mutant.source = replace(ENCODE, kernel, old, new, nth)
-    assert encode_is_caught(mutant, kernel)
+    operation, function, old, new, nth = ENCODE_MUTATIONS[name]
+    mutant.source = replace(ENCODE, function, old, new, nth)
+    assert encode_is_caught(mutant, operation)
 
 
-@pytest.mark.parametrize("kernel", ["quantize_keys", "quantize_values"])
-def test_unmutated_encode_passes_the_same_check(kernel, mutant):
+@pytest.mark.parametrize("operation", sorted({mutation[0] for mutation in ENCODE_MUTATIONS.values()}))
+def test_unmutated_encode_passes_the_same_check(operation, mutant):
     mutant.source = ENCODE
-    assert not encode_is_caught(mutant, kernel)
+    assert not encode_is_caught(mutant, operation)
 
 
 Q1_MUTATIONS = {

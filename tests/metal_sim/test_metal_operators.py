@@ -39,6 +39,17 @@ def mixture(case):
     return seen
 
 
+# Sets with Lloyd-Max values that run by default: each is three kernels.
+LLOYD = (
+    ("float32", 128, 3, 3),
+    ("float32", 128, 3, 2),  # tables of their own
+    ("float32", 96, 2, 3),
+    ("float32", 80, 3, 3),
+    ("float32", 32, 4, 4),
+    ("float32", 256, 4, 4),
+    ("float16", 128, 3, 3),
+    ("bfloat16", 64, 2, 3),
+)
 # Parameter sets that run by default, of tests where that is not all with a kernel.
 DEFAULT = {
     "every_head_dim": lambda p: p["dtype"] == "float32" or p["head_dim"] == 128,
@@ -49,6 +60,9 @@ DEFAULT = {
             or (p["head_dim"], p["key_bits"], p["value_bits"]) in ((32, 3, 4), (64, 2, 2), (96, 2, 4), (256, 4, 2))
         )
     ),
+    "lloyd_values": lambda p: (p["dtype"], p["head_dim"], p["key_bits"], p["value_bits"]) in LLOYD,
+    "value_dim_differs": lambda p: p["coding"] == "groups" or p["key_dim"] in (128, 96),
+    "block_means_at_every_length": lambda p: (p["dtype"] == "float32" and p["n_coded"] < 20000) or p["n_coded"] in (65, 257),
     "every_length": lambda p: p["dtype"] == "float32" or p["n_coded"] in (1, 257),
     "first_and_tail_lengths": lambda p: p["n_tail"] in (1, 33, 200) and p["n_first"] in (0, 4),
     "every_group_ratio": lambda p: p["dtype"] == "float32" or p["n_repeats"] in (4, 9),

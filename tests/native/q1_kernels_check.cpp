@@ -74,7 +74,7 @@ int check(Isa isa, int every) {
         failures++;
       }
   std::printf("%-10s worst %.2e, %d failures\n", name, worst, failures);
-  return failures;
+  return std::min(failures, 255);  // an exit status has eight bits
 }
 
 }  // namespace
@@ -82,5 +82,5 @@ int check(Isa isa, int every) {
 int main(int argc, char** argv) {
   int failures = 0;
   for (Isa isa : available_isas()) failures += check(isa, argc > 1 ? std::atoi(argv[1]) : 1);
-  return failures;
+  return std::min(failures, 255);  // an exit status has eight bits
 }

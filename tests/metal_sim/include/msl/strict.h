@@ -5,7 +5,9 @@
 #include "msl/scalars.h"
 #define MSL_AS0
 #define MSL_AS1 __attribute__((address_space(1)))
+#ifndef MSL_MODE_GPU
 #define MSL_AS2 const __attribute__((address_space(2)))
+#endif
 #define MSL_AS3 __attribute__((address_space(3)))
 namespace metal {
 template <class T, int N>
@@ -146,12 +148,14 @@ template <class T, int N>
 struct msl_n<metal::vec<T, N>> {
   static constexpr int n = N;
 };
+#ifndef MSL_MODE_GPU
 template <class V, class... A>
 V msl_mk(A... a) {
   static_assert(sizeof...(A) == 1 || (0 + ... + msl_n<A>::n) == msl_n<V>::n,
                 "wrong number of components in vector constructor");
   return V{};
 }
+#endif
 template <class To, class From>
 To as_type(From f) {
   static_assert(sizeof(To) == sizeof(From), "as_type: sizes differ");

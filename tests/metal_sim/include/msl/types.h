@@ -83,7 +83,7 @@ struct swz {
       T s[AL];                                                                                          \
       S(T)                                                                                              \
     };                                                                                                  \
-    constexpr vec() : s{} {}                                                                            \
+    vec() = default; /* as on a GPU, not zero */                                                        \
     constexpr vec(T v) : s{} {                                                                          \
       for (int i = 0; i < N; i++) s[i] = v;                                                             \
     }                                                                                                   \

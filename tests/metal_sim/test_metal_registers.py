@@ -1,0 +1,67 @@
+"""What a compiler for a GPU makes of the kernels: arrays that stay in memory, registers, length of the code.
+
+Clang compiles them for AMD's gfx1030, for want of Apple's compiler; Apple's cores have 128 registers a lane at full occupancy.
+Measured figures, with some room: a change that needs more should know it.
+"""
+
+import re
+
+import metal_ops
+import metal_simulator as sim
+import pytest
+
+LIMIT = 128
+# As a decoding step of a model runs them.
+CONSTANTS = {
+    "turboquant_attention": dict(
+        has_hadamard=1, means_kind=metal_ops.ENUM["kMeansHalf"], has_balance=1, has_residual=0, mask_kind=0, has_sinks=0,
+        has_left_padding=0, has_lengths=0, is_causal=0, is_direct=0,
+    ),
+    "turboquant_encode": {},
+    "q1_matmul": {},
+}  # fmt: skip
+# source, instance -> most registers, most of them spilled with 128, most instructions
+MOST = {
+    ("turboquant_attention", "TQ_SPLIT", "half, 64, 64, 3, 2, 0, 4"): (168, 39, 3800),
+    ("turboquant_attention", "TQ_SPLIT", "half, 128, 128, 3, 2, 0, 1"): (142, 11, 3900),
+    ("turboquant_attention", "TQ_SPLIT", "half, 128, 128, 3, 2, 0, 2"): (156, 15, 5100),
+    ("turboquant_attention", "TQ_SPLIT", "half, 128, 128, 3, 2, 0, 4"): (183, 60, 4800),
+    ("turboquant_attention", "TQ_SPLIT", "half, 256, 256, 3, 2, 0, 4"): (203, 158, 7100),
+    ("turboquant_attention", "TQ_SPLIT", "half, 64, 64, 3, 3, 1, 4"): (167, 35, 5200),
+    ("turboquant_attention", "TQ_SPLIT", "half, 128, 128, 3, 3, 1, 1"): (141, 10, 3800),
+    ("turboquant_attention", "TQ_SPLIT", "half, 128, 128, 3, 3, 1, 2"): (153, 13, 5000),
+    ("turboquant_attention", "TQ_SPLIT", "half, 128, 128, 3, 3, 1, 4"): (182, 60, 6100),
+    ("turboquant_attention", "TQ_SPLIT", "half, 128, 128, 4, 4, 1, 4"): (180, 61, 6000),
+    ("turboquant_attention", "TQ_MATRIX", "half, 128, 128, 3, 2, 0"): (177, 11, 5100),
+    ("turboquant_attention", "TQ_MATRIX", "half, 128, 128, 3, 3, 1"): (163, 0, 5200),
+    ("turboquant_attention", "TQ_COMBINE", "half, 128"): (33, 0, 400),
+    ("turboquant_encode", "TQ_QUANTIZE_KEYS", "half, 128, 3"): (48, 0, 1400),
+    ("turboquant_encode", "TQ_QUANTIZE_VALUES_LLOYD", "half, 128, 3"): (44, 0, 1000),
+    ("q1_matmul", "TQ_Q1_MATVEC", "half, 1, 4"): (82, 0, 1100),
+    ("q1_matmul", "TQ_Q1_MATVEC", "half, 8, 1"): (150, 17, 2000),
+}
+
+
+def compiled(source, macro, arguments, text=None):
+    body = text if text is not None else f'#include "{source}.metal"'
+    kernel = f'{body}\n{macro}("k", {arguments})\n'
+    return sim.compile_for_gpu(kernel, CONSTANTS[source], includes=metal_ops.INCLUDES, limit=LIMIT)
+
+
+@pytest.mark.parametrize("source, macro, arguments", MOST)
+def test_kernels_stay_in_registers(source, macro, arguments):
+    figures = compiled(source, macro, arguments)
+    print(macro, arguments, figures)
+    assert figures.arrays == []
+    registers, spilled, instructions = MOST[source, macro, arguments]
+    assert figures.registers <= registers and figures.spilled <= spilled and figures.instructions <= instructions
+
+
+def test_an_array_with_an_index_of_the_lane_is_seen():
+    """The sum of a key's lanes once selected addresses instead of values: a memory array in the innermost loop."""
+    text = (metal_ops.ROOT / "metal" / "turboquant_attention.metal").read_text()
+    values = re.compile(r"const float low = sum\[i\], high = .*\n *sum\[i\] = .*;\n")
+    elements = "sum[i] = (up ? sum[i + h] : sum[i]) + simd_shuffle_xor(up ? sum[i] : sum[i + h], h);\n"
+    changed, n = values.subn(elements, text)
+    assert n == 2
+    assert compiled("turboquant_attention", "TQ_SPLIT", "half, 128, 128, 3, 2, 0, 4", changed).arrays
