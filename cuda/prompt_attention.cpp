@@ -32,7 +32,7 @@ struct Variant {
     return x;
   }
   int shared_bytes() const { return PromptLayout(key_dim, value_dim, rows, type, slots).total; }
-  int threads() const { return 32 * (kProducerWarps + rows / 16); }
+  int threads() const { return 32 * (producer_teams(rows, warpgroups) * kProducerWarps + rows / 16); }
   int dim() const { return std::max(key_dim, value_dim); }
 
   // Rows and slots for n_rows query rows. False: no choice fits into a block's shared memory.

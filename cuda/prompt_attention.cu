@@ -29,7 +29,8 @@ namespace {
 constexpr int kKeyDim = KEY_DIM, kValueDim = VALUE_DIM, kKeyBits = KEY_BITS, kValueBits = VALUE_BITS;
 constexpr int kRows = ROWS, kType = TYPE, kMask = MASK, kSlots = SLOTS;
 constexpr bool kLloyd = LLOYD, kGroups = WGMMA;
-constexpr int kConsumerWarps = kRows / 16, kProducers = 32 * kProducerWarps, kThreads = kProducers + 32 * kConsumerWarps;
+constexpr int kConsumerWarps = kRows / 16, kProducers = 32 * kProducerWarps, kTeams = producer_teams(kRows, kGroups);
+constexpr int kThreads = kTeams * kProducers + 32 * kConsumerWarps;
 constexpr int kKeyUnits = kKeyDim / kUnit, kValueUnits = kValueDim / kUnit, kValueWords = kValueUnits * kValueBits;
 constexpr int kKeySteps = kKeyDim / 16, kValueTiles = kValueDim / 8, kTokenTiles = kPromptTile / 8;
 constexpr bool kFloat32 = kType == kTypeFloat32;
@@ -37,7 +38,7 @@ constexpr bool kFloat32 = kType == kTypeFloat32;
 constexpr bool kQueryInRegisters = kKeyDim <= 128 && !kFloat32 && BLOCKS_PER_SM == 1 && (kGroups || kRows <= 64);
 // With several blocks in a multiprocessor or two warpgroups of consumers, producers give registers to consumers.
 constexpr bool kMoveRegisters = kGroups && (kRows == 128 || BLOCKS_PER_SM > 1);
-constexpr int kProducerRegisters = 88, kConsumerRegisters = kRows == 128 ? 208 : 168;
+constexpr int kProducerRegisters = kTeams == 2 ? 56 : 88, kConsumerRegisters = kTeams == 2 ? 200 : 168;
 
 constexpr float kLog2e = 1.44269504f;
 // A weight may grow by 2^kGrowth before the running maximum is renewed.
@@ -449,7 +450,9 @@ struct Means {
   }
 };
 
-TQ_DEVICE void produce(const PromptParams& p, const Sequence& sequence, const Range& range, const Memory& memory, int tid) {
+TQ_DEVICE void produce(const PromptParams& p, const Sequence& sequence, const Range& range, const Memory& memory, int thread) {
+  const int team = __shfl_sync(kAllLanes, thread / kProducers, 0), tid = thread % kProducers;
+  const bool has_keys = kTeams == 1 || team == 0, has_values = kTeams == 1 || team == 1;
   const int token = tid % kPromptTile, half = __shfl_sync(kAllLanes, tid / kPromptTile, 0);
   Cursor cursor;
   auto acquire = [&] {
@@ -474,10 +477,18 @@ TQ_DEVICE void produce(const PromptParams& p, const Sequence& sequence, const Ra
     };
 #pragma unroll 1
     for (int what = 0; what < (kFloat32 ? 2 : 1); what++) {
+      if (!has_keys) {
+        cursor.next();
+        continue;
+      }
       copy_exact<kKeyUnits>(row(p.first_keys, p.first_key_stride, p.tail_keys, p.tail_key_stride),
                             t.is_first ? p.first_key_stride[3] : p.tail_key_stride[3], t.there, p.head_dim, p.wide_exact, what,
                             token, half, acquire);
       publish();
+    }
+    if (!has_values) {
+      cursor.next();
+      continue;
     }
     copy_exact<kValueUnits>(row(p.first_values, p.first_value_stride, p.tail_values, p.tail_value_stride),
                             t.is_first ? p.first_value_stride[3] : p.tail_value_stride[3], t.there, p.value_dim, p.wide_exact,
@@ -493,42 +504,43 @@ TQ_DEVICE void produce(const PromptParams& p, const Sequence& sequence, const Ra
   // What no row attends to may not be read as a number: weight zero times whatever lies there must be zero.
   auto valid = [&](int t) { return t >= range.token_begin && t < range.token_end; };
   LevelCodes<kKeyUnits, kKeyBits> keys;
+#if LLOYD
+  LevelCodes<kValueUnits, kValueBits> values;
+#else
+  GroupCodes values;
+#endif
   auto load_keys = [&](int tile) {
     const int t = tile * kPromptTile + token;
     keys.load(key_codes, p.key_code_stride, key_norms, p.key_norm_stride[2], p.wide_keys, min(t, p.n_coded - 1), half,
               valid(t));
   };
-  load_keys(range.coded_begin);
-#pragma unroll 1
-  for (int tile = range.coded_begin; tile < range.coded_end; tile++) {
+  auto load_values = [&](int tile) {
     const int t = tile * kPromptTile + token, stored = min(t, p.n_coded - 1);
-    // Later tiles, as far as L2.
-    constexpr int kAhead = 4;
-    const int later = min(t + kAhead * kPromptTile, p.n_coded - 1);
-    if (half == 0) {
-      prefetch_line(key_codes + later * p.key_code_stride[2]);
-      prefetch_line(value_params + later * p.value_param_stride[2]);
-    } else {
-      prefetch_line(value_codes + later * p.value_code_stride[2]);
-    }
 #if LLOYD
-    LevelCodes<kValueUnits, kValueBits> values;
     values.load(value_codes, p.value_code_stride, value_params, p.value_param_stride[2], p.wide_values, stored, half, valid(t));
 #else
-    GroupCodes values;
     values.load(p, value_codes, value_params, stored, half, valid(t));
 #endif
-    // The consumers have read the rows before: they released the first keys that came with them.
+  };
+  // Later tiles, as far as L2.
+  auto later = [&](int tile) {
+    constexpr int kAhead = 4;
+    return min((tile + kAhead) * kPromptTile + token, p.n_coded - 1);
+  };
+  auto put_keys = [&](int tile) {
+    // The consumers have read the means before: they released the first keys that came with them.
     const bool with_means = p.means && (tile - range.coded_begin) % kPromptMeans == 0;
     Means means;
     if (with_means) means.load(p, sequence, tile, tid);
-    uint32_t slot = acquire();
+    const uint32_t slot = acquire();
     if (kFloat32 && half == 0) store_shared_float(memory.norms(cursor) + 4 * token, half_to_float(keys.norm));
     decode_levels<kKeyUnits, kKeyBits>(keys, p.key_levels, kFloat32 ? uint16_t(0x3c00) : keys.norm, slot, token, half);
     if (with_means) means.store(p, memory, tid);
     publish();
     if (tile + 1 < range.coded_end) load_keys(tile + 1);
-    slot = acquire();
+  };
+  auto put_values = [&] {
+    const uint32_t slot = acquire();
 #if LLOYD
     decode_levels<kValueUnits, kValueBits>(values, p.value_levels, values.norm, slot, token, half);
 #else
@@ -539,6 +551,42 @@ TQ_DEVICE void produce(const PromptParams& p, const Sequence& sequence, const Ra
     }
 #endif
     publish();
+  };
+  if constexpr (kTeams == 1) {
+    load_keys(range.coded_begin);
+#pragma unroll 1
+    for (int tile = range.coded_begin; tile < range.coded_end; tile++) {
+      if (half == 0) {
+        prefetch_line(key_codes + later(tile) * p.key_code_stride[2]);
+        prefetch_line(value_params + later(tile) * p.value_param_stride[2]);
+      } else {
+        prefetch_line(value_codes + later(tile) * p.value_code_stride[2]);
+      }
+      load_values(tile);
+      put_keys(tile);
+      put_values();
+    }
+  } else if (team == 0) {
+    load_keys(range.coded_begin);
+#pragma unroll 1
+    for (int tile = range.coded_begin; tile < range.coded_end; tile++) {
+      if (half == 0) prefetch_line(key_codes + later(tile) * p.key_code_stride[2]);
+      put_keys(tile);
+      cursor.next();
+    }
+  } else {
+    load_values(range.coded_begin);
+#pragma unroll 1
+    for (int tile = range.coded_begin; tile < range.coded_end; tile++) {
+      if (half == 0) {
+        prefetch_line(value_codes + later(tile) * p.value_code_stride[2]);
+      } else {
+        prefetch_line(value_params + later(tile) * p.value_param_stride[2]);
+      }
+      cursor.next();
+      put_values();
+      if (tile + 1 < range.coded_end) load_values(tile + 1);
+    }
   }
 }
 
@@ -1194,7 +1242,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM) prompt_att
   const Sequence& sequence = task.sequence;
   const Range& range = task.range;
 
-  if (warp < kProducerWarps) {
+  if (warp < kTeams * kProducerWarps) {
 #if WGMMA
     if constexpr (kMoveRegisters) set_registers_down<kProducerRegisters>();
 #endif
@@ -1203,7 +1251,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM) prompt_att
 #if WGMMA
     if constexpr (kMoveRegisters) set_registers_up<kConsumerRegisters>();
 #endif
-    const int consumer = warp - kProducerWarps;
+    const int consumer = warp - kTeams * kProducerWarps;
     prepare_rows(p, shared, memory, sequence, tile_row0, 16 * consumer, lane);
     operand_fence();
     if constexpr (kGroups && !kQueryInRegisters) {
