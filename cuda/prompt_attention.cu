@@ -38,7 +38,7 @@ constexpr bool kFloat32 = kType == kTypeFloat32;
 constexpr bool kQueryInRegisters = kKeyDim <= 128 && !kFloat32 && BLOCKS_PER_SM == 1 && (kGroups || kRows <= 64);
 // With several blocks in a multiprocessor or two warpgroups of consumers, producers give registers to consumers.
 constexpr bool kMoveRegisters = kGroups && (kRows == 128 || BLOCKS_PER_SM > 1);
-constexpr int kProducerRegisters = kTeams == 2 ? 56 : 88, kConsumerRegisters = kTeams == 2 ? 200 : 168;
+constexpr int kProducerRegisters = kTeams == 2 ? 64 : 88, kConsumerRegisters = kTeams == 2 ? 192 : 168;
 
 constexpr float kLog2e = 1.44269504f;
 // A weight may grow by 2^kGrowth before the running maximum is renewed.
