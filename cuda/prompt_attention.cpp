@@ -32,12 +32,18 @@ struct Variant {
     return x;
   }
   int shared_bytes() const { return PromptLayout(key_dim, value_dim, rows, type, slots).total; }
-  int threads() const { return 32 * (producer_teams(rows, warpgroups) * kProducerWarps + rows / 16); }
+  int threads() const { return 32 * (producer_teams(rows, type, warpgroups) * kProducerWarps + rows / 16); }
   int dim() const { return std::max(key_dim, value_dim); }
 
-  // Rows and slots for n_rows query rows. False: no choice fits into a block's shared memory.
+  // Products of warpgroups where the device has them and their 64 rows fit into a block's shared memory. False: no choice fits.
   bool choose(int n_rows, const DeviceInfo& device) {
     warpgroups = device.architecture == 90;
+    if (choose_rows(n_rows, device)) return true;
+    warpgroups = false;
+    return choose_rows(n_rows, device);
+  }
+  // Rows and slots for n_rows query rows.
+  bool choose_rows(int n_rows, const DeviceInfo& device) {
     // Registers bound the rows of large heads: accumulators of 128 rows and 256 dimensions leave no room for scores.
     const int most = dim() <= 128 ? 128 : 64, least = warpgroups ? 64 : 16;
     // With fp32 rows a tile of exact keys takes two slots, and the values before it a third.

@@ -29,7 +29,7 @@ namespace {
 constexpr int kKeyDim = KEY_DIM, kValueDim = VALUE_DIM, kKeyBits = KEY_BITS, kValueBits = VALUE_BITS;
 constexpr int kRows = ROWS, kType = TYPE, kMask = MASK, kSlots = SLOTS;
 constexpr bool kLloyd = LLOYD, kGroups = WGMMA;
-constexpr int kConsumerWarps = kRows / 16, kProducers = 32 * kProducerWarps, kTeams = producer_teams(kRows, kGroups);
+constexpr int kConsumerWarps = kRows / 16, kProducers = 32 * kProducerWarps, kTeams = producer_teams(kRows, kType, kGroups);
 constexpr int kThreads = kTeams * kProducers + 32 * kConsumerWarps;
 constexpr int kKeyUnits = kKeyDim / kUnit, kValueUnits = kValueDim / kUnit, kValueWords = kValueUnits * kValueBits;
 constexpr int kKeySteps = kKeyDim / 16, kValueTiles = kValueDim / 8, kTokenTiles = kPromptTile / 8;
@@ -38,7 +38,7 @@ constexpr bool kFloat32 = kType == kTypeFloat32;
 constexpr bool kQueryInRegisters = kKeyDim <= 128 && !kFloat32 && BLOCKS_PER_SM == 1 && (kGroups || kRows <= 64);
 // With several blocks in a multiprocessor or two warpgroups of consumers, producers give registers to consumers.
 constexpr bool kMoveRegisters = kGroups && (kRows == 128 || BLOCKS_PER_SM > 1);
-constexpr int kProducerRegisters = kTeams == 2 ? 64 : 88, kConsumerRegisters = kTeams == 2 ? 192 : 168;
+constexpr int kProducerRegisters = kTeams == 2 ? 64 : 88, kConsumerRegisters = kTeams == 2 ? 192 : kRows == 128 ? 208 : 168;
 
 constexpr float kLog2e = 1.44269504f;
 // A weight may grow by 2^kGrowth before the running maximum is renewed.
@@ -699,45 +699,64 @@ TQ_DEVICE void prepare_rows(const PromptParams& p, char* shared, const Memory& m
         p.balance && d < p.head_dim ? 1.0f / p.balance[sequence.h * p.balance_stride[0] + d * p.balance_stride[1]] : 1.0f;
   }
   float* scales = reinterpret_cast<float*>(shared + kLayout.scale_at);
+  // Rows at a time: loads and exchanges of several are in flight together.
+  constexpr int kBatch = kKeyDim <= 128 ? 4 : 2;
 #pragma unroll 1
-  for (int i = 0; i < 16; i++) {
-    const int r = warp_row0 + i, row = tile_row0 + r;
-    const int64_t at = sequence.b * p.q_stride[0] + (sequence.h * p.n_repeats + row % p.n_repeats) * p.q_stride[1] +
-                       row / p.n_repeats * p.q_stride[2];
-    float x[kSlotsOfLane];
+  for (int i = 0; i < 16; i += kBatch) {
+    const int r0 = warp_row0 + i;
+    float x[kBatch][kSlotsOfLane];
 #pragma unroll
-    for (int k = 0; k < kSlotsOfLane; k++) {
-      const int d = lane + 32 * k;
-      x[k] = row < sequence.n_rows && d < p.head_dim ? p.sign * load_element<kType>(p.q, at + d * p.q_stride[3]) : 0.0f;
-    }
-    // A row times 2^up, its largest element below 2^15, as what it meets may be as large.
-    auto store = [&](int part, int to, int rest_to) {
-      float top = 0;
-#pragma unroll
-      for (int k = 0; k < kSlotsOfLane; k++) top = fmaxf(top, fabsf(x[k]));
-#pragma unroll
-      for (int o = 1; o < 32; o <<= 1) top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, o));
-      const int up = clamp(14 - (int(__float_as_uint(top) >> 23) - 127), -120, 60);
+    for (int b = 0; b < kBatch; b++) {
+      const int row = tile_row0 + r0 + b;
+      const int64_t at = sequence.b * p.q_stride[0] + (sequence.h * p.n_repeats + row % p.n_repeats) * p.q_stride[1] +
+                         row / p.n_repeats * p.q_stride[2];
 #pragma unroll
       for (int k = 0; k < kSlotsOfLane; k++) {
         const int d = lane + 32 * k;
-        const float y = x[k] * power_of_two(up);
-        const uint16_t high = float_to_half(y);
-        const uint32_t place = swizzle(d / 64 * kRows * 128 + r * 128, r, d % 64 / 8) + 2 * (d % 8);
-        store_shared_half(memory.base + to + place, high);
-        if (rest_to) store_shared_half(memory.base + rest_to + place, float_to_half(y - half_to_float(high)));
+        x[b][k] = row < sequence.n_rows && d < p.head_dim ? p.sign * load_element<kType>(p.q, at + d * p.q_stride[3]) : 0.0f;
       }
-      if (lane == 0) {
-        // Not zero, so that a masked score times it is not NaN.
-        scales[part * kRows + r] = fmaxf((part == 1 ? p.scale * kLevelFactor : p.scale) * power_of_two(-up), 1e-36f);
+    }
+    // A row times 2^up, its largest element below 2^15, as what it meets may be as large.
+    auto store = [&](int part, int to, int rest_to) {
+      float top[kBatch];
+#pragma unroll
+      for (int b = 0; b < kBatch; b++) {
+        top[b] = 0;
+#pragma unroll
+        for (int k = 0; k < kSlotsOfLane; k++) top[b] = fmaxf(top[b], fabsf(x[b][k]));
+      }
+#pragma unroll
+      for (int o = 1; o < 32; o <<= 1) {
+#pragma unroll
+        for (int b = 0; b < kBatch; b++) top[b] = fmaxf(top[b], __shfl_xor_sync(kAllLanes, top[b], o));
+      }
+#pragma unroll
+      for (int b = 0; b < kBatch; b++) {
+        const int r = r0 + b, up = clamp(14 - (int(__float_as_uint(top[b]) >> 23) - 127), -120, 60);
+#pragma unroll
+        for (int k = 0; k < kSlotsOfLane; k++) {
+          const int d = lane + 32 * k;
+          const float y = x[b][k] * power_of_two(up);
+          const uint16_t high = float_to_half(y);
+          const uint32_t place = swizzle(d / 64 * kRows * 128 + r * 128, r, d % 64 / 8) + 2 * (d % 8);
+          store_shared_half(memory.base + to + place, high);
+          if (rest_to) store_shared_half(memory.base + rest_to + place, float_to_half(y - half_to_float(high)));
+        }
+        if (lane == 0) {
+          // Not zero, so that a masked score times it is not NaN.
+          scales[part * kRows + r] = fmaxf((part == 1 ? p.scale * kLevelFactor : p.scale) * power_of_two(-up), 1e-36f);
+        }
       }
     };
     store(0, kLayout.query_at, kFloat32 ? kLayout.query_low_at : 0);
 #pragma unroll
-    for (int k = 0; k < kSlotsOfLane; k++) x[k] *= balance[k];
-    if constexpr (Hadamard<kKeyDim>::kFactor > 0) {
-      float* scratch = reinterpret_cast<float*>(shared + kLayout.scratch_at) + warp_row0 / 16 * kKeyDim;
-      if (p.hadamard) Hadamard<kKeyDim>::template rotate<TQ_ROTATION_SEED>(x, lane, scratch);
+    for (int b = 0; b < kBatch; b++) {
+#pragma unroll
+      for (int k = 0; k < kSlotsOfLane; k++) x[b][k] *= balance[k];
+      if constexpr (Hadamard<kKeyDim>::kFactor > 0) {
+        float* scratch = reinterpret_cast<float*>(shared + kLayout.scratch_at) + warp_row0 / 16 * kKeyDim;
+        if (p.hadamard) Hadamard<kKeyDim>::template rotate<TQ_ROTATION_SEED>(x[b], lane, scratch);
+      }
     }
     store(1, kLayout.rotated_at, kFloat32 ? kLayout.rotated_low_at : 0);
   }
@@ -790,7 +809,10 @@ TQ_DEVICE void multiply_keys(float (&scores)[kTokenTiles][4], const uint32_t (&q
 #if WGMMA
 template <int kAt>
 TQ_DEVICE void multiply_values_from(float (&acc)[kValueTiles][4], const uint32_t (&weights)[4], uint32_t tokens) {
-  if constexpr (kAt + 8 <= kValueTiles) {
+  if constexpr (kAt + 16 <= kValueTiles) {
+    multiply_group_128<kAt, kRun>(acc, weights, tokens + kAt / 8 * kRun);
+    multiply_values_from<kAt + 16>(acc, weights, tokens);
+  } else if constexpr (kAt + 8 <= kValueTiles) {
     multiply_group_64<kAt, false>(acc, weights, operand(tokens + kAt / 8 * kRun), true);
     multiply_values_from<kAt + 8>(acc, weights, tokens);
   } else if constexpr (kAt < kValueTiles) {

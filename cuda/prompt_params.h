@@ -12,7 +12,9 @@ enum : int { kPromptTile = 64, kProducerWarps = 4, kPromptMeans = 8, kMaxPromptS
 
 // Producer warps work in teams of kProducerWarps. Two teams, one of keys and one of values, keep up with two warpgroups of
 // consumers.
-constexpr int producer_teams(int rows, bool warpgroups) { return warpgroups && rows == 128 ? 2 : 1; }
+constexpr int producer_teams(int rows, int type, bool warpgroups) {
+  return warpgroups && rows == 128 && type != kTypeFloat32 ? 2 : 1;
+}
 
 // Shared memory, in bytes; the host asks for `total`. Tiles of keys, of values and of query rows are runs of 64 dimensions one
 // after the other: rows of 128 bytes whose 16-byte columns are exchanged by the row's last three bits (the 128-byte swizzle of

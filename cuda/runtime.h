@@ -55,7 +55,7 @@ struct Define {
 // only_here: with the instructions that this architecture has and later ones may not.
 std::string compile(const char* file, const std::vector<Define>& defines, bool contract, int device, bool only_here = false);
 
-enum : size_t { kPoolBytes = size_t(16) << 20 };
+enum : size_t { kPoolBytes = size_t(128) << 20 };
 
 struct Kernel {
   CUfunc_st* function;
@@ -67,8 +67,8 @@ Kernel load_kernel(const std::string& binary, const char* name, int shared_bytes
 // Address of an array's first element in device memory.
 void* device_pointer(const mx::array& x);
 
-// Gives a small output device memory from a pool of our own, which keeps at most kPoolBytes: the allocator of MLX that makes device memory is not exported,
-// and the exported one makes managed memory, which the GPU would have to fault in.
+// Gives a small output device memory from a pool of our own, which keeps at most kPoolBytes: the allocator of MLX that makes
+// device memory is not exported, and the exported one makes managed memory, which the GPU would have to fault in.
 void allocate_output(mx::array& out, int device);
 
 // Gives outputs device memory from MLX's allocator, by an empty kernel of MLX's own primitive: a node of the graph more than

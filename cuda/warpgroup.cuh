@@ -122,7 +122,20 @@ TQ_DEVICE uint64_t operand(uint32_t address) {
   "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30," \
   "%31}"
 
-// c[kAt ...] += 64 x 16 (registers) times 16 x 64 or 16 x 32. kColumns: b's rows are its columns (keys), else its 16 (values).
+#define TQ_REGISTERS_64                                                                                                 \
+  "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30," \
+  "%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,"    \
+  "%59,%60,%61,%62,%63}"
+
+// c[kAt ...] += 64 x 16 (registers) times 16 x 128, its halves kApart bytes apart.
+template <int kAt, int kApart, int n>
+TQ_DEVICE void multiply_group_128(float (&c)[n][4], const uint32_t (&a)[4], uint32_t b) {
+  constexpr uint64_t kLeading = uint64_t(0x3fff) << 16;
+  asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 " TQ_REGISTERS_64 ", {%64,%65,%66,%67}, %68, 1, 1, 1, 1;"
+               : TQ_SIXTEEN(c, kAt), TQ_SIXTEEN(c, kAt + 4), TQ_SIXTEEN(c, kAt + 8), TQ_SIXTEEN(c, kAt + 12)
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"((operand(b) & ~kLeading) | uint64_t(kApart >> 4) << 16));
+}
+// The same times 16 x 64 or 16 x 32. kColumns: b's rows are its columns (keys), else its 16 (values).
 template <int kAt, bool kColumns, int n>
 TQ_DEVICE void multiply_group_64(float (&c)[n][4], const uint32_t (&a)[4], uint64_t b, bool add) {
   asm volatile(
@@ -164,6 +177,7 @@ TQ_DEVICE void multiply_group_shared(float (&c)[n][4], uint64_t a, uint64_t b, b
 #undef TQ_SIXTEEN
 #undef TQ_REGISTERS_16
 #undef TQ_REGISTERS_32
+#undef TQ_REGISTERS_64
 #endif
 
 }  // namespace tqext::cuda

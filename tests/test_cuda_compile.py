@@ -191,6 +191,11 @@ def test_prompt_attention_of_few_rows_compiles(rows):
     compile_prompt("sm_86", ROWS=rows, KEY_DIM=256, VALUE_DIM=256, SLOTS=2)
 
 
+def test_prompt_attention_of_large_float32_heads_compiles():
+    """The 64 rows of a warpgroup do not fit into a block's shared memory: products of single warps, on sm_90 too."""
+    compile_prompt("sm_90", WGMMA=0, ROWS=32, KEY_DIM=256, VALUE_DIM=256, TYPE=0)
+
+
 def test_empty_kernel_compiles():
     compile_kernel("reserve.cu", "sm_80")
 

@@ -183,9 +183,7 @@ def test_prompt_attention_reads_views_of_any_strides(head_dim):
                 got = problem.run(q=view(problem.q), packed_k=packed_k, packed_v=packed_v, **exact)
                 assert np.array_equal(to_numpy(got), want)
             exact = {name: tuple(poisoned(x, np.nan) for x in getattr(problem, name)) for name in ("first", "tail")}
-            got = problem.run(
-                q=poisoned(problem.q, np.nan), packed_k=poisoned_tokens(k), packed_v=poisoned_tokens(v), **exact
-            )
+            got = problem.run(q=poisoned(problem.q, np.nan), packed_k=poisoned_tokens(k), packed_v=poisoned_tokens(v), **exact)
             assert np.array_equal(to_numpy(got), want)
 
 
