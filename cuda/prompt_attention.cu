@@ -136,7 +136,8 @@ struct Range {
     token_end = sequence.coded_end(p, last_query);
     const int tile0 = token_begin / kPromptTile;
     const int n_coded = max(0, (token_end + kPromptTile - 1) / kPromptTile - tile0);
-    const int64_t n = n_exact + n_coded;
+    // At most 2^25 tiles and 2^6 splits.
+    const uint32_t n = n_exact + n_coded;
     const int begin = int(n * split / n_splits), end = int(n * (split + 1) / n_splits);
     exact_begin = min(begin, n_exact);
     exact_end = min(end, n_exact);
@@ -700,7 +701,7 @@ TQ_DEVICE void prepare_rows(const PromptParams& p, char* shared, const Memory& m
   }
   float* scales = reinterpret_cast<float*>(shared + kLayout.scale_at);
   // Rows at a time: loads and exchanges of several are in flight together.
-  constexpr int kBatch = kKeyDim <= 128 ? 4 : 2;
+  constexpr int kBatch = !kGroups ? 1 : kKeyDim <= 128 ? 4 : 2;
 #pragma unroll 1
   for (int i = 0; i < 16; i += kBatch) {
     const int r0 = warp_row0 + i;
@@ -1097,7 +1098,9 @@ TQ_DEVICE void consume(const PromptParams& p, const Sequence& sequence, const Ra
     for (int tile = begin + 1; tile < end; tile++) {
       if constexpr (kGroups) {
         start_scores(tile);
-        multiply_values(x.acc, weights, wait(values), lane);
+        const uint32_t slot = wait(values);
+        products_begin();
+        multiply_values(x.acc, weights, slot, lane);
         products_commit();
         products_wait<1>();
         end_scores();

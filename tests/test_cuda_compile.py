@@ -146,13 +146,15 @@ VALUES = [{"VALUE_BITS": bits, "LLOYD": lloyd} for bits, lloyd in ((2, 0), (4, 0
 
 
 def compile_prompt(architecture, **changes):
-    warpgroups = architecture == "sm_90"
+    """Nothing spills where warpgroups multiply; without them a few registers do."""
+    warpgroups = architecture == "sm_90" and changes.get("WGMMA", 1)
     log = compile_kernel(
-        "prompt_attention.cu", architecture + "a" * warpgroups, **(PROMPT | {"WGMMA": int(warpgroups)} | changes)
+        "prompt_attention.cu", architecture + "a" * bool(warpgroups), **(PROMPT | {"WGMMA": int(bool(warpgroups))} | changes)
     )
-    assert "0 bytes spill stores" in log, log
-    # C7510, C7514: products of a warpgroup that wait for each other; C7508: registers that are not moved.
-    assert "(C75" not in log, log
+    if warpgroups:
+        assert "0 bytes spill stores" in log, log
+    # Products of a warpgroup that wait for each other (C7510, C7514), and registers that are not moved (C7508).
+    assert not any(f"(C{code})" in log for code in (7508, 7510, 7514)), log
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
