@@ -729,4 +729,4 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error("--kv none: expected a preset to calibrate for")
     model, _ = load(options.model)
     print(calibrate(model, policy).table())
-    print(report(attach(model, policy)).table())
+    print(report(attach(model, policy)))
