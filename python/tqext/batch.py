@@ -11,12 +11,12 @@ import numpy as np
 import numpy.typing as npt
 
 from tqext.cache import Alone, Buffers, Snapshot, TurboQuantKVCache, check_max_size, check_reach, trim_count
-from tqext.ops import PackedKeys, PackedValues
 from tqext.presets import Recipe
 from tqext.tokens import (
     BLOCK,
     Codec,
     Exact,
+    History,
     check_balance,
     check_tokens,
     coded_room,
@@ -183,7 +183,7 @@ class BatchTurboQuantKVCache(Buffers):
         n = len(left_padding)
         self._codec: Codec | None = None
         self._packed: list[mx.array] = []
-        self._now: tuple[PackedKeys, PackedValues] | None = None
+        self._now: History | None = None
         self._first: Exact | None = None
         self._tail: Exact | None = None
         self._counts: Ints = np.zeros((n, 3), np.int32)  # in the buffers: see Buffers
@@ -339,7 +339,7 @@ class BatchTurboQuantKVCache(Buffers):
         if self._first is not None and (self._counts[:, FIRST] > 0).any():
             new = mx.array(leading > 0)[:, None, None, None]
             own = Exact(*(mx.where(new, x, held) for x, held in zip(own, self._first, strict=True)))
-        self._first = own
+        self._first, self._now = own, None
         self._counts[:, FIRST] += leading
 
     def _drop_oldest(self, n: Ints) -> None:
@@ -387,10 +387,9 @@ class BatchTurboQuantKVCache(Buffers):
     def _snapshot(self, tail: Exact, n_new: int, *, plain: bool, n_queries: int) -> Snapshot:
         counts = self._counts.copy()
         n_first, n_coded, n_tail = (int(n) for n in counts.max(axis=0))
-        first = self._first if n_first else None
         widths, padding = (n_first, n_coded, n_tail), self._left_padding.copy()
         columns = Columns(counts, widths, n_new, padding, self._idx, plain, n_queries, self._dropped.copy())
-        return Snapshot(self._coded(n_coded), first, tail.cut(0, n_tail + n_new), self._idx + n_queries, columns)
+        return Snapshot(self._history(n_coded, self._first if n_first else None), tail.cut(0, n_tail + n_new), self._idx + n_queries, columns)
 
     def keys_and_values(self) -> tuple[Snapshot, Snapshot]:
         """The snapshot of the last step, twice (see `TurboQuantKVCache.keys_and_values`)."""

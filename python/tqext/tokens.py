@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import mlx.core as mx
 
+from tqext._ext import History as ExtHistory
 from tqext._ext import block_means
 from tqext._ext import format as packed_format
 from tqext.ops import PackedKeys, PackedValues, dequantize, quantize_keys, quantize_values
@@ -51,6 +52,48 @@ class Exact(NamedTuple):
         """Store tokens from `begin` on, in place where nothing else holds the buffers."""
         for buffer, x in zip(self, other, strict=True):
             buffer[:, :, begin : begin + other.n_tokens] = owned(x) if other.n_tokens == self.n_tokens else x
+
+
+class History(NamedTuple):
+    """What attention reads besides the recent tokens: the same from one encoded block to the next.
+
+    Attributes:
+        packed_keys: Codes of the keys. ``packed_values``: the same for values.
+        first: The exact first tokens, None if there are none.
+        attend: ``attend(q, tail_keys, tail_values, scale, mask, sinks, lengths)``, as `turboquant_attention`.
+    """
+
+    packed_keys: PackedKeys
+    packed_values: PackedValues
+    first: Exact | None
+    attend: Callable[..., mx.array]
+
+    def __deepcopy__(self, memo: object) -> History:
+        """Itself: it never changes."""
+        return self
+
+
+def history(packed: tuple[PackedKeys, PackedValues], first: Exact | None) -> History:
+    """The packed tokens and the first ones as attention takes them, converted once."""
+    k, v = packed
+    native = ExtHistory(
+        k.codes,
+        k.norms,
+        k.means,
+        k.balance,
+        k.signs,
+        k.residual_norms,
+        k.bits,
+        k.head_dim,
+        k.rotation,
+        v.codes,
+        v.params,
+        v.bits,
+        v.head_dim,
+        v.coding,
+        first,
+    )
+    return History(k, v, first, native.attend)
 
 
 def owned(x: mx.array) -> mx.array:
