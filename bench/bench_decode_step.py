@@ -20,9 +20,9 @@ from typing import Any
 
 import mlx.core as mx
 from mlx_lm.models import qwen3
-from timing import save, table
 
 import tqext
+from timing import save, table
 from tqext.mlx_lm import stock_cache
 
 SHAPE = {
@@ -138,7 +138,13 @@ def main() -> None:
                 label = "uncompressed" if name == "none" else name
                 rows.append({"cache": label, "batch": batch, "context": context, **row, "host": times, "step": whole})
     columns = {"cache": "", "batch": "d", "context": "d"} | {f"{name} ms": ".2f" for name in PHASES}
-    columns |= {"build + encode ms": ".2f", "mean build + encode ms": ".2f", "host": ".2f", "pipelined ms": ".2f", "step": ".2f"}
+    columns |= {
+        "build + encode ms": ".2f",
+        "mean build + encode ms": ".2f",
+        "host": ".2f",
+        "pipelined ms": ".2f",
+        "step": ".2f",
+    }
     print(table(rows, columns))
     if options.json:
         settings = {"bench": "decode_step", "device": options.device, "layers": options.layers, "kv": options.kv}

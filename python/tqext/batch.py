@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
+from tqext._ext import append_token, append_tokens
 from tqext.cache import Alone, Buffers, Snapshot, TurboQuantKVCache, check_max_size, check_reach, trim_count
 from tqext.presets import Recipe
 from tqext.tokens import (
@@ -26,6 +27,7 @@ from tqext.tokens import (
 )
 
 Ints = npt.NDArray[np.int32]
+_Mask = mx.array | str | None
 FIRST, CODED, TAIL = 0, 1, 2
 
 
@@ -42,8 +44,18 @@ class _LastTranslation(threading.local):
     translated: mx.array | None = None
 
 
+class _LastOffset(threading.local):
+    offset: mx.array | None = None
+    key: tuple[Any, ...] = ()
+
+
+class _LastStep(threading.local):
+    step: _Step | None = None
+
+
 _last_mask = _LastMask()
 _last_translation = _LastTranslation()
+_last_offset = _LastOffset()
 
 
 class Columns:
@@ -61,7 +73,18 @@ class Columns:
         plain: Whether all of the step's tokens are real, or padded on the right only.
     """
 
-    __slots__ = ("counts", "left_padding", "n_dropped", "n_new", "n_queries", "n_stock", "plain", "widths")
+    __slots__ = (
+        "_lengths",
+        "_translated",
+        "counts",
+        "left_padding",
+        "n_dropped",
+        "n_new",
+        "n_queries",
+        "n_stock",
+        "plain",
+        "widths",
+    )
 
     def __init__(
         self,
@@ -74,6 +97,8 @@ class Columns:
         n_queries: int,
         n_dropped: Ints,
     ) -> None:
+        self._lengths: mx.array | None = None
+        self._translated: tuple[_Mask, int, tuple[_Mask, mx.array | None]] | None = None
         self.n_dropped = n_dropped
         self.counts = counts
         self.widths = widths
@@ -83,17 +108,23 @@ class Columns:
         self.plain = plain
         self.n_queries = n_queries
 
-    def translate(self, mask: mx.array | str | None, n_queries: int) -> tuple[mx.array | str | None, mx.array | None]:
-        """The mask and lengths for attention of a mask in mlx-lm's columns."""
+    def translate(self, mask: _Mask, n_queries: int) -> tuple[_Mask, mx.array | None]:
+        """The mask and lengths for attention of a mask in mlx-lm's columns; the layers of a step share them."""
+        memo = self._translated
+        if memo is None or memo[0] is not mask or memo[1] != n_queries:
+            self._translated = memo = mask, n_queries, self._translate(mask, n_queries)
+        return memo[2]
+
+    def _translate(self, mask: _Mask, n_queries: int) -> tuple[_Mask, mx.array | None]:
         if isinstance(mask, str) and mask != "causal":
             raise ValueError(f'[attend] mask: expected None, "causal" or an array, got "{mask}"')
         if self.plain and (mask is None or self.is_own(mask, n_queries) or isinstance(mask, str)):
             # One query sees its own token and all before; without own columns its token is counted in the tail.
-            causal = mask is not None and self.n_new > 0
-            lengths = self.counts
             if mask is None and self.n_new:
                 raise ValueError("[attend] mask: expected a mask for several new tokens of a batch, got None")
-            return ("causal" if causal else None), mx.array(lengths)
+            if self._lengths is None:
+                self._lengths = mx.array(self.counts)
+            return ("causal" if mask is not None and self.n_new > 0 else None), self._lengths
         if not isinstance(mask, mx.array):
             raise ValueError("[attend] mask: expected an array for a batch padded on the left, got " + str(mask))
         return self._gather(mask), None
@@ -143,6 +174,39 @@ class Columns:
         return mx.where(is_valid, taken, masked)
 
 
+class _Step(NamedTuple):
+    """A step of one token for every sequence, the same in all layers of a model.
+
+    Attributes:
+        key: Of the `_Calm` steps, and the number of this one.
+        columns: Where the tokens are afterwards.
+        at: int32 ``[B, 1, 1, 1]``, the column of each sequence's token in its tail; None if all are `most`.
+        most: The last of these columns.
+    """
+
+    key: tuple[_Calm, int]
+    columns: Columns
+    at: mx.array | None
+    most: int
+
+
+class _Calm(NamedTuple):
+    """Steps to come of one token for every sequence, which change nothing but the tails: no block is due, and there is room.
+
+    Attributes:
+        end: Columns of mlx-lm's left-padded batch after the last of them.
+        begin: The same before the first of them.
+        state: The numbers of tokens and of padding before the first of them, as bytes.
+    """
+
+    end: int
+    begin: int
+    state: tuple[bytes, bytes, bytes]
+
+
+_last_step = _LastStep()
+
+
 class _NotSaved:
     """In a batch's state: says to whoever saves it what to save in its place."""
 
@@ -190,6 +254,7 @@ class BatchTurboQuantKVCache(Buffers):
         self._dropped: Ints = np.zeros(n, np.int32)
         self._left_padding: Ints = np.array(left_padding, np.int32).reshape(n)
         self._idx = 0  # columns of mlx-lm's left-padded batch
+        self._calm: _Calm | None = None
         self._skip = self._left_padding.copy()  # padding of each sequence that is still to come
         self._right_padding: Ints | None = None
         self._remaining: Ints | None = None  # real tokens of each sequence that are still to come
@@ -209,16 +274,59 @@ class BatchTurboQuantKVCache(Buffers):
         Raises:
             ValueError: As `TurboQuantKVCache.update_and_fetch`.
         """
-        before = {**vars(self), "_counts": self._counts.copy(), "_dropped": self._dropped.copy()}
+        snapshot = self._append_one(keys, values)
+        if snapshot is not None:
+            return snapshot, snapshot
+        before = {**vars(self), "_dropped": self._dropped.copy()}
         try:
+            self._counts = self._counts.copy()
             return self._update(keys, values)
         except BaseException:  # as in TurboQuantKVCache
             vars(self).update(before)
             raise
 
+    def _append_one(self, keys: mx.array, values: mx.array) -> Snapshot | None:
+        """One token for every sequence in a calm step. None, and nothing is changed, if it is another."""
+        calm, tail, now, idx = self._calm, self._tail, self._now, self._idx
+        if calm is None or tail is None or now is None or idx >= calm.end:
+            return None
+        step = _last_step.step
+        if step is None or step.key != (calm, idx):
+            _last_step.step = step = self._calm_step(calm)
+        if step.at is None:
+            views = append_token(tail.keys, tail.values, keys, values, step.most)
+        else:
+            views = append_tokens(tail.keys, tail.values, keys, values, step.at, step.most)
+        if views is None:
+            return None
+        snapshot = Snapshot(now, Exact(*views), idx + 1, step.columns)
+        vars(self).update(_counts=step.columns.counts, _idx=idx + 1, _last=snapshot if self.shared else None)
+        return snapshot
+
+    def _calm_step(self, calm: _Calm) -> _Step:
+        at = self._counts[:, TAIL].copy()
+        counts = self._counts.copy()
+        counts[:, TAIL] += 1
+        counts.flags.writeable = False  # the caches of all layers get it
+        n_first, n_coded, n_tail = counts.max(axis=0).tolist()
+        columns = self._columns(counts, (n_first, n_coded, n_tail), 0, plain=True, n_queries=1)
+        alike = bool((at == at[0]).all())
+        return _Step((calm, self._idx), columns, None if alike else mx.array(at)[:, None, None, None], n_tail - 1)
+
+    def _look_ahead(self) -> _Calm | None:
+        """The steps until one has more to do, after a step of one token for every sequence."""
+        if self._remaining is not None or self._skip.any() or self._tail is None:
+            return None
+        held = self._counts[:, TAIL]
+        apart = (self._counts[:, CODED] > 0) | (self._dropped > 0)
+        n_free = np.where(apart, 0, self.recipe.first) + self.recipe.tail + BLOCK - held
+        n = min(int(n_free.min()), self._tail.n_tokens - int(held.max()))
+        state = self._counts.tobytes(), self._dropped.tobytes(), self._left_padding.tobytes()
+        return _Calm(self._idx + n, self._idx, state) if n > 0 else None
+
     def _update(self, keys: mx.array, values: mx.array) -> tuple[Snapshot, Snapshot]:
         check_tokens(keys, values, self._tail)
-        self._last = None
+        self._last = self._calm = None
         if self._codec is None:
             self._open(keys, values)
         n_new = keys.shape[2]
@@ -230,11 +338,10 @@ class BatchTurboQuantKVCache(Buffers):
         self._flush(n_real > 0)
         self._skip = self._skip - skip
         tokens = Exact(keys, values)
-        if n_new == 1 and (n_real == 1).all():
-            snapshot = self._step(tokens)
-        else:
-            snapshot = self._extend_tail(tokens, skip.astype(np.int32), n_real.astype(np.int32))
+        one_each = n_new == 1 and bool((n_real == 1).all())
+        snapshot = self._step(tokens) if one_each else self._extend_tail(tokens, skip.astype(np.int32), n_real.astype(np.int32))
         self._idx += n_new
+        self._calm = self._look_ahead() if one_each else None
         self._last = snapshot if self.shared else None
         return snapshot, snapshot
 
@@ -387,9 +494,13 @@ class BatchTurboQuantKVCache(Buffers):
     def _snapshot(self, tail: Exact, n_new: int, *, plain: bool, n_queries: int) -> Snapshot:
         counts = self._counts.copy()
         n_first, n_coded, n_tail = (int(n) for n in counts.max(axis=0))
-        widths, padding = (n_first, n_coded, n_tail), self._left_padding.copy()
-        columns = Columns(counts, widths, n_new, padding, self._idx, plain, n_queries, self._dropped.copy())
-        return Snapshot(self._history(n_coded, self._first if n_first else None), tail.cut(0, n_tail + n_new), self._idx + n_queries, columns)
+        columns = self._columns(counts, (n_first, n_coded, n_tail), n_new, plain=plain, n_queries=n_queries)
+        history = self._history(n_coded, self._first if n_first else None)
+        return Snapshot(history, tail.cut(0, n_tail + n_new), self._idx + n_queries, columns)
+
+    def _columns(self, counts: Ints, widths: tuple[int, int, int], n_new: int, *, plain: bool, n_queries: int) -> Columns:
+        padding, n_dropped = self._left_padding.copy(), self._dropped.copy()
+        return Columns(counts, widths, n_new, padding, self._idx, plain, n_queries, n_dropped)
 
     def keys_and_values(self) -> tuple[Snapshot, Snapshot]:
         """The snapshot of the last step, twice (see `TurboQuantKVCache.keys_and_values`)."""
@@ -402,7 +513,11 @@ class BatchTurboQuantKVCache(Buffers):
     @property
     def offset(self) -> mx.array:
         """int32 ``[B]``: tokens of each sequence (less than none while its padding is to come)."""
-        return mx.array(self._idx - self._left_padding)
+        memo, key = _last_offset, (self._idx, self._left_padding.tobytes())  # the layers of a step share it
+        if memo.offset is None or memo.key != key:
+            memo.offset = mx.array(self._idx - self._left_padding)
+            memo.key = key
+        return memo.offset
 
     @property
     def left_padding(self) -> mx.array:
@@ -455,6 +570,7 @@ class BatchTurboQuantKVCache(Buffers):
         Raises:
             ValueError: Left padding for a cache with tokens, or right padding without lengths.
         """
+        self._calm = None
         if left_padding is not None:
             if self._codec is not None:
                 raise ValueError("[prepare] left_padding: expected an empty cache, got one with tokens")
@@ -469,7 +585,7 @@ class BatchTurboQuantKVCache(Buffers):
 
     def finalize(self) -> None:
         """The padded prompt is complete. Nothing moves: its padding was never stored."""
-        self._last = None
+        self._last = self._calm = None
         if self._right_padding is not None:
             self._left_padding = self._left_padding + self._right_padding
         self._right_padding = self._remaining = None
@@ -493,7 +609,8 @@ class BatchTurboQuantKVCache(Buffers):
         for row in np.flatnonzero(self._dropped).tolist():
             counts = self._counts[row]
             check_reach(int(n_gone[row]), int(counts[FIRST]), int(counts.sum()), int(self._dropped[row]))
-        self._last = None
+        self._last = self._calm = None
+        self._counts = self._counts.copy()
         cut = np.flatnonzero(n_gone > self._counts[:, TAIL])
         views = [self._view(row) for row in cut.tolist()]
         self._counts[:, TAIL] -= np.where(np.isin(np.arange(len(n_gone)), cut), 0, n_gone)
@@ -539,7 +656,7 @@ class BatchTurboQuantKVCache(Buffers):
         if not good:
             raise ValueError(f"[filter] batch_indices: expected indices of {n} sequences, got {batch_indices}")
         rows = given.astype(np.int64)
-        self._last = self._now = None
+        self._last = self._now = self._calm = None
         self._counts = self._counts[rows]
         self._dropped = self._dropped[rows]
         self._left_padding = self._left_padding[rows]
@@ -569,7 +686,7 @@ class BatchTurboQuantKVCache(Buffers):
         width = max(self._idx, other._idx)
         paddings = [c._left_padding + (width - c._idx) for c in (self, other)]
         parts = _joined([self, other])
-        self._last = None
+        self._last = self._calm = None
         self._left_padding = np.concatenate(paddings).astype(np.int32)
         self._skip = np.concatenate([self._skip, other._skip])
         self._counts = np.concatenate([self._counts, other._counts])
