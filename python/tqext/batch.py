@@ -22,6 +22,7 @@ from tqext.tokens import (
     check_tokens,
     coded_room,
     exact_room,
+    owned,
     resize_tokens,
     wait_for_readers,
 )
@@ -314,7 +315,7 @@ class BatchTurboQuantKVCache(Buffers):
         return _Step((calm, self._idx), columns, None if alike else mx.array(at)[:, None, None, None], n_tail - 1)
 
     def _look_ahead(self) -> _Calm | None:
-        """The steps until one has more to do, after a step of one token for every sequence."""
+        """The steps of one token for every sequence until one has more to do."""
         if self._remaining is not None or self._skip.any() or self._tail is None:
             return None
         held = self._counts[:, TAIL]
@@ -338,10 +339,11 @@ class BatchTurboQuantKVCache(Buffers):
         self._flush(n_real > 0)
         self._skip = self._skip - skip
         tokens = Exact(keys, values)
-        one_each = n_new == 1 and bool((n_real == 1).all())
-        snapshot = self._step(tokens) if one_each else self._extend_tail(tokens, skip.astype(np.int32), n_real.astype(np.int32))
-        self._idx += n_new
-        self._calm = self._look_ahead() if one_each else None
+        if n_new == 1 and (n_real == 1).all():
+            snapshot = self._step(tokens)
+        else:
+            snapshot = self._extend_tail(tokens, skip.astype(np.int32), n_real.astype(np.int32))
+            self._idx += n_new
         self._last = snapshot if self.shared else None
         return snapshot, snapshot
 
@@ -372,13 +374,21 @@ class BatchTurboQuantKVCache(Buffers):
         most = int(at.max())
         if most >= self._tail.n_tokens:
             self._tail = self._tail.resized(max(most + 1, self._room(most)))
+        n_first, n_coded, _ = self._counts.max(axis=0).tolist()
+        self._history(n_coded, self._first if n_first else None)
+        self._calm = self._look_ahead()
+        snapshot = self._append_one(*tokens)
+        if snapshot is not None:
+            return snapshot
         if (at == at[0]).all():
             self._tail.write(most, tokens)
         else:
             index = mx.array(at)[:, None, None, None]
             self._tail = Exact(*(put_tokens(x, index, new) for x, new in zip(self._tail, tokens, strict=True)))
         self._counts[:, TAIL] += 1
-        return self._snapshot(self._tail, 0, plain=True, n_queries=1)
+        snapshot = self._snapshot(self._tail, 0, plain=True, n_queries=1)
+        self._idx += 1
+        return snapshot
 
     def _extend_tail(self, tokens: Exact, skip: Ints, n_real: Ints) -> Snapshot:
         """Any number of tokens, of which some sequences have fewer than others."""
@@ -432,11 +442,16 @@ class BatchTurboQuantKVCache(Buffers):
             n_new = n_due - (n_dropped - n_old)
             slots = np.arange(n_new.max(), dtype=np.int32)[None]
             index = columns.of((leading + n_due - n_new)[:, None] + slots)[rows]
-            tokens = _take(Exact(*(_rows(x, rows) for x in source)), index)
+            tokens = _take(Exact(*(_rows(x, rows, view=True) for x in source)), index)
             self._drop_oldest(n_old)
             self._write_packed(self._codec.encode(tokens), rows, n_new[rows])
             self._dropped = self._dropped + n_dropped
-        self._move_tail(source, columns, leading + n_due, n_held - leading - n_due)
+        n_gone = leading + n_due
+        n_left = n_held - n_gone
+        if source is self._tail and len(rows) < len(n_held) and source.n_tokens <= self._room(int(n_left.max())) + BLOCK:
+            self._shift_tail(rows, n_gone, n_left)
+        else:
+            self._move_tail(source, columns, n_gone, n_left)
 
     def _keep_first(self, source: Exact, columns: _StreamColumns, leading: Ints) -> None:
         """Give the first tokens of these sequences their own place."""
@@ -456,6 +471,7 @@ class BatchTurboQuantKVCache(Buffers):
             return
         self._now = None
         kept = self._counts[:, CODED] - n
+        self._packed = [x[:] for x in self._packed]  # an interrupt leaves the objects that there were
         for buffer, per in zip(self._packed, self._codec.per_row, strict=True):
             for row in np.flatnonzero(n).tolist():
                 begin, count = int(n[row]) // per, int(kept[row]) // per
@@ -488,6 +504,19 @@ class BatchTurboQuantKVCache(Buffers):
         index = np.minimum(columns.of(slots + n_dropped[:, None]), source.n_tokens - 1)
         self._counts[:, TAIL] = n_left
         self._tail = _take(source, index).resized(self._room(most))
+
+    def _shift_tail(self, rows: npt.NDArray[Any], n_gone: Ints, n_left: Ints) -> None:
+        """Move what follows the first `n_gone` tokens of these sequences to the begin of their tails; the others stay."""
+        assert self._tail is not None
+        moves = [(row, int(n_gone[row]), int(n_left[row])) for row in rows.tolist() if n_left[row]]
+        tail = Exact(*(x[:] for x in self._tail))  # an interrupt leaves the objects that there were
+        for buffer in tail:
+            # All are read before the first is written: a buffer that is still to be read from is copied by each write.
+            moved = [owned(buffer[row : row + 1, :, begin : begin + n]) for row, begin, n in moves]
+            for (row, _, n), x in zip(moves, moved, strict=True):
+                buffer[row : row + 1, :, :n] = x
+        self._counts[:, TAIL] = n_left
+        self._tail = tail
 
     # Reading
 
@@ -783,9 +812,13 @@ def _check_compressed(cache: Any, kind: type, what: str) -> None:
         )
 
 
-def _rows(x: mx.array, rows: npt.NDArray[Any]) -> mx.array:
-    if len(rows) == x.shape[0] and (rows == np.arange(len(rows))).all():
+def _rows(x: mx.array, rows: npt.NDArray[Any], *, view: bool = False) -> mx.array:
+    """These sequences. With `view` perhaps in the same memory, which then lives as long."""
+    n = len(rows)
+    if n == x.shape[0] and (rows == np.arange(n)).all():
         return x
+    if view and n and (rows == rows[0] + np.arange(n)).all():
+        return x[int(rows[0]) : int(rows[0]) + n]
     return x[mx.array(rows.astype(np.int32))]
 
 

@@ -25,7 +25,6 @@ from tqext.tokens import (
     check_tokens,
     coded_room,
     exact_room,
-    history,
     wait_for_readers,
 )
 
@@ -228,7 +227,7 @@ class Buffers:
         """The coded and the first tokens as attention takes them: the same object until the next block."""
         if self._now is None:
             assert self._codec is not None
-            self._now = history(self._codec.pack(self._codec.cut(self._packed, 0, n_coded)), first)
+            self._now = self._codec.history(self._codec.cut(self._packed, 0, n_coded), first)
         return self._now
 
     @property
@@ -492,12 +491,12 @@ class TurboQuantKVCache(Buffers):
         # Only now: a view of what was there before would have the buffers copied.
         before = self._history(self.n_coded, self._first)
         n_dropped = self._n_over(BLOCK)
-        after = self._codec.pack(self._codec.cut(self._packed, n_dropped, self.n_coded + BLOCK))
+        after = self._codec.cut(self._packed, n_dropped, self.n_coded + BLOCK)
         size, gap = self.size(), (self.n_first, self.n_dropped)
         earlier = Snapshot(before, self._tail.cut(0, leading + due), size - n_tail + due, gap=gap)
         first = self._tail.cut(0, leading) if leading else self._first
         tail = self._tail.cut(leading + BLOCK, leading + n_tail)
-        snapshot = Snapshot(history(after, first), tail, size - n_dropped, gap=(gap[0], gap[1] + n_dropped))
+        snapshot = Snapshot(self._codec.history(after, first), tail, size - n_dropped, gap=(gap[0], gap[1] + n_dropped))
         snapshot.earlier = earlier, n_new - (n_tail - due)
         return snapshot
 

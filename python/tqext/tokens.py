@@ -73,29 +73,6 @@ class History(NamedTuple):
         return self
 
 
-def history(packed: tuple[PackedKeys, PackedValues], first: Exact | None) -> History:
-    """The packed tokens and the first ones as attention takes them, converted once."""
-    k, v = packed
-    native = ExtHistory(
-        k.codes,
-        k.norms,
-        k.means,
-        k.balance,
-        k.signs,
-        k.residual_norms,
-        k.bits,
-        k.head_dim,
-        k.rotation,
-        v.codes,
-        v.params,
-        v.bits,
-        v.head_dim,
-        v.coding,
-        first,
-    )
-    return History(k, v, first, native.attend)
-
-
 def owned(x: mx.array) -> mx.array:
     """A copy of ``x [B, H, T, ...]``.
 
@@ -198,6 +175,28 @@ class Codec:
             rotation=r.rotation,
         )
         return keys, values
+
+    def history(self, parts: Sequence[mx.array], first: Exact | None) -> History:
+        """The packed arrays and the first tokens as attention takes them, converted once."""
+        keys, values = self.pack(parts)
+        native = ExtHistory(
+            key_codes=keys.codes,
+            key_norms=keys.norms,
+            means=keys.means,
+            balance=keys.balance,
+            signs=keys.signs,
+            residual_norms=keys.residual_norms,
+            key_bits=keys.bits,
+            head_dim=self.head_dim,
+            rotation=keys.rotation,
+            value_codes=values.codes,
+            value_params=values.params,
+            value_bits=values.bits,
+            value_dim=self.value_dim,
+            value_coding=values.coding,
+            first=first,
+        )
+        return History(keys, values, first, native.attend)
 
     def decode(self, parts: Sequence[mx.array], begin: int, end: int, key_dtype: mx.Dtype, value_dtype: mx.Dtype) -> Exact:
         """What the codes of the tokens ``begin`` (the first of a block) to ``end`` stand for."""
