@@ -54,6 +54,11 @@ class _LastStep(threading.local):
     step: _Step | None = None
 
 
+class _LastDue(threading.local):
+    found: tuple[tuple[Any, ...], _Due | None] | None = None
+
+
+_last_due = _LastDue()
 _last_mask = _LastMask()
 _last_translation = _LastTranslation()
 _last_offset = _LastOffset()
@@ -189,6 +194,30 @@ class _Step(NamedTuple):
     columns: Columns
     at: mx.array | None
     most: int
+
+
+class _Due(NamedTuple):
+    """Tokens that are encoded in one step.
+
+    Attributes:
+        rows: The sequences that have any.
+        leading: First tokens of each sequence that get their own place.
+        n_new: Tokens of each of `rows` that are encoded, less those that are dropped at once.
+        n_old: Coded tokens of each sequence that are dropped.
+        n_dropped: All tokens of each sequence that are dropped.
+        at: Where the tokens of `rows` that are encoded are, ``[len(rows), n]``.
+        n_gone: Exact tokens of each sequence that leave the buffer.
+        n_left: Those that stay.
+    """
+
+    rows: npt.NDArray[np.intp]
+    leading: Ints
+    n_new: Ints
+    n_old: Ints
+    n_dropped: Ints
+    at: Ints
+    n_gone: Ints
+    n_left: Ints
 
 
 class _Calm(NamedTuple):
@@ -400,7 +429,7 @@ class BatchTurboQuantKVCache(Buffers):
         snapshot.alone = self._alone(tokens, skip, n_real)
         n_held = n_tail + n_real
         columns = _StreamColumns(n_tail, width, skip)
-        self._encode_oldest(joined, columns, n_held, np.where(n_real > BLOCK, self._n_due(n_held), 0))
+        self._encode_oldest(joined, columns, self._due(columns, n_held, np.where(n_real > BLOCK, self._n_due(n_held), 0)))
         return snapshot
 
     def _alone(self, tokens: Exact, skip: Ints, n_real: Ints) -> tuple[Alone, ...]:
@@ -419,39 +448,50 @@ class BatchTurboQuantKVCache(Buffers):
         """Encode the oldest tokens of each of these sequences whose tail is full."""
         assert self._tail is not None
         n_held = self._counts[:, TAIL].copy()
-        n_due = np.where(rows, self._n_due(n_held), 0).astype(np.int32)
-        if n_due.any():
-            self._encode_oldest(self._tail, _StreamColumns(n_held, 0, np.zeros_like(n_held)), n_held, n_due)
+        columns = _StreamColumns(n_held, 0, np.zeros_like(n_held))
+        state = tuple(x.tobytes() for x in (self._counts, self._dropped, rows))
+        key = (*state, self.recipe.first, self.recipe.tail, self.max_size)
+        memo = _last_due.found
+        if memo is None or memo[0] != key:  # the layers of a step share it
+            n_due = np.where(rows, self._n_due(n_held), 0).astype(np.int32)
+            memo = key, self._due(columns, n_held, n_due) if n_due.any() else None
+            _last_due.found = memo
+        if memo[1] is not None:
+            self._encode_oldest(self._tail, columns, memo[1])
 
     def _n_due(self, n_held: Ints) -> Ints:
         """Tokens to encode of each sequence that holds so many exact ones in the buffer of recent tokens."""
         n_tail = n_held - self._n_leading(n_held)
         return np.where(n_tail >= self.recipe.tail + BLOCK, (n_tail - self.recipe.tail) // BLOCK * BLOCK, 0).astype(np.int32)
 
-    def _encode_oldest(self, source: Exact, columns: _StreamColumns, n_held: Ints, n_due: Ints) -> None:
-        """Make codes of the oldest tokens of `source` after the first ones, and recent tokens of the others."""
+    def _due(self, columns: _StreamColumns, n_held: Ints, n_due: Ints) -> _Due:
+        """What becomes of the exact tokens when so many of each sequence are encoded."""
         rows = np.flatnonzero(n_due)
-        leading = np.where(n_due > 0, self._n_leading(n_held), 0)
-        if leading.any():
-            self._keep_first(source, columns, leading)
-        if len(rows):
-            assert self._codec is not None
-            n_coded = self._counts[:, CODED].copy()
-            n_dropped = np.where(n_due > 0, np.maximum(n_coded + n_due - self._most_coded, 0), 0).astype(np.int32)
-            n_old = np.minimum(n_dropped, n_coded)
-            n_new = n_due - (n_dropped - n_old)
-            slots = np.arange(n_new.max(), dtype=np.int32)[None]
-            index = columns.of((leading + n_due - n_new)[:, None] + slots)[rows]
-            tokens = _take(Exact(*(_rows(x, rows, view=True) for x in source)), index)
-            self._drop_oldest(n_old)
-            self._write_packed(self._codec.encode(tokens), rows, n_new[rows])
-            self._dropped = self._dropped + n_dropped
+        leading = np.where(n_due > 0, self._n_leading(n_held), 0).astype(np.int32)
+        n_coded = self._counts[:, CODED]
+        n_dropped = np.where(n_due > 0, np.maximum(n_coded + n_due - self._most_coded, 0), 0).astype(np.int32)
+        n_old = np.minimum(n_dropped, n_coded)
+        n_new = n_due - (n_dropped - n_old)
         n_gone = leading + n_due
-        n_left = n_held - n_gone
-        if source is self._tail and len(rows) < len(n_held) and source.n_tokens <= self._room(int(n_left.max())) + BLOCK:
-            self._shift_tail(rows, n_gone, n_left)
+        slots = np.arange(n_new.max(), dtype=np.int32)[None]
+        at = columns.of((n_gone - n_new)[:, None] + slots)[rows]
+        return _Due(rows, leading, n_new[rows], n_old, n_dropped, at, n_gone, n_held - n_gone)
+
+    def _encode_oldest(self, source: Exact, columns: _StreamColumns, due: _Due) -> None:
+        """Make codes of the oldest tokens of `source` after the first ones, and recent tokens of the others."""
+        if due.leading.any():
+            self._keep_first(source, columns, due.leading)
+        if len(due.rows):
+            assert self._codec is not None
+            tokens = _take(Exact(*(_rows(x, due.rows, view=True) for x in source)), due.at)
+            self._drop_oldest(due.n_old)
+            self._write_packed(self._codec.encode(tokens), due.rows, due.n_new)
+            self._dropped = self._dropped + due.n_dropped
+        fewer = len(due.rows) < len(due.n_left)
+        if source is self._tail and fewer and source.n_tokens <= self._room(int(due.n_left.max())) + BLOCK:
+            self._shift_tail(due.rows, due.n_gone, due.n_left)
         else:
-            self._move_tail(source, columns, n_gone, n_left)
+            self._move_tail(source, columns, due.n_gone, due.n_left)
 
     def _keep_first(self, source: Exact, columns: _StreamColumns, leading: Ints) -> None:
         """Give the first tokens of these sequences their own place."""
@@ -822,18 +862,13 @@ def _rows(x: mx.array, rows: npt.NDArray[Any], *, view: bool = False) -> mx.arra
     return x[mx.array(rows.astype(np.int32))]
 
 
-def _take_tokens(x: mx.array, index: Ints) -> mx.array:
-    """``x [B, H, T, D]`` at the columns ``index [B, n]``."""
-    n = index.shape[1]
-    if n and (index == index[:1, :1] + np.arange(n)).all() and index[0, 0] + n <= x.shape[2]:
-        return x[:, :, int(index[0, 0]) : int(index[0, 0]) + n]
-    clipped = np.minimum(index, x.shape[2] - 1)
-    wide = mx.broadcast_to(mx.array(clipped)[:, None, :, None], (*x.shape[:2], n, x.shape[3]))
-    return mx.take_along_axis(x, wide, axis=2)
-
-
 def _take(tokens: Exact, index: Ints) -> Exact:
-    return Exact(_take_tokens(tokens.keys, index), _take_tokens(tokens.values, index))
+    """The tokens at the columns ``index [B, n]``; perhaps in the same memory."""
+    n = index.shape[1]
+    if n and (index == index[0, 0] + np.arange(n)).all() and index[0, 0] + n <= tokens.n_tokens:
+        return tokens.cut(int(index[0, 0]), int(index[0, 0]) + n)
+    clipped = mx.array(np.minimum(index, tokens.n_tokens - 1))[:, None, :, None]
+    return Exact(*(mx.take_along_axis(x, mx.broadcast_to(clipped, (*x.shape[:2], n, x.shape[3])), axis=2) for x in tokens))
 
 
 def put_tokens(x: mx.array, index: mx.array, new: mx.array) -> mx.array:
