@@ -1,7 +1,7 @@
 """The host's part of a decoding step: building the graph, encoding it and waiting for it, compressed and not.
 
     python bench/bench_decode_step.py
-    python bench/bench_decode_step.py --device gpu --context 512 8192 --batch 1 8
+    python bench/bench_decode_step.py --device gpu --context 512 8192 --batch 1 8 --ragged 0 7
 
 A model of many small layers, so that what Python and MLX do for each layer is most of the step. `build` is the call of the
 model, `encode` is ``mx.async_eval``, both in the calling thread's own time: MLX lets it wait for the device when it is too far
@@ -13,6 +13,7 @@ uncompressed cache take turns of a few steps; figures are medians of steps.
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import time
 from pathlib import Path
@@ -39,16 +40,18 @@ SHAPE = {
     "tie_word_embeddings": True,
 }
 PHASES = ("build", "encode", "wait")
+# Times of the uncompressed cache's.
+RATIOS = {"build x": "build", "host x": "build + encode", "mean host x": "mean build + encode", "step x": "pipelined"}
 
 
-def filled(model: Any, context: int, batch: int, kv: str) -> list[Any]:
-    """Caches of random tokens; sequences of a batch differ in length by a token each."""
+def filled(model: Any, context: int, batch: int, kv: str, ragged: int, dtype: mx.Dtype) -> list[Any]:
+    """Caches of random tokens; each sequence of a batch is `ragged` tokens shorter than the one before."""
     sequences = []
     for i in range(batch):
         caches = stock_cache(model)
-        shape = (1, SHAPE["num_key_value_heads"], context - i, SHAPE["head_dim"])
+        shape = (1, SHAPE["num_key_value_heads"], context - i * ragged, SHAPE["head_dim"])
         for cache in caches:
-            cache.update_and_fetch(*(mx.random.normal(shape).astype(mx.float16) for _ in range(2)))
+            cache.update_and_fetch(*(mx.random.normal(shape).astype(dtype) for _ in range(2)))
         sequences.append(caches if kv == "none" else tqext.upgrade(caches, kv))
     # One sequence stays what it is; a batch is what mlx-lm's server makes of several.
     merged = sequences[0] if batch == 1 else [type(row[0]).merge(row) for row in zip(*sequences, strict=True)]
@@ -109,46 +112,53 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=36)
     parser.add_argument("--context", type=int, nargs="+", default=[512])
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4])
+    parser.add_argument("--ragged", type=int, nargs="+", default=[0, 1], help="tokens by which the sequences of a batch differ")
     parser.add_argument("--kv", default="tq3")
-    parser.add_argument("--steps", type=int, default=256, help="of each kind; encoding a block comes once in 64")
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default: float32 on the CPU, else float16")
+    parser.add_argument(
+        "--steps", type=int, default=128, help="of each kind, split and pipelined; encoding a block comes once in 64"
+    )
     parser.add_argument("--json", type=Path, help="file to add the run to")
     options = parser.parse_args()
     mx.set_default_device(mx.cpu if options.device == "cpu" else mx.gpu)
     mx.random.seed(0)
     tqext.mlx_lm.hook()
     model = qwen3.Model(qwen3.ModelArgs.from_dict({**SHAPE, "num_hidden_layers": options.layers}))
-    model.set_dtype(mx.float16)
+    dtype = getattr(mx, options.dtype or ("float32" if options.device == "cpu" else "float16"))
+    model.set_dtype(dtype)
     mx.eval(model.parameters())
     rows: list[dict[str, Any]] = []
     turn = 16
-    for batch in options.batch:
-        for context in options.context:
-            kinds = {name: Run(model, filled(model, context, batch, name), batch) for name in ("none", options.kv)}
-            for run in kinds.values():
-                run.split(2)
-                run.times = {name: [] for name in run.times}
-            for _ in range(max(1, options.steps // (2 * turn))):
-                for step in ("split", "pipelined"):
-                    for run in kinds.values():
-                        getattr(run, step)(turn)
-            found = {name: run.row() for name, run in kinds.items()}
-            for name, row in found.items():
-                times = row["build + encode ms"] / found["none"]["build + encode ms"]
-                whole = row["pipelined ms"] / found["none"]["pipelined ms"]
-                label = "uncompressed" if name == "none" else name
-                rows.append({"cache": label, "batch": batch, "context": context, **row, "host": times, "step": whole})
-    columns = {"cache": "", "batch": "d", "context": "d"} | {f"{name} ms": ".2f" for name in PHASES}
-    columns |= {
-        "build + encode ms": ".2f",
-        "mean build + encode ms": ".2f",
-        "host": ".2f",
-        "pipelined ms": ".2f",
-        "step": ".2f",
-    }
+    cases = [(batch, ragged) for batch in options.batch for ragged in (options.ragged if batch > 1 else [0])]
+    for (batch, ragged), context in itertools.product(cases, options.context):
+        names = ("none", options.kv)
+        kinds = {name: Run(model, filled(model, context, batch, name, ragged, dtype), batch) for name in names}
+        for run in kinds.values():
+            run.split(2)
+            run.times = {name: [] for name in run.times}
+        for _ in range(max(1, options.steps // turn)):
+            for step in ("split", "pipelined"):
+                for run in kinds.values():
+                    getattr(run, step)(turn)
+        found = {name: run.row() for name, run in kinds.items()}
+        for name, row in found.items():
+            times = {key: row[f"{of} ms"] / found["none"][f"{of} ms"] for key, of in RATIOS.items()}
+            label = "uncompressed" if name == "none" else name
+            rows.append({"cache": label, "batch": batch, "ragged": ragged, "context": context, **row, **times})
+    columns = {"cache": "", "batch": "d", "ragged": "d", "context": "d"} | {f"{name} ms": ".2f" for name in PHASES}
+    columns |= {"build + encode ms": ".2f", "mean build + encode ms": ".2f", "pipelined ms": ".2f"} | dict.fromkeys(
+        RATIOS, ".2f"
+    )
     print(table(rows, columns))
     if options.json:
-        settings = {"bench": "decode_step", "device": options.device, "layers": options.layers, "kv": options.kv}
-        save(options.json, {**settings, "context": options.context, "batch": options.batch}, {}, rows)
+        settings = {
+            "bench": "decode_step",
+            "device": options.device,
+            "layers": options.layers,
+            "kv": options.kv,
+            "steps": options.steps,
+        }
+        save(options.json, {**settings, "context": options.context, "batch": options.batch, "ragged": options.ragged}, {}, rows)
 
 
 if __name__ == "__main__":
