@@ -355,19 +355,18 @@ class TurboQuantKVCache(Buffers):
 
     def _append_one(self, keys: mx.array, values: mx.array) -> Snapshot | None:
         """One token where nothing but the tail changes: what most steps are. None, and nothing is changed, if it is another."""
-        now, tail, n_tail = self._now, self._tail, self.n_tail
+        now, tail, n_first, n_tail = self._now, self._tail, self.n_first, self.n_tail
         if now is None or tail is None or n_tail - self.recipe.tail >= BLOCK:
             return None
-        at = n_tail
-        if now.first is None:
-            if self.n_first < self.recipe.first:
-                return None
-            at += self.n_first
-        views = append_token(tail.keys, tail.values, keys, values, at)
+        views = append_token(tail.keys, tail.values, keys, values, n_tail if now.first is not None else n_first + n_tail)
         if views is None:
             return None
-        snapshot = Snapshot(now, Exact(*views), self.size() + 1, gap=(self.n_first, self.n_dropped))
-        vars(self).update(n_tail=n_tail + 1, _last=snapshot if self.shared else None)
+        if n_first < self.recipe.first:
+            n_first += 1
+        else:
+            n_tail += 1
+        snapshot = Snapshot(now, Exact(*views), self.size() + 1, gap=(n_first, self.n_dropped))
+        vars(self).update(n_first=n_first, n_tail=n_tail, _last=snapshot if self.shared else None)
         return snapshot
 
     def _update(self, keys: mx.array, values: mx.array) -> tuple[Snapshot, Snapshot]:
