@@ -40,9 +40,8 @@ class Hook:
                 return
             previous, call = getattr(self.owner, self.name), self.call
 
-            @functools.wraps(previous)
-            def wrapper(*args: Any, **kwargs: Any) -> Any:
-                return call(previous, *args, **kwargs)
+            # A partial, not a function: every call of MLX's attention goes through it.
+            wrapper = functools.update_wrapper(functools.partial(call, previous), previous)
 
             self.previous, self._wrapper = previous, wrapper
             self._replace(previous, wrapper)
