@@ -145,7 +145,11 @@ Example:
                                         .lengths = lengths,
                                         .first = first,
                                         .tail = tail};
-        if (auto* mode = std::get_if<std::string>(&mask)) options.mask_mode = *mode;
+        if (auto* mode = std::get_if<std::string>(&mask)) {
+          // Inside, an empty name stands for None.
+          tqext::check(!mode->empty(), "[turboquant_attention] mask: expected None, \"causal\" or an array, got \"\"");
+          options.mask_mode = *mode;
+        }
         if (auto* array = std::get_if<mx::array>(&mask)) options.mask = *array;
         return tqext::turboquant_attention(q,
                                            {.codes = key_codes,
