@@ -584,8 +584,8 @@ def test_turboquant_attention_does_not_change_its_inputs():
 def test_turboquant_attention_any_magnitude(magnitude, dtype):
     """Large keys make one token take all the weight, small ones give the average."""
     problem = Problem(magnitude=magnitude, dtype=DTYPES[dtype], n_coded=257)
-    # Scores of thousands lose bits behind the point, whatever the type of queries and output: of fp32, or of the query's 16 bits.
-    # On CUDA as well: what is coarser there is the weights.
+    # Scores of thousands lose bits behind the point, of fp32 or of the query's 16, whatever the type of queries and output. On
+    # CUDA as well: what is coarser there is the weights.
     of_scores = magnitude / 3 * dict.__getitem__(KERNEL_TOLERANCE, mx.float32) if magnitude > 1 else 0
     assert_close(problem.run(), problem.answer(), KERNEL_TOLERANCE[DTYPES[dtype]] + of_scores)
 
