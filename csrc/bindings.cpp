@@ -10,6 +10,7 @@
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
 #include "format.h"
+#include "gpu_memory.h"
 #include "history.h"
 #include "q1_matmul.h"
 #include "q1_quantize.h"
@@ -286,5 +287,9 @@ Example:
         return names;
       },
       "Instruction sets that this machine can run, slowest first.");
+  m.def(
+      "clear_gpu_memory", &tqext::clear_gpu_memory,
+      "Frees the device memory that is kept for later outputs, beside what mx.clear_cache frees of MLX's own; returns how many "
+      "bytes. 0 but on CUDA.");
   m.def("num_threads", &tqext::cpu::num_threads, "Threads of the CPU kernels; TQEXT_NUM_THREADS overrides the number.");
 }

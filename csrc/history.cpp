@@ -1,5 +1,6 @@
 #include "history.h"
 
+#include "check.h"
 #include "mlx/ops.h"
 
 namespace tqext {
@@ -20,7 +21,11 @@ mx::array until(const mx::array& buffer, int end) {
 }  // namespace
 
 AttentionOptions with_mask(AttentionOptions options, const MaskArgument& mask) {
-  if (auto* mode = std::get_if<std::string>(&mask)) options.mask_mode = *mode;
+  if (auto* mode = std::get_if<std::string>(&mask)) {
+    // Inside, an empty name stands for None.
+    check(!mode->empty(), "[turboquant_attention] mask: expected None, \"causal\" or an array, got \"\"");
+    options.mask_mode = *mode;
+  }
   if (auto* array = std::get_if<mx::array>(&mask)) options.mask = *array;
   return options;
 }

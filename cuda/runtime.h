@@ -73,6 +73,8 @@ struct Workspace {
   size_t zeroed, bytes;  // bytes: behind the zeroed ones
 };
 Workspace workspace(mx::Stream stream, size_t zeroed, size_t bytes);
+// After a launch that failed: whether the zeroed bytes are zero is not known any more. The next kernel gets other memory.
+void forget_workspace(mx::Stream stream);
 
 // Runs a kernel whose outputs are large, through MLX's own primitive, so that its allocator provides them. Arguments of the
 // kernel: inputs, outputs, scalars.

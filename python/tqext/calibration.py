@@ -31,11 +31,12 @@ from tqext import blas
 from tqext._ext import block_means
 from tqext._ext import format as packed_format
 from tqext.cache import create_mask
+from tqext.fp16_range import fits_fp16
 from tqext.ops import dequantize, quantize_keys, quantize_values
 from tqext.presets import Recipe
 
 # Raised when the prompt, the positions or what is derived from them changes: earlier results are then made again.
-VERSION = 3
+VERSION = 4
 N_TOKENS = 512
 # First tokens that are left out: their keys and values are unlike all others', and recipes for use keep them exact.
 N_LEFT_OUT = packed_format.BLOCK
@@ -64,8 +65,10 @@ class LayerCalibration:
     Attributes:
         balance: float32 ``[n_kv_heads, head_dim]``, see docs/format.md; None for a recipe without it.
         output_error: Root mean square error of the attention output relative to the length of the values that are attended to,
-            over coded tokens alone. (The output itself may be a small difference of large values.)
+            over coded tokens alone. (The output itself may be a small difference of large values.) Infinite where the values
+            are beyond what the format's fp16 numbers hold.
         score_error: Root mean square error of the scores in nats, their mean over the tokens left out: softmax cannot see it.
+            Infinite where the keys are beyond what the format's fp16 numbers hold.
     """
 
     balance: mx.array | None = field(compare=False, repr=False)
@@ -78,7 +81,9 @@ class LayerCalibration:
         return self.output_error <= MAX_OUTPUT_ERROR and self.score_error <= MAX_SCORE_ERROR
 
     def __str__(self) -> str:
-        return f"output error {self.output_error:.3f}, score error {self.score_error:.2f} nats"
+        beyond = [name for name, x in (("values", self.output_error), ("keys", self.score_error)) if not math.isfinite(x)]
+        why = f" ({' and '.join(beyond)} beyond the range of fp16)" if beyond else ""
+        return f"output error {self.output_error:.3f}, score error {self.score_error:.2f} nats{why}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -446,6 +451,7 @@ def _errors(view: _View, recipe: Recipe, balance: mx.array | None) -> mx.array:
     means = block_means(k) if recipe.means else None
     packed_k = quantize_keys(k, bits=recipe.key_bits, means=means, balance=balance, qjl=recipe.qjl, rotation=recipe.rotation)
     packed_v = quantize_values(v, bits=recipe.value_bits, coding=recipe.value_coding, rotation=recipe.rotation)
+    keys_fit, values_fit = fits_fp16(k, v, packed_k, packed_v)
     k, v = k[0], v[0].astype(mx.float32)
     coded_k, coded_v = dequantize(packed_k)[0], dequantize(packed_v)[0]
     errors = []
@@ -457,7 +463,8 @@ def _errors(view: _View, recipe: Recipe, balance: mx.array | None) -> mx.array:
         attended = blas.matmul(exact, (v * v).sum(axis=-1, keepdims=True)).sum()
         output = mx.sqrt(((blas.matmul(coded, coded_v) - blas.matmul(exact, v)) ** 2).sum() / mx.maximum(attended, 1e-30))
         change = change - change.mean(axis=-1, keepdims=True)
-        errors.append(mx.stack([output, mx.sqrt((change * change).mean())]))
+        output = mx.where(values_fit, output, math.inf)
+        errors.append(mx.stack([output, mx.where(keys_fit, mx.sqrt((change * change).mean()), math.inf)]))
     return mx.stack(errors)
 
 

@@ -143,6 +143,7 @@ def uninstall() -> None:
     with _lock:
         _attention_hook.check()
         _make_prompt_cache_hook.check()
+        _cache_classes.check()
         hooks.remove_load_step(_LOAD_STEP)
         _attention_hook.take_back()
         _make_prompt_cache_hook.take_back()
