@@ -21,6 +21,7 @@ BENCHES = {
     "bonsai": "bench_bonsai_shape.py",
     "memory": "bench_memory.py",
     "decode": "bench_decode.py",
+    "decode-step": "bench_decode_step.py",
     "quality": "bench_quality.py",
     "key_bias": "bench_key_bias.py",
     "agents": "bench_agents.py",

@@ -10,6 +10,8 @@
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
 #include "format.h"
+#include "gpu_memory.h"
+#include "history.h"
 #include "q1_matmul.h"
 #include "q1_quantize.h"
 #include "rotate.h"
@@ -132,20 +134,17 @@ Example:
          const OptionalArray& balance, const OptionalArray& signs, const OptionalArray& residual_norms, int key_bits,
          int head_dim, const std::string& key_rotation, const mx::array& value_codes, const mx::array& value_params,
          int value_bits, int value_dim, const std::string& coding, const std::string& value_rotation,
-         std::optional<float> scale, const std::variant<std::monostate, std::string, mx::array>& mask,
-         const std::optional<tqext::ExactTokens>& first, const std::optional<tqext::ExactTokens>& tail,
-         const OptionalArray& sinks, const OptionalArray& left_padding, const OptionalArray& lengths,
-         mx::StreamOrDevice stream) {
-        tqext::AttentionOptions options{.scale = scale,
-                                        .mask_mode = "",
-                                        .mask = {},
-                                        .sinks = sinks,
-                                        .left_padding = left_padding,
-                                        .lengths = lengths,
-                                        .first = first,
-                                        .tail = tail};
-        if (auto* mode = std::get_if<std::string>(&mask)) options.mask_mode = *mode;
-        if (auto* array = std::get_if<mx::array>(&mask)) options.mask = *array;
+         std::optional<float> scale, const tqext::MaskArgument& mask, const std::optional<tqext::ExactTokens>& first,
+         const std::optional<tqext::ExactTokens>& tail, const OptionalArray& sinks, const OptionalArray& left_padding,
+         const OptionalArray& lengths, mx::StreamOrDevice stream) {
+        const tqext::AttentionOptions options{.scale = scale,
+                                              .mask_mode = "",
+                                              .mask = {},
+                                              .sinks = sinks,
+                                              .left_padding = left_padding,
+                                              .lengths = lengths,
+                                              .first = first,
+                                              .tail = tail};
         return tqext::turboquant_attention(q,
                                            {.codes = key_codes,
                                             .norms = key_norms,
@@ -162,12 +161,63 @@ Example:
                                             .head_dim = value_dim,
                                             .coding = tqext::value_coding(coding, "turboquant_attention"),
                                             .rotation = value_rotation},
-                                           options, stream);
+                                           with_mask(options, mask), stream);
       },
       "q"_a, "key_codes"_a, "key_norms"_a, "means"_a.none(), "balance"_a.none(), "signs"_a.none(), "residual_norms"_a.none(),
       "key_bits"_a, "head_dim"_a, "key_rotation"_a, "value_codes"_a, "value_params"_a, "value_bits"_a, "value_dim"_a,
       "value_coding"_a, "value_rotation"_a, "scale"_a.none(), "mask"_a.none(), "first"_a.none(), "tail"_a.none(),
       "sinks"_a.none(), "left_padding"_a.none(), "lengths"_a.none(), "stream"_a.none());
+
+  nb::class_<tqext::History>(m, "History",
+                             "What attention reads besides the recent tokens: packed keys and values, exact first tokens.")
+      .def(
+          "__init__",
+          [](tqext::History* self, const mx::array& key_codes, const mx::array& key_norms, const OptionalArray& means,
+             const OptionalArray& balance, const OptionalArray& signs, const OptionalArray& residual_norms, int key_bits,
+             int head_dim, const std::string& rotation, const mx::array& value_codes, const mx::array& value_params,
+             int value_bits, int value_dim, const std::string& coding, const std::optional<tqext::ExactTokens>& first) {
+            new (self) tqext::History({.codes = key_codes,
+                                       .norms = key_norms,
+                                       .means = means,
+                                       .balance = balance,
+                                       .signs = signs,
+                                       .residual_norms = residual_norms,
+                                       .bits = key_bits,
+                                       .head_dim = head_dim,
+                                       .rotation = rotation},
+                                      {.codes = value_codes,
+                                       .params = value_params,
+                                       .bits = value_bits,
+                                       .head_dim = value_dim,
+                                       .coding = tqext::value_coding(coding, "History"),
+                                       .rotation = rotation},
+                                      first);
+          },
+          "key_codes"_a, "key_norms"_a, "means"_a.none(), "balance"_a.none(), "signs"_a.none(), "residual_norms"_a.none(),
+          "key_bits"_a, "head_dim"_a, "rotation"_a, "value_codes"_a, "value_params"_a, "value_bits"_a, "value_dim"_a,
+          "value_coding"_a, "first"_a.none())
+      .def("attend", &tqext::History::attend, "q"_a, "tail_keys"_a, "tail_values"_a, "scale"_a, "mask"_a.none(),
+           "sinks"_a.none(), "lengths"_a.none(), "As :func:`tqext.turboquant_attention`, with the tail in two arguments.");
+  m.def("append_token", &tqext::append_token, "tail_keys"_a, "tail_values"_a, "keys"_a, "values"_a, "at"_a,
+        R"(Write one token to column `at` of the buffers, in place where nothing else holds them.
+
+Args:
+    tail_keys (array): the buffer ``[batch, n_kv_heads, width, head_dim]``; afterwards this very object has the token.
+    tail_values (array): the same for values.
+    keys (array): ``[batch, n_kv_heads, 1, head_dim]``.
+    values (array): ``[batch, n_kv_heads, 1, value_dim]``.
+    at (int): a column.
+
+Returns:
+    tuple[array, array] | None: the columns up to the new one. None, and nothing is written, if keys or values have another
+    shape or dtype, or the buffers no such column.)");
+  m.def("append_tokens", &tqext::append_tokens, "tail_keys"_a, "tail_values"_a, "keys"_a, "values"_a, "at"_a, "most"_a,
+        R"(As :func:`append_token`, with a column for each sequence.
+
+Args:
+    tail_keys (array): as there. So are ``tail_values``, ``keys`` and ``values``.
+    at (array): int32 ``[batch, 1, 1, 1]``, columns.
+    most (int): the last of these columns.)");
 
   m.def("q1_quantize", &tqext::q1_quantize, "w"_a, nb::kw_only(), "stream"_a = nb::none(),
         R"(1-bit weights: the sign of each weight, and the mean absolute value of each group of 128 along a row.
@@ -237,5 +287,9 @@ Example:
         return names;
       },
       "Instruction sets that this machine can run, slowest first.");
+  m.def(
+      "clear_gpu_memory", &tqext::clear_gpu_memory,
+      "Frees the device memory that is kept for later outputs, beside what mx.clear_cache frees of MLX's own; returns how many "
+      "bytes. 0 but on CUDA.");
   m.def("num_threads", &tqext::cpu::num_threads, "Threads of the CPU kernels; TQEXT_NUM_THREADS overrides the number.");
 }

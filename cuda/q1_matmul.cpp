@@ -2,11 +2,11 @@
 #include "q1_matmul.h"
 
 #include <algorithm>
-#include <map>
-#include <mutex>
+#include <array>
 #include <stdexcept>
 
 #include "format.h"
+#include "once_map.h"
 #include "params.h"
 #include "q1_quantize.h"
 #include "runtime.h"
@@ -30,17 +30,12 @@ std::string build(int operation, mx::Dtype type, int row_tiles, int column_tiles
 
 // kQ1Multiply or kQ1Prepare.
 Kernel find_kernel(int operation, mx::Dtype type, int row_tiles, int column_tiles, int device) {
-  static std::mutex mutex;
-  static std::map<std::array<int, 5>, Kernel> kernels;
-  const std::array<int, 5> key{operation, type_code(type), row_tiles, column_tiles, device};
-  std::lock_guard lock(mutex);
-  const auto found = kernels.find(key);
-  if (found != kernels.end()) return found->second;
-  const std::string binary = build(operation, type, row_tiles, column_tiles, device);
-  const Kernel kernel = operation == kQ1Prepare
-                            ? load_kernel(binary, "q1_prepare", 0, 32 * kQ1Warps, device)
-                            : load_kernel(binary, "q1_matmul", q1_prepared_bytes(column_tiles), 32 * kQ1Warps, device);
-  return kernels.emplace(key, kernel).first->second;
+  static OnceMap<std::array<int, 5>, Kernel> kernels;
+  return kernels.get({operation, type_code(type), row_tiles, column_tiles, device}, [&] {
+    const std::string binary = build(operation, type, row_tiles, column_tiles, device);
+    return operation == kQ1Prepare ? load_kernel(binary, "q1_prepare", 0, 32 * kQ1Warps, device)
+                                   : load_kernel(binary, "q1_matmul", q1_prepared_bytes(column_tiles), 32 * kQ1Warps, device);
+  });
 }
 
 // The kernel for a few rows of x, and its launch.
@@ -60,27 +55,18 @@ Matvec plan_matvec(int n_inputs, int n_groups, bool is_float32, int device_bytes
 }
 
 Kernel find_matvec(mx::Dtype type, const Matvec& m, int device) {
-  static std::mutex mutex;
-  static std::map<std::array<int, 5>, Kernel> kernels;
-  const std::array<int, 5> key{type_code(type), m.inputs, m.warps, m.stages, device};
-  std::lock_guard lock(mutex);
-  const auto found = kernels.find(key);
-  if (found != kernels.end()) return found->second;
-  const std::string binary =
-      compile("q1_matvec.cu", {{"TYPE", type_code(type)}, {"INPUTS", m.inputs}, {"WARPS", m.warps}, {"STAGES", m.stages}}, true,
-              device);
-  const Kernel kernel = load_kernel(binary, "q1_matvec", device_info(device).shared_bytes, 32 * m.warps, device);
-  return kernels.emplace(key, kernel).first->second;
+  static OnceMap<std::array<int, 5>, Kernel> kernels;
+  return kernels.get({type_code(type), m.inputs, m.warps, m.stages, device}, [&] {
+    const std::string binary =
+        compile("q1_matvec.cu", {{"TYPE", type_code(type)}, {"INPUTS", m.inputs}, {"WARPS", m.warps}, {"STAGES", m.stages}},
+                true, device);
+    return load_kernel(binary, "q1_matvec", device_info(device).shared_bytes, 32 * m.warps, device);
+  });
 }
 
 const std::string& find_binary(int operation, mx::Dtype type, int device) {
-  static std::mutex mutex;
-  static std::map<std::array<int, 3>, std::string> binaries;
-  const std::array<int, 3> key{operation, type_code(type), device};
-  std::lock_guard lock(mutex);
-  const auto found = binaries.find(key);
-  if (found != binaries.end()) return found->second;
-  return binaries.emplace(key, build(operation, type, 1, 1, device)).first->second;
+  static OnceMap<std::array<int, 3>, std::string> binaries;
+  return binaries.get({operation, type_code(type), device}, [&] { return build(operation, type, 1, 1, device); });
 }
 
 // An array as rows of its last axis: the stride between rows, when there is one for all.

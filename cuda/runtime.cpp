@@ -9,10 +9,13 @@
 #include <stdexcept>
 
 #include "binary_cache.h"
+#include "gpu_memory.h"
 #include "mlx/allocator.h"
 #include "mlx/fast.h"
+#include "mlx/memory.h"
 #include "mlx/primitives.h"
 #include "sources.h"
+#include "workspace_sizes.h"
 
 namespace tqext::cuda {
 
@@ -134,21 +137,34 @@ struct Block {
   int device;  // -1: managed memory
 };
 
-void* allocate_device_memory(size_t bytes, int device) {
+// Null where the device has no memory left.
+void* try_allocate(size_t bytes, int device) {
+  constexpr int kOutOfMemory = 2;  // cuda.h
   int pools = 0;
   check_driver(driver().device_get_attribute(&pools, kAttributeMemoryPools, device), "cuDeviceGetAttribute");
   CUdeviceptr pointer = 0;
-  if (pools) {
-    // From the pool that MLX frees to when it moves an array to the host.
-    check_driver(driver().mem_alloc_async(&pointer, bytes, nullptr), "cuMemAllocAsync");
-    check_driver(driver().stream_synchronize(nullptr), "cuStreamSynchronize");
-  } else {
-    check_driver(driver().mem_alloc(&pointer, bytes), "cuMemAlloc");
-  }
+  // From the pool that MLX frees to when it moves an array to the host.
+  const int result = pools ? driver().mem_alloc_async(&pointer, bytes, nullptr) : driver().mem_alloc(&pointer, bytes);
+  if (result == kOutOfMemory) return nullptr;
+  check_driver(result, pools ? "cuMemAllocAsync" : "cuMemAlloc");
+  if (pools) check_driver(driver().stream_synchronize(nullptr), "cuStreamSynchronize");
   return reinterpret_cast<void*>(pointer);
 }
 
-// Free blocks by size, a power of two. What would make them more than kPoolBytes is freed: mx.clear_cache does not reach them.
+void* allocate_device_memory(size_t bytes, int device) {
+  void* memory = try_allocate(bytes, device);
+  if (!memory) {
+    // What is kept for later, here and by MLX, may be just what is missing.
+    clear_gpu_memory();
+    mx::clear_cache();
+    memory = try_allocate(bytes, device);
+  }
+  if (!memory) throw std::runtime_error("[tqext] out of device memory: expected " + std::to_string(bytes) + " free bytes");
+  return memory;
+}
+
+// Free blocks by size, a power of two. Where they are more than kMostKept bytes, which no decoding step needs, and none of them
+// has the size that is asked for, they are freed.
 class Pool {
  public:
   Block* take(size_t bytes, int device) {
@@ -160,35 +176,52 @@ class Pool {
       if (!blocks.empty()) {
         Block* block = blocks.back();
         blocks.pop_back();
-        kept_ -= size;
+        kept_ -= block->size;
         return block;
       }
     }
+    if (n_kept() > kMostKept) clear();
     return new Block{allocate_device_memory(size, device), size, device};
   }
   void give_back(Block* block) {
-    if (block->device < 0) {  // MLX moved it to managed memory for the host
-      driver().mem_free(reinterpret_cast<CUdeviceptr>(block->data));
-      delete block;
+    if (block->device < 0) {  // MLX moved it to managed memory for the host, and has waited for that
+      release(block);
       return;
     }
+    std::lock_guard lock(mutex_);
+    free_[{block->device, block->size}].push_back(block);
+    kept_ += block->size;
+  }
+  // Returns the number of bytes freed; 0 where the device cannot be waited for.
+  size_t clear() {
+    std::map<std::pair<int, size_t>, std::vector<Block*>> blocks;
+    size_t bytes = 0;
     {
       std::lock_guard lock(mutex_);
-      if (kept_ + block->size <= kPoolBytes) {
-        free_[{block->device, block->size}].push_back(block);
-        kept_ += block->size;
-        return;
-      }
+      // A kernel may be writing to an array that its owner has dropped.
+      if (kept_ == 0 || driver().context_synchronize() != 0) return 0;
+      std::swap(blocks, free_);
+      std::swap(bytes, kept_);
     }
-    driver().context_synchronize();  // a kernel may not be over whose output nobody wanted
-    driver().mem_free(reinterpret_cast<CUdeviceptr>(block->data));
-    delete block;
+    for (const auto& [key, list] : blocks) {
+      for (Block* block : list) release(block);
+    }
+    return bytes;
   }
 
  private:
+  static constexpr size_t kMostKept = size_t(256) << 20;
+  size_t n_kept() {
+    std::lock_guard lock(mutex_);
+    return kept_;
+  }
+  static void release(Block* block) {
+    driver().mem_free(reinterpret_cast<CUdeviceptr>(block->data));
+    delete block;
+  }
+  size_t kept_ = 0;
   std::mutex mutex_;
   std::map<std::pair<int, size_t>, std::vector<Block*>> free_;
-  size_t kept_ = 0;  // bytes
 };
 
 Pool& pool() {
@@ -325,6 +358,25 @@ void allocate_output(mx::array& out, int device) {
                                    [](mx::allocator::Buffer b) { pool().give_back(static_cast<Block*>(b.ptr())); }));
 }
 
+namespace {
+
+struct Workspaces {
+  std::mutex mutex;
+  std::map<mx::Stream, Workspace> by_stream;
+};
+Workspaces& workspaces() {
+  // Leaked, as are outgrown ones: kernels that are not finished may use them.
+  static auto* all = new Workspaces;
+  return *all;
+}
+
+}  // namespace
+
+void forget_workspace(mx::Stream stream) {
+  std::lock_guard lock(workspaces().mutex);
+  workspaces().by_stream.erase(stream);
+}
+
 void allocate_through_mlx(std::vector<mx::array>& outputs, const mx::array& input, mx::Stream stream) {
   static std::mutex mutex;
   static std::map<int, std::string> binaries;
@@ -340,23 +392,20 @@ void allocate_through_mlx(std::vector<mx::array>& outputs, const mx::array& inpu
 }
 
 Workspace workspace(mx::Stream stream, size_t zeroed, size_t bytes) {
-  static std::mutex mutex;
-  // Leaked, as are outgrown ones: kernels that are not finished may use them.
-  static auto* workspaces = new std::map<mx::Stream, Workspace>;
-  std::lock_guard lock(mutex);
-  auto found = workspaces->find(stream);
-  if (found == workspaces->end() || found->second.bytes < bytes || found->second.zeroed < zeroed) {
-    size_t size = 1 << 22, zeros = 1 << 16;
-    while (size < bytes) size *= 2;
-    while (zeros < zeroed) zeros *= 2;
+  std::lock_guard lock(workspaces().mutex);
+  auto& by_stream = workspaces().by_stream;
+  auto found = by_stream.find(stream);
+  if (found == by_stream.end() || found->second.bytes < bytes || found->second.zeroed < zeroed) {
+    const auto [zeros, size] = workspace_sizes(zeroed, bytes);
     const int device = stream.device.index;
     auto* block = new Block{allocate_device_memory(zeros + size, device), zeros + size, device};
     check_driver(driver().memset_d8(reinterpret_cast<CUdeviceptr>(block->data), 0, zeros), "cuMemsetD8");
     check_driver(driver().stream_synchronize(nullptr), "cuStreamSynchronize");
-    mx::array memory(mx::Shape{int((zeros + size) / 4)}, mx::uint32, nullptr, {});
+    const auto rows = workspace_rows(zeros, size);
+    mx::array memory(mx::Shape(rows.begin(), rows.end()), mx::uint32, nullptr, {});
     memory.set_data(mx::allocator::Data(mx::allocator::Buffer(block), [](mx::allocator::Buffer) {}));
-    if (found != workspaces->end()) workspaces->erase(found);
-    found = workspaces->emplace(stream, Workspace{memory, zeros, size}).first;
+    if (found != by_stream.end()) by_stream.erase(found);
+    found = by_stream.emplace(stream, Workspace{memory, zeros, size}).first;
   }
   return found->second;
 }
@@ -384,3 +433,9 @@ void run_allocating(const char* name, const std::string& binary, const std::vect
 }
 
 }  // namespace tqext::cuda
+
+namespace tqext {
+
+size_t clear_gpu_memory() { return cuda::pool().clear(); }
+
+}  // namespace tqext

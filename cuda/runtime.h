@@ -55,8 +55,6 @@ struct Define {
 // only_here: with the instructions that this architecture has and later ones may not.
 std::string compile(const char* file, const std::vector<Define>& defines, bool contract, int device, bool only_here = false);
 
-enum : size_t { kPoolBytes = size_t(128) << 20 };
-
 struct Kernel {
   CUfunc_st* function;
   int shared_bytes, blocks_per_multiprocessor;
@@ -67,8 +65,8 @@ Kernel load_kernel(const std::string& binary, const char* name, int shared_bytes
 // Address of an array's first element in device memory.
 void* device_pointer(const mx::array& x);
 
-// Gives a small output device memory from a pool of our own, which keeps at most kPoolBytes: the allocator of MLX that makes
-// device memory is not exported, and the exported one makes managed memory, which the GPU would have to fault in.
+// Gives a small output device memory from a pool of our own: the allocator of MLX that makes device memory is not exported,
+// and the exported one makes managed memory, which the GPU would have to fault in.
 void allocate_output(mx::array& out, int device);
 
 // Gives outputs device memory from MLX's allocator, by an empty kernel of MLX's own primitive: a node of the graph more than
@@ -82,6 +80,8 @@ struct Workspace {
   size_t zeroed, bytes;  // bytes: behind the zeroed ones
 };
 Workspace workspace(mx::Stream stream, size_t zeroed, size_t bytes);
+// After a launch that failed: whether the zeroed bytes are zero is not known any more. The next kernel gets other memory.
+void forget_workspace(mx::Stream stream);
 
 // Runs a kernel whose outputs are large, through MLX's own primitive, so that its allocator provides them. Arguments of the
 // kernel: inputs, outputs, scalars.

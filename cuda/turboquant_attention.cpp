@@ -3,12 +3,10 @@
 
 #include <algorithm>
 #include <cmath>
-#include <mutex>
-#include <shared_mutex>
-#include <unordered_map>
 
 #include "check.h"
 #include "codebook.h"
+#include "once_map.h"
 #include "params.h"
 #include "prompt_attention.h"
 #include "runtime.h"
@@ -20,6 +18,7 @@ namespace {
 using namespace cuda;  // NOLINT: the backend's own names
 
 constexpr int kMaxKernelDim = 256;  // padded; beyond it a block's accumulators do not fit into registers
+constexpr int kMaxGrid = 65535;     // of a grid's second and third axis
 
 struct Variant {
   int key_dim, value_dim, key_bits, value_bits;
@@ -69,18 +68,8 @@ struct Variant {
 };
 
 Kernel find_kernel(Variant variant, int device) {
-  static std::shared_mutex mutex;
-  static std::unordered_map<uint64_t, Kernel> kernels;
-  const uint64_t id = variant.id() * 64 + device;
-  {
-    std::shared_lock lock(mutex);
-    const auto found = kernels.find(id);
-    if (found != kernels.end()) return found->second;
-  }
-  std::unique_lock lock(mutex);
-  const auto found = kernels.find(id);
-  if (found != kernels.end()) return found->second;
-  return kernels.emplace(id, variant.build(device)).first->second;
+  static OnceMap<uint64_t, Kernel> kernels;
+  return kernels.get(variant.id() * 64 + device, [&] { return variant.build(device); });
 }
 
 // Shares of a head's tokens, so that the blocks fill the device in whole waves.
@@ -132,8 +121,10 @@ bool can_load_eight(const mx::array& x) {
 
 }  // namespace
 
-bool gpu_has_kernel(const TurboQuantAttention::State& state, const mx::array&) {
-  return padded_dim(state.head_dim) <= kMaxKernelDim && padded_dim(state.value_dim) <= kMaxKernelDim;
+bool gpu_has_kernel(const TurboQuantAttention::State& state, const mx::array& q) {
+  // As many heads in a batch as a grid can have only come with prompts of their size.
+  const bool fits = int64_t(q.shape(0)) * q.shape(1) <= kMaxGrid || (state.present >> kSigns & 1);
+  return fits && padded_dim(state.head_dim) <= kMaxKernelDim && padded_dim(state.value_dim) <= kMaxKernelDim;
 }
 
 void TurboQuantAttention::eval_gpu(const std::vector<mx::array>& inputs, mx::array& out) {
@@ -245,6 +236,8 @@ void TurboQuantAttention::eval_gpu(const std::vector<mx::array>& inputs, mx::arr
   p.out = device_pointer(out);
 
   const int n_heads = q.shape(0) * p.n_kv_heads, row_tiles = (n_rows + variant.rows - 1) / variant.rows;
+  check(n_heads <= kMaxGrid && row_tiles <= kMaxGrid, "[turboquant_attention] q: expected at most ", int(kMaxGrid),
+        " KV heads in all sequences and tiles of query rows on CUDA, got ", n_heads, " and ", row_tiles);
   const int n_tiles = (p.n_coded + kTileTokens - 1) / kTileTokens;
   // Eight exact tokens for each warp, more where that would be too many blocks.
   const int n_exact = p.n_first + p.n_tail, exact_steps = (n_exact + kExactStep - 1) / kExactStep;
@@ -266,8 +259,13 @@ void TurboQuantAttention::eval_gpu(const std::vector<mx::array>& inputs, mx::arr
   encoder.set_output_array(out);
   encoder.set_output_array(scratch.memory);
   void* arguments[] = {&p};
-  encoder.add_kernel_node_raw(kernel.function, {unsigned(splits), unsigned(n_heads), unsigned(row_tiles)},
-                              {32 * kAttentionWarps, 1, 1}, {1, 1, 1}, kernel.shared_bytes, arguments);
+  try {
+    encoder.add_kernel_node_raw(kernel.function, {unsigned(splits), unsigned(n_heads), unsigned(row_tiles)},
+                                {32 * kAttentionWarps, 1, 1}, {1, 1, 1}, kernel.shared_bytes, arguments);
+  } catch (...) {
+    forget_workspace(stream());
+    throw;
+  }
 }
 
 }  // namespace tqext

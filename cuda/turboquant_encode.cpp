@@ -1,12 +1,11 @@
 // eval_gpu of quantize_keys, quantize_values, dequantize and rotate.
 #include "turboquant_encode.h"
 
-#include <map>
-#include <mutex>
 #include <stdexcept>
 
 #include "check.h"
 #include "codebook.h"
+#include "once_map.h"
 #include "params.h"
 #include "rotate.h"
 #include "runtime.h"
@@ -28,25 +27,19 @@ struct Variant {
 };
 
 const std::string& find_binary(const Variant& variant, int device) {
-  static std::mutex mutex;
-  static std::map<std::pair<Variant, int>, std::string> binaries;
-  std::lock_guard lock(mutex);
-  auto found = binaries.find({variant, device});
-  if (found == binaries.end()) {
-    found = binaries
-                .emplace(std::pair(variant, device), compile("turboquant_encode.cu",
-                                                             {{"OPERATION", variant.operation},
-                                                              {"DIM", variant.dim},
-                                                              {"BITS", variant.bits},
-                                                              {"TYPE", variant.type},
-                                                              {"HADAMARD", variant.hadamard},
-                                                              {"MEANS", variant.means},
-                                                              {"BALANCE", variant.balance},
-                                                              {"SIGNS", variant.signs}},
-                                                             false, device))
-                .first;
-  }
-  return found->second;
+  static OnceMap<std::pair<Variant, int>, std::string> binaries;
+  return binaries.get({variant, device}, [&] {
+    return compile("turboquant_encode.cu",
+                   {{"OPERATION", variant.operation},
+                    {"DIM", variant.dim},
+                    {"BITS", variant.bits},
+                    {"TYPE", variant.type},
+                    {"HADAMARD", variant.hadamard},
+                    {"MEANS", variant.means},
+                    {"BALANCE", variant.balance},
+                    {"SIGNS", variant.signs}},
+                   false, device);
+  });
 }
 
 int as_int(int64_t x) {

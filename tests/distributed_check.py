@@ -11,6 +11,7 @@ import mlx.core as mx
 from mlx_lm.generate import batch_generate
 
 import tqext
+import tqext.mlx_lm
 from q1_models import make_one_bit
 from test_mlx_lm import Words
 from tiny import greedy, make_llama, make_qwen2, prompt
@@ -21,13 +22,27 @@ assert group.size() == 2
 model = {"tensor": make_llama, "one-bit": make_one_bit, "pipeline": make_qwen2}[part]()
 by_head = part != "pipeline"
 if by_head:
+    if part == "tensor":
+        whole = tqext.calibrate(model).layers
+        sharp = make_llama()
+        first_head = mx.where(mx.arange(128)[:, None] < 64, 40.0, 1.0)
+        sharp.layers[0].self_attn.k_proj.weight = sharp.layers[0].self_attn.k_proj.weight * first_head
+        sharp.shard(group)
+        # Its keys are off on one rank alone; both must leave their heads of the layer as they are.
+        recipes = [layer.recipe for layer in tqext.mlx_lm.report(tqext.attach(sharp, means=False, balance=False)).layers]
+        assert [recipe is None for recipe in recipes] == [True, False, False], recipes
     model.shard(group)
+    if part == "tensor":
+        by_rank = tqext.calibrate(model).layers  # with further steps: another rank may need them
+        for key, found in whole.items():
+            own = found.balance[group.rank() : group.rank() + 1]
+            assert mx.allclose(by_rank[key].balance, own, rtol=1e-3), "each rank has the balance of its heads"
 else:
     model.model.pipeline(group)
 # Layers of the middle only: a stage must know where in the whole model its layers are.
 tqext.attach(model, "tq3", first_last=0 if by_head else 1)
 cache = model.make_cache()
-tokens = greedy(model, prompt(260), 24, cache=cache)
+tokens = greedy(model, prompt(250), 24, cache=cache)
 if by_head:
     assert cache[0].keys.shape[1] == 1, "one KV head for each process"
     assert cache[0].n_coded > 0
@@ -36,9 +51,9 @@ else:
     assert kinds == (["KVCache"] if group.rank() else ["TurboQuantKVCache", "KVCache"]), kinds
     tqext.attach(model, "tq3")
     cache = model.make_cache()
-    tokens = greedy(model, prompt(260), 24, cache=cache)
+    tokens = greedy(model, prompt(250), 24, cache=cache)
     assert [c.n_coded > 0 for c in cache] == [True] * len(cache)
-batch = batch_generate(model, Words(), [prompt(260), prompt(40, 1)], max_tokens=24, return_token_ids=True).token_ids
+batch = batch_generate(model, Words(), [prompt(250), prompt(40, 1)], max_tokens=24, return_token_ids=True).token_ids
 mx.eval(mx.distributed.all_sum(mx.array(1), group=group))
 if group.rank() == 0:
     with open(file, "w") as out:

@@ -176,6 +176,7 @@ BAD = {
         "rank": dict(mask=zeros(1, 2, 8, 3, 49)),
         "integers": dict(mask=zeros(3, 49, dtype=mx.int32)),
         "name": dict(mask="sliding"),
+        "empty name": dict(mask=""),
     },
     "sinks": {
         "heads": dict(sinks=zeros(2)),

@@ -1,5 +1,7 @@
 """Batches under random operations: sizes, offsets and masks are mlx-lm's, and every sequence answers what it would alone."""
 
+import os
+
 import mlx.core as mx
 import numpy as np
 from hypothesis import HealthCheck, settings
@@ -11,6 +13,8 @@ from test_batch import Batch
 from test_cache import RECIPES
 from tqext import BatchTurboQuantKVCache
 
+# TQEXT_FUZZ=100000 tries as many other histories; without it the same are tried every time.
+EXAMPLES = int(os.environ.get("TQEXT_FUZZ", 0))
 MOST_ROWS = 5
 masks = st.sampled_from(["own", "stock", "additive"])
 lengths = st.sampled_from([1, 2, 9, 31, 63, 64, 65, 90, 170, 280])
@@ -118,10 +122,10 @@ class Histories(RuleBasedStateMachine):
 
 
 Histories.TestCase.settings = settings(
-    max_examples=25,
+    max_examples=EXAMPLES or 25,
     stateful_step_count=10,
     deadline=None,
-    derandomize=True,
+    derandomize=not EXAMPLES,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 test_batch_histories = Histories.TestCase

@@ -1,12 +1,17 @@
 """The single-stream cache against the specification told again in sequence.py."""
 
+import collections
 import copy
 import dataclasses
+import io
 import itertools
+import re
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx_lm.models.cache import BatchKVCache, KVCache
+from tqext._ext import append_token, append_tokens
 
 import tqext
 from sequence import BLOCK, Sequence, attention
@@ -335,6 +340,70 @@ def test_cache_builds_what_attention_takes_once_per_block():
         seen.append((snapshot.packed_keys, snapshot.packed_values, snapshot.first))
     changes = sum(any(a is not b for a, b in zip(one, other, strict=True)) for one, other in itertools.pairwise(seen))
     assert changes == 1  # after 64 steps, and before the first
+
+
+@pytest.mark.parametrize("n", [1, 10, 50, 100, 200, 300])
+@pytest.mark.parametrize("as_prompt", [False, True])
+def test_short_contexts_take_no_more_than_mlx_lms_caches(n, as_prompt):
+    """One sequence and a batch, whose caches mlx-lm makes for 256 tokens at once."""
+    for batch, kinds in ((1, (KVCache, TurboQuantKVCache)), (3, (BatchKVCache, BatchTurboQuantKVCache))):
+        stock, cache = (kind() if batch == 1 else kind([0] * batch) for kind in kinds)
+        for _ in range(1 if as_prompt else n):
+            k, v = (mx.zeros((batch, H, n if as_prompt else 1, dim), mx.float16) for dim in (D, DV))
+            stock.update_and_fetch(k, v)
+            cache.update_and_fetch(k, v)
+        exact = batch * H * n * (D + DV) * 2
+        assert stock.keys.nbytes + stock.values.nbytes >= exact
+        assert cache.nbytes <= 1.1 * exact
+
+
+def operations(*arrays):
+    """The MLX operations that a graph consists of, by name."""
+    dot = io.StringIO()
+    mx.export_to_dot(dot, *arrays)
+    return collections.Counter(re.findall(r'label ="(\w+)", shape=rectangle', dot.getvalue()))
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("n_stored", [100, 300])
+def test_a_step_takes_as_few_operations_as_mlx_lms_cache(batch, n_stored):
+    """Between two blocks: write keys and values, take the columns that are filled, attend."""
+    stock, cache = (KVCache(), TurboQuantKVCache()) if batch == 1 else (BatchKVCache([0] * 3), BatchTurboQuantKVCache([0] * 3))
+    for n in (n_stored, 1, 1):
+        k, v, q = (mx.random.normal((batch, heads, n, D)) for heads in (H, H, HQ))
+        mx.eval(k, v, q)
+        keys_and_values = stock.update_and_fetch(k, v)
+        snapshot, _ = cache.update_and_fetch(k, v)
+        if n == 1:
+            last = operations(*keys_and_values), operations(snapshot.attend(q, 1.0))
+        mx.eval(stock.keys, stock.values, *cache._packed, *cache._tail, *(cache._first or ()))
+    assert last[0] == {"SliceUpdate": 2, "Slice": 2}
+    assert last[1] == {**last[0], "TurboQuantAttention": 1}
+
+
+def test_append_token_writes_in_place_or_not_at_all():
+    k, v = (mx.zeros((1, H, 4, dim)) for dim in (D, DV))
+    token = [mx.ones((1, H, 1, dim)) for dim in (D, DV)]
+    wrong = [
+        (token[0].astype(mx.float16), token[1], 0),
+        (token[0], token[1][..., :-1], 0),
+        (mx.ones((1, H + 1, 1, D)), token[1], 0),
+        (mx.ones((2, H, 1, D)), mx.ones((2, H, 1, DV)), 0),
+        (mx.ones((1, H, 2, D)), mx.ones((1, H, 2, DV)), 0),
+        (token[0][0], token[1], 0),
+        (*token, 4),
+        (*token, -1),
+    ]
+    columns = mx.zeros((1, 1, 1, 1), mx.int32)
+    for *new, at in wrong:
+        assert append_token(k, v, *new, at) is None
+        assert append_tokens(k, v, *new, columns, at) is None
+    assert not k.any() and not v.any()
+    views = append_token(k, v, *token, 1)
+    assert [x.shape[2] for x in views] == [2, 2]
+    for x, buffer in zip(views, (k, v), strict=True):
+        assert buffer.sum(axis=(0, 1, 3)).tolist() == [0, H * x.shape[3], 0, 0]
+        assert mx.array_equal(x, buffer[:, :, :2])
 
 
 def test_cache_keeps_nothing_but_its_own_bytes():

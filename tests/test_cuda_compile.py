@@ -2,6 +2,7 @@
 
 import ctypes
 import importlib.util
+import os
 import re
 import subprocess
 import sys
@@ -239,6 +240,16 @@ def test_kernels_are_kept_on_disk(tmp_path):
     subprocess.run([tool("g++", "c++"), "-std=c++20", "-Wall", "-Wextra", source, "-o", program], check=True, timeout=300)
     (tmp_path / "cache").mkdir()
     done = subprocess.run([program, tmp_path / "cache", occupied / "below"], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "ok\n", done.stdout + done.stderr
+
+
+def test_host_code_without_a_gpu(tmp_path):
+    """The map of compiled kernels under four threads, and the sizes of scratch memory."""
+    program, source = tmp_path / "check", ROOT / "tests/native/cuda_host_check.cpp"
+    flags = ["-std=c++20", "-O1", "-g", "-Wall", "-Wextra", "-pthread", "-fsanitize=thread"]
+    subprocess.run([tool("g++", "c++"), *flags, source, "-o", program], check=True, timeout=300)
+    environment = {key: value for key, value in os.environ.items() if key != "LD_PRELOAD"}
+    done = subprocess.run([program], capture_output=True, text=True, timeout=100, env=environment)
     assert done.stdout == "ok\n", done.stdout + done.stderr
 
 

@@ -47,7 +47,7 @@ def kinds(cache):
 def replaced():
     """All that tqext replaces, as it is now."""
     names = [(mx.fast, "scaled_dot_product_attention"), (mlx_lm.utils, "load_model")]
-    names += [(module, "make_prompt_cache") for module in (stock, generate, server)]
+    names += [(stock, "save_prompt_cache"), *((module, "make_prompt_cache") for module in (stock, generate, server))]
     return [getattr(module, name) for module, name in names]
 
 
@@ -95,7 +95,9 @@ def test_one_bit_loading_outlives_uninstall(tmp_path, first):
     assert mlx_lm.utils.load_model is before
 
 
-@pytest.mark.parametrize("module, name", [(mlx_lm.utils, "load_model"), (stock, "make_prompt_cache")])
+@pytest.mark.parametrize(
+    "module, name", [(mlx_lm.utils, "load_model"), (stock, "make_prompt_cache"), (stock, "save_prompt_cache")]
+)
 def test_uninstall_refuses_whole_when_another_wrapped_a_hook(model, module, name):
     tqext.install("tq3", guard=False)
     stock.make_prompt_cache(model)

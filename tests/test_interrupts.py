@@ -81,12 +81,13 @@ def test_cache_update_is_all_or_nothing(n_before, n_new):
         step(cache, reference, 60, 7 + i)
 
 
+@pytest.mark.parametrize("max_size", [None, 320])
 @pytest.mark.parametrize("n_new", [1, 40, 100])
-def test_batch_update_is_all_or_nothing(n_new):
-    lengths = (170, 250, 2)
+def test_batch_update_is_all_or_nothing(n_new, max_size):
+    lengths = (170, 250 if max_size is None else 450, 2)
     recipe = Recipe(balance=False)
-    cache = BatchTurboQuantKVCache([0] * 3, recipe)
-    rows = [make_reference(recipe) for _ in lengths]
+    cache = BatchTurboQuantKVCache([0] * 3, recipe, max_size=max_size)
+    rows = [make_reference(recipe, max_size) for _ in lengths]
 
     def feed(seed, real):
         n = max(real)

@@ -263,10 +263,10 @@ def test_verify_passes_and_changes_nothing(model, expected):
 
 
 def test_verify_finds_a_layer_that_does_not_read_its_codes(model, monkeypatch):
-    def blind(q, packed_k, packed_v, **kwargs):
-        return mx.zeros(q.shape)
+    def blind(self, queries, *args):
+        return mx.zeros(queries.shape)
 
-    monkeypatch.setattr("tqext.cache.turboquant_attention", blind)
+    monkeypatch.setattr("tqext.cache.Snapshot._attend_whole", blind)
     with pytest.raises(PathError, match=r"layer 0: overwriting its codes leaves the logits as they were"):
         tqext.verify(model, **PATH_ONLY)
 

@@ -282,6 +282,43 @@ def test_a_foreign_class_of_file_is_refused(model, tmp_path):
         stock.load_prompt_cache(file)
 
 
+LOAD = """
+import sys
+from mlx_lm.models.cache import load_prompt_cache
+try:
+    load_prompt_cache(sys.argv[1])
+except KeyError as error:
+    print(error)
+import tqext
+tqext.install()
+print([type(c).__name__ for c in load_prompt_cache(sys.argv[1])])
+"""
+
+
+def test_a_file_names_tqext_where_it_is_not_installed(model, tmp_path):
+    """Also of a cache within a list of mlx-lm's; with tqext it is the class that was saved."""
+    cache = tqext.make_prompt_cache(model)
+    logits_after(model, cache, prompt(200))
+    for name, saved in (("plain", cache), ("list", [stock.CacheList(*cache)])):
+        file = str(tmp_path / f"{name}.safetensors")
+        stock.save_prompt_cache(file, saved)
+        done = subprocess.run([sys.executable, "-c", LOAD, file], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        error, loaded = done.stdout.splitlines()[-2:]
+        assert error == "'TurboQuantKVCache of tqext: call tqext.install() before load_prompt_cache'"
+        assert loaded == str([type(c).__name__ for c in saved])
+
+
+def test_a_file_that_was_saved_without_the_hook_is_read(model, tmp_path):
+    """Its name is that of the class."""
+    cache = tqext.make_prompt_cache(model)
+    logits_after(model, cache, prompt(100))
+    file = str(tmp_path / "cache.safetensors")
+    stock.save_prompt_cache.__wrapped__(file, cache)
+    assert "TurboQuantKVCache" in mx.load(file, return_metadata=True)[1].values()
+    assert [type(c).__name__ for c in stock.load_prompt_cache(file)] == ["TurboQuantKVCache"] * len(cache)
+
+
 def test_a_prompt_cache_goes_on_as_without_a_file(model, tmp_path):
     """cache_prompt, then generate: the answer of one run."""
     tokens = prompt(200)

@@ -1,8 +1,10 @@
 """Loading of the native extension, with one plain sentence when the installation cannot work."""
 
+import functools
 import importlib
 import importlib.metadata
 import sys
+from typing import Any
 
 
 def _installed(package: str) -> str | None:
@@ -56,3 +58,17 @@ def load_extension() -> None:
             "tqext was built with a nanobind that does not match MLX's, so it cannot take an mlx.core.array: "
             f"reinstall tqext with nanobind=={build.NANOBIND_VERSION}."
         ) from error
+    if core.cuda.is_available():
+        extend_clear_cache(core, ext)
+
+
+def extend_clear_cache(core: Any, ext: Any) -> None:
+    """Let ``mx.clear_cache`` free what the CUDA kernels keep for later outputs, too: MLX has no other way to ask for it."""
+    clear_cache = core.clear_cache
+
+    @functools.wraps(clear_cache)
+    def wrapper() -> None:
+        clear_cache()
+        ext.clear_gpu_memory()
+
+    core.clear_cache = wrapper

@@ -4,28 +4,31 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
+from tqext._ext import append_token, append_tokens
 from tqext.cache import Alone, Buffers, Snapshot, TurboQuantKVCache, check_max_size, check_reach, trim_count
-from tqext.ops import PackedKeys, PackedValues
 from tqext.presets import Recipe
 from tqext.tokens import (
     BLOCK,
     Codec,
     Exact,
+    History,
     check_balance,
     check_tokens,
     coded_room,
     exact_room,
+    owned,
     resize_tokens,
     wait_for_readers,
 )
 
 Ints = npt.NDArray[np.int32]
+_Mask = mx.array | str | None
 FIRST, CODED, TAIL = 0, 1, 2
 
 
@@ -42,8 +45,23 @@ class _LastTranslation(threading.local):
     translated: mx.array | None = None
 
 
+class _LastOffset(threading.local):
+    offset: mx.array | None = None
+    key: tuple[Any, ...] = ()
+
+
+class _LastStep(threading.local):
+    step: _Step | None = None
+
+
+class _LastDue(threading.local):
+    found: tuple[tuple[Any, ...], _Due | None] | None = None
+
+
+_last_due = _LastDue()
 _last_mask = _LastMask()
 _last_translation = _LastTranslation()
+_last_offset = _LastOffset()
 
 
 class Columns:
@@ -61,7 +79,18 @@ class Columns:
         plain: Whether all of the step's tokens are real, or padded on the right only.
     """
 
-    __slots__ = ("counts", "left_padding", "n_dropped", "n_new", "n_queries", "n_stock", "plain", "widths")
+    __slots__ = (
+        "_lengths",
+        "_translated",
+        "counts",
+        "left_padding",
+        "n_dropped",
+        "n_new",
+        "n_queries",
+        "n_stock",
+        "plain",
+        "widths",
+    )
 
     def __init__(
         self,
@@ -74,6 +103,8 @@ class Columns:
         n_queries: int,
         n_dropped: Ints,
     ) -> None:
+        self._lengths: mx.array | None = None
+        self._translated: tuple[_Mask, int, tuple[_Mask, mx.array | None]] | None = None
         self.n_dropped = n_dropped
         self.counts = counts
         self.widths = widths
@@ -83,17 +114,23 @@ class Columns:
         self.plain = plain
         self.n_queries = n_queries
 
-    def translate(self, mask: mx.array | str | None, n_queries: int) -> tuple[mx.array | str | None, mx.array | None]:
-        """The mask and lengths for attention of a mask in mlx-lm's columns."""
+    def translate(self, mask: _Mask, n_queries: int) -> tuple[_Mask, mx.array | None]:
+        """The mask and lengths for attention of a mask in mlx-lm's columns; the layers of a step share them."""
+        memo = self._translated
+        if memo is None or memo[0] is not mask or memo[1] != n_queries:
+            self._translated = memo = mask, n_queries, self._translate(mask, n_queries)
+        return memo[2]
+
+    def _translate(self, mask: _Mask, n_queries: int) -> tuple[_Mask, mx.array | None]:
         if isinstance(mask, str) and mask != "causal":
             raise ValueError(f'[attend] mask: expected None, "causal" or an array, got "{mask}"')
         if self.plain and (mask is None or self.is_own(mask, n_queries) or isinstance(mask, str)):
             # One query sees its own token and all before; without own columns its token is counted in the tail.
-            causal = mask is not None and self.n_new > 0
-            lengths = self.counts
             if mask is None and self.n_new:
                 raise ValueError("[attend] mask: expected a mask for several new tokens of a batch, got None")
-            return ("causal" if causal else None), mx.array(lengths)
+            if self._lengths is None:
+                self._lengths = mx.array(self.counts)
+            return ("causal" if mask is not None and self.n_new > 0 else None), self._lengths
         if not isinstance(mask, mx.array):
             raise ValueError("[attend] mask: expected an array for a batch padded on the left, got " + str(mask))
         return self._gather(mask), None
@@ -143,6 +180,63 @@ class Columns:
         return mx.where(is_valid, taken, masked)
 
 
+class _Step(NamedTuple):
+    """A step of one token for every sequence, the same in all layers of a model.
+
+    Attributes:
+        key: Of the `_Calm` steps, and the number of this one.
+        columns: Where the tokens are afterwards.
+        at: int32 ``[B, 1, 1, 1]``, the column of each sequence's token in its tail; None if all are `most`.
+        most: The last of these columns.
+    """
+
+    key: tuple[_Calm, int]
+    columns: Columns
+    at: mx.array | None
+    most: int
+
+
+class _Due(NamedTuple):
+    """Tokens that are encoded in one step.
+
+    Attributes:
+        rows: The sequences that have any.
+        leading: First tokens of each sequence that get their own place.
+        n_new: Tokens of each of `rows` that are encoded, less those that are dropped at once.
+        n_old: Coded tokens of each sequence that are dropped.
+        n_dropped: All tokens of each sequence that are dropped.
+        at: Where the tokens of `rows` that are encoded are, ``[len(rows), n]``.
+        n_gone: Exact tokens of each sequence that leave the buffer.
+        n_left: Those that stay.
+    """
+
+    rows: npt.NDArray[np.intp]
+    leading: Ints
+    n_new: Ints
+    n_old: Ints
+    n_dropped: Ints
+    at: Ints
+    n_gone: Ints
+    n_left: Ints
+
+
+class _Calm(NamedTuple):
+    """Steps to come of one token for every sequence, which change nothing but the tails: no block is due, and there is room.
+
+    Attributes:
+        end: Columns of mlx-lm's left-padded batch after the last of them.
+        begin: The same before the first of them.
+        state: The numbers of tokens and of padding before the first of them, as bytes.
+    """
+
+    end: int
+    begin: int
+    state: tuple[bytes, bytes, bytes]
+
+
+_last_step = _LastStep()
+
+
 class _NotSaved:
     """In a batch's state: says to whoever saves it what to save in its place."""
 
@@ -183,13 +277,14 @@ class BatchTurboQuantKVCache(Buffers):
         n = len(left_padding)
         self._codec: Codec | None = None
         self._packed: list[mx.array] = []
-        self._now: tuple[PackedKeys, PackedValues] | None = None
+        self._now: History | None = None
         self._first: Exact | None = None
         self._tail: Exact | None = None
         self._counts: Ints = np.zeros((n, 3), np.int32)  # in the buffers: see Buffers
         self._dropped: Ints = np.zeros(n, np.int32)
         self._left_padding: Ints = np.array(left_padding, np.int32).reshape(n)
         self._idx = 0  # columns of mlx-lm's left-padded batch
+        self._calm: _Calm | None = None
         self._skip = self._left_padding.copy()  # padding of each sequence that is still to come
         self._right_padding: Ints | None = None
         self._remaining: Ints | None = None  # real tokens of each sequence that are still to come
@@ -209,16 +304,59 @@ class BatchTurboQuantKVCache(Buffers):
         Raises:
             ValueError: As `TurboQuantKVCache.update_and_fetch`.
         """
-        before = {**vars(self), "_counts": self._counts.copy(), "_dropped": self._dropped.copy()}
+        snapshot = self._append_one(keys, values)
+        if snapshot is not None:
+            return snapshot, snapshot
+        before = {**vars(self), "_dropped": self._dropped.copy()}
         try:
+            self._counts = self._counts.copy()
             return self._update(keys, values)
         except BaseException:  # as in TurboQuantKVCache
             vars(self).update(before)
             raise
 
+    def _append_one(self, keys: mx.array, values: mx.array) -> Snapshot | None:
+        """One token for every sequence in a calm step. None, and nothing is changed, if it is another."""
+        calm, tail, now, idx = self._calm, self._tail, self._now, self._idx
+        if calm is None or tail is None or now is None or idx >= calm.end:
+            return None
+        step = _last_step.step
+        if step is None or step.key != (calm, idx):
+            _last_step.step = step = self._calm_step(calm)
+        if step.at is None:
+            views = append_token(tail.keys, tail.values, keys, values, step.most)
+        else:
+            views = append_tokens(tail.keys, tail.values, keys, values, step.at, step.most)
+        if views is None:
+            return None
+        snapshot = Snapshot(now, Exact(*views), idx + 1, step.columns)
+        vars(self).update(_counts=step.columns.counts, _idx=idx + 1, _last=snapshot if self.shared else None)
+        return snapshot
+
+    def _calm_step(self, calm: _Calm) -> _Step:
+        at = self._counts[:, TAIL].copy()
+        counts = self._counts.copy()
+        counts[:, TAIL] += 1
+        counts.flags.writeable = False  # the caches of all layers get it
+        n_first, n_coded, n_tail = counts.max(axis=0).tolist()
+        columns = self._columns(counts, (n_first, n_coded, n_tail), 0, plain=True, n_queries=1)
+        alike = bool((at == at[0]).all())
+        return _Step((calm, self._idx), columns, None if alike else mx.array(at)[:, None, None, None], n_tail - 1)
+
+    def _look_ahead(self) -> _Calm | None:
+        """The steps of one token for every sequence until one has more to do."""
+        if self._remaining is not None or self._skip.any() or self._tail is None:
+            return None
+        held = self._counts[:, TAIL]
+        apart = (self._counts[:, CODED] > 0) | (self._dropped > 0)
+        n_free = np.where(apart, 0, self.recipe.first) + self.recipe.tail + BLOCK - held
+        n = min(int(n_free.min()), self._tail.n_tokens - int(held.max()))
+        state = self._counts.tobytes(), self._dropped.tobytes(), self._left_padding.tobytes()
+        return _Calm(self._idx + n, self._idx, state) if n > 0 else None
+
     def _update(self, keys: mx.array, values: mx.array) -> tuple[Snapshot, Snapshot]:
         check_tokens(keys, values, self._tail)
-        self._last = None
+        self._last = self._calm = None
         if self._codec is None:
             self._open(keys, values)
         n_new = keys.shape[2]
@@ -234,7 +372,7 @@ class BatchTurboQuantKVCache(Buffers):
             snapshot = self._step(tokens)
         else:
             snapshot = self._extend_tail(tokens, skip.astype(np.int32), n_real.astype(np.int32))
-        self._idx += n_new
+            self._idx += n_new
         self._last = snapshot if self.shared else None
         return snapshot, snapshot
 
@@ -265,13 +403,21 @@ class BatchTurboQuantKVCache(Buffers):
         most = int(at.max())
         if most >= self._tail.n_tokens:
             self._tail = self._tail.resized(max(most + 1, self._room(most)))
+        n_first, n_coded, _ = self._counts.max(axis=0).tolist()
+        self._history(n_coded, self._first if n_first else None)
+        self._calm = self._look_ahead()
+        snapshot = self._append_one(*tokens)
+        if snapshot is not None:
+            return snapshot
         if (at == at[0]).all():
             self._tail.write(most, tokens)
         else:
             index = mx.array(at)[:, None, None, None]
             self._tail = Exact(*(put_tokens(x, index, new) for x, new in zip(self._tail, tokens, strict=True)))
         self._counts[:, TAIL] += 1
-        return self._snapshot(self._tail, 0, plain=True, n_queries=1)
+        snapshot = self._snapshot(self._tail, 0, plain=True, n_queries=1)
+        self._idx += 1
+        return snapshot
 
     def _extend_tail(self, tokens: Exact, skip: Ints, n_real: Ints) -> Snapshot:
         """Any number of tokens, of which some sequences have fewer than others."""
@@ -283,7 +429,7 @@ class BatchTurboQuantKVCache(Buffers):
         snapshot.alone = self._alone(tokens, skip, n_real)
         n_held = n_tail + n_real
         columns = _StreamColumns(n_tail, width, skip)
-        self._encode_oldest(joined, columns, n_held, np.where(n_real > BLOCK, self._n_due(n_held), 0))
+        self._encode_oldest(joined, columns, self._due(columns, n_held, np.where(n_real > BLOCK, self._n_due(n_held), 0)))
         return snapshot
 
     def _alone(self, tokens: Exact, skip: Ints, n_real: Ints) -> tuple[Alone, ...]:
@@ -302,34 +448,50 @@ class BatchTurboQuantKVCache(Buffers):
         """Encode the oldest tokens of each of these sequences whose tail is full."""
         assert self._tail is not None
         n_held = self._counts[:, TAIL].copy()
-        n_due = np.where(rows, self._n_due(n_held), 0).astype(np.int32)
-        if n_due.any():
-            self._encode_oldest(self._tail, _StreamColumns(n_held, 0, np.zeros_like(n_held)), n_held, n_due)
+        columns = _StreamColumns(n_held, 0, np.zeros_like(n_held))
+        state = tuple(x.tobytes() for x in (self._counts, self._dropped, rows))
+        key = (*state, self.recipe.first, self.recipe.tail, self.max_size)
+        memo = _last_due.found
+        if memo is None or memo[0] != key:  # the layers of a step share it
+            n_due = np.where(rows, self._n_due(n_held), 0).astype(np.int32)
+            memo = key, self._due(columns, n_held, n_due) if n_due.any() else None
+            _last_due.found = memo
+        if memo[1] is not None:
+            self._encode_oldest(self._tail, columns, memo[1])
 
     def _n_due(self, n_held: Ints) -> Ints:
         """Tokens to encode of each sequence that holds so many exact ones in the buffer of recent tokens."""
         n_tail = n_held - self._n_leading(n_held)
         return np.where(n_tail >= self.recipe.tail + BLOCK, (n_tail - self.recipe.tail) // BLOCK * BLOCK, 0).astype(np.int32)
 
-    def _encode_oldest(self, source: Exact, columns: _StreamColumns, n_held: Ints, n_due: Ints) -> None:
-        """Make codes of the oldest tokens of `source` after the first ones, and recent tokens of the others."""
+    def _due(self, columns: _StreamColumns, n_held: Ints, n_due: Ints) -> _Due:
+        """What becomes of the exact tokens when so many of each sequence are encoded."""
         rows = np.flatnonzero(n_due)
-        leading = np.where(n_due > 0, self._n_leading(n_held), 0)
-        if leading.any():
-            self._keep_first(source, columns, leading)
-        if len(rows):
+        leading = np.where(n_due > 0, self._n_leading(n_held), 0).astype(np.int32)
+        n_coded = self._counts[:, CODED]
+        n_dropped = np.where(n_due > 0, np.maximum(n_coded + n_due - self._most_coded, 0), 0).astype(np.int32)
+        n_old = np.minimum(n_dropped, n_coded)
+        n_new = n_due - (n_dropped - n_old)
+        n_gone = leading + n_due
+        slots = np.arange(n_new.max(), dtype=np.int32)[None]
+        at = columns.of((n_gone - n_new)[:, None] + slots)[rows]
+        return _Due(rows, leading, n_new[rows], n_old, n_dropped, at, n_gone, n_held - n_gone)
+
+    def _encode_oldest(self, source: Exact, columns: _StreamColumns, due: _Due) -> None:
+        """Make codes of the oldest tokens of `source` after the first ones, and recent tokens of the others."""
+        if due.leading.any():
+            self._keep_first(source, columns, due.leading)
+        if len(due.rows):
             assert self._codec is not None
-            n_coded = self._counts[:, CODED].copy()
-            n_dropped = np.where(n_due > 0, np.maximum(n_coded + n_due - self._most_coded, 0), 0).astype(np.int32)
-            n_old = np.minimum(n_dropped, n_coded)
-            n_new = n_due - (n_dropped - n_old)
-            slots = np.arange(n_new.max(), dtype=np.int32)[None]
-            index = columns.of((leading + n_due - n_new)[:, None] + slots)[rows]
-            tokens = _take(Exact(*(_rows(x, rows) for x in source)), index)
-            self._drop_oldest(n_old)
-            self._write_packed(self._codec.encode(tokens), rows, n_new[rows])
-            self._dropped = self._dropped + n_dropped
-        self._move_tail(source, columns, leading + n_due, n_held - leading - n_due)
+            tokens = _take(Exact(*(_rows(x, due.rows, view=True) for x in source)), due.at)
+            self._drop_oldest(due.n_old)
+            self._write_packed(self._codec.encode(tokens), due.rows, due.n_new)
+            self._dropped = self._dropped + due.n_dropped
+        fewer = len(due.rows) < len(due.n_left)
+        if source is self._tail and fewer and source.n_tokens <= self._room(int(due.n_left.max())) + BLOCK:
+            self._shift_tail(due.rows, due.n_gone, due.n_left)
+        else:
+            self._move_tail(source, columns, due.n_gone, due.n_left)
 
     def _keep_first(self, source: Exact, columns: _StreamColumns, leading: Ints) -> None:
         """Give the first tokens of these sequences their own place."""
@@ -339,7 +501,7 @@ class BatchTurboQuantKVCache(Buffers):
         if self._first is not None and (self._counts[:, FIRST] > 0).any():
             new = mx.array(leading > 0)[:, None, None, None]
             own = Exact(*(mx.where(new, x, held) for x, held in zip(own, self._first, strict=True)))
-        self._first = own
+        self._first, self._now = own, None
         self._counts[:, FIRST] += leading
 
     def _drop_oldest(self, n: Ints) -> None:
@@ -349,6 +511,7 @@ class BatchTurboQuantKVCache(Buffers):
             return
         self._now = None
         kept = self._counts[:, CODED] - n
+        self._packed = [x[:] for x in self._packed]  # an interrupt leaves the objects that there were
         for buffer, per in zip(self._packed, self._codec.per_row, strict=True):
             for row in np.flatnonzero(n).tolist():
                 begin, count = int(n[row]) // per, int(kept[row]) // per
@@ -382,15 +545,31 @@ class BatchTurboQuantKVCache(Buffers):
         self._counts[:, TAIL] = n_left
         self._tail = _take(source, index).resized(self._room(most))
 
+    def _shift_tail(self, rows: npt.NDArray[Any], n_gone: Ints, n_left: Ints) -> None:
+        """Move what follows the first `n_gone` tokens of these sequences to the begin of their tails; the others stay."""
+        assert self._tail is not None
+        moves = [(row, int(n_gone[row]), int(n_left[row])) for row in rows.tolist() if n_left[row]]
+        tail = Exact(*(x[:] for x in self._tail))  # an interrupt leaves the objects that there were
+        for buffer in tail:
+            # All are read before the first is written: a buffer that is still to be read from is copied by each write.
+            moved = [owned(buffer[row : row + 1, :, begin : begin + n]) for row, begin, n in moves]
+            for (row, _, n), x in zip(moves, moved, strict=True):
+                buffer[row : row + 1, :, :n] = x
+        self._counts[:, TAIL] = n_left
+        self._tail = tail
+
     # Reading
 
     def _snapshot(self, tail: Exact, n_new: int, *, plain: bool, n_queries: int) -> Snapshot:
         counts = self._counts.copy()
         n_first, n_coded, n_tail = (int(n) for n in counts.max(axis=0))
-        first = self._first if n_first else None
-        widths, padding = (n_first, n_coded, n_tail), self._left_padding.copy()
-        columns = Columns(counts, widths, n_new, padding, self._idx, plain, n_queries, self._dropped.copy())
-        return Snapshot(self._coded(n_coded), first, tail.cut(0, n_tail + n_new), self._idx + n_queries, columns)
+        columns = self._columns(counts, (n_first, n_coded, n_tail), n_new, plain=plain, n_queries=n_queries)
+        history = self._history(n_coded, self._first if n_first else None)
+        return Snapshot(history, tail.cut(0, n_tail + n_new), self._idx + n_queries, columns)
+
+    def _columns(self, counts: Ints, widths: tuple[int, int, int], n_new: int, *, plain: bool, n_queries: int) -> Columns:
+        padding, n_dropped = self._left_padding.copy(), self._dropped.copy()
+        return Columns(counts, widths, n_new, padding, self._idx, plain, n_queries, n_dropped)
 
     def keys_and_values(self) -> tuple[Snapshot, Snapshot]:
         """The snapshot of the last step, twice (see `TurboQuantKVCache.keys_and_values`)."""
@@ -403,7 +582,11 @@ class BatchTurboQuantKVCache(Buffers):
     @property
     def offset(self) -> mx.array:
         """int32 ``[B]``: tokens of each sequence (less than none while its padding is to come)."""
-        return mx.array(self._idx - self._left_padding)
+        memo, key = _last_offset, (self._idx, self._left_padding.tobytes())  # the layers of a step share it
+        if memo.offset is None or memo.key != key:
+            memo.offset = mx.array(self._idx - self._left_padding)
+            memo.key = key
+        return memo.offset
 
     @property
     def left_padding(self) -> mx.array:
@@ -456,6 +639,7 @@ class BatchTurboQuantKVCache(Buffers):
         Raises:
             ValueError: Left padding for a cache with tokens, or right padding without lengths.
         """
+        self._calm = None
         if left_padding is not None:
             if self._codec is not None:
                 raise ValueError("[prepare] left_padding: expected an empty cache, got one with tokens")
@@ -470,7 +654,7 @@ class BatchTurboQuantKVCache(Buffers):
 
     def finalize(self) -> None:
         """The padded prompt is complete. Nothing moves: its padding was never stored."""
-        self._last = None
+        self._last = self._calm = None
         if self._right_padding is not None:
             self._left_padding = self._left_padding + self._right_padding
         self._right_padding = self._remaining = None
@@ -494,7 +678,8 @@ class BatchTurboQuantKVCache(Buffers):
         for row in np.flatnonzero(self._dropped).tolist():
             counts = self._counts[row]
             check_reach(int(n_gone[row]), int(counts[FIRST]), int(counts.sum()), int(self._dropped[row]))
-        self._last = None
+        self._last = self._calm = None
+        self._counts = self._counts.copy()
         cut = np.flatnonzero(n_gone > self._counts[:, TAIL])
         views = [self._view(row) for row in cut.tolist()]
         self._counts[:, TAIL] -= np.where(np.isin(np.arange(len(n_gone)), cut), 0, n_gone)
@@ -540,7 +725,7 @@ class BatchTurboQuantKVCache(Buffers):
         if not good:
             raise ValueError(f"[filter] batch_indices: expected indices of {n} sequences, got {batch_indices}")
         rows = given.astype(np.int64)
-        self._last = self._now = None
+        self._last = self._now = self._calm = None
         self._counts = self._counts[rows]
         self._dropped = self._dropped[rows]
         self._left_padding = self._left_padding[rows]
@@ -570,7 +755,7 @@ class BatchTurboQuantKVCache(Buffers):
         width = max(self._idx, other._idx)
         paddings = [c._left_padding + (width - c._idx) for c in (self, other)]
         parts = _joined([self, other])
-        self._last = None
+        self._last = self._calm = None
         self._left_padding = np.concatenate(paddings).astype(np.int32)
         self._skip = np.concatenate([self._skip, other._skip])
         self._counts = np.concatenate([self._counts, other._counts])
@@ -667,24 +852,23 @@ def _check_compressed(cache: Any, kind: type, what: str) -> None:
         )
 
 
-def _rows(x: mx.array, rows: npt.NDArray[Any]) -> mx.array:
-    if len(rows) == x.shape[0] and (rows == np.arange(len(rows))).all():
+def _rows(x: mx.array, rows: npt.NDArray[Any], *, view: bool = False) -> mx.array:
+    """These sequences. With `view` perhaps in the same memory, which then lives as long."""
+    n = len(rows)
+    if n == x.shape[0] and (rows == np.arange(n)).all():
         return x
+    if view and n and (rows == rows[0] + np.arange(n)).all():
+        return x[int(rows[0]) : int(rows[0]) + n]
     return x[mx.array(rows.astype(np.int32))]
 
 
-def _take_tokens(x: mx.array, index: Ints) -> mx.array:
-    """``x [B, H, T, D]`` at the columns ``index [B, n]``."""
-    n = index.shape[1]
-    if n and (index == index[:1, :1] + np.arange(n)).all() and index[0, 0] + n <= x.shape[2]:
-        return x[:, :, int(index[0, 0]) : int(index[0, 0]) + n]
-    clipped = np.minimum(index, x.shape[2] - 1)
-    wide = mx.broadcast_to(mx.array(clipped)[:, None, :, None], (*x.shape[:2], n, x.shape[3]))
-    return mx.take_along_axis(x, wide, axis=2)
-
-
 def _take(tokens: Exact, index: Ints) -> Exact:
-    return Exact(_take_tokens(tokens.keys, index), _take_tokens(tokens.values, index))
+    """The tokens at the columns ``index [B, n]``; perhaps in the same memory."""
+    n = index.shape[1]
+    if n and (index == index[0, 0] + np.arange(n)).all() and index[0, 0] + n <= tokens.n_tokens:
+        return tokens.cut(int(index[0, 0]), int(index[0, 0]) + n)
+    clipped = mx.array(np.minimum(index, tokens.n_tokens - 1))[:, None, :, None]
+    return Exact(*(mx.take_along_axis(x, mx.broadcast_to(clipped, (*x.shape[:2], n, x.shape[3])), axis=2) for x in tokens))
 
 
 def put_tokens(x: mx.array, index: mx.array, new: mx.array) -> mx.array:

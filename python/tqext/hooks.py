@@ -40,9 +40,8 @@ class Hook:
                 return
             previous, call = getattr(self.owner, self.name), self.call
 
-            @functools.wraps(previous)
-            def wrapper(*args: Any, **kwargs: Any) -> Any:
-                return call(previous, *args, **kwargs)
+            # A partial, not a function: every call of MLX's attention goes through it.
+            wrapper = functools.update_wrapper(functools.partial(call, previous), previous)
 
             self.previous, self._wrapper = previous, wrapper
             self._replace(previous, wrapper)
@@ -117,16 +116,57 @@ def remove_load_step(name: str) -> None:
 
 
 class CacheClasses:
-    """Cache classes in ``mlx_lm.models.cache``, where load_prompt_cache looks them up by name."""
+    """Cache classes in ``mlx_lm.models.cache``, where load_prompt_cache looks them up by name.
+
+    A file gets names that say what to do: without tqext, mlx-lm's load_prompt_cache ends in a KeyError that is the name and
+    nothing else.
+    """
 
     def __init__(self, *classes: type) -> None:
         self.classes = classes
+        self._as_saved = {cls: _as_saved(cls) for cls in classes}
+        self._hook = Hook(mlx_lm_cache, "save_prompt_cache", self._save, everywhere=True)
 
     def put(self) -> None:
-        for cls in self.classes:
-            setattr(mlx_lm_cache, cls.__name__, cls)
+        for name, cls in self._names():
+            setattr(mlx_lm_cache, name, cls)
+        self._hook.put()
+
+    def check(self) -> None:
+        """Raise a RuntimeError if the function that saves cannot be given back."""
+        self._hook.check()
 
     def take_back(self) -> None:
+        self._hook.take_back()
+        for name, cls in self._names():
+            if getattr(mlx_lm_cache, name, None) is cls:
+                delattr(mlx_lm_cache, name)
+
+    def _names(self) -> Iterator[tuple[str, type]]:
         for cls in self.classes:
-            if getattr(mlx_lm_cache, cls.__name__, None) is cls:
-                delattr(mlx_lm_cache, cls.__name__)
+            yield cls.__name__, cls  # what was saved without the hook
+            yield self._as_saved[cls].__name__, cls
+
+    def _save(self, previous: Callable[..., Any], file_name: str, cache: Any, *args: Any, **kwargs: Any) -> Any:
+        return previous(file_name, [self._named(c) for c in cache], *args, **kwargs)
+
+    def _named(self, cache: Any) -> Any:
+        if type(cache) in self._as_saved:
+            return self._as_saved[type(cache)](cache)
+        if isinstance(cache, mlx_lm_cache.CacheList):
+            return mlx_lm_cache.CacheList(*(self._named(c) for c in cache.caches))
+        return cache
+
+
+def _as_saved(cls: type) -> type:
+    """A class of stand-ins for caches, which mlx-lm asks for the state and for the name of the class."""
+
+    class StandIn:
+        def __init__(self, cache: Any) -> None:
+            self._cache = cache
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._cache, name)
+
+    StandIn.__name__ = f"{cls.__name__} of tqext: call tqext.install() before load_prompt_cache"
+    return StandIn

@@ -143,6 +143,7 @@ def uninstall() -> None:
     with _lock:
         _attention_hook.check()
         _make_prompt_cache_hook.check()
+        _cache_classes.check()
         hooks.remove_load_step(_LOAD_STEP)
         _attention_hook.take_back()
         _make_prompt_cache_hook.take_back()
@@ -364,9 +365,8 @@ class Report:
             r = layer.recipe
             how = f"{layer.cache} stays: {layer.reason}"
             if r is not None:
-                bits = f"K{r.key_bits}{'+1' if r.qjl else ''} V{r.value_bits}{' Lloyd' if r.value_coding == 'lloyd' else ''}"
                 dims = f"{layer.n_kv_heads} heads of {layer.head_dim}/{layer.value_dim}"
-                how = f"{bits}, tail {r.tail}, first {r.first}, {dims}, {layer.bytes_per_token} bytes per token"
+                how = f"{r.label}, tail {r.tail}, first {r.first}, {dims}, {layer.bytes_per_token} bytes per token"
                 how += "".join(f", {x}" for x in (layer.calibration, layer.note) if x)
             lines.append(f"  {layer.path:>5}  {how}")
         return "\n".join(lines)
@@ -579,17 +579,21 @@ def _judge(path: str, stock: Any, recipe: Recipe | None, reason: str | None, tri
 
 
 def calibrate(model: Any, preset: str | Policy = DEFAULT_PRESET, **overrides: Any) -> Calibration:
-    """The balance and the errors of every layer that a policy compresses, by a few runs of a fixed prompt of 512 tokens.
+    """The balance and the errors of every layer that a policy compresses, from a fixed prompt of 512 tokens.
 
-    The prompt is run at several positions of the context that the model was trained for. The result is kept in the cache
-    folder under a fingerprint of the weights; caches of an attached model use it.
+    What the prompt shows at its own place is turned to other positions of the context that the model was trained for. The
+    result is kept in the cache folder under a fingerprint of the weights and of the model's arguments. An attached model is
+    calibrated when it makes its first cache; after its weights have changed, attach it again.
 
     Args:
         model: Any mlx-lm model.
         preset: See `install`.
         **overrides: See `tqext.presets.get_policy`.
+
+    Raises:
+        RuntimeError: The model cannot be run on the prompt.
     """
-    return _calibrate(model, probe(model, preset, **overrides))
+    return _calibrate(model, probe(model, preset, **overrides).compressed)
 
 
 def report(model: Any) -> Report:
@@ -603,10 +607,8 @@ def report(model: Any) -> Report:
     return model._tqext_report()
 
 
-def _calibrate(model: Any, probed: Report, *, every_layer: bool = False) -> Calibration:
-    """Of the layers that need a balance or are guarded, or of all."""
-    every_layer = every_layer or probed.policy.guard
-    wanted = {x.path: x.recipe for x in probed.compressed if x.recipe is not None and (x.recipe.balance or every_layer)}
+def _calibrate(model: Any, layers: Sequence[Layer]) -> Calibration:
+    wanted = {layer.path: layer.recipe for layer in layers if layer.recipe is not None}
 
     def make_cache(new: Callable[[], Any]) -> tuple[list[Any], dict[str, Any]]:
         made: dict[str, Any] = {}
@@ -621,10 +623,17 @@ def _calibrate(model: Any, probed: Report, *, every_layer: bool = False) -> Cali
     return calibrate_layers(model, make_cache, wanted)
 
 
-def _judged(model: Any, policy: Policy, *, every_layer: bool = False) -> Report:
-    """What the probe finds, calibrated, with the layers stepped up that the guard finds inaccurate."""
+def _judged(model: Any, policy: Policy, *, always: bool = False) -> Report:
+    """What the probe finds, calibrated, with the layers stepped up that the guard finds inaccurate.
+
+    Args:
+        model: Any mlx-lm model.
+        policy: What to look for.
+        always: Calibrate also without a balance and a guard.
+    """
     probed = probe(model, policy)
-    calibration = _calibrate(model, probed, every_layer=every_layer)
+    need = [x for x in probed.compressed if always or policy.guard or (x.recipe is not None and x.recipe.balance)]
+    calibration = _calibrate(model, need)
     return Report(policy, tuple(_guarded(layer, calibration, policy.guard) for layer in probed.layers))
 
 
@@ -653,7 +662,7 @@ class PathError(AssertionError):
 
 
 def verify(model: Any, preset: str | Policy = DEFAULT_PRESET, *, n_tokens: int | None = None, **overrides: Any) -> Report:
-    """Prove that every compressed layer's codes are what attention reads.
+    """Prove that every compressed layer's codes are accurate (`calibrate`) and are what attention reads.
 
     A random prompt is stored. Then, for one layer at a time, its packed bytes are overwritten and the logits of
     the next token must change; and bytes that no token owns are overwritten and the logits must not change.
@@ -670,7 +679,7 @@ def verify(model: Any, preset: str | Policy = DEFAULT_PRESET, *, n_tokens: int |
         PathError: A layer fails; the message names it.
     """
     policy = get_policy(preset, **overrides)
-    report = _judged(model, policy, every_layer=True)
+    report = _judged(model, policy, always=True)
     for layer in report.compressed:
         if layer.calibration is not None and not layer.calibration.accurate:
             raise PathError(f"[verify] layer {layer.path}: not accurate: {layer.calibration}")

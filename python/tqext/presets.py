@@ -64,6 +64,13 @@ class Recipe:
             n = getattr(self, name)
             _check(isinstance(n, int) and 0 <= n <= MAX_EXACT_TOKENS, name, f"0 to {MAX_EXACT_TOKENS}", n)
 
+    @property
+    def label(self) -> str:
+        """Bits of keys and values, such as ``K3 V3 Lloyd``."""
+        return (
+            f"K{self.key_bits}{'+1' if self.qjl else ''} V{self.value_bits}{' Lloyd' if self.value_coding == 'lloyd' else ''}"
+        )
+
     def bytes_per_block(self, key_dim: int, value_dim: int | None = None) -> int:
         """Packed bytes of a block of 64 tokens of one KV head, its mean included."""
         value_dim = value_dim or key_dim

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import mlx.core as mx
 
+from tqext._ext import History as ExtHistory
 from tqext._ext import block_means
 from tqext._ext import format as packed_format
 from tqext.ops import PackedKeys, PackedValues, dequantize, quantize_keys, quantize_values
@@ -51,6 +52,25 @@ class Exact(NamedTuple):
         """Store tokens from `begin` on, in place where nothing else holds the buffers."""
         for buffer, x in zip(self, other, strict=True):
             buffer[:, :, begin : begin + other.n_tokens] = owned(x) if other.n_tokens == self.n_tokens else x
+
+
+class History(NamedTuple):
+    """What attention reads besides the recent tokens: the same from one encoded block to the next.
+
+    Attributes:
+        packed_keys: Codes of the keys. ``packed_values``: the same for values.
+        first: The exact first tokens, None if there are none.
+        attend: ``attend(q, tail_keys, tail_values, scale, mask, sinks, lengths)``, as `turboquant_attention`.
+    """
+
+    packed_keys: PackedKeys
+    packed_values: PackedValues
+    first: Exact | None
+    attend: Callable[..., mx.array]
+
+    def __deepcopy__(self, memo: object) -> History:
+        """Itself: it never changes."""
+        return self
 
 
 def owned(x: mx.array) -> mx.array:
@@ -155,6 +175,28 @@ class Codec:
             rotation=r.rotation,
         )
         return keys, values
+
+    def history(self, parts: Sequence[mx.array], first: Exact | None) -> History:
+        """The packed arrays and the first tokens as attention takes them, converted once."""
+        keys, values = self.pack(parts)
+        native = ExtHistory(
+            key_codes=keys.codes,
+            key_norms=keys.norms,
+            means=keys.means,
+            balance=keys.balance,
+            signs=keys.signs,
+            residual_norms=keys.residual_norms,
+            key_bits=keys.bits,
+            head_dim=self.head_dim,
+            rotation=keys.rotation,
+            value_codes=values.codes,
+            value_params=values.params,
+            value_bits=values.bits,
+            value_dim=self.value_dim,
+            value_coding=values.coding,
+            first=first,
+        )
+        return History(keys, values, first, native.attend)
 
     def decode(self, parts: Sequence[mx.array], begin: int, end: int, key_dtype: mx.Dtype, value_dtype: mx.Dtype) -> Exact:
         """What the codes of the tokens ``begin`` (the first of a block) to ``end`` stand for."""
