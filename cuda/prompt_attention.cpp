@@ -280,8 +280,13 @@ bool prompt_attention(const TurboQuantAttention::State& state, const AttentionIn
     if (results) encoder.set_output_array(*results);
   }
   void* arguments[] = {&p};
-  encoder.add_kernel_node_raw(kernel.function, {unsigned(row_tiles), unsigned(splits), unsigned(n_heads)},
-                              {unsigned(variant.threads()), 1, 1}, {1, 1, 1}, kernel.shared_bytes, arguments);
+  try {
+    encoder.add_kernel_node_raw(kernel.function, {unsigned(row_tiles), unsigned(splits), unsigned(n_heads)},
+                                {unsigned(variant.threads()), 1, 1}, {1, 1, 1}, kernel.shared_bytes, arguments);
+  } catch (...) {
+    if (splits > 1) forget_workspace(stream);
+    throw;
+  }
   // Until the kernel has run.
   if (results) encoder.add_completed_handler([kept = *results] {});
   return true;

@@ -310,8 +310,7 @@ std::string compile(const char* file, const std::vector<Define>& defines, bool c
   // A device newer than the compiler gets code that the driver translates.
   std::vector<std::string> options{
       std::string("--gpu-architecture=") + (exact ? "sm_" : "compute_") + std::to_string(architecture) + (only_here ? "a" : ""),
-      "--std=c++17",
-      "--device-as-default-execution-space"};
+      "--std=c++17", "--device-as-default-execution-space"};
   if (!contract) options.push_back("--fmad=false");
   for (const Define& d : defines) options.push_back(std::string("-D") + d.name + "=" + std::to_string(d.value));
   std::vector<const char*> arguments;
