@@ -295,7 +295,7 @@ std::string compile_source(const Compiler& c, const char* file, const char* sour
 
 }  // namespace
 
-std::string compile(const char* file, const std::vector<Define>& defines, bool contract, int device) {
+std::string compile(const char* file, const std::vector<Define>& defines, bool contract, int device, bool only_here) {
   const Compiler& c = compiler();
   const int wanted = device_info(device).architecture;
   int count = 0;
@@ -309,8 +309,8 @@ std::string compile(const char* file, const std::vector<Define>& defines, bool c
   }
   // A device newer than the compiler gets code that the driver translates.
   std::vector<std::string> options{
-      std::string("--gpu-architecture=") + (exact ? "sm_" : "compute_") + std::to_string(architecture), "--std=c++17",
-      "--device-as-default-execution-space"};
+      std::string("--gpu-architecture=") + (exact ? "sm_" : "compute_") + std::to_string(architecture) + (only_here ? "a" : ""),
+      "--std=c++17", "--device-as-default-execution-space"};
   if (!contract) options.push_back("--fmad=false");
   for (const Define& d : defines) options.push_back(std::string("-D") + d.name + "=" + std::to_string(d.value));
   std::vector<const char*> arguments;
@@ -374,6 +374,20 @@ Workspaces& workspaces() {
 void forget_workspace(mx::Stream stream) {
   std::lock_guard lock(workspaces().mutex);
   workspaces().by_stream.erase(stream);
+}
+
+void allocate_through_mlx(std::vector<mx::array>& outputs, const mx::array& input, mx::Stream stream) {
+  static std::mutex mutex;
+  static std::map<int, std::string> binaries;
+  const int device = stream.device.index;
+  std::string binary;
+  {
+    std::lock_guard lock(mutex);
+    auto found = binaries.find(device);
+    if (found == binaries.end()) found = binaries.emplace(device, compile("reserve.cu", {}, true, device)).first;
+    binary = found->second;
+  }
+  run_allocating("reserve", binary, {input}, outputs, {}, 1, 1, stream);
 }
 
 Workspace workspace(mx::Stream stream, size_t zeroed, size_t bytes) {

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -25,6 +26,7 @@ class CommandEncoder {
  public:
   __attribute__((weak)) void set_input_array(const array& x);
   __attribute__((weak)) void set_output_array(const array& x);
+  __attribute__((weak)) void add_completed_handler(std::function<void()> handler);
   __attribute__((weak)) void add_kernel_node_raw(CUfunc_st* kernel, dim3 grid, dim3 block, dim3 cluster, uint32_t shared_bytes,
                                                  void** arguments);
 };
@@ -50,7 +52,8 @@ struct Define {
   const char* name;
   int value;
 };
-std::string compile(const char* file, const std::vector<Define>& defines, bool contract, int device);
+// only_here: with the instructions that this architecture has and later ones may not.
+std::string compile(const char* file, const std::vector<Define>& defines, bool contract, int device, bool only_here = false);
 
 struct Kernel {
   CUfunc_st* function;
@@ -65,6 +68,10 @@ void* device_pointer(const mx::array& x);
 // Gives a small output device memory from a pool of our own: the allocator of MLX that makes device memory is not exported,
 // and the exported one makes managed memory, which the GPU would have to fault in.
 void allocate_output(mx::array& out, int device);
+
+// Gives outputs device memory from MLX's allocator, by an empty kernel of MLX's own primitive: a node of the graph more than
+// allocate_output. input: any array.
+void allocate_through_mlx(std::vector<mx::array>& outputs, const mx::array& input, mx::Stream stream);
 
 // Scratch of a stream, kept and grown; all kernels of the stream share it, which orders them. The first `zeroed` bytes are zero
 // before every kernel, and must be after it.

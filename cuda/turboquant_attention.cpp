@@ -1,4 +1,4 @@
-// eval_gpu of turboquant_attention: one launch.
+// eval_gpu of turboquant_attention: one launch, of the kernel for few query rows or of that for many (prompt_attention.cpp).
 #include "turboquant_attention.h"
 
 #include <algorithm>
@@ -8,6 +8,7 @@
 #include "codebook.h"
 #include "once_map.h"
 #include "params.h"
+#include "prompt_attention.h"
 #include "runtime.h"
 
 namespace tqext {
@@ -121,21 +122,24 @@ bool can_load_eight(const mx::array& x) {
 }  // namespace
 
 bool gpu_has_kernel(const TurboQuantAttention::State& state, const mx::array& q) {
-  // More rows are prefill: dequantising once is cheaper than decoding the codes for every eight rows.
   // As many heads in a batch as a grid can have only come with prompts of their size.
-  const bool fits = int64_t(q.shape(0)) * q.shape(1) <= kMaxGrid;
-  const bool few = (q.shape(2) <= kMaxDecodeQueries && fits) || (state.present >> kSigns & 1);
-  return few && padded_dim(state.head_dim) <= kMaxKernelDim && padded_dim(state.value_dim) <= kMaxKernelDim;
+  const bool fits = int64_t(q.shape(0)) * q.shape(1) <= kMaxGrid || (state.present >> kSigns & 1);
+  return fits && padded_dim(state.head_dim) <= kMaxKernelDim && padded_dim(state.value_dim) <= kMaxKernelDim;
 }
 
 void TurboQuantAttention::eval_gpu(const std::vector<mx::array>& inputs, mx::array& out) {
   check_backend("turboquant_attention");
   const int device = stream().device.index;
-  allocate_output(out, device);
-  if (out.size() == 0) return;
+  if (out.size() == 0) {
+    allocate_output(out, device);
+    return;
+  }
   const AttentionInputs in = named(inputs);
   const auto& [q, key_codes, key_norms, value_codes, value_params, means, balance, signs, residual_norms, first_keys,
                first_values, tail_keys, tail_values, mask, sinks, left_padding, lengths] = in;
+  // Residual signs are decoded by the kernel for few rows alone; it takes any number of them.
+  if (!signs && in.n_repeats() * in.n_queries() > kMaxFewRows && prompt_attention(state_, in, inputs, out, stream())) return;
+  allocate_output(out, device);
   AttentionParams p{};
   p.n_kv_heads = key_codes.shape(1);
   p.n_repeats = q.shape(1) / p.n_kv_heads;

@@ -14,7 +14,14 @@ from support import tool
 
 ROOT = Path(__file__).resolve().parents[1]
 ARCHITECTURES = ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"]
-FILES = ["csrc/format.h", "csrc/hadamard.h", "cuda/params.h", "cuda/device.cuh"]
+FILES = [
+    "csrc/format.h",
+    "csrc/hadamard.h",
+    "cuda/params.h",
+    "cuda/prompt_params.h",
+    "cuda/device.cuh",
+    "cuda/warpgroup.cuh",
+]
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the CUDA kernels are part of Linux builds only")
 
@@ -121,6 +128,79 @@ def test_attention_of_lloyd_values_fits_into_registers(name, dim, rows):
 def test_attention_variants_compile(changes):
     for architecture in ("sm_80", "sm_90"):
         compile_kernel("turboquant_attention.cu", architecture, **(ATTENTION | changes))
+
+
+PROMPT = {
+    "KEY_DIM": 128,
+    "VALUE_DIM": 128,
+    "KEY_BITS": 3,
+    "VALUE_BITS": 2,
+    "LLOYD": 0,
+    "ROWS": 128,
+    "TYPE": 1,
+    "MASK": 0,
+    "SLOTS": 4,
+    "BLOCKS_PER_SM": 1,
+    "WGMMA": 0,
+}
+VALUES = [{"VALUE_BITS": bits, "LLOYD": lloyd} for bits, lloyd in ((2, 0), (4, 0), (2, 1), (3, 1), (4, 1))]
+
+
+def compile_prompt(architecture, **changes):
+    """Nothing spills where warpgroups multiply; without them a few registers do."""
+    warpgroups = architecture == "sm_90" and changes.get("WGMMA", 1)
+    log = compile_kernel(
+        "prompt_attention.cu", architecture + "a" * bool(warpgroups), **(PROMPT | {"WGMMA": int(bool(warpgroups))} | changes)
+    )
+    if warpgroups:
+        assert "0 bytes spill stores" in log, log
+    # Products of a warpgroup that wait for each other (C7510, C7514), and registers that are not moved (C7508).
+    assert not any(f"(C{code})" in log for code in (7508, 7510, 7514)), log
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_prompt_attention_compiles_for_every_architecture(architecture):
+    compile_prompt(architecture)
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("values", VALUES)
+def test_prompt_attention_value_codings_compile(values, architecture):
+    compile_prompt(architecture, TYPE=2, **values)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"ROWS": 64, "BLOCKS_PER_SM": 2},
+        {"ROWS": 64, "BLOCKS_PER_SM": 2, "VALUE_BITS": 3, "LLOYD": 1},
+        {"ROWS": 64, "KEY_DIM": 256, "VALUE_DIM": 256, "KEY_BITS": 4, "VALUE_BITS": 4, "LLOYD": 1},
+        {"ROWS": 64, "KEY_DIM": 256, "VALUE_DIM": 256, "VALUE_BITS": 4, "TYPE": 0},
+        {"ROWS": 64, "KEY_DIM": 192, "VALUE_DIM": 128, "MASK": 2},
+        {"ROWS": 64, "KEY_DIM": 224, "VALUE_DIM": 160, "TYPE": 2, "MASK": 1},
+        {"KEY_DIM": 96, "VALUE_DIM": 64, "MASK": 1},
+        {"KEY_DIM": 64, "VALUE_DIM": 96, "KEY_BITS": 2, "TYPE": 0},
+        {"KEY_DIM": 32, "VALUE_DIM": 32, "MASK": 2, "TYPE": 0},
+    ],
+)
+def test_prompt_attention_variants_compile(changes):
+    compile_prompt("sm_90", **changes)
+    compile_prompt("sm_80", **(changes | {"BLOCKS_PER_SM": 1}))
+
+
+@pytest.mark.parametrize("rows", [16, 32])
+def test_prompt_attention_of_few_rows_compiles(rows):
+    """What devices with little shared memory take for large heads."""
+    compile_prompt("sm_86", ROWS=rows, KEY_DIM=256, VALUE_DIM=256, SLOTS=2)
+
+
+def test_prompt_attention_of_large_float32_heads_compiles():
+    """The 64 rows of a warpgroup do not fit into a block's shared memory: products of single warps, on sm_90 too."""
+    compile_prompt("sm_90", WGMMA=0, ROWS=32, KEY_DIM=256, VALUE_DIM=256, TYPE=0)
+
+
+def test_empty_kernel_compiles():
+    compile_kernel("reserve.cu", "sm_80")
 
 
 # Operation (params.h), bits, means, balance, signs.

@@ -1,0 +1,295 @@
+#include "prompt_attention.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <mutex>
+#include <shared_mutex>
+#include <unordered_map>
+
+#include "codebook.h"
+#include "mlx/types/half_types.h"
+#include "prompt_params.h"
+#include "runtime.h"
+
+namespace tqext::cuda {
+
+namespace {
+
+// What decides a kernel: the compile-time names of prompt_attention.cu.
+struct Variant {
+  int key_dim, value_dim, key_bits, value_bits;
+  bool lloyd;
+  int type, mask;
+  int rows = 0, slots = 0, blocks = 1;
+  bool warpgroups = false;
+
+  uint64_t id() const {
+    uint64_t x = key_dim / 32;
+    for (int y : {value_dim / 32, key_bits, value_bits, int(lloyd), type, mask, rows / 16, slots, blocks, int(warpgroups)}) {
+      x = x * 17 + y;
+    }
+    return x;
+  }
+  int shared_bytes() const { return PromptLayout(key_dim, value_dim, rows, type, slots).total; }
+  int threads() const { return 32 * (producer_teams(rows, type, warpgroups) * kProducerWarps + rows / 16); }
+  int dim() const { return std::max(key_dim, value_dim); }
+
+  // Products of warpgroups where the device has them and their 64 rows fit into a block's shared memory. False: no choice fits.
+  bool choose(int n_rows, const DeviceInfo& device) {
+    warpgroups = device.architecture == 90;
+    if (choose_rows(n_rows, device)) return true;
+    warpgroups = false;
+    return choose_rows(n_rows, device);
+  }
+  // Rows and slots for n_rows query rows.
+  bool choose_rows(int n_rows, const DeviceInfo& device) {
+    // Registers bound the rows of large heads: accumulators of 128 rows and 256 dimensions leave no room for scores.
+    const int most = dim() <= 128 ? 128 : 64, least = warpgroups ? 64 : 16;
+    // With fp32 rows a tile of exact keys takes two slots, and the values before it a third.
+    const int fewest = type == kTypeFloat32 ? 3 : 2;
+    rows = least;
+    while (rows < n_rows && rows < most) rows *= 2;
+    for (; rows >= least; rows /= 2) {
+      // Two blocks of 64 rows hide each other's waits.
+      for (blocks = warpgroups && rows == 64 && dim() <= 128 && type != kTypeFloat32 ? 2 : 1; blocks >= 1; blocks--) {
+        constexpr int kReserved = 1024;  // by the system, of each block
+        const int room = (device.shared_bytes + kReserved) / blocks - kReserved;
+        for (slots = kMaxPromptSlots; slots >= fewest; slots--) {
+          if (shared_bytes() <= room) return true;
+        }
+      }
+    }
+    return false;
+  }
+
+  Kernel build(int device) const {
+    const std::string binary = compile("prompt_attention.cu",
+                                       {{"KEY_DIM", key_dim},
+                                        {"VALUE_DIM", value_dim},
+                                        {"KEY_BITS", key_bits},
+                                        {"VALUE_BITS", value_bits},
+                                        {"LLOYD", lloyd},
+                                        {"ROWS", rows},
+                                        {"TYPE", type},
+                                        {"MASK", mask},
+                                        {"SLOTS", slots},
+                                        {"BLOCKS_PER_SM", blocks},
+                                        {"WGMMA", warpgroups}},
+                                       true, device, warpgroups);
+    return load_kernel(binary, "prompt_attention", shared_bytes(), threads(), device);
+  }
+};
+
+Kernel find_kernel(const Variant& variant, int device) {
+  static std::shared_mutex mutex;
+  static std::unordered_map<uint64_t, Kernel> kernels;
+  const uint64_t id = variant.id() * 64 + device;
+  {
+    std::shared_lock lock(mutex);
+    const auto found = kernels.find(id);
+    if (found != kernels.end()) return found->second;
+  }
+  std::unique_lock lock(mutex);
+  const auto found = kernels.find(id);
+  if (found != kernels.end()) return found->second;
+  return kernels.emplace(id, variant.build(device)).first->second;
+}
+
+// Shares of the tiles of each row tile. Time, in tiles: the waves of blocks times a block's tiles and what it does before and
+// after them; the last block of a row tile reads all shares' results.
+int count_splits(int64_t row_tiles, int n_tiles, int resident_blocks, size_t result_bytes) {
+  constexpr int kAround = 4, kJoin = 2, kMinTiles = 4;
+  constexpr size_t kMostBytes = size_t(64) << 20;  // of results: what a call may take beside its output
+  int best = 1;
+  double least = 0;
+  for (int splits = 1; splits <= kMaxPromptSplits; splits++) {
+    if (splits > 1 && (splits * kMinTiles > n_tiles || splits * result_bytes > kMostBytes)) break;
+    const int64_t waves = (row_tiles * splits + resident_blocks - 1) / resident_blocks;
+    const double time = double(waves) * ((n_tiles + splits - 1) / splits + kAround) + (splits > 1 ? splits + kJoin : 0);
+    if (splits == 1 || time < least) {
+      least = time;
+      best = splits;
+    }
+  }
+  return best;
+}
+
+template <size_t n>
+void copy_strides(const mx::array& x, int64_t (&to)[n]) {
+  for (size_t i = 0; i < n; i++) to[i] = x.strides(int(i));
+}
+
+// Rows of elements next to each other that start at multiples of `bytes`.
+bool rows_aligned(const mx::array& x, int bytes) {
+  if (x.strides(3) != 1 && x.shape(3) != 1) return false;
+  bool aligned = reinterpret_cast<uintptr_t>(device_pointer(x)) % bytes == 0;
+  for (int axis = 0; axis < 3; axis++) {
+    aligned = aligned && (x.strides(axis) * int64_t(x.itemsize()) % bytes == 0 || x.shape(axis) == 1);
+  }
+  return aligned;
+}
+
+// The largest power of two up to 16 that divides.
+int alignment_of(int row_bytes) {
+  int bytes = 16;
+  while (row_bytes % bytes) bytes /= 2;
+  return bytes;
+}
+
+// Levels / 128 as prompt_attention.cu wants them.
+void pack_levels(const Codebook& book, uint32_t (&words)[4]) {
+  uint8_t bytes[16] = {};
+  for (int i = 0; i < book.n_levels; i++) {
+    if (book.bits == 4) {
+      bytes[i] = uint8_t(book.levels[i] + 128);
+    } else {
+      const mx::float16_t half = float(book.levels[i]) / 128;
+      uint16_t bits;
+      std::memcpy(&bits, &half, sizeof bits);
+      bytes[i] = uint8_t(bits >> 8);
+      bytes[8 + i] = uint8_t(bits);
+    }
+  }
+  for (int i = 0; i < 16; i++) words[i / 4] |= uint32_t(bytes[i]) << (8 * (i % 4));
+}
+
+}  // namespace
+
+bool prompt_attention(const TurboQuantAttention::State& state, const AttentionInputs& in, const std::vector<mx::array>& inputs,
+                      mx::array& out, mx::Stream stream) {
+  const int device = stream.device.index;
+  const mx::array& q = in.q;
+  PromptParams p{};
+  p.n_kv_heads = in.n_kv_heads();
+  p.n_repeats = in.n_repeats();
+  p.n_queries = in.n_queries();
+  p.head_dim = state.head_dim;
+  p.value_dim = state.value_dim;
+  p.n_first = in.n_first();
+  p.n_coded = in.n_coded();
+  p.n_tail = in.n_tail();
+  p.causal = state.causal;
+  p.hadamard = state.hadamard;
+  p.sign = float((state.scale > 0) - (state.scale < 0));
+  p.scale = state.scale == 0 ? 1.0f : std::abs(state.scale) * float(M_LOG2E);
+
+  const int n_rows = p.n_repeats * p.n_queries;
+  Variant variant{.key_dim = padded_dim(p.head_dim),
+                  .value_dim = padded_dim(p.value_dim),
+                  .key_bits = state.key_bits,
+                  .value_bits = state.value_bits,
+                  .lloyd = state.value_coding == kValueLloyd,
+                  .type = q.dtype() == mx::float32   ? int(kTypeFloat32)
+                          : q.dtype() == mx::float16 ? int(kTypeFloat16)
+                                                     : int(kTypeBFloat16),
+                  .mask = !in.mask                        ? int(kMaskNone)
+                          : in.mask->dtype() == mx::bool_ ? int(kMaskBool)
+                                                          : int(kMaskFloat)};
+  if (!variant.choose(n_rows, device_info(device))) return false;
+  const Kernel kernel = find_kernel(variant, device);
+
+  p.q = device_pointer(q);
+  copy_strides(q, p.q_stride);
+  p.key_codes = static_cast<const uint32_t*>(device_pointer(in.key_codes));
+  copy_strides(in.key_codes, p.key_code_stride);
+  p.key_norms = static_cast<const uint16_t*>(device_pointer(in.key_norms));
+  copy_strides(in.key_norms, p.key_norm_stride);
+  p.value_codes = static_cast<const uint32_t*>(device_pointer(in.value_codes));
+  copy_strides(in.value_codes, p.value_code_stride);
+  p.value_params = static_cast<const uint16_t*>(device_pointer(in.value_params));
+  copy_strides(in.value_params, p.value_param_stride);
+  p.wide_keys = rows_aligned(in.key_codes, alignment_of(4 * code_words(variant.key_dim, variant.key_bits)));
+  p.wide_values = rows_aligned(in.value_codes, alignment_of(4 * code_words(variant.value_dim, variant.value_bits))) &&
+                  (variant.lloyd || rows_aligned(in.value_params, 4));
+  if (in.means) {
+    p.means = device_pointer(*in.means);
+    copy_strides(*in.means, p.mean_stride);
+    p.means_kind = in.means->dtype() == mx::float16 ? kMeansFloat16 : kMeansFloat32;
+  }
+  if (in.balance) {
+    p.balance = static_cast<const float*>(device_pointer(*in.balance));
+    copy_strides(*in.balance, p.balance_stride);
+  }
+  p.wide_exact = true;
+  auto set_exact = [&](const mx::array* keys, const mx::array* values, const void*& key_data, const void*& value_data,
+                       int64_t (&key_stride)[4], int64_t (&value_stride)[4]) {
+    if (!keys) return;
+    key_data = device_pointer(*keys);
+    value_data = device_pointer(*values);
+    copy_strides(*keys, key_stride);
+    copy_strides(*values, value_stride);
+    p.wide_exact = p.wide_exact && rows_aligned(*keys, 16) && rows_aligned(*values, 16);
+  };
+  set_exact(in.first_keys, in.first_values, p.first_keys, p.first_values, p.first_key_stride, p.first_value_stride);
+  set_exact(in.tail_keys, in.tail_values, p.tail_keys, p.tail_values, p.tail_key_stride, p.tail_value_stride);
+  if (in.mask) {
+    p.mask = device_pointer(*in.mask);
+    for (int axis = 0; axis < 4; axis++) p.mask_stride[axis] = in.mask->shape(axis) == 1 ? 0 : in.mask->strides(axis);
+  }
+  if (in.sinks) {
+    p.sinks = static_cast<const float*>(device_pointer(*in.sinks));
+    p.sinks_stride = in.sinks->strides(0);
+  }
+  if (in.left_padding) {
+    p.left_padding = static_cast<const int32_t*>(device_pointer(*in.left_padding));
+    p.left_padding_stride = in.left_padding->strides(0);
+  }
+  if (in.lengths) {
+    p.lengths = static_cast<const int32_t*>(device_pointer(*in.lengths));
+    copy_strides(*in.lengths, p.lengths_stride);
+  }
+  pack_levels(codebook(state.key_bits, variant.key_dim), p.key_levels);
+  if (variant.lloyd) pack_levels(codebook(state.value_bits, variant.value_dim), p.value_levels);
+
+  const int n_heads = q.shape(0) * p.n_kv_heads, row_tiles = (n_rows + variant.rows - 1) / variant.rows;
+  auto tiles_of = [](int n_tokens) { return (n_tokens + kPromptTile - 1) / kPromptTile; };
+  const int n_tiles = tiles_of(p.n_first + p.n_tail) + tiles_of(p.n_coded);
+  const int resident = device_info(device).n_multiprocessors * kernel.blocks_per_multiprocessor;
+  const int64_t blocks = int64_t(n_heads) * row_tiles;
+  const size_t result = size_t(variant.rows) * (variant.value_dim + 2) * sizeof(float);
+  const int splits = count_splits(blocks, n_tiles, resident, result * blocks);
+
+  // What is large is MLX's, which counts it and gives it back; what is small costs less as this backend's own.
+  constexpr size_t kSmallOutput = size_t(1) << 20, kSmallResults = size_t(1) << 22;
+  const size_t result_bytes = splits > 1 ? result * blocks * splits : 0;
+  std::optional<mx::array> results;
+  std::vector<mx::array> large;
+  if (out.nbytes() > kSmallOutput) {
+    large.push_back(out);
+  } else {
+    allocate_output(out, device);
+  }
+  if (result_bytes > kSmallResults) {
+    results.emplace(mx::Shape{splits, int(blocks), int(result / sizeof(float))}, mx::float32, nullptr,
+                    std::vector<mx::array>{});
+    large.push_back(*results);
+  }
+  if (!large.empty()) allocate_through_mlx(large, q, stream);
+  p.out = device_pointer(out);
+  auto& encoder = mx::cu::get_command_encoder(stream);
+  for (const mx::array& x : inputs) encoder.set_input_array(x);
+  encoder.set_output_array(out);
+  if (splits > 1) {
+    const Workspace scratch = workspace(stream, sizeof(uint32_t) * blocks, results ? 0 : result_bytes);
+    char* memory = static_cast<char*>(device_pointer(scratch.memory));
+    p.counters = reinterpret_cast<uint32_t*>(memory);
+    p.partial_out = results ? static_cast<float*>(device_pointer(*results)) : reinterpret_cast<float*>(memory + scratch.zeroed);
+    p.partial_state = p.partial_out + size_t(splits) * blocks * variant.rows * variant.value_dim;
+    encoder.set_output_array(scratch.memory);
+    if (results) encoder.set_output_array(*results);
+  }
+  void* arguments[] = {&p};
+  try {
+    encoder.add_kernel_node_raw(kernel.function, {unsigned(row_tiles), unsigned(splits), unsigned(n_heads)},
+                                {unsigned(variant.threads()), 1, 1}, {1, 1, 1}, kernel.shared_bytes, arguments);
+  } catch (...) {
+    if (splits > 1) forget_workspace(stream);
+    throw;
+  }
+  // Until the kernel has run.
+  if (results) encoder.add_completed_handler([kept = *results] {});
+  return true;
+}
+
+}  // namespace tqext::cuda
