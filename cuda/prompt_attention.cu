@@ -1027,7 +1027,11 @@ TQ_DEVICE void consume(const PromptParams& p, const Sequence& sequence, const Ra
                   if (there) attended = static_cast<const bool*>(p.mask)[at];
                 } else {
                   y = fmaf(y, factor[r], offset[r]);
-                  if (there) y += static_cast<const float*>(p.mask)[at] * kLog2e;
+                  if (there) {
+                    const float bias = static_cast<const float*>(p.mask)[at] * kLog2e;
+                    attended = bias != -INFINITY;  // also where the score is no number
+                    y += bias;
+                  }
                 }
               }
               s[i][2 * r + c] = attended ? y : -INFINITY;

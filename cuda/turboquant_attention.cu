@@ -1008,7 +1008,8 @@ TQ_DEVICE void attend_coded(const AttentionParams& p, const Head& head, const Sh
             if constexpr (kMask == kMaskBool) {
               if (!static_cast<const bool*>(p.mask)[at]) s = -INFINITY;
             } else {
-              s += static_cast<const float*>(p.mask)[at] * kLog2e;
+              const float bias = static_cast<const float*>(p.mask)[at] * kLog2e;
+              s = bias == -INFINITY ? bias : s + bias;  // also where the score is no number
             }
           }
         }
@@ -1142,7 +1143,10 @@ struct ExactTokens {
       const int64_t m = b * p.mask_stride[0] + (h * p.n_repeats + head_of_row(p, row)) * p.mask_stride[1] +
                         i * p.mask_stride[2] + t.column * p.mask_stride[3];
       if constexpr (kMask == kMaskBool) return static_cast<const bool*>(p.mask)[m] ? score : -INFINITY;
-      if constexpr (kMask == kMaskFloat) return score + static_cast<const float*>(p.mask)[m] * kLog2e;
+      if constexpr (kMask == kMaskFloat) {
+        const float bias = static_cast<const float*>(p.mask)[m] * kLog2e;
+        return bias == -INFINITY ? bias : score + bias;
+      }
     }
     return score;
   }

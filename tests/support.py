@@ -236,8 +236,8 @@ class Problem:
             **{**self.arguments(), **changes},
         )
 
-    def answer(self):
-        """float64 attention over the decoded bytes."""
+    def answer(self, as_stored=lambda x: x):
+        """float64 attention over the decoded bytes, each of them through `as_stored`."""
         plain = {
             name: tuple(map(to_numpy, value))
             if isinstance(value, tuple)
@@ -246,7 +246,13 @@ class Problem:
             else value
             for name, value in self.arguments().items()
         }
-        return reference.attention(to_numpy(self.q), decoded_keys(self.packed_k), decoded_values(self.packed_v), **plain)
+        keys, values = as_stored(decoded_keys(self.packed_k)), as_stored(decoded_values(self.packed_v))
+        return reference.attention(to_numpy(self.q), keys, values, **plain)
 
     def check(self, **changes):
-        assert_close(self.run(**changes), self.answer(), KERNEL_TOLERANCE[self.dtype])
+        want, tolerance = self.answer(), KERNEL_TOLERANCE[self.dtype]
+        if on_cuda() and max(self.packed_k.head_dim, self.packed_v.head_dim) > 256:
+            # No kernel: MLX's attention reads decoded tokens that are rounded to the query's type.
+            rounded = self.answer(lambda x: to_numpy(mx.array(x.astype(np.float32)).astype(self.dtype)))
+            tolerance += np.nanmax(np.abs(rounded - want)) / np.nanmax(np.abs(want))
+        assert_close(self.run(**changes), want, tolerance)

@@ -646,6 +646,23 @@ def test_turboquant_attention_nan_reaches_the_output(where):
         assert np.isfinite(got[0, 4:]).all()
 
 
+@pytest.mark.parametrize("kind", ["bool", "float"])
+@pytest.mark.parametrize("n_rows", [1, 3, 40])
+def test_turboquant_attention_masked_keys_may_hold_anything(n_rows, kind):
+    for dtype in (mx.float32, mx.float16):
+        problem = Problem(n_coded=150, n_tail=5, n_rows=n_rows, n_first=3, dtype=dtype, means=True)
+        mask = np.ones((n_rows, 158), bool)
+        mask[:, [1, 3 + 17, 153 + 2]] = False
+        problem.options["mask"] = mx.array(mask if kind == "bool" else np.where(mask, 0.0, -np.inf).astype(np.float32)).astype(
+            mx.bool_ if kind == "bool" else dtype
+        )
+        want = problem.answer()
+        problem.packed_k.norms[0, :, 17] = float("nan")
+        problem.first[0][0, :, 1] = float("nan")
+        problem.tail[0][0, :, 2] = float("nan")
+        assert_close(problem.run(), want, KERNEL_TOLERANCE[dtype])
+
+
 # ---- compile, streams, threads ------------------------------------------------------------------
 
 
