@@ -338,12 +338,10 @@ def other(bench: str) -> str:
 def main() -> None:
     OUT.mkdir(parents=True, exist_ok=True)
     overview()
-    recipe, guide = "", ""
-    for i, data in enumerate(quality()):
-        by_name = {r["preset"]: r for r in data["quality"]}
-        steps = [by_name[n] for n in ("tq3-plain", "tq3, no tail", "tq3", "tq3, tail 128") if n in by_name]
-        recipe += quality_table(data, steps)
-        guide += quality_table(data, data["quality"]) + "\n" + pareto(data, f"quality_{i}") + "\n\n" + passkey_table(data)
+    windows = "".join(
+        quality_table(data, data["quality"]) + "\n" + pareto(data, f"quality_{i}") + "\n\n" + passkey_table(data)
+        for i, data in enumerate(quality())
+    )
     sections = {
         "Attention": attention(),
         "Threads": other("threads"),
@@ -356,11 +354,14 @@ def main() -> None:
         "Large key biases": other("key_bias"),
         "Serving": other("server"),
     }
-    real = {"Quality by position": by_position(), "Passkeys": long_passkeys(), "Agents": agents()}
+    real = {
+        "Quality by position": by_position(),
+        "Short windows": windows,
+        "Passkeys": long_passkeys(),
+        "Agents": agents(),
+    }
     for name, text in (
-        ("recipe.md", recipe),
         ("real_models.md", "\n".join(f"## {title}\n\n{text}" for title, text in real.items() if text)),
-        ("quality.md", guide),
         ("cuda.md", cuda()),
         ("measurements.md", "\n".join(f"## {title}\n\n{text}" for title, text in sections.items() if text)),
     ):
