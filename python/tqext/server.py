@@ -253,7 +253,12 @@ class Server(ThreadingHTTPServer):
             self._free.release()
 
 
-def guard(module: Any) -> None:
-    """Let mlx-lm's server module run with these classes."""
+def guard(module: Any, named: str | None = None) -> None:
+    """Let mlx-lm's server module run with these classes.
+
+    Args:
+        module: ``mlx_lm.server``.
+        named: The model as the command line names it.
+    """
     module.ResponseGenerator = Generator
     module._run_http_server = functools.partial(module._run_http_server, server_class=Server, handler_class=Handler)
