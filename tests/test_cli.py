@@ -33,7 +33,7 @@ def folder(tmp_path_factory):
 def test_generate_prints_what_was_compressed(folder):
     out = tqext("generate", "--model", folder, "--kv", "tq33", "--prompt", "hello " * 200, "-m", 8).stdout
     packed, plain = 3 * 2 * get_policy("tq33").recipe.bytes_per_token(64), 3 * 2 * 2 * 64 * 2
-    assert f"KV cache tq33: 3 of 3 layers compressed, {packed} bytes per token in place of {plain} in fp16" in out
+    assert f"KV cache tq33: 3 of 3 layers compressed, {packed} bytes per token instead of {plain} in fp16" in out
     assert "tokens-per-sec" in out
     used, plain = map(float, re.search(SIZES, out).groups())
     assert 0 < used < plain

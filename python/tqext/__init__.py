@@ -39,6 +39,7 @@ __version__ = "0.1.0"
 # Imported on first use: they need mlx-lm, which takes a second to import and which the operators do without.
 _LAZY = {
     "BatchTurboQuantKVCache": "tqext.batch",
+    "PRESETS": "tqext.presets",
     "Policy": "tqext.presets",
     "Recipe": "tqext.presets",
     "TurboQuantKVCache": "tqext.cache",
@@ -60,7 +61,7 @@ if TYPE_CHECKING:
     from tqext.cache import TurboQuantKVCache
     from tqext.mlx_lm import attach, calibrate, detach, install, make_prompt_cache, probe, uninstall, upgrade, verify
     from tqext.models import load
-    from tqext.presets import Policy, Recipe, get_policy
+    from tqext.presets import PRESETS, Policy, Recipe, get_policy
 
 
 def __dir__() -> list[str]:
@@ -74,6 +75,7 @@ def __getattr__(name: str) -> Any:
 
 
 __all__ = [
+    "PRESETS",
     "BatchTurboQuantKVCache",
     "PackedKeys",
     "PackedValues",

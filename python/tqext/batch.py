@@ -593,6 +593,11 @@ class BatchTurboQuantKVCache(Buffers):
         """int32 ``[B]``: mlx-lm's padding of each sequence."""
         return mx.array(self._left_padding)
 
+    def _contents(self) -> str:
+        n_coded = int(self._counts[:, CODED].sum())
+        n_exact = int(self._counts.sum()) - n_coded
+        return f"{len(self._counts)} sequences, {n_coded} coded and {n_exact} exact tokens, {self.nbytes / 1e6:.2f} MB reserved"
+
     def size(self) -> int:
         """Columns of the left-padded batch."""
         return self._idx
