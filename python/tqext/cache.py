@@ -521,9 +521,8 @@ class TurboQuantKVCache(Buffers):
         if self.size() == 0:
             return "empty"
         dropped = f", {self.n_dropped} dropped" if self.n_dropped else ""
-        exact = self.n_first + self.n_tail
         sizes = f"{self.used_nbytes / 1e6:.2f} MB, {self.fp16_nbytes / 1e6:.2f} MB in fp16"
-        return f"{self.n_coded} coded and {exact} exact tokens{dropped}, {sizes}"
+        return f"{self.n_coded} coded and {self.n_exact} exact tokens{dropped}, {sizes}"
 
     @property
     def offset(self) -> int:
@@ -537,6 +536,11 @@ class TurboQuantKVCache(Buffers):
     def empty(self) -> bool:
         """Whether no token is stored."""
         return self.size() == 0
+
+    @property
+    def n_exact(self) -> int:
+        """Exact tokens, first and recent ones."""
+        return self.n_first + self.n_tail
 
     @property
     def used_nbytes(self) -> int:
