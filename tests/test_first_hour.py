@@ -3,10 +3,12 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -266,8 +268,6 @@ def test_a_damaged_cache_folder_is_named(tmp_path, damage, capsys, monkeypatch, 
     if damage == "a file":
         place.write_text("")
     else:
-        from pathlib import Path
-
         made = place / Path(small_model).name
         made.mkdir(parents=True)
         for file in Path(small_model).iterdir():
@@ -305,6 +305,28 @@ def test_a_closed_pipe_ends_quietly(folder):
     assert done.stdout.startswith("==========")
     assert "Traceback" not in done.stderr
     assert "BrokenPipe" not in done.stderr
+
+
+def test_tests_without_the_optional_tools_are_one_line_for_each_module(tmp_path):
+    """What the README's test command shows on a machine without Clang 19 and the emulators."""
+    for name in ("cmake", "ninja"):  # an editable installation looks whether it is up to date
+        if program := shutil.which(name):
+            (tmp_path / name).symlink_to(program)
+    chosen = ("tests/test_isa.py", "-k", "kernels_of or golden_bytes")
+    environment = {name: value for name, value in os.environ.items() if name != "CI" and not name.startswith("PYTEST")}
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", *chosen],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+        cwd=Path(__file__).parent.parent,
+        env=environment | {"PATH": str(tmp_path)},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith("tests/test_isa.py: "))
+    assert re.fullmatch(r"tests/test_isa.py: \d+ skipped \(not installed: .*\)", line)
+    assert not re.search(r"\bs{2,}", done.stdout)
 
 
 # Ctrl-C
