@@ -1,5 +1,6 @@
 import os
 import random
+from collections import Counter
 
 # MLX multiplies fp32 matrices in TF32 on NVIDIA GPUs: too coarse for a test of fp32.
 os.environ.setdefault("MLX_ENABLE_TF32", "0")
@@ -45,6 +46,23 @@ def pytest_collection_modifyitems(config, items):
     kept = [item for item in items if not item.get_closest_marker("gpu")]
     config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("gpu")])
     items[:] = kept
+
+
+def pytest_report_teststatus(report):
+    """No letter for a skipped test: without the optional tools there are hundreds. `pytest_terminal_summary` counts them."""
+    if report.skipped and not hasattr(report, "wasxfail"):
+        return "skipped", "", ("SKIPPED", {"yellow": True})
+    return None
+
+
+def pytest_terminal_summary(terminalreporter):
+    """One line for every module."""
+    modules = {}
+    for report in terminalreporter.stats.get("skipped", []):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        modules.setdefault(report.nodeid.partition("::")[0], Counter())[reason.removeprefix("Skipped: ")] += 1
+    for module, reasons in sorted(modules.items()):
+        terminalreporter.write_line(f"{module}: {reasons.total()} skipped ({'; '.join(reasons)})")
 
 
 @pytest.fixture(scope="session")

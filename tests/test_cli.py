@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from tiny import make_llama, save_chat_folder
-from tqext import cli, get_policy, models, plan
+from tqext import cli, get_policy, models
 
 
 def tqext(*args, check=True):
@@ -20,7 +20,8 @@ def tqext(*args, check=True):
 
 
 SIZES = (
-    r"KV cache now: (.+) MB of tokens in (.+) MB of buffers, fp16 (.+) MB \(64 first and \d+ recent tokens exact, \d+ coded\)"
+    r"KV cache now: \d+ tokens in (.+) MB instead of (.+) MB in fp16 "
+    r"\(\d+ coded, 64 first and \d+ recent ones exact\)"
 )
 
 
@@ -32,10 +33,9 @@ def folder(tmp_path_factory):
 def test_generate_prints_what_was_compressed(folder):
     out = tqext("generate", "--model", folder, "--kv", "tq33", "--prompt", "hello " * 200, "-m", 8).stdout
     packed, plain = 3 * 2 * get_policy("tq33").recipe.bytes_per_token(64), 3 * 2 * 2 * 64 * 2
-    assert f"KV cache tq33: 3 of 3 layers compressed, {packed} bytes per token in place of {plain} in fp16" in out
+    assert f"KV cache tq33: 3 of 3 layers compressed, {packed} bytes per token instead of {plain} in fp16" in out
     assert "tokens-per-sec" in out
-    used, reserved, plain = map(float, re.search(SIZES, out).groups())
-    assert 0 < used < reserved
+    used, plain = map(float, re.search(SIZES, out).groups())
     assert 0 < used < plain
 
 
@@ -141,7 +141,7 @@ def test_plan_and_doctor(folder):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (("generate", "--kv", "tq5", "--model", "x"), "invalid choice: 'tq5'"),
+        (("generate", "--kv", "tq5", "--model", "x"), "expected tq2, tq3, tq33, tq4 or none"),
         (("generate", "--model", "x", "--kv-bits", "4"), "--kv-bits is for mlx-lm's own cache"),
         (("server", "--model", "x", "--kv-bits=4"), "--kv-bits is for mlx-lm's own cache"),
         (("generate", "--model", "nothing-here"), "[load] name: expected a folder"),
@@ -158,7 +158,7 @@ def test_usage_and_version(capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(["--help"])
     assert stop.value.code == 0
-    assert "tq3-qjl" in capsys.readouterr().out
+    assert "tqext demo" in capsys.readouterr().out
     cli.main(["--version"])
     assert capsys.readouterr().out.strip()
 
@@ -168,10 +168,3 @@ def test_names_resolve(tmp_path, monkeypatch):
     assert models.resolve("mlx-community/some-model") == "mlx-community/some-model"
     monkeypatch.setenv("TQEXT_CACHE", str(tmp_path))
     assert models.cache_dir() == tmp_path
-
-
-@pytest.mark.parametrize(("text", "expected"), [("16G", 16 << 30), ("1.5k", 1536), ("77", 77)])
-def test_plan_reads_sizes(text, expected):
-    assert plan.parse_bytes(text) == expected
-    with pytest.raises(ValueError, match=r"\[plan\] memory: expected"):
-        plan.parse_bytes(text + "q")

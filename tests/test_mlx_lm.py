@@ -232,7 +232,7 @@ def test_probe_computes_nothing(model):
     assert len(report.compressed) == 3
     assert "3 of 3 layers compressed" in str(report)
     per_token = 3 * 2 * Recipe().bytes_per_token(64)
-    assert f"{per_token} bytes per token in place of {3 * 2 * 128 * 2}" in str(report)
+    assert f"{per_token} bytes per token instead of {3 * 2 * 128 * 2}" in str(report)
 
 
 def test_probe_gives_reasons():

@@ -21,11 +21,12 @@ MAX_TOKENS = 24
 
 
 class Server:
-    def __init__(self, folder, *options):
+    def __init__(self, folder, *options, named=None):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
-        command = [sys.executable, "-m", "tqext", "server", "--model", str(folder), "--port", str(self.port), *options]
+        command = [sys.executable, "-m", "tqext", "server", "--model", named or str(folder), "--port", str(self.port)]
+        command += options
         self.log = (folder / "server.log").open("w+")
         self.process = subprocess.Popen(command, stdout=self.log, stderr=subprocess.STDOUT, env=with_steady_malloc())
         deadline = time.monotonic() + 120

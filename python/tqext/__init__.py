@@ -3,35 +3,43 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from tqext._load import load_extension
+from tqext._load import load_extension, runs_command
 
-load_extension()
-
-from tqext._ext import (  # noqa: E402
-    available_isas,
-    block_means,
-    format,
-    isa,
-    num_threads,
-    q1_dequantize,
-    q1_matmul,
-    q1_quantize,
-)
-from tqext.ops import (  # noqa: E402
-    PackedKeys,
-    PackedValues,
-    dequantize,
-    quantize_keys,
-    quantize_values,
-    rotate,
-    turboquant_attention,
-)
+# Why the extension is not there, while a command runs that can say so itself: `tqext --help`, `tqext doctor`.
+load_error: ImportError | None = None
+try:
+    load_extension()
+except ImportError as error:
+    if not runs_command():
+        raise
+    load_error = error
+else:
+    from tqext._ext import (
+        available_isas,
+        block_means,
+        format,
+        isa,
+        num_threads,
+        q1_dequantize,
+        q1_matmul,
+        q1_quantize,
+    )
+    from tqext.ops import (
+        PackedKeys,
+        PackedValues,
+        dequantize,
+        quantize_keys,
+        quantize_values,
+        rotate,
+        turboquant_attention,
+    )
 
 __version__ = "0.1.0"
 
 # Imported on first use: they need mlx-lm, which takes a second to import and which the operators do without.
 _LAZY = {
     "BatchTurboQuantKVCache": "tqext.batch",
+    "PRESETS": "tqext.presets",
     "Policy": "tqext.presets",
     "Recipe": "tqext.presets",
     "TurboQuantKVCache": "tqext.cache",
@@ -53,7 +61,11 @@ if TYPE_CHECKING:
     from tqext.cache import TurboQuantKVCache
     from tqext.mlx_lm import attach, calibrate, detach, install, make_prompt_cache, probe, uninstall, upgrade, verify
     from tqext.models import load
-    from tqext.presets import Policy, Recipe, get_policy
+    from tqext.presets import PRESETS, Policy, Recipe, get_policy
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__all__", "__doc__", "__file__", "__name__", "__path__"])
 
 
 def __getattr__(name: str) -> Any:
@@ -63,6 +75,7 @@ def __getattr__(name: str) -> Any:
 
 
 __all__ = [
+    "PRESETS",
     "BatchTurboQuantKVCache",
     "PackedKeys",
     "PackedValues",

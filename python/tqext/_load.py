@@ -4,6 +4,7 @@ import functools
 import importlib
 import importlib.metadata
 import sys
+from pathlib import Path
 from typing import Any
 
 
@@ -16,6 +17,17 @@ def _installed(package: str) -> str | None:
 
 def _mlx_requirement(version: str) -> str:
     return f"'mlx[cpu]=={version}'" if sys.platform == "linux" else f"mlx=={version}"
+
+
+def runs_command() -> bool:
+    """Whether this process was started as ``tqext ...`` or ``python -m tqext ...``."""
+    program = sys.argv[0] if sys.argv else ""
+    return Path(program).stem == "tqext" or (program == "-m" and _module_of(sys.orig_argv) == "tqext")
+
+
+def _module_of(command: list[str]) -> str | None:
+    """What follows ``-m``."""
+    return command[command.index("-m") + 1] if "-m" in command[:-1] else None
 
 
 def load_extension() -> None:

@@ -593,6 +593,38 @@ class BatchTurboQuantKVCache(Buffers):
         """int32 ``[B]``: mlx-lm's padding of each sequence."""
         return mx.array(self._left_padding)
 
+    @property
+    def n_coded(self) -> int:
+        """Coded tokens of all sequences."""
+        return int(self._counts[:, CODED].sum())
+
+    @property
+    def n_exact(self) -> int:
+        """Exact tokens of all sequences, first and recent ones."""
+        return int(self._counts.sum()) - self.n_coded
+
+    @property
+    def used_nbytes(self) -> int:
+        """Bytes of the tokens of all sequences, without padding and room for growth."""
+        if self._codec is None or self._tail is None:
+            return 0
+        dims = self._codec.head_dim, self._codec.value_dim
+        exact = sum(dims) * self._tail.keys.dtype.size
+        n_heads = self._tail.keys.shape[1]
+        return int(n_heads * (self.n_coded * self.recipe.bytes_per_block(*dims) // BLOCK + self.n_exact * exact))
+
+    @property
+    def fp16_nbytes(self) -> int:
+        """Bytes that the same tokens take in fp16."""
+        if self._codec is None or self._tail is None:
+            return 0
+        n_tokens = self.n_coded + self.n_exact
+        return int(n_tokens * self._tail.keys.shape[1] * (self._codec.head_dim + self._codec.value_dim) * 2)
+
+    def _contents(self) -> str:
+        sizes = f"{self.used_nbytes / 1e6:.2f} MB, {self.fp16_nbytes / 1e6:.2f} MB in fp16"
+        return f"{len(self._counts)} sequences, {self.n_coded} coded and {self.n_exact} exact tokens, {sizes}"
+
     def size(self) -> int:
         """Columns of the left-padded batch."""
         return self._idx

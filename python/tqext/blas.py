@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import mlx.core as mx
@@ -14,6 +14,7 @@ import numpy as np
 from mlx.utils import tree_map
 from mlx_lm.utils import dequantize_model
 
+from tqext import hooks
 from tqext.nn import q1_paths
 
 
@@ -68,6 +69,27 @@ def use_blas(model: Any) -> Any:
             if substitute is not None and module.weight.dtype == mx.float32:
                 module.__class__ = substitute
     return model
+
+
+@contextlib.contextmanager
+def used(model: Any) -> Iterator[None]:
+    """`use_blas` for a while, also for the attention to exact keys and values."""
+    before = [(module, type(module)) for _, module in model.named_modules()]
+    hook = hooks.Hook(mx.fast, "scaled_dot_product_attention", _attention_to_arrays)
+    try:
+        use_blas(model)
+        if is_faster():
+            hook.put()
+        yield
+    finally:
+        hook.take_back()
+        for module, cls in before:
+            module.__class__ = cls
+
+
+def _attention_to_arrays(previous: Callable[..., Any], q: mx.array, k: Any, v: Any, **options: Any) -> Any:
+    to_arrays = isinstance(k, mx.array) and q.shape[2] > 1
+    return (attention if to_arrays else previous)(q, k, v, **options)
 
 
 # For a while, in one thread, in any type

@@ -270,6 +270,13 @@ class Buffers:
     def is_trimmable(self) -> bool:
         return True
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.recipe.label}, {self._contents()})"
+
+    def _contents(self) -> str:
+        """What is held, for a repr, which fails in no state."""
+        raise NotImplementedError
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """A copy that shares the balance, which never changes."""
         out = copy.copy(self)
@@ -510,6 +517,13 @@ class TurboQuantKVCache(Buffers):
         snapshot = self._last or self._snapshot()
         return snapshot, snapshot
 
+    def _contents(self) -> str:
+        if self.size() == 0:
+            return "empty"
+        dropped = f", {self.n_dropped} dropped" if self.n_dropped else ""
+        sizes = f"{self.used_nbytes / 1e6:.2f} MB, {self.fp16_nbytes / 1e6:.2f} MB in fp16"
+        return f"{self.n_coded} coded and {self.n_exact} exact tokens{dropped}, {sizes}"
+
     @property
     def offset(self) -> int:
         """The number of tokens, those that were dropped included."""
@@ -522,6 +536,11 @@ class TurboQuantKVCache(Buffers):
     def empty(self) -> bool:
         """Whether no token is stored."""
         return self.size() == 0
+
+    @property
+    def n_exact(self) -> int:
+        """Exact tokens, first and recent ones."""
+        return self.n_first + self.n_tail
 
     @property
     def used_nbytes(self) -> int:

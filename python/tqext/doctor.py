@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
 import platform
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
-import mlx.core as mx
-
 import tqext
+
+# Only inside of the functions, as nothing of it may be there: MLX.
 
 
 def versions() -> dict[str, str]:
     """Versions of tqext and of what it stands on."""
-    out = {"tqext": tqext.__version__, "format": str(tqext.format.VERSION), "python": platform.python_version()}
+    out = {"tqext": tqext.__version__, "python": platform.python_version()}
+    if tqext.load_error is None:
+        out["format"] = str(tqext.format.VERSION)
     for package in ("mlx", "mlx-lm", "nanobind-backend"):
         try:
             out[package] = importlib.metadata.version(package)
@@ -26,6 +27,8 @@ def versions() -> dict[str, str]:
 
 def backend() -> str:
     """What the operators run on."""
+    import mlx.core as mx
+
     if mx.default_device() == mx.cpu:
         return f"CPU, {tqext.isa()} of {', '.join(tqext.available_isas())}, {tqext.num_threads()} threads"
     info: Any = mx.device_info()
@@ -51,7 +54,9 @@ def tiny_model() -> Any:
 
 
 def check_attention() -> str:
-    """Attention over packed bytes against attention over what they stand for."""
+    """Attention over packed bytes compared with attention over what they stand for."""
+    import mlx.core as mx
+
     key = mx.random.key(0)
     q, k, v = (mx.random.normal((1, heads, n, 128), key=key) for heads, n in ((8, 1), (2, 300), (2, 300)))
     packed_k, packed_v = tqext.quantize_keys(k), tqext.quantize_values(v)
@@ -79,9 +84,14 @@ CHECKS: dict[str, Callable[[], str]] = {"attention": check_attention, "path proo
 
 def main(argv: Sequence[str]) -> None:
     """The command; exits with status 1 if a check fails."""
-    argparse.ArgumentParser(prog="tqext doctor", description=__doc__).parse_args(argv)
+    from tqext.cli import ArgumentParser
+
+    ArgumentParser(prog="tqext doctor", description=__doc__).parse_args(argv)
     for name, version in versions().items():
         print(f"{name:<18}{version}")
+    if tqext.load_error is not None:
+        print(f"{'extension':<18}FAILED: {tqext.load_error}")
+        raise SystemExit(1)
     print(f"{'backend':<18}{backend()}")
     failed = False
     for name, check in CHECKS.items():

@@ -295,6 +295,18 @@ def windows(tokenizer: Any, text: str, window: int, n_windows: int) -> mx.array:
     return mx.array([tokens[i * stride : i * stride + window] for i in range(n_windows)])
 
 
+def read_text(path: Path) -> str:
+    """A text file.
+
+    Raises:
+        ValueError: It is not in UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"[eval] text: expected a text file in UTF-8, got {path}") from None
+
+
 def _bar(total: int, name: str) -> Any:
     from tqdm import tqdm  # type: ignore[import-untyped]
 
@@ -327,21 +339,21 @@ def _agents(model: Any, tokenizer: Any, policies: Sequence[Policy], options: arg
 
 def main(argv: Sequence[str]) -> None:
     """The command."""
-    from tqext.cli import add_kv_options, policy_of
+    from tqext.cli import MODEL_HELP, ArgumentParser, add_kv_options, policy_of, positive
 
-    parser = argparse.ArgumentParser(prog="tqext eval", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--model", required=True, help="a folder, a hub id, or smollm2")
+    parser = ArgumentParser(prog="tqext eval", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--model", required=True, help=MODEL_HELP)
     add_kv_options(parser)
-    parser.add_argument("--all", action="store_true", help="every preset in place of one")
+    parser.add_argument("--all", action="store_true", help="every preset instead of one")
     parser.add_argument("--text", type=Path, help="a plain text file")
-    parser.add_argument("--window", type=int, default=1024)
-    parser.add_argument("--windows", type=int, default=2)
-    parser.add_argument("--step", type=int, default=8, help="tokens fed at a time; up to 8 change nothing (default 8)")
+    parser.add_argument("--window", type=positive, default=1024, help="tokens of each piece of text (default 1024)")
+    parser.add_argument("--windows", type=positive, default=2, help="pieces of text (default 2)")
+    parser.add_argument("--step", type=positive, default=8, help="tokens fed at a time; up to 8 change nothing (default 8)")
     parser.add_argument("--passkey", action="store_true", help="also hide numbers and ask for them")
     parser.add_argument("--by-position", action="store_true", help="feed the text in order: quality over the context's length")
-    parser.add_argument("--tokens", type=int, default=4096, help="of the text, for --by-position (default 4096)")
-    parser.add_argument("--chunk", type=int, default=256, help="tokens fed at a time, for --by-position (default 256)")
-    parser.add_argument("--agents", action="store_true", help="tool calls over long conversations, in place of a text")
+    parser.add_argument("--tokens", type=positive, default=4096, help="of the text, for --by-position (default 4096)")
+    parser.add_argument("--chunk", type=positive, default=256, help="tokens fed at a time, for --by-position (default 256)")
+    parser.add_argument("--agents", action="store_true", help="tool calls over long conversations, instead of a text")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the figures to a file")
     options = parser.parse_args(argv)
     if options.text is None and not options.agents:
@@ -350,13 +362,13 @@ def main(argv: Sequence[str]) -> None:
     from tqext.mlx_lm import probe
     from tqext.models import load
 
+    text = "" if options.agents else read_text(options.text)
     one = policy_of(options)
     policies = [get_policy(name) for name in PRESETS] if options.all else [] if one is None else [one]
     model, tokenizer = load(options.model)
     model = for_evaluation(model)
     if options.agents:
         return _agents(model, tokenizer, policies, options)
-    text = options.text.read_text()
     if options.by_position:
         return _by_position(model, tokenizer, text, policies, options)
     tokens = windows(tokenizer, text, options.window, options.windows)

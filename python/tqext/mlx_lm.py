@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import html
 import types
 import warnings
 import weakref
@@ -214,7 +215,7 @@ class _CompressedCaches:
 
 def _attach(model: Any, attachment: _Attachment) -> Any:
     if not isinstance(model, nn.Module):
-        raise ValueError(f"[attach] model: expected a model of mlx.nn, got {type(model).__name__}")
+        raise ValueError(f"[attach] model: expected a model of mlx.nn, got {_kind(model)}")
     names = vars(model)
     attachment.own = names.get("make_cache")
     if isinstance(model, _CompressedCaches):
@@ -229,6 +230,18 @@ def _attach(model: Any, attachment: _Attachment) -> Any:
         _attached.append(weakref.ref(model))
     names.pop("make_cache", None)
     return model
+
+
+def _check_model(op: str, model: Any) -> None:
+    """Raise a ValueError for a name, a path, None, or what ``load`` returns as a whole."""
+    if not callable(model):
+        raise ValueError(f"[{op}] model: expected a model, got {_kind(model)}")
+
+
+def _kind(model: Any) -> str:
+    if isinstance(model, str):
+        return f"{model!r}: model, tokenizer = tqext.load({model!r}) loads it"
+    return "a tuple: model, tokenizer = tqext.load(...)" if isinstance(model, tuple) else type(model).__name__
 
 
 def _attached_models() -> list[Any]:
@@ -251,6 +264,8 @@ def on_cache(observer: Callable[[Report, list[Any]], None]) -> None:
 
 def detach(model: Any) -> Any:
     """Undo `attach`, and let `install` pass the model by; returns the model."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"[detach] model: expected a model of mlx.nn, got {_kind(model)}")
     with _lock:
         _detach(model)
         vars(model)[_KEY] = None
@@ -272,6 +287,7 @@ def make_prompt_cache(
     Raises:
         ValueError: A bound that leaves no room for codes, or one for a model in which other layers keep all tokens.
     """
+    _check_model("make_prompt_cache", model)
     hook()
     return _compressed(stock_cache(model), _judged(model, get_policy(preset, **overrides)), max_kv_size)
 
@@ -335,10 +351,20 @@ class Layer:
     def fp16_bytes_per_token(self) -> int:
         return self.n_kv_heads * (self.head_dim + self.value_dim) * 2
 
+    def nbytes_at(self, n_tokens: int) -> int:
+        """Bytes of so many tokens, without room for growth, as the layer would hold them if it is compressed."""
+        if self.recipe is None:
+            return 0
+        n_recent = max(0, n_tokens - self.recipe.first)
+        block = packed_format.BLOCK
+        n_coded = max(0, (n_recent - self.recipe.tail) // block * block)
+        exact = self.n_kv_heads * (self.head_dim + self.value_dim) * self.dtype_size
+        return n_coded * self.bytes_per_token + (n_tokens - n_coded) * exact
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(frozen=True, slots=True, repr=False)
 class Report:
-    """Which caches of a model are compressed, and why the others are not."""
+    """Which caches of a model are compressed, and why the others are not. Notebooks show it as a table."""
 
     policy: Policy
     layers: tuple[Layer, ...]
@@ -347,12 +373,20 @@ class Report:
     def compressed(self) -> tuple[Layer, ...]:
         return tuple(layer for layer in self.layers if layer.recipe is not None)
 
+    def nbytes_at(self, n_tokens: int) -> int:
+        """Bytes of so many tokens in the compressed layers, without room for growth."""
+        return sum(layer.nbytes_at(n_tokens) for layer in self.compressed)
+
+    def fp16_nbytes_at(self, n_tokens: int) -> int:
+        """Bytes of so many tokens in the same layers in fp16."""
+        return n_tokens * sum(layer.fp16_bytes_per_token for layer in self.compressed)
+
     def __str__(self) -> str:
         done = self.compressed
         lines = [f"{self.policy.name}: {len(done)} of {len(self.layers)} layers compressed"]
         if packed := sum(layer.bytes_per_token for layer in done):
             plain = sum(layer.fp16_bytes_per_token for layer in done)
-            lines[0] += f", {packed} bytes per token in place of {plain} in fp16 ({plain / packed:.2f} times less)"
+            lines[0] += f", {packed} bytes per token instead of {plain} in fp16 ({plain / packed:.2f} times less)"
         for (cache, reason), paths in _grouped(self.layers).items():
             lines.append(f"  layers {', '.join(paths)}: {cache} stays: {reason}")
         lines += [f"  layer {layer.path}: {layer.note}" for layer in done if layer.note]
@@ -370,6 +404,38 @@ class Report:
                 how += "".join(f", {x}" for x in (layer.calibration, layer.note) if x)
             lines.append(f"  {layer.path:>5}  {how}")
         return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        return f"<Report {self}>"
+
+    def _repr_html_(self) -> str:
+        """For notebooks: a table with one row for every kind of layer."""
+        rows: dict[tuple[str, ...], list[str]] = {}
+        for layer in self.layers:
+            rows.setdefault(_row(layer), []).append(layer.path)
+        head = ("layers", "cache", "bytes per token", "in fp16", "output error", "why")
+        lines = ["".join(f"<th>{name}</th>" for name in head)]
+        lines += ["".join(f"<td>{html.escape(cell)}</td>" for cell in (_spans(paths), *row)) for row, paths in rows.items()]
+        table = "".join(f"<tr>{line}</tr>" for line in lines)
+        return f"<p>{html.escape(str(self).splitlines()[0])}</p><table>{table}</table>"
+
+
+def _row(layer: Layer) -> tuple[str, ...]:
+    if layer.recipe is None:
+        return (layer.cache, "", "", "", layer.reason)
+    error = "" if layer.calibration is None else f"{layer.calibration.output_error:.1f}"
+    return (layer.recipe.label, str(layer.bytes_per_token), str(layer.fp16_bytes_per_token), error, layer.note)
+
+
+def _spans(paths: Sequence[str]) -> str:
+    """Neighbouring layers as ``0-3, 5``; members of a list of caches one by one."""
+    spans: list[list[str]] = []
+    for path in paths:
+        if spans and path.isdigit() and spans[-1][-1].isdigit() and int(path) == int(spans[-1][-1]) + 1:
+            spans[-1].append(path)
+        else:
+            spans.append([path])
+    return ", ".join(span[0] if len(span) == 1 else f"{span[0]}-{span[-1]}" for span in spans)
 
 
 def _grouped(layers: Sequence[Layer]) -> dict[tuple[str, str], list[str]]:
@@ -452,6 +518,7 @@ def probe(model: Any, preset: str | Policy = DEFAULT_PRESET, **overrides: Any) -
         A report with one entry for every cache.
     """
     policy = get_policy(preset, **overrides)
+    _check_model("probe", model)
     hook()
     stock = stock_cache(model)
     first, n_layers = _layer_range(model, len(stock))
@@ -748,6 +815,8 @@ def upgrade(cache: list[Any], preset: str | Policy = DEFAULT_PRESET, *, model: A
         UserWarning: Nothing was compressed, nor was it before; the message says why.
     """
     policy = get_policy(preset, **overrides)
+    if not isinstance(cache, list):
+        raise ValueError(f"[upgrade] cache: expected a list of caches, got {type(cache).__name__}")
     hook()
     judged = {} if model is None else {layer.path: layer for layer in _judged(model, policy).layers}
     first, n_layers = (0, len(cache)) if model is None else _layer_range(model, len(cache))

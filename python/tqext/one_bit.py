@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Callable
@@ -141,12 +140,14 @@ def write_config(folder: Path, config: dict[str, Any]) -> None:
 
 def main(argv: list[str]) -> None:
     """``tqext quantize-1bit --model IN --out OUT``."""
-    parser = argparse.ArgumentParser(
+    from tqext.cli import MODEL_HELP, ArgumentParser
+
+    parser = ArgumentParser(
         prog="tqext quantize-1bit",
         description="Round a model's weights to 1 bit (Q1_0, 1.125 bits per weight). A model that was not trained for it "
         "answers nonsense afterwards.",
     )
-    parser.add_argument("--model", required=True, help="a folder, a hub id, smollm2, or a GGUF file")
+    parser.add_argument("--model", required=True, help=MODEL_HELP)
     parser.add_argument("--out", required=True, type=Path, help="folder to write; must not exist")
     options = parser.parse_args(argv)
     if options.out.exists():

@@ -44,6 +44,14 @@ class PackedKeys(NamedTuple):
         """Bytes of all arrays."""
         return sum(x.nbytes for x in self if isinstance(x, mx.array))
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """``(batch, n_kv_heads, n_tokens, head_dim)`` of the keys they stand for."""
+        return (*self.codes.shape[:-1], _head_dim(self))
+
+    def __repr__(self) -> str:
+        return _repr(self, self.norms)
+
 
 class PackedValues(NamedTuple):
     """Packed values of ``n_tokens`` tokens.
@@ -70,11 +78,43 @@ class PackedValues(NamedTuple):
         """Bytes of all arrays."""
         return self.codes.nbytes + self.params.nbytes
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """``(batch, n_kv_heads, n_tokens, head_dim)`` of the values they stand for."""
+        return (*self.codes.shape[:-1], _head_dim(self))
+
+    def __repr__(self) -> str:
+        return _repr(self, self.params)
+
+
+def _repr(packed: PackedKeys | PackedValues, side: object) -> str:
+    """One line, also of what `tree_map` or a mistake has put in the arrays' places."""
+    if not (isinstance(packed.codes, mx.array) and isinstance(side, mx.array) and packed.codes.ndim):
+        return f"{type(packed).__name__}{tuple(packed)!r}"
+    coding = f", {packed.coding}" if isinstance(packed, PackedValues) else ""
+    return f"{type(packed).__name__}({packed.shape}, {packed.bits} bits{coding}, {packed.nbytes} bytes)"
+
 
 def _head_dim(packed: PackedKeys | PackedValues) -> int:
     if packed.head_dim is not None:
         return packed.head_dim
     return packed.codes.shape[-1] * 32 // packed.bits if packed.codes.ndim and packed.bits else 0
+
+
+def _explained(op: str, error: TypeError, **arguments: object) -> Exception:
+    """What is wrong with the arguments of an operator that MLX's bindings refused with a list of all signatures."""
+    for name, value in arguments.items():
+        for item in value if isinstance(value, tuple) else (value,):
+            if not isinstance(item, mx.array):
+                hint = f"; mx.array({name}) converts it" if type(item).__module__ == "numpy" else ""
+                got = "None" if item is None else type(item).__name__
+                return ValueError(f"[{op}] {name}: expected an mlx.core.array, got {got}{hint}")
+    return error
+
+
+def _given(**arguments: object) -> dict[str, object]:
+    """The optional arguments that were given."""
+    return {name: value for name, value in arguments.items() if value is not None and not isinstance(value, str)}
 
 
 def quantize_keys(
@@ -113,7 +153,10 @@ def quantize_keys(
     Raises:
         ValueError: a wrong shape, dtype or number.
     """
-    parts = _ext.quantize_keys(k, bits, means, balance, qjl, rotation, stream)
+    try:
+        parts = _ext.quantize_keys(k, bits, means, balance, qjl, rotation, stream)
+    except TypeError as error:
+        raise _explained("quantize_keys", error, k=k, **_given(means=means, balance=balance)) from None
     signs, residual_norms = (parts[2], parts[3]) if qjl else (None, None)
     return PackedKeys(parts[0], parts[1], means, balance, signs, residual_norms, bits, k.shape[-1], rotation)
 
@@ -137,7 +180,10 @@ def quantize_values(
     Raises:
         ValueError: a wrong shape, dtype or number.
     """
-    codes, params = _ext.quantize_values(v, bits, coding, rotation, stream)
+    try:
+        codes, params = _ext.quantize_values(v, bits, coding, rotation, stream)
+    except TypeError as error:
+        raise _explained("quantize_values", error, v=v) from None
     return PackedValues(codes, params, bits, v.shape[-1], coding, rotation)
 
 
@@ -205,7 +251,10 @@ def rotate(x: mx.array, inverse: bool = False, *, rotation: str = "hadamard", st
     Raises:
         ValueError: a wrong shape, dtype or name.
     """
-    return _ext.rotate(x, inverse, rotation=rotation, stream=stream)
+    try:
+        return _ext.rotate(x, inverse, rotation=rotation, stream=stream)
+    except TypeError as error:
+        raise _explained("rotate", error, x=x) from None
 
 
 def turboquant_attention(
@@ -262,32 +311,36 @@ def turboquant_attention(
         packed_k = _rebuild(PackedKeys, packed_k, "packed_k")
     if not isinstance(packed_v, PackedValues):
         packed_v = _rebuild(PackedValues, packed_v, "packed_v")
-    return _ext.turboquant_attention(
-        q,
-        packed_k.codes,
-        packed_k.norms,
-        packed_k.means,
-        packed_k.balance,
-        packed_k.signs,
-        packed_k.residual_norms,
-        packed_k.bits,
-        _head_dim(packed_k),
-        packed_k.rotation,
-        packed_v.codes,
-        packed_v.params,
-        packed_v.bits,
-        _head_dim(packed_v),
-        packed_v.coding,
-        packed_v.rotation,
-        scale,
-        mask,
-        first,
-        tail,
-        sinks,
-        left_padding,
-        lengths,
-        stream,
-    )
+    try:
+        return _ext.turboquant_attention(
+            q,
+            packed_k.codes,
+            packed_k.norms,
+            packed_k.means,
+            packed_k.balance,
+            packed_k.signs,
+            packed_k.residual_norms,
+            packed_k.bits,
+            _head_dim(packed_k),
+            packed_k.rotation,
+            packed_v.codes,
+            packed_v.params,
+            packed_v.bits,
+            _head_dim(packed_v),
+            packed_v.coding,
+            packed_v.rotation,
+            scale,
+            mask,
+            first,
+            tail,
+            sinks,
+            left_padding,
+            lengths,
+            stream,
+        )
+    except TypeError as error:
+        given = _given(mask=mask, tail=tail, sinks=sinks, first=first, left_padding=left_padding, lengths=lengths)
+        raise _explained("turboquant_attention", error, q=q, **given) from None
 
 
 Packed = TypeVar("Packed", PackedKeys, PackedValues)

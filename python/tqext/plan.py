@@ -1,9 +1,10 @@
-"""``tqext plan``: does a model with a context fit, and how long a context does."""
+"""``tqext plan``: does a model with a context fit, how long a context does, and which preset to take."""
 
 from __future__ import annotations
 
 import argparse
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,11 +12,20 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from tqext._ext import format as packed_format
-from tqext.presets import PRESETS, Policy, get_policy
+from tqext.cli import MODEL_HELP, SHOWN_PRESETS, ArgumentParser, positive, preset_name
+from tqext.presets import Policy, get_policy
 
-UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+# Of a number of bytes: 16G and 16GiB are powers of two, as tools of the system print them; 16GB is a power of ten.
+_SIZE = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*([KMGT]?)(I?B?)", re.IGNORECASE)
+_POWERS = " KMGT"
 # What is left to the system, the activations and the allocator's pool.
 USABLE = 0.85
+# KL of the next token in nats at head dimension 128 (Qwen2.5-Coder-1.5B) and 64 (0.5B), 32768 tokens of prose: docs/quality.md.
+QUALITY = {"tq3": (0.0133, 0.0230), "tq33": (0.0050, 0.0166), "tq4": (0.0011, 0.0040)}
+# Assumed where neither the user nor the model names a context.
+DEFAULT_CONTEXT = 8192
+# From the most accurate one: the first that fits is recommended.
+_BY_QUALITY = ("tq4", "tq33", "tq3", "tq2")
 
 
 class Plan(NamedTuple):
@@ -67,13 +77,27 @@ def plan(model: Any, preset: str | Policy | None) -> Plan:
 
 
 def parse_bytes(text: str) -> int:
-    """``"16G"`` and the like as a number of bytes."""
-    unit = text[-1:].upper()
-    number = text[:-1] if unit in UNITS else text
+    """``"16G"``, ``"16GiB"`` (both 16 * 2**30), ``"16GB"`` (16 * 10**9) and the like as a number of bytes.
+
+    Raises:
+        ValueError: The text is no size, or less than one byte.
+    """
+    found = _SIZE.fullmatch(text.strip())
+    number = 0
+    if found is not None:
+        value, prefix, unit = found.groups()
+        base = 1000 if prefix and unit.upper() == "B" else 1024
+        number = int(float(value) * base ** (_POWERS.index(prefix.upper()) if prefix else 0))
+    if number < 1:
+        raise ValueError(f"[plan] memory: expected a size such as 16GB or 16GiB, got {text!r}")
+    return number
+
+
+def _memory(text: str) -> int:
     try:
-        return int(float(number) * UNITS.get(unit, 1))
-    except ValueError:
-        raise ValueError(f"[plan] memory: expected a number and one of {', '.join(UNITS)}, got {text!r}") from None
+        return parse_bytes(text)
+    except ValueError as error:  # argparse would put a sentence of its own in its place
+        raise argparse.ArgumentTypeError(str(error).partition(": ")[2]) from None
 
 
 def total_memory() -> int:
@@ -86,27 +110,62 @@ def total_memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+def quality(preset: str, head_dim: int) -> str:
+    """The measured error of a preset in words, for models of such a head dimension."""
+    if preset == "none":
+        return "exact"
+    if preset not in QUALITY:
+        return "not measured"
+    return f"KL {QUALITY[preset][head_dim < 128]:.4f}"
+
+
+def recommended(plans: Sequence[Plan], memory: float, context: int) -> str | None:
+    """The most accurate of the presets for use that fits so many tokens, None if none does."""
+    by_name = {p.preset: p for p in plans}
+    fitting = (name for name in _BY_QUALITY if name in by_name and by_name[name].nbytes(context) <= memory)
+    return next(fitting, None)
+
+
 def main(argv: Sequence[str]) -> None:
     """The command."""
-    parser = argparse.ArgumentParser(prog="tqext plan", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--model", required=True, help="a folder, a hub id, or smollm2")
-    parser.add_argument("--memory", type=parse_bytes, help="such as 16G; default: what this machine has")
-    parser.add_argument("--context", type=int, help="tokens that are to fit")
-    parser.add_argument("--kv", choices=PRESETS, metavar="PRESET", help="default: all presets")
+    parser = ArgumentParser(prog="tqext plan", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--model", required=True, help=MODEL_HELP)
+    parser.add_argument("--memory", type=_memory, help="such as 16GB or 16GiB; default: what this machine has")
+    parser.add_argument("--context", type=positive, metavar="N", help="tokens that are to fit; default: the model's limit")
+    kv = f"default: none, {', '.join(SHOWN_PRESETS)} (help shows all presets)"
+    parser.add_argument("--kv", type=preset_name, metavar="PRESET", help=kv)
     options = parser.parse_args(argv)
     from mlx_lm.utils import load_model
 
+    from tqext.calibration import known_context
+    from tqext.mlx_lm import probe
     from tqext.models import local_folder
 
     model, _ = load_model(Path(local_folder(options.model)), lazy=True)
     memory = (options.memory or total_memory()) * USABLE
-    plans = [plan(model, preset) for preset in (None, *([options.kv] if options.kv else PRESETS))]
-    print(f"{options.model}: weights {plans[0].weights / 1e9:.2f} GB, {memory / 1e9:.1f} GB usable")
-    print(f"{'preset':<12} {'bytes/token':>11} {'longest context':>16}", end="")
-    print(f" {f'at {options.context} tokens':>20}" if options.context else "")
+    limit = known_context(model)
+    context = options.context or limit or DEFAULT_CONTEXT
+    names = ["none", *([options.kv] if options.kv else SHOWN_PRESETS)]
+    plans = [plan(model, None if name == "none" else name) for name in dict.fromkeys(names)]
+    trained = f"trained for {limit} tokens" if limit else "its trained length is unknown"
+    print(f"{options.model}: weights {plans[0].weights / 1e9:.2f} GB, {trained}; {memory / 1e9:.1f} GB usable")
+    print(f"{'preset':<11} {'bytes/token':>11}  {f'at {context} tokens':>24}  {'longest context':>15}  quality")
+    layers = probe(model).compressed
+    head_dim = max((layer.head_dim for layer in layers), default=0)
     for p in plans:
-        print(f"{p.preset:<12} {p.bytes_per_token:>11} {p.longest(memory):>16}", end="")
-        if options.context:
-            fits = "fits" if p.nbytes(options.context) <= memory else "does not fit"
-            print(f" {p.nbytes(options.context) / 1e9:>8.2f} GB, {fits}", end="")
-        print()
+        fits = "fits" if p.nbytes(context) <= memory else "does not fit"
+        at = f"{p.nbytes(context) / 1e9:.2f} GB, {fits}"
+        longest = p.longest(memory)
+        shown = f"{min(longest, limit)} (limit)" if limit and longest >= limit else str(longest)
+        print(f"{p.preset:<11} {p.bytes_per_token:>11}  {at:>24}  {shown:>15}  {quality(p.preset, head_dim)}")
+    print("quality: KL of the next token in nats, of Qwen2.5-Coder with the same head dimension or the next smaller one, prose")
+    if any(layer.dtype_size == 4 for layer in layers):
+        print("none: this model's own cache is in fp32; in fp16 it takes half.")
+    if options.context and limit and options.context > limit:
+        print(f"{options.context} tokens are more than the model was trained for.")
+    if head_dim == 0:
+        print("No layer of this model can be compressed: tqext generate --kv-report says why.")
+    elif not options.kv:
+        name = recommended(plans, memory, context)
+        fits = f"the most accurate preset with which {context} tokens fit"
+        print(f"Recommended: --kv {name}, {fits}" if name else f"No preset fits {context} tokens into the memory.")

@@ -148,8 +148,10 @@ def get_policy(preset: str | Policy = DEFAULT_PRESET, **overrides: Any) -> Polic
         ValueError: An unknown preset, an unknown field or a value out of range.
     """
     if isinstance(preset, str):
-        _check(preset in PRESETS, "preset", f"one of {', '.join(PRESETS)}", preset)
+        hint = " (mlx-lm's own cache: tqext.uninstall() or tqext.detach(model))" if preset == "none" else ""
+        _check(preset in PRESETS, "preset", f"one of {', '.join(PRESETS)}", f"{preset}{hint}")
         preset = PRESETS[preset]
+    _check(isinstance(preset, Policy), "preset", "a preset's name or a Policy", repr(preset)[:100])
     given = {name: value for name, value in overrides.items() if value is not None}
     of_recipe = {name: given.pop(name) for name in [f.name for f in fields(Recipe)] if name in given}
     unknown = set(given) - {"first_last", "layers", "guard"}

@@ -7,17 +7,26 @@ process. Such requests are answered with status 400 here. Connections are bounde
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import io
 import json
+import logging
 import math
 import socket
 import threading
 import time
+import types
+from collections.abc import Callable, Iterator
 from http.server import ThreadingHTTPServer
+from pathlib import Path
 from typing import Any, cast
 
 import mlx_lm.server as mlx_lm_server
+from huggingface_hub.errors import CacheNotFound
+
+from tqext import metrics
+from tqext.metrics import Holding, holding, stats
 
 # Connections that wait to be taken; the system may allow fewer.
 BACKLOG = 128
@@ -27,6 +36,9 @@ MAX_CONNECTIONS = 512
 CLIENT_SECONDS = 60.0
 # Bytes of a request: some images, or a text of a million tokens many times over.
 MAX_REQUEST_BYTES = 128 << 20
+# Seconds between two looks at what the batch holds.
+LOOK_SECONDS = 1.0
+PAGE = Path(__file__).with_name("server.html")
 
 _NUMBERS = (
     "temperature",
@@ -148,11 +160,95 @@ class Generator(mlx_lm_server.ResponseGenerator):
         of_model = getattr(getattr(self.model_provider.model, "args", None), "vocab_size", None)
         return min(known[1], of_model) if isinstance(of_model, int) else int(known[1])
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
+    # As the command line names the model, which mlx-lm knows by its folder.
+    model_names: frozenset[str] = frozenset()
+
+    def generate(self, request: Any, generation_args: Any, *args: Any, **kwargs: Any) -> Any:
+        if generation_args.model.model in self.model_names:
+            # One name for one model: mlx-lm does not batch requests that name it differently.
+            model = dataclasses.replace(generation_args.model, model="default_model")
+            generation_args = dataclasses.replace(generation_args, model=model)
+        stats.count("requests")
         try:
-            return super().generate(*args, **kwargs)
+            context, responses = super().generate(request, generation_args, *args, **kwargs)
         except RequestError as error:
+            stats.count("refused_requests")
             raise _Refusal(str(error)) from None
+        stats.count("prompt_tokens", len(context.prompt))
+        return context, _counted(responses)
+
+    def _log_cache_stats(self) -> None:
+        kept = stats.read()["kept"]
+        used, reserved, fp16 = (f"{kept[name] / 1e6:.1f} MB" for name in ("used", "reserved", "fp16"))
+        text = f"{len(self.prompt_cache)} sequences, {used} of tokens in {reserved} of buffers, {fp16} in fp16"
+        logging.info(f"Prompt cache: {text}")
+
+
+def _counted(responses: Iterator[Any]) -> Iterator[Any]:
+    for response in responses:
+        stats.count("generated_tokens")
+        yield response
+
+
+class _Order(mlx_lm_server.LRUPromptCache.CacheOrder):
+    """Which kept cache is thrown away next. mlx-lm calls `pop` where one makes room for others, and nowhere else."""
+
+    incoming: Holding = Holding()
+
+    def push(self, model: Any, tokens: list[int], *args: Any, **kwargs: Any) -> None:
+        super().push(model, tokens, *args, **kwargs)
+        stats.keep((model, tuple(tokens)), self.incoming)
+
+    def remove(self, model: Any, tokens: list[int]) -> None:
+        super().remove(model, tokens)
+        stats.drop((model, tuple(tokens)))
+
+    def pop(self) -> Any:
+        model, tokens = super().pop()
+        stats.drop((model, tuple(tokens)))
+        stats.count("prompt_cache_evictions")
+        return model, tokens
+
+
+class PromptCache(mlx_lm_server.LRUPromptCache):
+    """mlx-lm's store of the caches of earlier requests, counted."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._lru = self._order = _Order()
+
+    def fetch_nearest_cache(self, model: Any, tokens: list[int]) -> Any:
+        cache, rest = super().fetch_nearest_cache(model, tokens)
+        stats.count("prompt_cache_misses" if cache is None else "prompt_cache_hits")
+        stats.count("reused_tokens", len(tokens) - len(rest))
+        return cache, rest
+
+    def insert_cache(self, model: Any, tokens: list[int], prompt_cache: list[Any], **kwargs: Any) -> None:
+        self._order.incoming = holding(prompt_cache)
+        super().insert_cache(model, tokens, prompt_cache, **kwargs)
+
+
+class Batch(mlx_lm_server.BatchGenerator):
+    """mlx-lm's batch, looked at about once a second."""
+
+    _looked = 0.0
+
+    def next(self) -> Any:
+        responses = super().next()
+        now = time.monotonic()
+        if now - self._looked > LOOK_SECONDS or not self._generation_batch.uids:
+            self._looked = now
+            self._look()
+        return responses
+
+    def close(self) -> None:
+        super().close()
+        stats.run(Holding())
+
+    def _look(self) -> None:
+        batches = (self._prompt_batch, self._generation_batch)
+        running = (holding(batch.prompt_cache, len(batch.uids)) for batch in batches if batch.uids)
+        stats.run(sum(running, Holding()))
 
 
 # Who sends it
@@ -206,6 +302,44 @@ class Handler(mlx_lm_server.APIHandler):
         self.rfile = io.BytesIO(body)
         super().do_POST()
 
+    def do_GET(self) -> None:
+        path = self.path.partition("?")[0]
+        if path == "/":
+            self._answer(200, "text/html; charset=utf-8", PAGE.read_bytes())
+        elif path == "/stats":
+            self._answer(200, "application/json", json.dumps(stats.read()).encode())
+        elif path == "/metrics":
+            try:
+                text, kind = metrics.prometheus()
+            except ImportError:
+                return self._refuse(501, "[request] /metrics: needs a package: pip install 'tqext[serve]'")
+            self._answer(200, kind, text)
+        else:
+            super().do_GET()
+
+    def _answer(self, status: int, kind: str, content: bytes) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(content)))
+        self._set_cors_headers()
+        self.end_headers()
+        self.wfile.write(content)
+
+    def handle_models_request(self) -> None:
+        """mlx-lm's list, with the name that the server was started with."""
+        answer, self.wfile = self.wfile, io.BytesIO()
+        try:
+            super().handle_models_request()
+            listed = json.loads(self.wfile.getvalue().partition(b"\r\n\r\n")[2])
+        finally:
+            self.wfile = answer
+        wanted = "/".join(self.path.partition("?")[0].split("/")[3:])
+        known = {entry["id"] for entry in listed["data"]}
+        for name in sorted(Generator.model_names - known):
+            if wanted in ("", name):
+                listed["data"].insert(0, {"id": name, "object": "model", "created": self.created})
+        self._answer(200, "application/json", json.dumps(listed).encode())
+
     def validate_model_parameters(self) -> None:
         check_body(self.body, self.path)
         super().validate_model_parameters()
@@ -253,7 +387,25 @@ class Server(ThreadingHTTPServer):
             self._free.release()
 
 
-def guard(module: Any) -> None:
-    """Let mlx-lm's server module run with these classes."""
+def _scan_cache_dir(scan: Callable[[], Any]) -> Any:
+    """mlx-lm lists the hub's models in the middle of an answer; there may be none, and no folder of them."""
+    try:
+        return scan()
+    except CacheNotFound:
+        return types.SimpleNamespace(repos=())
+
+
+def guard(module: Any, named: str | None = None) -> None:
+    """Let mlx-lm's server module run with these classes.
+
+    Args:
+        module: ``mlx_lm.server``.
+        named: The model as the command line names it.
+    """
+    stats.model = named or ""
+    Generator.model_names = frozenset([named] if named else [])
     module.ResponseGenerator = Generator
+    module.LRUPromptCache = PromptCache
+    module.BatchGenerator = Batch
+    module.scan_cache_dir = functools.partial(_scan_cache_dir, module.scan_cache_dir)
     module._run_http_server = functools.partial(module._run_http_server, server_class=Server, handler_class=Handler)

@@ -1,0 +1,184 @@
+"""What ``tqext server`` holds and does, in numbers: for ``/metrics``, for its page and for its log."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+# Seconds over which tokens per second are counted.
+WINDOW = 10.0
+# Points of the page's curve, and the seconds between two.
+N_POINTS, POINT_SECONDS = 720, 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Holding:
+    """What caches hold.
+
+    Attributes:
+        n_sequences: Sequences.
+        n_coded: Their coded tokens. ``n_exact``: their exact ones.
+        used: Bytes of the tokens. ``reserved``: of the buffers, room for growth included.
+        fp16: Bytes that the same tokens would take in fp16.
+    """
+
+    n_sequences: int = 0
+    n_coded: int = 0
+    n_exact: int = 0
+    used: int = 0
+    reserved: int = 0
+    fp16: int = 0
+
+    def __add__(self, other: Holding) -> Holding:
+        return Holding(*(a + b for a, b in zip(asdict(self).values(), asdict(other).values(), strict=True)))
+
+
+def holding(cache: Sequence[Any], n_sequences: int = 1) -> Holding:
+    """What a prompt cache holds: a cache of every layer, compressed or mlx-lm's own."""
+    layers = list(_flat(cache))
+    used, reserved, fp16 = (sum(column) for column in zip(*map(_bytes, layers), strict=True)) if layers else (0, 0, 0)
+    n_coded, n_exact = next(((layer.n_coded, layer.n_exact) for layer in layers if hasattr(layer, "n_coded")), (0, 0))
+    if not any(hasattr(layer, "n_coded") for layer in layers):
+        n_exact = max((_n_tokens(layer) for layer in layers), default=0) * n_sequences
+    return Holding(n_sequences, n_coded, n_exact, used, reserved, fp16)
+
+
+def _flat(cache: Sequence[Any]) -> Iterator[Any]:
+    for layer in cache:
+        if hasattr(layer, "caches"):
+            yield from _flat(layer.caches)
+        else:
+            yield layer
+
+
+def _n_tokens(layer: Any) -> int:
+    """Tokens of each sequence in one of mlx-lm's own caches."""
+    offset = getattr(layer, "_idx", getattr(layer, "offset", 0))
+    return offset if isinstance(offset, int) else 0
+
+
+def _bytes(layer: Any) -> tuple[int, int, int]:
+    """Bytes used, reserved and in fp16."""
+    if hasattr(layer, "n_coded"):
+        return layer.used_nbytes, layer.nbytes, layer.fp16_nbytes
+    reserved = int(layer.nbytes)
+    keys = getattr(layer, "keys", None)
+    if keys is None or isinstance(keys, (tuple, list)) or keys.ndim != 4 or keys.shape[2] == 0:
+        return reserved, reserved, reserved
+    used = reserved * min(_n_tokens(layer), keys.shape[2]) // keys.shape[2]
+    return used, reserved, used * 2 // keys.dtype.size
+
+
+class Stats:
+    """Counts; several threads may."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._counts = dict.fromkeys(COUNTERS, 0)
+        self._kept: dict[Hashable, Holding] = {}
+        self._running = Holding()
+        self._recent: deque[tuple[float, int]] = deque()
+        self._points: deque[tuple[float, int, int]] = deque(maxlen=N_POINTS)
+        self.model = ""
+
+    def count(self, name: str, n: int = 1) -> None:
+        """Add to one of `COUNTERS`."""
+        with self._lock:
+            self._counts[name] += n
+            if name == "generated_tokens":
+                now = time.monotonic()
+                self._recent.append((now, n))
+                while self._recent[0][0] < now - WINDOW:
+                    self._recent.popleft()
+
+    def keep(self, key: Hashable, cache: Holding) -> None:
+        """A cache was put aside for later requests."""
+        with self._lock:
+            self._kept[key] = cache
+
+    def drop(self, key: Hashable) -> None:
+        """It was thrown away."""
+        with self._lock:
+            self._kept.pop(key, None)
+
+    def run(self, cache: Holding) -> None:
+        """What the requests hold that are served now."""
+        with self._lock:
+            self._running = cache
+            self._point()
+
+    def _point(self) -> None:
+        now = time.time()
+        if not self._points or now - self._points[-1][0] >= POINT_SECONDS:
+            total = sum(self._kept.values(), self._running)
+            self._points.append((round(now, 1), total.used, total.fp16))
+
+    def read(self) -> dict[str, Any]:
+        """Everything at this moment."""
+        with self._lock:
+            self._point()
+            since = time.monotonic() - WINDOW
+            recent = sum(n for when, n in self._recent if when >= since)
+            return {
+                "model": self.model,
+                "counters": dict(self._counts),
+                "tokens_per_second": recent / WINDOW,
+                "running": asdict(self._running),
+                "kept": asdict(sum(self._kept.values(), Holding())),
+                "points": list(self._points),
+            }
+
+
+COUNTERS = {
+    "requests": "Requests for a completion",
+    "refused_requests": "Requests that were refused",
+    "prompt_tokens": "Tokens of prompts",
+    "reused_tokens": "Tokens of prompts that a kept cache held already",
+    "generated_tokens": "Tokens that were generated",
+    "prompt_cache_hits": "Prompts of which a kept cache held a part",
+    "prompt_cache_misses": "Prompts of which no kept cache held a part",
+    "prompt_cache_evictions": "Kept caches that were thrown away for others",
+}
+GAUGES = {
+    "n_sequences": ("sequences", "Sequences"),
+    "n_coded": ("coded_tokens", "Coded tokens"),
+    "n_exact": ("exact_tokens", "Exact tokens"),
+    "used": ("used_bytes", "Bytes of the tokens"),
+    "reserved": ("reserved_bytes", "Bytes of the buffers, room for growth included"),
+    "fp16": ("fp16_equivalent_bytes", "Bytes that the same tokens would take in fp16"),
+}
+stats = Stats()
+
+
+def prometheus() -> tuple[bytes, str]:
+    """The numbers in Prometheus' text format, and its content type.
+
+    Raises:
+        ImportError: prometheus-client is not installed.
+    """
+    from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+
+    registry = CollectorRegistry()
+    registry.register(_Collector())
+    return generate_latest(registry), CONTENT_TYPE_LATEST
+
+
+class _Collector:
+    def collect(self) -> Iterator[Any]:
+        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+        now = stats.read()
+        for name, text in COUNTERS.items():
+            yield CounterMetricFamily(f"tqext_{name}", text, value=now["counters"][name])
+        yield GaugeMetricFamily(
+            "tqext_tokens_per_second", f"Generated in the last {WINDOW:.0f} s", value=now["tokens_per_second"]
+        )
+        for key, (name, text) in GAUGES.items():
+            gauge = GaugeMetricFamily(f"tqext_cache_{name}", f"{text}, by where they are", labels=["where"])
+            for where in ("running", "kept"):
+                gauge.add_metric([where], now[where][key])
+            yield gauge
