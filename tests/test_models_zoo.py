@@ -76,7 +76,7 @@ def noisy(stock, packed):
         out[:, :, coded] += mx.sqrt(power * share) * mx.random.normal(out[:, :, coded].shape) / balance
         return out
 
-    means = mx.repeat(packed._coded(packed.n_coded)[0].means.astype(mx.float32), 64, axis=2)
+    means = mx.repeat(packed._snapshot().packed_keys.means.astype(mx.float32), 64, axis=2)
     balance = 1.0 if packed.balance is None else packed.balance[:, None]
     of_keys = distortion(tqext.quantize_keys, stock.keys.shape[-1], bits=recipe.key_bits)
     of_values = distortion(tqext.quantize_values, stock.values.shape[-1], bits=recipe.value_bits, coding=recipe.value_coding)
