@@ -2,13 +2,16 @@
 
 #include <dlfcn.h>
 
+#include <chrono>
 #include <filesystem>
+#include <mutex>
 #include <set>
 #include <stdexcept>
 
 #include "gpu_memory.h"
 #include "mlx/allocator.h"
 #include "mlx/backend/metal/device.h"
+#include "pipelines.h"
 
 namespace tqext::metal {
 
@@ -34,7 +37,20 @@ bool is_in_library(const std::string& kernel) {
   return !library_path().empty() && names.count(kernel);
 }
 
+// Every pipeline of this process, in the order of first use.
+struct Seen {
+  std::mutex mutex;
+  std::set<std::string> names;
+  std::vector<Pipeline> pipelines;
+};
+
+Seen& seen() {
+  static Seen all;
+  return all;
+}
+
 MTL::ComputePipelineState* pipeline(mx::metal::Device& device, const Dispatch& dispatch) {
+  const auto start = std::chrono::steady_clock::now();
   MTL::Library* library = is_in_library(dispatch.kernel) ? device.get_library("tqext", library_path())
                                                          : device.get_library("tqext_" + dispatch.kernel, [&] {
                                                              return kernel_source(dispatch.source) + dispatch.instance + "\n";
@@ -52,7 +68,14 @@ MTL::ComputePipelineState* pipeline(mx::metal::Device& device, const Dispatch& d
     }
     name += "_" + std::to_string(constant.value);
   }
-  return device.get_kernel(dispatch.kernel, library, name, constants);
+  MTL::ComputePipelineState* kernel = device.get_kernel(dispatch.kernel, library, name, constants);
+  const std::lock_guard lock(seen().mutex);
+  if (seen().names.insert(name).second) {
+    const std::chrono::duration<double, std::milli> time = std::chrono::steady_clock::now() - start;
+    seen().pipelines.push_back({name, time.count(), uint32_t(kernel->maxTotalThreadsPerThreadgroup()), dispatch.threads,
+                                uint32_t(kernel->threadExecutionWidth()), uint32_t(kernel->staticThreadgroupMemoryLength())});
+  }
+  return kernel;
 }
 
 }  // namespace
@@ -144,5 +167,10 @@ Type type_of(mx::Dtype dtype) {
 namespace tqext {
 
 size_t clear_gpu_memory() { return 0; }  // all of it is MLX's
+
+std::vector<Pipeline> pipelines() {
+  const std::lock_guard lock(metal::seen().mutex);
+  return metal::seen().pipelines;
+}
 
 }  // namespace tqext
