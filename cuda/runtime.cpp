@@ -15,7 +15,6 @@
 #include "mlx/memory.h"
 #include "mlx/primitives.h"
 #include "pipelines.h"
-#include "pipelines.h"
 #include "sources.h"
 #include "workspace_sizes.h"
 

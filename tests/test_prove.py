@@ -137,6 +137,7 @@ def test_parity_counts_bytes_that_differ(monkeypatch):
         return packed._replace(params=packed.params * 1.5) if len(calls) % 2 == 0 else packed
 
     monkeypatch.setattr(prove.tqext, "quantize_values", every_other_is_off)
+    monkeypatch.setattr(prove, "backend", lambda: "metal")
     out = prove.parity(prove.Plan(1, (), (), (), 0, 4))
     for part in out.values():
         assert not part["held"]
@@ -171,6 +172,7 @@ def test_the_command_ends_with_a_line_and_a_block(tmp_path, capsys):
     assert block[-1].endswith(hashlib.sha256(file.read_bytes()).hexdigest())
     assert not any("```" in x for x in block)
     assert report["tqext_proof"] == prove.VERSION
+    assert all(bool(x["bytes_unequal"]) == (report["facts"]["backend"] != "cpu") for x in report["parity"].values())
     assert set(report["parity"]) == {"float32", "float16", "bfloat16"}
     assert len(report["speed"]["rows"]) + len(report["speed"]["left_out"]) == 3
 
