@@ -52,6 +52,7 @@ class Plan:
 FULL = Plan(40, (4096, 16384, 65536, 131072), (1, 4, 8), ((4096, 512), (16384, 512)), 50.0, 1 << 28)
 QUICK = Plan(4, (512,), (1, 4), ((256, 32),), 3.0, 1 << 24)
 N_KV_HEADS, HEAD_DIM = 8, 128
+N_SHOWN = 16  # pipelines in the block; the JSON has all
 
 
 def backend() -> str:
@@ -482,6 +483,8 @@ def first_use() -> Json:
             mx.eval(tqext.turboquant_attention(q, keys, values))
             seconds.append(time.perf_counter() - start)
         calls[f"attention d{dim} rows {rows} k{bits}v{value_bits} {coding}"] = round(1e3 * (seconds[0] - seconds[1]), 3)
+    weight, scales = tqext.q1_quantize(mx.random.normal((512, 256), key=mx.random.key(2)))
+    mx.eval([tqext.q1_matmul(mx.ones((n, 256)), weight, scales) for n in (1, 2, 4, 8, 64)], tqext.q1_dequantize(weight, scales))
     return {"extra_ms_of_the_first_call": calls, "pipelines": _ext.pipelines()}
 
 
@@ -617,6 +620,8 @@ def prove(plan: Plan, ask: Callable[[Probe], dict[str, np.ndarray]] | None = Non
     _part(report, "probes", lambda: probes(ask) if ask else {})
     _part(report, "first use", first_use)
     _part(report, "parity", lambda: parity(plan))
+    if "failed" not in report["first use"]:
+        report["first use"]["pipelines"] = _ext.pipelines()  # with those of every dtype
     _part(report, "bandwidth", lambda: bandwidth(plan))
     _part(report, "speed", lambda: speed(plan))
     return report
@@ -677,7 +682,10 @@ def block(report: Json) -> str:
         extra = u["extra_ms_of_the_first_call"]
         slowest = max(extra, key=extra.__getitem__)
         line("first use", f"{extra[slowest]:.0f} ms more at most ({slowest}), {sum(extra.values()):.0f} ms in all")
-        for x in u["pipelines"]:
+        slow = sorted(u["pipelines"], key=lambda x: (x["max_threads"], -x["ms"]))
+        if slow:
+            line("pipelines", f"{len(slow)}, {sum(x['ms'] for x in slow):.0f} ms in all; those of the most registers:")
+        for x in slow[:N_SHOWN]:
             line(
                 "pipeline",
                 f"{x['name']}: {x['ms']:.1f} ms, {x['max_threads']} threads at most, {x['threads']} launched, "
