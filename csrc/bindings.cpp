@@ -12,6 +12,7 @@
 #include "format.h"
 #include "gpu_memory.h"
 #include "history.h"
+#include "pipelines.h"
 #include "q1_matmul.h"
 #include "q1_quantize.h"
 #include "rotate.h"
@@ -291,5 +292,25 @@ Example:
       "clear_gpu_memory", &tqext::clear_gpu_memory,
       "Frees the device memory that is kept for later outputs, beside what mx.clear_cache frees of MLX's own; returns how many "
       "bytes. 0 but on CUDA.");
+  m.def(
+      "pipelines",
+      [] {
+        nb::list all;
+        for (const tqext::Pipeline& p : tqext::pipelines()) {
+          nb::dict one;
+          one["name"] = p.name;
+          one["ms"] = p.milliseconds;
+          one["max_threads"] = p.max_threads;
+          one["threads"] = p.threads;
+          one["simd_width"] = p.simd_width;
+          one["threadgroup_bytes"] = p.threadgroup_bytes;
+          all.append(one);
+        }
+        return all;
+      },
+      nb::sig("def pipelines() -> list[dict[str, typing.Any]]"),
+      "Metal kernels that this process has used, in the order of first use: name, milliseconds to get it, threads per "
+      "threadgroup "
+      "at most and as launched, lanes of a simdgroup, bytes of static threadgroup memory. Empty but on Metal.");
   m.def("num_threads", &tqext::cpu::num_threads, "Threads of the CPU kernels; TQEXT_NUM_THREADS overrides the number.");
 }

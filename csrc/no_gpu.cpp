@@ -3,6 +3,7 @@
 #include <string>
 
 #include "gpu_memory.h"
+#include "pipelines.h"
 #include "q1_matmul.h"
 #include "q1_quantize.h"
 #include "rotate.h"
@@ -30,5 +31,6 @@ void Q1Matmul::eval_gpu(const std::vector<mx::array>&, mx::array&) { no_gpu("q1_
 bool gpu_has_kernel(const TurboQuantAttention::State&, const mx::array&) { return true; }
 bool gpu_multiplies_bits(const mx::array&) { return true; }
 size_t clear_gpu_memory() { return 0; }
+std::vector<Pipeline> pipelines() { return {}; }
 
 }  // namespace tqext

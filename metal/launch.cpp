@@ -2,13 +2,18 @@
 
 #include <dlfcn.h>
 
+#include <algorithm>
+#include <chrono>
 #include <filesystem>
+#include <mutex>
 #include <set>
 #include <stdexcept>
+#include <unordered_map>
 
 #include "gpu_memory.h"
 #include "mlx/allocator.h"
 #include "mlx/backend/metal/device.h"
+#include "pipelines.h"
 
 namespace tqext::metal {
 
@@ -34,7 +39,35 @@ bool is_in_library(const std::string& kernel) {
   return !library_path().empty() && names.count(kernel);
 }
 
+// Every pipeline of this process. MLX's device owns them and clears none of these; found here, a launch builds no name.
+struct Seen {
+  struct Entry {
+    mx::metal::Device* device;
+    std::vector<Constant> constants;
+    MTL::ComputePipelineState* kernel;
+  };
+  std::mutex mutex;
+  std::unordered_map<std::string, std::vector<Entry>> by_kernel;
+  std::vector<Pipeline> pipelines;  // in the order of first use
+};
+
+Seen& seen() {
+  static Seen all;
+  return all;
+}
+
+bool same(const std::vector<Constant>& a, const std::vector<Constant>& b) {
+  return std::equal(a.begin(), a.end(), b.begin(), b.end(),
+                    [](const Constant& x, const Constant& y) { return x.id == y.id && x.value == y.value; });
+}
+
 MTL::ComputePipelineState* pipeline(mx::metal::Device& device, const Dispatch& dispatch) {
+  const std::lock_guard lock(seen().mutex);
+  std::vector<Seen::Entry>& entries = seen().by_kernel[dispatch.kernel];
+  for (const Seen::Entry& entry : entries) {
+    if (entry.device == &device && same(entry.constants, dispatch.constants)) return entry.kernel;
+  }
+  const auto start = std::chrono::steady_clock::now();
   MTL::Library* library = is_in_library(dispatch.kernel) ? device.get_library("tqext", library_path())
                                                          : device.get_library("tqext_" + dispatch.kernel, [&] {
                                                              return kernel_source(dispatch.source) + dispatch.instance + "\n";
@@ -52,7 +85,12 @@ MTL::ComputePipelineState* pipeline(mx::metal::Device& device, const Dispatch& d
     }
     name += "_" + std::to_string(constant.value);
   }
-  return device.get_kernel(dispatch.kernel, library, name, constants);
+  MTL::ComputePipelineState* kernel = device.get_kernel(dispatch.kernel, library, name, constants);
+  const std::chrono::duration<double, std::milli> time = std::chrono::steady_clock::now() - start;
+  entries.push_back({&device, dispatch.constants, kernel});
+  seen().pipelines.push_back({name, time.count(), uint32_t(kernel->maxTotalThreadsPerThreadgroup()), dispatch.threads,
+                              uint32_t(kernel->threadExecutionWidth()), uint32_t(kernel->staticThreadgroupMemoryLength())});
+  return kernel;
 }
 
 }  // namespace
@@ -144,5 +182,10 @@ Type type_of(mx::Dtype dtype) {
 namespace tqext {
 
 size_t clear_gpu_memory() { return 0; }  // all of it is MLX's
+
+std::vector<Pipeline> pipelines() {
+  const std::lock_guard lock(metal::seen().mutex);
+  return metal::seen().pipelines;
+}
 
 }  // namespace tqext

@@ -1,4 +1,4 @@
-"""``tqext doctor``: what is installed, what it runs on, and the path proof on a tiny model."""
+"""``tqext doctor``: what is installed, what it runs on, and the path proof on a tiny model; --prove measures the machine."""
 
 from __future__ import annotations
 
@@ -86,7 +86,14 @@ def main(argv: Sequence[str]) -> None:
     """The command; exits with status 1 if a check fails."""
     from tqext.cli import ArgumentParser
 
-    ArgumentParser(prog="tqext doctor", description=__doc__).parse_args(argv)
+    proving = "--prove" in argv
+    if proving and tqext.load_error is None:
+        from tqext import prove
+
+        return prove.main([x for x in argv if x != "--prove"])
+    parser = ArgumentParser(prog="tqext doctor", description=__doc__)
+    parser.add_argument("--prove", action="store_true", help="probe, compare and time this machine; --prove -h: its options")
+    parser.parse_args(["--prove"] if proving else argv)
     for name, version in versions().items():
         print(f"{name:<18}{version}")
     if tqext.load_error is not None:

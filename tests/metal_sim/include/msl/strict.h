@@ -204,4 +204,8 @@ struct strict_sgm {
 typedef strict_sgm<float, 8, 8> simdgroup_float8x8;
 template <class D, class A, class B, class C>
 void simdgroup_multiply_accumulate(D&, A, B, C);
+template <class M, class P>
+void simdgroup_load(M&, P, ulong = 8);
+template <class M, class P>
+void simdgroup_store(M, P, ulong = 8);
 }  // namespace metal
