@@ -68,13 +68,42 @@ void bind_format(nb::module_& m) {
 
 }  // namespace
 
+namespace {
+
+using OptionalArray = std::optional<mx::array>;
+
+tqext::PackedKeys packed_keys(const mx::array& codes, const mx::array& norms, const OptionalArray& means,
+                              const OptionalArray& balance, const OptionalArray& signs, const OptionalArray& residual_norms,
+                              int bits, int head_dim, const std::string& rotation) {
+  return {.codes = codes,
+          .norms = norms,
+          .means = means,
+          .balance = balance,
+          .signs = signs,
+          .residual_norms = residual_norms,
+          .bits = bits,
+          .head_dim = head_dim,
+          .rotation = rotation};
+}
+
+tqext::PackedValues packed_values(const mx::array& codes, const mx::array& params, int bits, int head_dim,
+                                  const std::string& coding, const std::string& rotation, const char* op) {
+  return {.codes = codes,
+          .params = params,
+          .bits = bits,
+          .head_dim = head_dim,
+          .coding = tqext::value_coding(coding, op),
+          .rotation = rotation};
+}
+
+}  // namespace
+
 NB_MODULE(_ext, m) {
   m.doc() = "tqext: operators on packed keys and values as MLX primitives.";
   bind_format(m);
 
   m.def("rotate", &tqext::rotate, "x"_a, "inverse"_a = false, nb::kw_only(), "rotation"_a = "hadamard",
         "stream"_a = nb::none());
-  using OptionalArray = std::optional<mx::array>;
   m.def(
       "block_means", &tqext::block_means, "k"_a, nb::kw_only(), "stream"_a = nb::none(),
       R"(Means of blocks of 64 tokens, as :func:`quantize_keys` takes them: over the tokens that are finite, zero where none is.
@@ -146,23 +175,10 @@ Example:
                                               .lengths = lengths,
                                               .first = first,
                                               .tail = tail};
-        return tqext::turboquant_attention(q,
-                                           {.codes = key_codes,
-                                            .norms = key_norms,
-                                            .means = means,
-                                            .balance = balance,
-                                            .signs = signs,
-                                            .residual_norms = residual_norms,
-                                            .bits = key_bits,
-                                            .head_dim = head_dim,
-                                            .rotation = key_rotation},
-                                           {.codes = value_codes,
-                                            .params = value_params,
-                                            .bits = value_bits,
-                                            .head_dim = value_dim,
-                                            .coding = tqext::value_coding(coding, "turboquant_attention"),
-                                            .rotation = value_rotation},
-                                           with_mask(options, mask), stream);
+        return tqext::turboquant_attention(
+            q, packed_keys(key_codes, key_norms, means, balance, signs, residual_norms, key_bits, head_dim, key_rotation),
+            packed_values(value_codes, value_params, value_bits, value_dim, coding, value_rotation, "turboquant_attention"),
+            with_mask(options, mask), stream);
       },
       "q"_a, "key_codes"_a, "key_norms"_a, "means"_a.none(), "balance"_a.none(), "signs"_a.none(), "residual_norms"_a.none(),
       "key_bits"_a, "head_dim"_a, "key_rotation"_a, "value_codes"_a, "value_params"_a, "value_bits"_a, "value_dim"_a,
@@ -177,22 +193,9 @@ Example:
              const OptionalArray& balance, const OptionalArray& signs, const OptionalArray& residual_norms, int key_bits,
              int head_dim, const std::string& rotation, const mx::array& value_codes, const mx::array& value_params,
              int value_bits, int value_dim, const std::string& coding, const std::optional<tqext::ExactTokens>& first) {
-            new (self) tqext::History({.codes = key_codes,
-                                       .norms = key_norms,
-                                       .means = means,
-                                       .balance = balance,
-                                       .signs = signs,
-                                       .residual_norms = residual_norms,
-                                       .bits = key_bits,
-                                       .head_dim = head_dim,
-                                       .rotation = rotation},
-                                      {.codes = value_codes,
-                                       .params = value_params,
-                                       .bits = value_bits,
-                                       .head_dim = value_dim,
-                                       .coding = tqext::value_coding(coding, "History"),
-                                       .rotation = rotation},
-                                      first);
+            new (self) tqext::History(
+                packed_keys(key_codes, key_norms, means, balance, signs, residual_norms, key_bits, head_dim, rotation),
+                packed_values(value_codes, value_params, value_bits, value_dim, coding, rotation, "History"), first);
           },
           "key_codes"_a, "key_norms"_a, "means"_a.none(), "balance"_a.none(), "signs"_a.none(), "residual_norms"_a.none(),
           "key_bits"_a, "head_dim"_a, "rotation"_a, "value_codes"_a, "value_params"_a, "value_bits"_a, "value_dim"_a,

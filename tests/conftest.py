@@ -13,7 +13,7 @@ import pytest
 
 import tqext
 from locking import locked
-from tqext import models, one_bit
+from tqext import calibration, models, one_bit
 
 HAS_GPU = mx.is_available(mx.gpu)
 
@@ -37,6 +37,15 @@ def device(request):
     mx.set_default_device(getattr(mx, request.param))
     yield request.param
     mx.set_default_device(before)
+
+
+@pytest.fixture
+def no_kept_calibration(monkeypatch, tmp_path):
+    """No calibration is kept from before."""
+    monkeypatch.setattr(calibration, "folder", lambda: tmp_path / "calibration")
+    calibration._kept.clear()
+    yield
+    calibration._kept.clear()
 
 
 def pytest_collection_modifyitems(config, items):

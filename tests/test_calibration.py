@@ -21,17 +21,8 @@ from tqext import Recipe, TurboQuantKVCache, blas, calibration, get_policy
 from tqext.calibration import N_LEFT_OUT, N_TOKENS, balance_of
 from tqext.mlx_lm import PathError, stock_cache
 
-pytestmark = pytest.mark.usefixtures("uninstalled")
+pytestmark = pytest.mark.usefixtures("uninstalled", "no_kept_calibration")
 OFF = dict(means=False, balance=False)
-
-
-@pytest.fixture(autouse=True)
-def fresh(monkeypatch, tmp_path):
-    """Nothing is kept from before."""
-    monkeypatch.setattr(calibration, "folder", lambda: tmp_path / "calibration")
-    calibration._kept.clear()
-    yield
-    calibration._kept.clear()
 
 
 @pytest.fixture

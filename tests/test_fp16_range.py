@@ -7,20 +7,10 @@ import pytest
 import tqext
 import tqext.mlx_lm
 from tiny import logits_after, make_llama, prompt
-from tqext import calibration
 from tqext.fp16_range import HEADROOM, LARGEST, SMALLEST, fits_fp16
 
-pytestmark = pytest.mark.usefixtures("uninstalled")
+pytestmark = pytest.mark.usefixtures("uninstalled", "no_kept_calibration")
 TOKENS = prompt(230, vocab=127)
-
-
-@pytest.fixture(autouse=True)
-def fresh(monkeypatch, tmp_path):
-    """Nothing is kept from before."""
-    monkeypatch.setattr(calibration, "folder", lambda: tmp_path / "calibration")
-    calibration._kept.clear()
-    yield
-    calibration._kept.clear()
 
 
 def make_model(keys, values, dtype):
