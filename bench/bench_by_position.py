@@ -5,6 +5,11 @@
 The text is fed in order, a chunk at a time, through an uncompressed cache and all others side by side. The control is the
 uncompressed cache fed in halves of a chunk: what lies below it is rounding. Rows that the file holds are not measured again;
 what an interrupted run had reached is kept too, and replaced.
+
+With --moved all positions of a text are so many tokens further from the start of the context. Distances stay as they are, so
+the uncompressed model computes the same, and what differs is what the place does to compressed keys:
+
+    python -m bench quality --by-position --model smollm2-135m-4bit --tokens 1024 --skip 2000 --chunk 8 --moved 0,3500,7000
 """
 
 from __future__ import annotations
@@ -17,6 +22,8 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 import argparse
 import json
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -53,6 +60,8 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--presets", type=words, default=words(DEFAULT_PRESETS), help="those that this version has are measured")
     out.add_argument("--stock-bits", type=numbers, default=list(STOCK_BITS), help="mlx-lm's quantised caches; '' for none")
     out.add_argument("--texts", type=words, default=["prose", "code"], help=f"of {', '.join(texts.TEXTS)}, or text files")
+    out.add_argument("--skip", type=int, default=0, help="tokens of each text before those that are fed")
+    out.add_argument("--moved", type=numbers, default=[0], help="tokens by which all positions are moved, as 0,3500,7000")
     out.add_argument("--passkeys", type=numbers, default=[], help="contexts in tokens, as 4096,28000")
     out.add_argument("--trials", type=int, default=20, help="for each number of hidden keys")
     out.add_argument("--device", choices=("cpu", "gpu"), help="default: MLX's own")
@@ -92,8 +101,34 @@ def recipe_of(name: str) -> str | None:
     return repr(get_policy(name)) if name in PRESETS else None
 
 
-def measure_text(model: Any, tokenizer: Any, text: str, options: argparse.Namespace, file: File) -> None:
-    tokens = tokenizer.encode(texts.read(text))[: options.tokens]
+class _MovedRope:
+    """A model's rotary embedding at positions that lie further from the start."""
+
+    def __init__(self, rope: Callable[..., mx.array], moved: int) -> None:
+        self.rope, self.moved = rope, moved
+
+    def __call__(self, x: mx.array, offset: Any = 0, **options: Any) -> mx.array:
+        return self.rope(x, offset=offset + self.moved, **options)
+
+
+@contextmanager
+def moved_by(model: Any, n_tokens: int) -> Iterator[None]:
+    """Positions further from the start by so many tokens in every attention layer that has its rotary embedding as `rope`."""
+    attentions = [module for _, module in model.named_modules() if callable(getattr(module, "rope", None))] if n_tokens else []
+    if n_tokens and not attentions:
+        raise SystemExit("--moved: expected a model whose attention layers have a rope, got none")
+    ropes = [module.rope for module in attentions]
+    for module, rope in zip(attentions, ropes, strict=True):
+        module.rope = _MovedRope(rope, n_tokens)
+    try:
+        yield
+    finally:
+        for module, rope in zip(attentions, ropes, strict=True):
+            module.rope = rope
+
+
+def measure_text(model: Any, tokenizer: Any, text: str, options: argparse.Namespace, file: File, moved: int) -> None:
+    tokens = tokenizer.encode(texts.read(text))[options.skip :][: options.tokens]
     if len(tokens) < options.tokens:
         print(f"{text}: {len(tokens)} tokens, fewer than asked for")
     name = Path(text).stem
@@ -117,7 +152,8 @@ def measure_text(model: Any, tokenizer: Any, text: str, options: argparse.Namesp
         if results[0].n_tokens and not complete:
             print(f"{name}: {results[0].n_tokens} tokens, {time.perf_counter() - start:.0f} s", flush=True)
 
-    results = by_position(model, tokens, entries, chunk=options.chunk, at_edge=keep)
+    with moved_by(model, moved):
+        results = by_position(model, tokens, entries, chunk=options.chunk, at_edge=keep)
     keep(results, complete=True)
     print(f"\n{name}, {len(tokens)} tokens, uncompressed perplexity {results[0].reference:.3f}, "
           f"{time.perf_counter() - start:.0f} s\n{table(results)}\n", flush=True)  # fmt: skip
@@ -153,9 +189,14 @@ def main() -> None:
         settings = {
             "bench": "by_position", "model": name, "tokens": options.tokens, "chunk": options.chunk, "device": device
         }  # fmt: skip
-        file = File(options.json, settings)
-        for text in options.texts:
-            measure_text(model, tokenizer, text, options, file)
+        if options.skip:
+            settings["skip"] = options.skip
+        for moved in options.moved:
+            file = File(options.json, settings | ({"moved": moved} if moved else {}))
+            if moved:
+                print(f"positions moved by {moved}", flush=True)
+            for text in options.texts:
+                measure_text(model, tokenizer, text, options, file, moved)
     if options.passkeys:
         settings = {"bench": "passkeys", "model": name, "text": Path(options.texts[0]).stem, "device": device}
         measure_passkeys(model, tokenizer, options, File(options.json, settings))

@@ -245,7 +245,13 @@ def by_position() -> str:
             f"{text} {value:.2f}" for text, value in {r["text"]: r["reference"] for r in run["rows"]}.items()
         )  # fmt: skip
         title = f"### {s['model']}, {s['tokens']} tokens in chunks of {s['chunk']}, {s['device'].upper()}"
-        plots = f"{kl_by_position(run['rows'], f'by_position_{i}')}\n\n{kl_and_bytes(run['rows'], f'kl_and_bytes_{i}')}"
+        if "skip" in s:
+            title += f", the first {s['skip']} tokens of the text left out, positions moved by {s.get('moved', 0)}"
+        plots = (
+            ""
+            if "skip" in s
+            else f"{kl_by_position(run['rows'], f'by_position_{i}')}\n\n{kl_and_bytes(run['rows'], f'kl_and_bytes_{i}')}"
+        )
         source_line = f"{source(machine, run)}; uncompressed perplexity: {perplexity}"
         parts.append(f"{title}\n\n{source_line}\n\n{markdown(rows, columns)}\n\n{plots}\n")
     return "\n".join(parts)

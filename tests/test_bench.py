@@ -10,6 +10,7 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm
+import numpy as np
 import pytest
 from mlx.utils import tree_map
 
@@ -71,6 +72,18 @@ def test_quality_by_position_writes_rows_and_goes_on(folder, text, tmp_path):
     assert {(row["n_keys"], row["preset"], row["trials"]) for row in keys["rows"]} == {
         (n, preset, 2) for n in (1, 4) for preset in ("none", "tq4", "tq3")
     }
+
+
+def test_moved_positions_leave_the_uncompressed_model_as_it_is(folder):
+    model, _ = models.load(folder)
+    tokens = mx.array([[3, 1, 4, 1, 5, 9, 2, 6]])
+    plain = np.array(model(tokens))
+    with bench_by_position.moved_by(model, 5000):
+        moved = np.array(model(tokens))
+    assert not np.array_equal(moved, plain)
+    # Cosines and sines at a position around 5000 are exact to 5000 epsilons of float32.
+    assert np.abs(moved - plain).max() < 5000 * 2**-23 * 10 * np.abs(plain).max()
+    np.testing.assert_array_equal(np.array(model(tokens)), plain)
 
 
 def test_agents_bench_writes_rows(folder, text, tmp_path):
