@@ -1,6 +1,6 @@
 """Quality of every preset on SmolLM2-135M: perplexity, KL and passkeys through the cache, as JSON and a table.
 
-    python bench/bench_quality.py --json bench/results/quality_smollm2.json
+    python -m bench quality --json quality.json
 
 One window of each text in TEXTS, fed 8 tokens at a time, each of which finds what it would find alone. A run goes on where
 the file ends: rows that it holds are not measured again. With --by-position it is bench_by_position.py that runs, on any model.
