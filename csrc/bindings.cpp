@@ -46,7 +46,7 @@ void bind_format(nb::module_& m) {
       "value_params",
       [](int dim, const std::string& coding) { return tqext::value_params(dim, tqext::value_coding(coding, "value_params")); },
       "dim"_a, "coding"_a = "groups", "float16 parameters of one token's value; dim is padded.");
-  format.def("n_blocks", &tqext::n_blocks, "n_tokens"_a, "Blocks of so many coded tokens.");
+  format.def("n_blocks", &tqext::n_blocks, "n_tokens"_a, "Blocks that `n_tokens` coded tokens fill.");
   format.def("value_shrink", &tqext::value_shrink, "bits"_a,
              "Share of a group's min-max range that the first quantisation of values spans.");
   format.def(
@@ -104,9 +104,8 @@ NB_MODULE(_ext, m) {
 
   m.def("rotate", &tqext::rotate, "x"_a, "inverse"_a = false, nb::kw_only(), "rotation"_a = "hadamard",
         "stream"_a = nb::none());
-  m.def(
-      "block_means", &tqext::block_means, "k"_a, nb::kw_only(), "stream"_a = nb::none(),
-      R"(Means of blocks of 64 tokens, as `quantize_keys` takes them: over the tokens that are finite, zero where none is.
+  m.def("block_means", &tqext::block_means, "k"_a, nb::kw_only(), "stream"_a = nb::none(),
+        R"(Means of blocks of 64 tokens, as `quantize_keys` takes them: over the tokens that are finite, zero where none is.
 
 Args:
     k (array): float32, float16 or bfloat16 ``[batch, n_kv_heads, n_tokens, head_dim]``.
