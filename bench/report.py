@@ -58,7 +58,7 @@ def legend_beside(axes: Any) -> None:
 
 
 def legend_below(axes: Any, columns: int) -> None:
-    axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncol=columns, frameon=False)
+    axes.legend(fontsize=10, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncol=columns, frameon=False)
 
 
 def runs(bench: str) -> list[tuple[dict[str, Any], dict[str, Any]]]:

@@ -21,7 +21,6 @@ from test_server import Server
 from tiny import make_llama, save_chat_folder
 from tqext import get_policy
 from tqext.metrics import COUNTERS, GAUGES
-from tqext.server import PAGE
 
 LAYERS, HEADS, DIM = 3, 2, 64
 TEXT = "The seventh number is not the eighth. " * 20
@@ -228,9 +227,9 @@ def test_a_browser_shows_the_numbers(server):
 
 
 @linux
-def test_a_browser_says_when_the_server_does_not_answer(tmp_path):
+def test_a_browser_says_when_the_server_does_not_answer(server, tmp_path):
     """The page comes from a server without `/stats`."""
-    (tmp_path / "index.html").write_bytes(PAGE.read_bytes())
+    (tmp_path / "index.html").write_text(get(server, "/")[1])
     handler = functools.partial(QuietHandler, directory=tmp_path)
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as http:
         threading.Thread(target=http.serve_forever, daemon=True).start()

@@ -65,7 +65,7 @@ _last_offset = _LastOffset()
 
 
 class Columns:
-    """Maps mlx-lm's mask columns (left-padded) to tqext's storage columns (first, coded, tail), for one step of a ragged batch.
+    """Where the tokens of a ragged batch are, for one step: in our columns and in those of mlx-lm's masks.
 
     mlx-lm pads sequences on the left, so that token t of sequence b is in column ``left_padding[b] + t`` of a mask. Ours
     are in the columns of three parts (first, coded, tail), each filled from its left, and then come the step's own tokens.
@@ -247,7 +247,7 @@ class _NotSaved:
 
 
 class BatchTurboQuantKVCache(Buffers):
-    """The cache of one layer for a batch: instead of mlx-lm's ``BatchKVCache``.
+    """The cache of one layer for a batch: in place of mlx-lm's ``BatchKVCache``.
 
     Every sequence has its own numbers of first, coded and recent tokens and encodes on its own schedule, so it holds the
     bytes it would hold alone. `offset`, `left_padding` and `make_mask` speak of the left-padded batch that mlx-lm thinks of.

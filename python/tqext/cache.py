@@ -45,7 +45,7 @@ __all__ = [
 
 
 class Snapshot:
-    """What a layer attends to in one step: immutable, instead of both keys and values.
+    """What a layer attends to in one step: immutable, in place of both keys and values.
 
     It is not an array, so a model that computes with the keys itself fails at once instead of giving wrong numbers.
 
@@ -291,7 +291,7 @@ class Buffers:
 class TurboQuantKVCache(Buffers):
     """The cache of one layer: first tokens exact, then codes, then the recent tokens exact.
 
-    Takes the place of mlx-lm's ``KVCache``. `update_and_fetch` returns a `Snapshot` instead of keys and values;
+    Takes the place of mlx-lm's ``KVCache``. `update_and_fetch` returns a `Snapshot` in place of keys and values;
     attention over it is ``snapshot.attend``, which `tqext.install` routes ``mx.fast.scaled_dot_product_attention`` to.
 
     Args:

@@ -352,7 +352,7 @@ class Layer:
         return self.n_kv_heads * (self.head_dim + self.value_dim) * 2
 
     def nbytes_at(self, n_tokens: int) -> int:
-        """Bytes of `n_tokens` tokens, without room for growth, as the layer would hold them if it is compressed."""
+        """Bytes of so many tokens, without room for growth, as the layer would hold them if it is compressed."""
         if self.recipe is None:
             return 0
         n_recent = max(0, n_tokens - self.recipe.first)
@@ -374,11 +374,11 @@ class Report:
         return tuple(layer for layer in self.layers if layer.recipe is not None)
 
     def nbytes_at(self, n_tokens: int) -> int:
-        """Bytes of `n_tokens` tokens in the compressed layers, without room for growth."""
+        """Bytes of so many tokens in the compressed layers, without room for growth."""
         return sum(layer.nbytes_at(n_tokens) for layer in self.compressed)
 
     def fp16_nbytes_at(self, n_tokens: int) -> int:
-        """Bytes of `n_tokens` tokens in the same layers in fp16."""
+        """Bytes of so many tokens in the same layers in fp16."""
         return n_tokens * sum(layer.fp16_bytes_per_token for layer in self.compressed)
 
     def __str__(self) -> str:
@@ -472,7 +472,7 @@ class _ProbeTokens:
 
 
 class _ProbeCache(TurboQuantKVCache):
-    """Counts tokens instead of storing them."""
+    """Counts tokens in place of storing them."""
 
     def __init__(self, path: str, seen: list[str]) -> None:
         super().__init__()
