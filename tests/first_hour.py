@@ -98,7 +98,7 @@ def steps(model: str, port: int, tokens: int) -> list[Step]:
         ),
         Step(f"tqext server --model {model} --host nowhere.invalid", r"tqext server: .*got nowhere.invalid and 8080", 1),
         Step("kill -INT %1; wait %1", r""),
-        Step("grep -c Traceback server.log", r"^0", 1),
+        Step("grep -c Trace[b]ack server.log", r"^0", 1),
         Step(server, r"", answers=((r"Starting httpd", ""), ("", CTRL_C))),
         # In Python.
         Step("python -c 'import tqext; print(tqext.install)'", r"<function install"),
@@ -111,11 +111,17 @@ class Hour:
 
     def __init__(self, python: str, folder: str, log: object) -> None:
         environment = os.environ | {"PYTHON": python, "TERM": "dumb", "HF_ENDPOINT": "http://127.0.0.1:9"}
+        # Without an editor of lines, which would show what is typed again.
         self.shell = pexpect.spawn(
-            "bash", ["--norc", "--noprofile"], encoding="utf-8", timeout=180, cwd=folder, env=environment
+            "bash",
+            ["--norc", "--noprofile", "--noediting"],
+            echo=False,
+            encoding="utf-8",
+            timeout=180,
+            cwd=folder,
+            env=environment,
         )
         self.shell.setwinsize(50, 200)
-        self.shell.setecho(False)
         self.shell.logfile_read = log
         # The quotes keep the prompt itself out of what the terminal shows of this line.
         self.shell.sendline('PS1=\'\' PS2=\'\'; tqext() { "$PYTHON" -m tqext "$@"; }; python() { "$PYTHON" "$@"; }')
