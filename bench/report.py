@@ -38,6 +38,8 @@ COLOURS = {
     "mlx-lm 3": "#b2182b",
     "mlx-lm 4": "#e08214",
     "mlx-lm 8": "#b8a200",
+    "torch": "#7a4fa3",
+    "PyTorch": "#7a4fa3",
 }
 STYLES = {"fp32": "-", "fp16": "--", "bf16": ":"}
 # Sizes of one thing, from small to large.
@@ -131,13 +133,15 @@ def attention() -> str:
             shares: dict[str, list[tuple[float, float]]] = {}
             for r in rows:
                 series.setdefault(r["attention"], []).append((r["n_keys"], r["ms"]))
-                shares.setdefault(r["attention"], []).append((r["n_keys"], r["share"]))
+                if r["share"] is not None:
+                    shares.setdefault(r["attention"], []).append((r["n_keys"], r["share"]))
             context = "cached tokens (keys) of the call"
             alt = "Time of an attention call over the number of cached tokens"
             parts.append(loglog(series, context, "ms per call", f"attention_{i}", alt) + "\n")
             bandwidth = "bytes read per second,\nas a share of the measured bandwidth"
             alt = "Share of the memory bandwidth that an attention call reaches, over the number of cached tokens"
-            parts.append(loglog(shares, context, bandwidth, f"share_{i}", alt) + "\n")
+            if shares:
+                parts.append(loglog(shares, context, bandwidth, f"share_{i}", alt) + "\n")
         columns = {"attention": "", "n_keys": "d", "ms": ".3f", "spread": ".0f", "MB": ".1f", "GB/s": ".2f", "share": ".1%",
                    "times": ".1f", "times least": ".1f"}  # fmt: skip
         note = (
