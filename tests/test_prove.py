@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from support import to_numpy
-from tqext import doctor, prove
+from tqext.commands import doctor, prove
 
 DTYPES = {mx.float32: np.float32, mx.float16: np.float16, mx.uint8: np.uint8, mx.uint16: np.uint16, mx.uint32: np.uint32}
 

@@ -26,6 +26,8 @@ import numpy as np
 
 import tqext
 from tqext import _ext
+from tqext.commands.options import ArgumentParser
+from tqext.commands.versions import versions
 from tqext.presets import DEFAULT_PRESET, Recipe, get_policy
 
 VERSION = 1  # of the JSON
@@ -84,8 +86,6 @@ def _gpu_cores() -> int | None:
 
 def facts() -> Json:
     """Device, system, versions, and where the kernels come from."""
-    from tqext.doctor import versions
-
     info = {k: v for k, v in dict(mx.device_info()).items() if isinstance(v, str | int | float)}
     out: Json = {"backend": backend(), "versions": versions(), "system": platform.platform(), "machine": platform.machine()}
     out["device"] = info
@@ -712,8 +712,6 @@ def block(report: Json) -> str:
 
 def main(argv: Sequence[str]) -> None:
     """The command; exits with status 1 if anything did not hold."""
-    from tqext.cli import ArgumentParser
-
     parser = ArgumentParser(prog="tqext doctor --prove", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="few problems and short contexts: for CI")
     parser.add_argument("--json", type=Path, default=Path("tqext-proof.json"), help="file of all figures (%(default)s)")
