@@ -2,6 +2,7 @@
 // Compiled WITHOUT sanitizers; kernels are compiled with -fsanitize=thread in 'check' builds and
 // their __tsan_* calls land in the hooks below (no TSan runtime involved).
 #include <sys/mman.h>
+#include <xmmintrin.h>
 #include <algorithm>
 #include <chrono>
 #include <cstdarg>
@@ -58,7 +59,7 @@ msl_switch:
 #error "add the aarch64 switch (x19-x30, d8-d15, sp)"
 #endif
 enum { READY, SIMD, BAR, DONE };
-enum { OPT_CHECK_UNUSED = 1, OPT_RANDOM = 2, OPT_REVERSE = 4, OPT_PREEMPT = 8, OPT_ALLOW_DIVERGENT = 16 };
+enum { OPT_CHECK_UNUSED = 1, OPT_RANDOM = 2, OPT_REVERSE = 4, OPT_PREEMPT = 8, OPT_ALLOW_DIVERGENT = 16, OPT_FLUSH = 32 };
 struct Fiber {
   void* sp;
   int state;
@@ -630,6 +631,9 @@ int msl_dispatch(const char* kname, const BufArg* bufs, int nbuf, const uint* tg
     for (ulong i = N - 1; i > 0 && N; i--) std::swap(perm[i], perm[rnd() % (i + 1)]);
   for (int i = 0; i < (int)(tg[0] * tg[1] * tg[2]); i++) new_fiber(i);
   int rc = 0;
+  // Fibers share the processor's state: subnormal floats are zero, as operands and as results.
+  const uint control = _mm_getcsr();
+  if (opt & OPT_FLUSH) _mm_setcsr(control | 0x8040);
   for (ulong k = 0; k < N && !rc; k++) {
     uint id = perm[k];
     g.tgIndex = id & 0x3FFFFF;
@@ -640,6 +644,7 @@ int msl_dispatch(const char* kname, const BufArg* bufs, int nbuf, const uint* tg
     g.st.threads += g.nt;
     if (!run_group()) rc = 1;
   }
+  _mm_setcsr(control);
   memset(buf_rd, 0, sizeof buf_rd);
   memset(buf_wr, 0, sizeof buf_wr);
   for (int i = 0; i < nbuf; i++) {
