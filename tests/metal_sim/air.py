@@ -5,8 +5,8 @@ reads. A module is turned into one for x86-64: address spaces go, threadgroup va
 and calls to `air.*` become calls to `air_runtime.cpp`, which calls the functions of our `metal_*` headers. So a result
 that is right says that these functions mean what Apple's compiler means by them.
 
-    python tests/metal_sim/air.py FILE                counts what the modules of a metallib call, and their options
-    python tests/metal_sim/air.py FILE KERNEL         prints the module of one kernel
+    python tests/metal_sim/air.py FILE             counts what the modules of a metallib call, and their options (12 a second)
+    python tests/metal_sim/air.py FILE KERNEL      prints the module of one kernel
 """
 
 from __future__ import annotations
