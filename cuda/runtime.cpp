@@ -14,6 +14,7 @@
 #include "mlx/fast.h"
 #include "mlx/memory.h"
 #include "mlx/primitives.h"
+#include "once_map.h"
 #include "pipelines.h"
 #include "sources.h"
 #include "workspace_sizes.h"
@@ -378,16 +379,9 @@ void forget_workspace(mx::Stream stream) {
 }
 
 void allocate_through_mlx(std::vector<mx::array>& outputs, const mx::array& input, mx::Stream stream) {
-  static std::mutex mutex;
-  static std::map<int, std::string> binaries;
+  static OnceMap<int, std::string> binaries;
   const int device = stream.device.index;
-  std::string binary;
-  {
-    std::lock_guard lock(mutex);
-    auto found = binaries.find(device);
-    if (found == binaries.end()) found = binaries.emplace(device, compile("reserve.cu", {}, true, device)).first;
-    binary = found->second;
-  }
+  const std::string& binary = binaries.get(device, [&] { return compile("reserve.cu", {}, true, device); });
   run_allocating("reserve", binary, {input}, outputs, {}, 1, 1, stream);
 }
 
