@@ -5,8 +5,9 @@ RELEASES is the only list: the build, the package's dependency on mlx, the tests
 environment variable, says which of them to build for: versions, separated by spaces, or ``all``. Without it, a build is for
 the mlx that is installed beside the build backend, which is the newest supported one in an isolated build.
 
-    scripts/mlx_releases.py list              the supported releases, the newest first
-    scripts/mlx_releases.py add VERSION       supports another one (see CONTRIBUTING.md)
+    scripts/mlx_releases.py list             the supported releases, the newest first
+    scripts/mlx_releases.py test [VERSION]   one wheel for these releases (all), tested beside each of them
+    scripts/mlx_releases.py add [VERSION]    supports another release (the newest on the index) if the whole suite passes
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -22,6 +24,9 @@ import tempfile
 import zipfile
 from pathlib import Path
 from typing import Any
+
+HERE = Path(__file__).resolve()
+ROOT = HERE.parents[1]
 
 # The newest first.
 RELEASES = [
@@ -132,10 +137,73 @@ def folders(wanted: str, folder: str, cache: Path) -> dict[str, Path]:
     return {x: here if x == found and here else download(x, cache) for x in selected(wanted)}
 
 
+# What a release has to pass in each run of .ci/run; a new one has to pass the whole suite.
+OPERATOR_TESTS = [
+    f"tests/test_{x}.py"
+    for x in ("format", "rotate", "quantize", "turboquant_attention", "q1_quantize", "q1_matmul", "bad_input")
+]
+
+
+def run(*command: str | Path, **environment: str) -> None:
+    subprocess.run([str(x) for x in command], check=True, cwd=ROOT, env=os.environ | environment)
+
+
+def build_wheel(releases: list[str], folder: Path) -> Path:
+    """A wheel of this source tree for these releases."""
+    run(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", folder, ".", TQEXT_MLX=" ".join(releases))
+    return next(folder.glob("*.whl"))
+
+
+def test(releases: list[str], wheel: Path | None, whole: bool) -> None:
+    """Installs one wheel beside each of the releases and runs the tests of the operators, or the whole suite."""
+    with tempfile.TemporaryDirectory() as temporary:
+        work = Path(temporary)
+        wheel = wheel or build_wheel(releases, work)
+        for release in releases:
+            print(f"== mlx {release}", flush=True)
+            run(sys.executable, "-m", "venv", work / release)
+            python = work / release / "bin" / "python"
+            mlx = f"mlx[cpu]=={release}" if sys.platform == "linux" else f"mlx=={release}"
+            tools = [f"{wheel}[test]"] if whole else [str(wheel), "pytest", "pytest-xdist", "hypothesis"]
+            run(python, "-m", "pip", "install", "-q", mlx, *tools)
+            run(python, "-m", "tqext", "doctor")
+            run(python, "-m", "pytest", "-q", *([] if whole else ["-n", "2", *OPERATOR_TESTS]))
+
+
+def newest() -> str:
+    """The newest mlx on the index that pip uses."""
+    options = ["--dry-run", "-q", "--ignore-installed", "--no-deps", "--report", "-"]
+    report = subprocess.run(
+        [sys.executable, "-m", "pip", "install", *options, "mlx"], check=True, capture_output=True, text=True
+    )
+    return str(json.loads(report.stdout)["install"][0]["metadata"]["version"])
+
+
+def add(version: str) -> None:
+    """Puts a release into RELEASES and runs the whole suite beside it."""
+    if version in RELEASES:
+        print(f"mlx {version} is supported already")
+        return
+    order = sorted([*RELEASES, version], key=lambda x: [int(n) for n in x.split(".")], reverse=True)
+    text = re.sub(
+        r"(?<=^RELEASES = \[\n).*?(?=^\])", "".join(f'    "{x}",\n' for x in order), HERE.read_text(), flags=re.M | re.S
+    )
+    HERE.write_text(text)
+    # With the changed list: in a process of its own.
+    run(sys.executable, HERE, "test", "--whole", version)
+    print(f"mlx {version} passes: commit scripts/mlx_releases.py")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("list")
+    command = commands.add_parser("test")
+    command.add_argument("releases", nargs="*", metavar="VERSION")
+    command.add_argument("--wheel", type=Path, help="this one; by default one is built")
+    command.add_argument("--whole", action="store_true", help="the whole suite instead of the operators' tests")
+    command = commands.add_parser("add")
+    command.add_argument("version", nargs="?")
     command = commands.add_parser("folders")
     command.add_argument("--releases", default="")
     command.add_argument("--folder", default="")
@@ -143,6 +211,11 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.command == "list":
         print(*RELEASES)
+    elif arguments.command == "test":
+        releases = selected(" ".join(arguments.releases) or "all")
+        test(releases, arguments.wheel and arguments.wheel.resolve(), arguments.whole)
+    elif arguments.command == "add":
+        add(arguments.version or newest())
     else:
         print(*(f"{x}={y}" for x, y in folders(arguments.releases, arguments.folder, arguments.cache).items()), sep=";")
 
