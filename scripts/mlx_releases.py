@@ -27,6 +27,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve()
 ROOT = HERE.parents[1]
+TABLE = ROOT / "docs" / "platforms.md"
 
 # The newest first.
 RELEASES = [
@@ -180,18 +181,18 @@ def newest() -> str:
 
 
 def add(version: str) -> None:
-    """Puts a release into RELEASES and runs the whole suite beside it."""
+    """Puts a release into RELEASES and into the documentation's table, and runs the whole suite beside it."""
     if version in RELEASES:
         print(f"mlx {version} is supported already")
         return
     order = sorted([*RELEASES, version], key=lambda x: [int(n) for n in x.split(".")], reverse=True)
-    text = re.sub(
-        r"(?<=^RELEASES = \[\n).*?(?=^\])", "".join(f'    "{x}",\n' for x in order), HERE.read_text(), flags=re.M | re.S
-    )
-    HERE.write_text(text)
+    before, after = ("".join(f'    "{x}",\n' for x in releases) for releases in (RELEASES, order))
+    HERE.write_text(HERE.read_text().replace(before, after, 1))
+    before, after = (f"| {', '.join(reversed(releases))} |" for releases in (RELEASES, order))
+    TABLE.write_text(TABLE.read_text().replace(before, after, 1))
     # With the changed list: in a process of its own.
     run(sys.executable, HERE, "test", "--whole", version)
-    print(f"mlx {version} passes: commit scripts/mlx_releases.py")
+    print(f"mlx {version} passes: commit scripts/mlx_releases.py and docs/platforms.md")
 
 
 def main() -> None:

@@ -23,6 +23,16 @@ ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "scripts" / "mlx_releases.py"
 
 
+TABLE = ROOT / "docs" / "platforms.md"
+
+
+def listed_in(table):
+    """The releases of MLX in the documentation's table of versions, the newest first."""
+    version = tqext.__version__.rpartition(".")[0]
+    row = next(x for x in table.read_text().splitlines() if x.startswith(f"| {version} |"))
+    return row.split("|")[2].strip().split(", ")[::-1]
+
+
 def load(script, name="mlx_releases"):
     spec = importlib.util.spec_from_file_location(name, script)
     module = importlib.util.module_from_spec(spec)
@@ -180,9 +190,10 @@ def test_the_headers_tell_their_version():
 
 @pytest.mark.parametrize(("version", "place"), [("0.99.1", 0), ("0.1.0", -1)])
 def test_add_puts_a_release_in_its_place_and_runs_the_suite(tmp_path, monkeypatch, version, place):
-    copy = tmp_path / "scripts" / "mlx_releases.py"
-    copy.parent.mkdir()
-    shutil.copy(SCRIPT, copy)
+    for file in (SCRIPT, TABLE):
+        (tmp_path / file.relative_to(ROOT)).parent.mkdir()
+        shutil.copy(file, tmp_path / file.relative_to(ROOT))
+    copy, table = tmp_path / SCRIPT.relative_to(ROOT), tmp_path / TABLE.relative_to(ROOT)
     module = load(copy, "copy")
     before, calls = list(module.RELEASES), []
     monkeypatch.setattr(module, "run", lambda *command, **_: calls.append(command))
@@ -193,6 +204,7 @@ def test_add_puts_a_release_in_its_place_and_runs_the_suite(tmp_path, monkeypatc
     after = load(copy, "after").RELEASES
     assert after[place] == version
     assert [x for x in after if x != version] == before
+    assert listed_in(table) == after
 
 
 def test_release_wheels_are_for_all_releases():
@@ -202,7 +214,5 @@ def test_release_wheels_are_for_all_releases():
     assert "environment" not in settings["linux"]
 
 
-def test_documents_name_the_supported_releases():
-    listed = load(SCRIPT).RELEASES
-    row = next(x for x in (ROOT / "docs" / "platforms.md").read_text().splitlines() if x.startswith("| 0.1 |"))
-    assert row.split("|")[2].strip() == ", ".join(reversed(listed))
+def test_the_table_names_the_supported_releases():
+    assert listed_in(TABLE) == load(SCRIPT).RELEASES

@@ -95,9 +95,9 @@ def link(build: Path, source: Path = ROOT, name: str = "extension") -> subproces
             f"-DTQEXT_MLX_DIR={mlx}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DCMAKE_CXX_FLAGS=-I{HERE / 'stubs'}",
-            "-DCMAKE_BUILD_TYPE=Release",
             # Optimised code would be compiled for nobody.
-            "-DCMAKE_CXX_FLAGS_RELEASE=-O0",
+            "-DCMAKE_BUILD_TYPE=Debug",
+            "-DCMAKE_CXX_FLAGS_DEBUG=-O0 -DNDEBUG",
             "-DTQEXT_WERROR=OFF",
         ],
         env=environment,
