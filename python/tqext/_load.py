@@ -55,17 +55,17 @@ def choose(built: Sequence[str], supported: Sequence[str], installed: str | None
 def _import_extension(folder: Path, release: str) -> ModuleType:
     """The extension for a release of MLX, as the module ``tqext._ext``."""
     stem = "_ext_mlx_" + release.replace(".", "_")
-    for suffix in importlib.machinery.EXTENSION_SUFFIXES:
-        spec = importlib.util.spec_from_file_location("tqext._ext", folder / f"{stem}{suffix}")
-        if spec is None or spec.loader is None or not (folder / f"{stem}{suffix}").exists():
-            continue
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        sys.modules["tqext._ext"] = module
-        # As an import statement would; the file has no name that one could find.
-        setattr(sys.modules["tqext"], "_ext", module)  # noqa: B010
-        return module
-    raise ImportError(f"no {stem} in {folder}")
+    files = (folder / f"{stem}{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES)
+    file = next((x for x in files if x.exists()), None)
+    spec = file and importlib.util.spec_from_file_location("tqext._ext", file)
+    if not spec or not spec.loader:
+        raise ImportError(f"no {stem} in {folder}")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.modules["tqext._ext"] = module
+    # As an import statement would; the file has no name that one could find.
+    setattr(sys.modules["tqext"], "_ext", module)  # noqa: B010
+    return module
 
 
 def runs_command() -> bool:
