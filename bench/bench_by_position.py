@@ -36,7 +36,7 @@ import timing
 from tqext import get_policy
 from tqext.blas import for_evaluation
 from tqext.by_position import CHUNK, STOCK_BITS, ByPosition, as_row, by_position, contenders, table
-from tqext.evaluate import passkeys
+from tqext.commands.evaluate import passkeys
 from tqext.models import load
 from tqext.presets import PRESETS
 

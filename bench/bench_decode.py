@@ -17,9 +17,11 @@ import mlx.core as mx
 import tqext
 from timing import RESULTS, machine, measure_in_turns, save, table
 from tqext.cache import TurboQuantKVCache
+from tqext.kv.codec import Codec
+from tqext.kv.schedule import BLOCK
+from tqext.kv.tokens import Exact
 from tqext.mlx_lm import stock_cache
 from tqext.models import load
-from tqext.tokens import BLOCK, Codec, Exact
 
 
 def filled(model: Any, n_tokens: int) -> list[Any]:

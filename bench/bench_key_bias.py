@@ -24,7 +24,7 @@ from mlx_lm.models import qwen2
 import texts
 from timing import save, table
 from tqext.blas import use_blas
-from tqext.evaluate import measure, reference_logprobs, windows
+from tqext.commands.evaluate import measure, reference_logprobs, windows
 from tqext.models import load
 
 SLOW_PAIRS = 4  # of 32: they turn by 0.2 radians or less in 512 tokens

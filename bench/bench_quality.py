@@ -27,8 +27,9 @@ import mlx.core as mx
 import texts
 from tqext import get_policy
 from tqext.blas import use_blas
-from tqext.doctor import backend, versions
-from tqext.evaluate import measure, passkeys, reference_logprobs, windows
+from tqext.commands.doctor import backend
+from tqext.commands.evaluate import measure, passkeys, reference_logprobs, windows
+from tqext.commands.versions import versions
 from tqext.models import load
 from tqext.presets import PRESETS, Policy
 

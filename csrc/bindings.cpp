@@ -5,7 +5,7 @@
 #include <nanobind/stl/variant.h>
 #include <nanobind/stl/vector.h>
 
-#include "check.h"
+#include "check_arrays.h"
 #include "codebook.h"
 #include "cpu/isa.h"
 #include "cpu/parallel.h"

@@ -2,7 +2,7 @@
 
 #include <memory>
 
-#include "check.h"
+#include "check_arrays.h"
 
 namespace tqext {
 

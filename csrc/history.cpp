@@ -1,6 +1,6 @@
 #include "history.h"
 
-#include "check.h"
+#include "check_arrays.h"
 #include "mlx/ops.h"
 
 namespace tqext {

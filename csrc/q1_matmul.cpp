@@ -1,6 +1,6 @@
 #include "q1_matmul.h"
 
-#include "check.h"
+#include "check_arrays.h"
 #include "cpu/environment.h"
 #include "format.h"
 #include "mlx/ops.h"

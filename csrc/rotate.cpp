@@ -5,7 +5,7 @@
 #include <mutex>
 #include <numeric>
 
-#include "check.h"
+#include "check_arrays.h"
 #include "cpu/environment.h"
 #include "fixed_shapes.h"
 #include "mlx/ops.h"

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "check.h"
+#include "check_arrays.h"
 #include "cpu/environment.h"
 #include "fixed_shapes.h"
 #include "mlx/backend/metal/metal.h"

@@ -1,6 +1,6 @@
 #include "turboquant_encode.h"
 
-#include "check.h"
+#include "check_arrays.h"
 #include "cpu/environment.h"
 #include "fixed_shapes.h"
 #include "mlx/ops.h"

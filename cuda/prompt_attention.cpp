@@ -3,12 +3,10 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <mutex>
-#include <shared_mutex>
-#include <unordered_map>
 
 #include "codebook.h"
 #include "mlx/types/half_types.h"
+#include "once_map.h"
 #include "prompt_params.h"
 #include "runtime.h"
 
@@ -82,18 +80,8 @@ struct Variant {
 };
 
 Kernel find_kernel(const Variant& variant, int device) {
-  static std::shared_mutex mutex;
-  static std::unordered_map<uint64_t, Kernel> kernels;
-  const uint64_t id = variant.id() * 64 + device;
-  {
-    std::shared_lock lock(mutex);
-    const auto found = kernels.find(id);
-    if (found != kernels.end()) return found->second;
-  }
-  std::unique_lock lock(mutex);
-  const auto found = kernels.find(id);
-  if (found != kernels.end()) return found->second;
-  return kernels.emplace(id, variant.build(device)).first->second;
+  static OnceMap<uint64_t, Kernel> kernels;
+  return kernels.get(variant.id() * 64 + device, [&] { return variant.build(device); });
 }
 
 // Shares of the tiles of each row tile. Time, in tiles: the waves of blocks times a block's tiles and what it does before and

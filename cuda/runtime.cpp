@@ -14,6 +14,8 @@
 #include "mlx/fast.h"
 #include "mlx/memory.h"
 #include "mlx/primitives.h"
+#include "mlx_compat.h"
+#include "once_map.h"
 #include "pipelines.h"
 #include "sources.h"
 #include "workspace_sizes.h"
@@ -233,6 +235,10 @@ Pool& pool() {
 }  // namespace
 
 void check_backend(const char* op) {
+  if (!kHasCudaEncoder) {
+    throw std::runtime_error(std::string("[") + op +
+                             "] stream: expected a CPU stream, got a GPU stream; on CUDA tqext needs mlx 0.32.4 or later");
+  }
   static const bool available = mx::cu::is_available() && &mx::cu::get_command_encoder;
   if (!available) {
     throw std::runtime_error(std::string("[") + op +
@@ -319,7 +325,7 @@ std::string compile(const char* file, const std::vector<Define>& defines, bool c
 
   const char* source = nullptr;
   std::vector<const char*> names, texts;
-  for (const Source& s : kSources) {
+  for (const Source& s : kernel_sources()) {
     if (std::string(s.name) == file) {
       source = s.text;
     } else {
@@ -354,8 +360,8 @@ void* device_pointer(const mx::array& x) {
 }
 
 void allocate_output(mx::array& out, int device) {
-  out.set_data(mx::allocator::Data(mx::allocator::Buffer(pool().take(out.nbytes(), device)),
-                                   [](mx::allocator::Buffer b) { pool().give_back(static_cast<Block*>(b.ptr())); }));
+  set_foreign_data(out, mx::allocator::Buffer(pool().take(out.nbytes(), device)),
+                   [](mx::allocator::Buffer b) { pool().give_back(static_cast<Block*>(b.ptr())); });
 }
 
 namespace {
@@ -378,16 +384,9 @@ void forget_workspace(mx::Stream stream) {
 }
 
 void allocate_through_mlx(std::vector<mx::array>& outputs, const mx::array& input, mx::Stream stream) {
-  static std::mutex mutex;
-  static std::map<int, std::string> binaries;
+  static OnceMap<int, std::string> binaries;
   const int device = stream.device.index;
-  std::string binary;
-  {
-    std::lock_guard lock(mutex);
-    auto found = binaries.find(device);
-    if (found == binaries.end()) found = binaries.emplace(device, compile("reserve.cu", {}, true, device)).first;
-    binary = found->second;
-  }
+  const std::string& binary = binaries.get(device, [&] { return compile("reserve.cu", {}, true, device); });
   run_allocating("reserve", binary, {input}, outputs, {}, 1, 1, stream);
 }
 
@@ -403,7 +402,7 @@ Workspace workspace(mx::Stream stream, size_t zeroed, size_t bytes) {
     check_driver(driver().stream_synchronize(nullptr), "cuStreamSynchronize");
     const auto rows = workspace_rows(zeros, size);
     mx::array memory(mx::Shape(rows.begin(), rows.end()), mx::uint32, nullptr, {});
-    memory.set_data(mx::allocator::Data(mx::allocator::Buffer(block), [](mx::allocator::Buffer) {}));
+    set_foreign_data(memory, mx::allocator::Buffer(block), [](mx::allocator::Buffer) {});
     if (found != by_stream.end()) by_stream.erase(found);
     found = by_stream.emplace(stream, Workspace{memory, zeros, size}).first;
   }

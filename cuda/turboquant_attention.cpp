@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "check.h"
+#include "check_arrays.h"
 #include "codebook.h"
 #include "once_map.h"
 #include "params.h"

@@ -3,7 +3,7 @@
 
 #include <stdexcept>
 
-#include "check.h"
+#include "check_arrays.h"
 #include "codebook.h"
 #include "once_map.h"
 #include "params.h"

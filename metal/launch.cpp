@@ -14,6 +14,7 @@
 #include "mlx/allocator.h"
 #include "mlx/backend/metal/device.h"
 #include "pipelines.h"
+#include "sources.h"
 
 namespace tqext::metal {
 

@@ -17,7 +17,7 @@ from mlx.utils import tree_map
 from tiny import make_llama, save_chat_folder
 from tqext import agents, models
 from tqext.blas import for_evaluation
-from tqext.evaluate import passkeys
+from tqext.commands.evaluate import passkeys
 from tqext.mlx_lm import make_prompt_cache
 
 BENCH = Path(__file__).resolve().parent.parent / "bench"
@@ -214,7 +214,7 @@ def test_passkeys_hide_what_they_ask_for(folder, text, monkeypatch):
         asked.append((cache[0].offset, tokenizer.decode(question), answer))
         return False
 
-    monkeypatch.setattr("tqext.evaluate._continues_with", see)
+    monkeypatch.setattr("tqext.commands.evaluate._continues_with", see)
     for n_keys in (1, 4):
         asked.clear()
         (found,) = passkeys(model, tokenizer, text.read_text(), [None], n_keys=n_keys, trials=6, context=400)

@@ -17,8 +17,8 @@ import tqext
 from sequence import BLOCK, Sequence, attention
 from support import KERNEL_TOLERANCE, on_cuda
 from tqext import BatchTurboQuantKVCache, Recipe, TurboQuantKVCache, get_policy
+from tqext.kv.schedule import GROWTH
 from tqext.presets import PRESETS
-from tqext.tokens import GROWTH
 
 pytestmark = pytest.mark.usefixtures("device")
 

@@ -20,6 +20,8 @@ from tiny import CONFIG, logits_after, make_biased_qwen2, make_llama, make_qwen2
 from tqext import Recipe, TurboQuantKVCache, blas, calibration, get_policy
 from tqext.calibration import N_LEFT_OUT, N_TOKENS, balance_of
 from tqext.mlx_lm import PathError, stock_cache
+from tqext.mlx_lm.caches import members
+from tqext.mlx_lm.guard import judged
 
 pytestmark = pytest.mark.usefixtures("uninstalled", "no_kept_calibration")
 OFF = dict(means=False, balance=False)
@@ -320,7 +322,7 @@ def test_balance_lowers_the_error_of_the_scores():
 def test_guard_catches_a_key_bias_that_the_recipe_cannot_code(pairs):
     """Large biases, where they hardly turn and where they turn within a few tokens, and neither means nor balance."""
     model = with_key_bias(pairs)
-    report = tqext.mlx_lm._judged(model, get_policy("tq3", **OFF))
+    report = judged(model, get_policy("tq3", **OFF))
     first, *others = report.layers
     assert first.recipe is None or first.recipe.key_bits == 4
     assert re.search(r"bit.* keys.* output error .*, score error .* nats|with 3 bits output error", first.note or first.reason)
@@ -335,7 +337,7 @@ def test_guard_catches_a_key_bias_that_the_recipe_cannot_code(pairs):
 
 
 def test_means_and_balance_code_a_bias_that_hardly_turns():
-    report = tqext.mlx_lm._judged(with_key_bias(range(24, 32)), get_policy("tq33"))
+    report = judged(with_key_bias(range(24, 32)), get_policy("tq33"))
     assert [layer.recipe for layer in report.layers] == [get_policy("tq33").recipe] * 3, report.table()
 
 
@@ -352,13 +354,13 @@ def test_guard_steps_up_once_more_where_four_bits_do_not_help():
     """A layer whose values are not finite is left alone."""
     model = make_llama()
     model.layers[1].self_attn.v_proj.weight = model.layers[1].self_attn.v_proj.weight * mx.inf
-    report = tqext.mlx_lm._judged(model, get_policy("tq3"))
+    report = judged(model, get_policy("tq3"))
     assert report.layers[1].recipe is None
     assert "compression is not accurate here: with 4-bit keys output error inf" in report.layers[1].reason
 
 
 def test_guard_off_takes_the_recipe_as_it_is():
-    report = tqext.mlx_lm._judged(with_key_bias(range(8)), get_policy("tq3", **OFF, guard=False))
+    report = judged(with_key_bias(range(8)), get_policy("tq3", **OFF, guard=False))
     assert [layer.recipe.key_bits for layer in report.layers] == [3] * 3
     assert not any(layer.note for layer in report.layers)
 
@@ -409,13 +411,13 @@ def test_every_kind_of_model_is_calibrated(kind):
     n_compressed, changes = {**zoo.PLAIN, **zoo.SPECIAL}[kind]
     model = zoo.make(kind, changes)
     policy = get_policy("tq33", guard=False)
-    report = tqext.mlx_lm._judged(model, policy)
+    report = judged(model, policy)
     assert len(report.compressed) == n_compressed
     for layer in report.compressed:
         c = layer.calibration
         assert c.balance.shape == (layer.n_kv_heads, layer.head_dim)
         assert 0 < c.output_error < 1 and 0 < c.score_error < np.inf, (layer.path, str(c))  # 1: nothing is left of it
-    caches = dict(tqext.mlx_lm._members(tqext.make_prompt_cache(model, policy)))
+    caches = dict(members(tqext.make_prompt_cache(model, policy)))
     for layer in report.compressed:
         assert mx.array_equal(caches[layer.path].balance, layer.calibration.balance)
 

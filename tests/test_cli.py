@@ -9,7 +9,8 @@ import sys
 import pytest
 
 from tiny import make_llama, save_chat_folder
-from tqext import cli, get_policy, models
+from tqext import get_policy, models
+from tqext.commands import cli
 
 
 def tqext(*args, check=True):

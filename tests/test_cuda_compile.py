@@ -39,7 +39,7 @@ def compiler():
 
 def standard_header():
     """stdint.h as the build embeds it."""
-    return re.search(r'"stdint.h", R"SOURCE\((.*?)\)SOURCE"', (ROOT / "cuda/sources.h.in").read_text(), re.S).group(1)
+    return re.search(r'"stdint.h", R"SOURCE\((.*?)\)SOURCE"', (ROOT / "cuda/sources.cpp.in").read_text(), re.S).group(1)
 
 
 def compile_kernel(name, architecture, **defines):

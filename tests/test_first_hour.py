@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tiny import CONFIG, make_llama, save_chat_folder
-from tqext import cli, demo, plan
+from tqext.commands import cli, demo, plan
 from tqext.presets import PRESETS
 
 TQEXT = [sys.executable, "-m", "tqext"]
@@ -192,7 +192,7 @@ MISTAKES = [
 # Runs command after command in one process.
 RUNNER = """
 import contextlib, io, json, sys, traceback
-from tqext import cli
+from tqext.commands import cli
 results = []
 for args in json.load(sys.stdin):
     text, status = io.StringIO(), 0

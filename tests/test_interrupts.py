@@ -40,10 +40,7 @@ class InterruptAt:
     def call(self, frame, event, arg):
         # Not in update_and_fetch itself, whose own handler the interrupt would hit.
         name = frame.f_code.co_filename.replace("\\", "/")
-        ours = (
-            name.endswith(("tqext/cache.py", "tqext/batch.py", "tqext/tokens.py"))
-            and frame.f_code.co_name != "update_and_fetch"
-        )
+        ours = "/tqext/kv/" in name and frame.f_code.co_name != "update_and_fetch"
         return self.line if ours else None
 
     def line(self, frame, event, arg):

@@ -10,7 +10,9 @@ import tqext
 import zoo
 from tiny import logits_after
 from tqext import TurboQuantKVCache
-from tqext.mlx_lm import _members, _replaced, stock_cache
+from tqext.mlx_lm import stock_cache
+from tqext.mlx_lm.caches import members as all_members
+from tqext.mlx_lm.caches import replaced
 
 REASONS = {
     "ArraysCache": "a state of fixed size",
@@ -30,12 +32,12 @@ NOISE_DRAWS = 5
 
 
 def members(caches):
-    return {path: cache for path, cache in _members(caches) if type(cache) is TurboQuantKVCache}
+    return {path: cache for path, cache in all_members(caches) if type(cache) is TurboQuantKVCache}
 
 
 def exchanged(caches, new):
     """A copy of a prompt cache with these members in place of its own."""
-    return _replaced(copy.deepcopy(caches), lambda path, cache: new.get(path, cache))
+    return replaced(copy.deepcopy(caches), lambda path, cache: new.get(path, cache))
 
 
 def filled(keys, values):
@@ -106,7 +108,7 @@ def test_model_compresses_what_it_can(kind):
     stock, packed = stock_cache(model), tqext.make_prompt_cache(model, "tq4", **SHORT)
     exact, got = (logits_after(model, cache, TOKENS[:N_PROMPT]) for cache in (stock, packed))
     assert size(exact - got) < SAME_BYTES * size(exact), "the first chunk attends to itself exactly"
-    in_place, plain = members(packed), dict(_members(stock))
+    in_place, plain = members(packed), dict(all_members(stock))
     n_coded = {path: cache.n_coded for path, cache in in_place.items()}
     assert min(n_coded.values()) >= 64
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from support import to_numpy
-from tqext import doctor, prove
+from tqext.commands import doctor, prove
 
 DTYPES = {mx.float32: np.float32, mx.float16: np.float16, mx.uint8: np.uint8, mx.uint16: np.uint16, mx.uint32: np.uint32}
 
@@ -151,6 +151,47 @@ def test_parity_sees_attention_that_is_off(monkeypatch):
     assert not any(x["held"] for x in prove.parity(prove.Plan(1, (), (), (), 0, 4)).values())
 
 
+@pytest.mark.parametrize("plan", [prove.QUICK, prove.FULL], ids=["quick", "full"])
+def test_cuda_compiles_few_kernels(monkeypatch, plan):
+    """What decides a kernel there (cuda/turboquant_attention.cpp), over all problems of a dtype."""
+    kernels, data = {}, set()
+
+    def note(q, keys, values, **options):
+        rows = min(x for x in (4, 8, 16) if q.shape[1] // keys.shape[1] * q.shape[2] <= x or x == 16)
+        kernels.setdefault(q.dtype, set()).add((q.shape[3], keys.bits, values.bits, values.coding, rows))
+        data.add(keys.shape)
+        return mx.zeros(q.shape)
+
+    monkeypatch.setattr(prove.tqext, "turboquant_attention", note)
+    monkeypatch.setattr(prove, "backend", lambda: "cuda")
+    assert all(x["problems"] == plan.problems for x in prove.parity(plan).values())
+    assert [len(x) for x in kernels.values()] == [prove.CUDA_KERNELS["quick" if plan is prove.QUICK else "full"]] * 3
+    assert len(data) > plan.problems / 2  # the data is another each time
+    kernels.clear()
+    monkeypatch.setattr(prove, "backend", lambda: "metal")
+    prove.parity(plan)
+    assert all(len(x) > 0.7 * plan.problems for x in kernels.values())
+
+
+def test_problems_end_when_time_is_up():
+    report = _report(parity=prove.parity(prove.Plan(3, (), (), (), 0, 4, parity_seconds=0)))
+    assert [x["problems"] for x in report["parity"].values()] == [1, 1, 1]
+    assert prove.block(report).count(" 1 of 3 problems, ") == 3
+
+
+@pytest.mark.parametrize("spent, seconds", [(0, 8), (15, 5), (100, 2)])
+def test_speed_takes_the_time_that_is_left(monkeypatch, spent, seconds):
+    now, given = [0.0], []
+    plan = prove.Plan(1, (), (), (), 8, 4, seconds=20)
+    for name in ("facts", "probes", "first_use", "bandwidth"):
+        monkeypatch.setattr(prove, name, lambda *_: {})
+    monkeypatch.setattr(prove.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(prove, "parity", lambda _: now.__setitem__(0, float(spent)) or {})
+    monkeypatch.setattr(prove, "speed", lambda plan: given.append(plan.speed_seconds) or {})
+    prove.prove(plan)
+    assert given == [seconds]
+
+
 def test_float64_attention():
     q, k, v = (mx.random.normal((1, h, n, 64), key=mx.random.key(h)) for h, n in ((4, 3), (2, 9), (2, 9)))
     want = mx.fast.scaled_dot_product_attention(q, k, v, scale=64**-0.5, mask="causal")
@@ -183,6 +224,7 @@ def _report(**parts):
         "error": 0.0,
         "tolerance": 1e-5,
         "problems": 1,
+        "wanted": 2,
         "bytes_unequal": {"key codes": {"unequal": 0, "bytes": 9}},
     }
     return {

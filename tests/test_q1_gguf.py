@@ -18,8 +18,9 @@ import tiny
 import tqext
 from support import assert_close, to_numpy
 from tqext import gguf as loader
-from tqext import gguf_file, nn, one_bit
+from tqext import nn, one_bit
 from tqext.models import resolve
+from tqext.one_bit import gguf_file
 
 GGUF_NAMES = {
     "model.embed_tokens": "token_embd",

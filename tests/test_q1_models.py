@@ -14,8 +14,9 @@ import pytest
 import q1_models
 import tqext
 from support import assert_close, to_numpy
-from tqext import cli, nn, one_bit
+from tqext import nn, one_bit
 from tqext.cache import TurboQuantKVCache
+from tqext.commands import cli
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,7 @@ import pytest
 
 from test_server import Server, history
 from tiny import make_llama, save_chat_folder
-from tqext import server as door
+from tqext.commands import server as door
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from support import tool
 from test_server import Server
 from tiny import make_llama, save_chat_folder
 from tqext import get_policy
-from tqext.metrics import COUNTERS, GAUGES
+from tqext.commands.metrics import COUNTERS, GAUGES
 
 LAYERS, HEADS, DIM = 3, 2, 64
 TEXT = "The seventh number is not the eighth. " * 20

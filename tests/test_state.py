@@ -14,8 +14,8 @@ import tqext.mlx_lm
 from tiny import greedy, logits_after, make_llama, prompt
 from tqext import Recipe, TurboQuantKVCache, get_policy
 from tqext.cache import STATE_MAGIC
+from tqext.kv.state import checksum
 from tqext.presets import PRESETS
-from tqext.state import checksum
 
 
 @pytest.fixture(scope="module")

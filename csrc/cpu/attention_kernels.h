@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "core_api.h"
 #include "format.h"
 #include "isa.h"
 
@@ -82,8 +83,8 @@ struct AttentionKernels {
   ScoreMeans score_means;
 };
 
-AttentionKernels attention_kernels_of(Isa isa);  // isa must be one of available_isas()
-const AttentionKernels& attention_kernels();     // of active_isa()
+TQ_CORE AttentionKernels attention_kernels_of(Isa isa);  // isa must be one of available_isas()
+TQ_CORE const AttentionKernels& attention_kernels();     // of active_isa()
 
 void attend_coded_portable(const CodedHead&, const CodecShape&, const QueryRows&, int begin, int end, Partial* partials);
 void attend_exact_portable(const ExactHead&, const QueryRows&, int begin, int end, Partial* partials);

@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "codebook.h"
+#include "core_api.h"
 #include "format.h"
 #include "half.h"
 
@@ -42,14 +43,14 @@ inline float signed_sum(const uint32_t* signs, const float* x, int dim) {
 }
 
 // rotate(x) or its inverse, in place, with the signs of the seed; dim a power of two times hadamard_factor(dim).
-void rotate_row(float* x, int dim, uint32_t seed, bool inverse);
+TQ_CORE void rotate_row(float* x, int dim, uint32_t seed, bool inverse);
 
 // x: one key in the rotated space. Writes code_words() words, the norm and the chosen levels.
-void encode_key(const float* x, int dim, const Codebook& book, uint32_t* words, uint16_t* norm, float* levels);
+TQ_CORE void encode_key(const float* x, int dim, const Codebook& book, uint32_t* words, uint16_t* norm, float* levels);
 // residual: x minus the decoded key; overwritten. Writes the sign words and the residual's norm.
-void encode_residual(float* residual, int dim, uint32_t* signs, uint16_t* norm);
+TQ_CORE void encode_residual(float* residual, int dim, uint32_t* signs, uint16_t* norm);
 // x: one value in the rotated space. kValueGroups: scale and bias of each group; kValueLloyd: the norm.
-void encode_value_groups(const float* x, int dim, int bits, uint32_t* words, uint16_t* params);
-void encode_value_lloyd(const float* x, int dim, const Codebook& book, uint32_t* words, uint16_t* norm);
+TQ_CORE void encode_value_groups(const float* x, int dim, int bits, uint32_t* words, uint16_t* params);
+TQ_CORE void encode_value_lloyd(const float* x, int dim, const Codebook& book, uint32_t* words, uint16_t* norm);
 
 }  // namespace tqext::cpu

@@ -4,6 +4,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "core_api.h"
 #include "isa.h"
 
 namespace tqext::cpu {
@@ -27,7 +28,7 @@ using Q1MatmulKernel = void(const Q1Matrix& w, const float* x, ptrdiff_t x_strid
 
 Q1MatmulKernel q1_matmul_portable, q1_matmul_avx2, q1_matmul_avx512, q1_matmul_neon_dotprod;
 
-Q1MatmulKernel* q1_matmul_kernel_of(Isa isa);
+TQ_CORE Q1MatmulKernel* q1_matmul_kernel_of(Isa isa);
 
 // Calls run.operator()<n_inputs>(), 1 <= n_inputs <= most.
 template <int most = kQ1MaxInputs, class Run>

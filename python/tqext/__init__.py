@@ -1,8 +1,8 @@
 """tqext: attention on packed keys and values, a compressed KV cache for mlx-lm, and 1-bit weights, for Apple's MLX."""
 
-import importlib
 from typing import TYPE_CHECKING, Any
 
+from tqext._lazy import attribute
 from tqext._load import load_extension, runs_command
 
 # Why the extension is not there, while a command runs that can say so itself: `tqext --help`, `tqext doctor`.
@@ -38,11 +38,11 @@ __version__ = "0.1.0"
 
 # Imported on first use: they need mlx-lm, which takes a second to import and which the operators do without.
 _LAZY = {
-    "BatchTurboQuantKVCache": "tqext.batch",
+    "BatchTurboQuantKVCache": "tqext.kv.batch",
     "PRESETS": "tqext.presets",
     "Policy": "tqext.presets",
     "Recipe": "tqext.presets",
-    "TurboQuantKVCache": "tqext.cache",
+    "TurboQuantKVCache": "tqext.kv.cache",
     "attach": "tqext.mlx_lm",
     "calibrate": "tqext.mlx_lm",
     "detach": "tqext.mlx_lm",
@@ -57,8 +57,8 @@ _LAZY = {
 }
 
 if TYPE_CHECKING:
-    from tqext.batch import BatchTurboQuantKVCache
-    from tqext.cache import TurboQuantKVCache
+    from tqext.kv.batch import BatchTurboQuantKVCache
+    from tqext.kv.cache import TurboQuantKVCache
     from tqext.mlx_lm import attach, calibrate, detach, install, make_prompt_cache, probe, uninstall, upgrade, verify
     from tqext.models import load
     from tqext.presets import PRESETS, Policy, Recipe, get_policy
@@ -69,9 +69,7 @@ def __dir__() -> list[str]:
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
-        raise AttributeError(f"module 'tqext' has no attribute {name!r}")
-    return getattr(importlib.import_module(_LAZY[name]), name)
+    return attribute(__name__, _LAZY, name)
 
 
 __all__ = [

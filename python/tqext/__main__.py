@@ -1,3 +1,3 @@
-from tqext.cli import main
+from tqext.commands.cli import main
 
 main()

@@ -2,9 +2,13 @@
 
 import functools
 import importlib
+import importlib.machinery
 import importlib.metadata
+import importlib.util
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 
@@ -16,7 +20,52 @@ def _installed(package: str) -> str | None:
 
 
 def _mlx_requirement(version: str) -> str:
-    return f"'mlx[cpu]=={version}'" if sys.platform == "linux" else f"mlx=={version}"
+    if sys.platform != "linux":
+        return f"mlx=={version}"
+    # Both own the same library: the advice must not put the one for the CPU in the place of the one for NVIDIA GPUs.
+    extra = next((x for x in ("cuda13", "cuda12") if _installed(f"mlx-{x[:4]}-{x[4:]}")), "cpu")
+    return f"'mlx[{extra}]=={version}'"
+
+
+def _listed(releases: Sequence[str]) -> str:
+    return " and ".join(filter(None, [", ".join(releases[:-1]), releases[-1]]))
+
+
+def choose(built: Sequence[str], supported: Sequence[str], installed: str | None) -> str:
+    """The release of MLX whose extension fits the installed one.
+
+    Args:
+        built: releases that this build has an extension for, the newest first.
+        supported: those that this version of tqext can be built for.
+        installed: the installed release; None: there is none.
+
+    Raises:
+        ImportError: this build has none that fits.
+    """
+    if installed is not None and installed in built:
+        return installed
+    remedy = f"run `pip install {_mlx_requirement(built[0])}`"
+    if installed in supported:
+        remedy += f", or build tqext for this one: `TQEXT_MLX={installed} pip install .` in its source folder"
+    elif installed is not None:
+        remedy += ", or look for a newer tqext"
+    raise ImportError(f"tqext was built for mlx {_listed(built[::-1])}, found {installed or 'none'}: {remedy}.")
+
+
+def _import_extension(folder: Path, release: str) -> ModuleType:
+    """The extension for a release of MLX, as the module ``tqext._ext``."""
+    stem = "_ext_mlx_" + release.replace(".", "_")
+    files = (folder / f"{stem}{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES)
+    file = next((x for x in files if x.exists()), None)
+    spec = file and importlib.util.spec_from_file_location("tqext._ext", file)
+    if not spec or not spec.loader:
+        raise ImportError(f"no {stem} in {folder}")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.modules["tqext._ext"] = module
+    # As an import statement would; the file has no name that one could find.
+    setattr(sys.modules["tqext"], "_ext", module)  # noqa: B010
+    return module
 
 
 def runs_command() -> bool:
@@ -31,21 +80,19 @@ def _module_of(command: list[str]) -> str | None:
 
 
 def load_extension() -> None:
-    """Imports ``mlx.core`` and then ``tqext._ext``.
+    """Imports ``mlx.core`` and then ``tqext._ext``, which is the extension for the installed release of MLX.
 
     Raises:
-        ImportError: the installed mlx or nanobind-backend is not the one this build was made for, or MLX has no library;
-            the message says what to install.
+        ImportError: this build was not made for the installed mlx or nanobind-backend, or MLX has no library; the message
+            says what to install.
     """
     try:
         build = importlib.import_module("tqext._build_info")
     except ModuleNotFoundError:
         raise ImportError("tqext is not built: install it with `pip install .` from its source folder.") from None
-    mlx = _mlx_requirement(build.MLX_VERSION)
-    # Versions come first: a library of another version ends in an undefined symbol, not in an explanation.
-    found = _installed("mlx")
-    if found != build.MLX_VERSION:
-        raise ImportError(f"tqext was built for mlx {build.MLX_VERSION}, found {found or 'none'}: run `pip install {mlx}`.")
+    # The version comes first: a library of another one ends in an undefined symbol, not in an explanation.
+    release = choose(build.MLX_RELEASES, build.MLX_SUPPORTED, _installed("mlx"))
+    mlx = _mlx_requirement(release)
     found = _installed("nanobind-backend")
     if found != build.NANOBIND_BACKEND_VERSION:
         wanted = build.NANOBIND_BACKEND_VERSION
@@ -57,7 +104,7 @@ def load_extension() -> None:
     except ImportError as error:
         raise ImportError(f"MLX has no library to run on ({error}): run `pip install {mlx}`.") from error
     try:
-        ext = importlib.import_module("tqext._ext")
+        ext = _import_extension(Path(str(build.__file__)).parent, release)
     except ImportError as error:
         raise ImportError(
             f"tqext's extension does not load with this MLX ({error}): run `pip install --force-reinstall {mlx}`, "

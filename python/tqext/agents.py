@@ -17,7 +17,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
+from mlx_lm import stream_generate
+from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
 
+from tqext.mlx_lm import make_prompt_cache, stock_cache
 from tqext.presets import Policy, get_policy
 
 MAX_TOKENS = 96  # the longest right call has some 50
@@ -348,15 +351,11 @@ class KeptCache:
         self._new()
 
     def _new(self) -> None:
-        from tqext.mlx_lm import make_prompt_cache, stock_cache
-
         self.cache = stock_cache(self.model) if self.preset is None else make_prompt_cache(self.model, self.preset)
         self.tokens = []
 
     def answer(self, tokenizer: Any, prompt: Sequence[int], max_tokens: int, done: Callable[[str], bool]) -> str:
         """Greedy text after a prompt, of which the kept tokens are not read again. The answer is not kept."""
-        from mlx_lm import stream_generate
-
         self._read(list(prompt[:-1]))
         text = ""
         fork = copy.deepcopy(self.cache)
@@ -369,8 +368,6 @@ class KeptCache:
         return text
 
     def _read(self, tokens: list[int]) -> None:
-        from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
-
         common = next(
             (i for i, (a, b) in enumerate(zip(self.tokens, tokens, strict=False)) if a != b), min(len(self.tokens), len(tokens))
         )

@@ -14,8 +14,8 @@ import numpy as np
 from mlx.utils import tree_map
 from mlx_lm.utils import dequantize_model
 
-from tqext import hooks
-from tqext.nn import q1_paths
+from tqext.mlx_lm import hooks
+from tqext.one_bit.nn import q1_paths
 
 
 def product(x: mx.array, weight: mx.array) -> mx.array:

@@ -10,7 +10,11 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from mlx_lm.models.cache import KVCache, QuantizedKVCache
 
+from tqext.mlx_lm import probe, stock_cache
+from tqext.mlx_lm.caches import compressed
+from tqext.mlx_lm.guard import judged
 from tqext.presets import Policy, get_policy
 
 EDGES = (0, 512, 2048, 4096, 8192, 16384, 32768)
@@ -108,16 +112,14 @@ def contenders(model: Any, presets: Sequence[str | Policy], *, stock_bits: Seque
         presets: See `tqext.install`.
         stock_bits: 8, 6, 4, 3 or 2.
     """
-    from tqext.mlx_lm import _compressed, _judged, probe, stock_cache
-
     out = []
     for preset in presets:
         policy = get_policy(preset)
-        report = _judged(model, policy)
+        report = judged(model, policy)
         layers = report.layers
         heads = sum(layer.n_kv_heads for layer in layers if _grows(layer))
         packed = sum(layer.bytes_per_token or layer.fp16_bytes_per_token for layer in layers if _grows(layer))
-        out.append(Contender(policy.name, _compressed(stock_cache(model), report), packed / max(heads, 1), layers=str(report)))
+        out.append(Contender(policy.name, compressed(stock_cache(model), report), packed / max(heads, 1), layers=str(report)))
     grown = [layer for layer in probe(model, get_policy()).layers if _grows(layer)]
     heads = sum(layer.n_kv_heads for layer in grown)
     plain = sum(layer.fp16_bytes_per_token for layer in grown) / max(heads, 1)
@@ -135,8 +137,6 @@ def _grows(layer: Any) -> bool:
 
 
 def _quantised(stock: Sequence[Any], bits: int, group_size: int) -> list[Any]:
-    from mlx_lm.models.cache import KVCache, QuantizedKVCache
-
     return [QuantizedKVCache(group_size, bits) if type(c) is KVCache else c for c in stock]
 
 
@@ -166,8 +166,6 @@ def by_position(
     Raises:
         ValueError: Fewer than two tokens, or a chunk that cannot be cut as the entries want.
     """
-    from tqext.mlx_lm import stock_cache
-
     if len(tokens) < 2:
         raise ValueError(f"[by_position] tokens: expected at least 2, got {len(tokens)}")
     most = max((entry.pieces for entry in entries), default=1)

@@ -29,8 +29,10 @@ from mlx.utils import tree_flatten, tree_reduce
 from tqext import blas
 from tqext._ext import block_means
 from tqext._ext import format as packed_format
-from tqext.cache import create_mask
+from tqext.disk import cache_dir
 from tqext.fp16_range import fits_fp16
+from tqext.kv.snapshot import AttendsItself, create_mask
+from tqext.mlx_lm import hooks
 from tqext.ops import dequantize, quantize_keys, quantize_values
 from tqext.presets import Recipe
 
@@ -196,8 +198,6 @@ def rope(previous: Callable[..., Any], x: Any, *args: Any, **options: Any) -> An
 @contextlib.contextmanager
 def _noted_rope_calls() -> Iterator[None]:
     """A layer's own calls are among the last few: keys may wait for other layers' queries, but those come first."""
-    from tqext import hooks
-
     hook = hooks.Hook(mx.fast, "rope", rope)
     hook.put()
     _local.rope_calls = deque(maxlen=8)
@@ -327,7 +327,7 @@ class ObservingCache:
         return create_mask(N, self.size(), return_array, window_size)
 
 
-class ObservedTokens:
+class ObservedTokens(AttendsItself):
     """Keys and values on their way to attention, which is computed exactly while the queries are noted."""
 
     def __init__(self, keys: mx.array, values: mx.array, turn: Turn | None, turns: _Turns) -> None:
@@ -353,7 +353,9 @@ class ObservedTokens:
         """Itself: attention takes the model's own type."""
         return self
 
-    def attend(self, previous: Callable[..., mx.array], queries: mx.array, **options: Any) -> mx.array:
+    def attention(self, previous: Callable[..., mx.array], queries: mx.array, values: Any, **options: Any) -> mx.array:
+        if values is not self:
+            raise TypeError("[scaled_dot_product_attention] v: expected the values of the keys' cache")
         n_kv_heads = self.keys.shape[1]
         turn = None if self.turn is None else _turn_of(queries, self.turns)
         rows = queries[0, :, N_LEFT_OUT:].astype(mx.float32).reshape(n_kv_heads, -1, queries.shape[-1])
@@ -664,8 +666,6 @@ def _write(path: Path, steps: Steps) -> None:
 
 def folder() -> Path:
     """Where calibrations are kept."""
-    from tqext.models import cache_dir
-
     return cache_dir() / "calibration"
 
 
@@ -725,24 +725,3 @@ def _made(model: Any, make_cache: MakeCache, recipes: Mapping[str, Recipe], rank
         where = f"not kept: {error}"
     say(f"calibrated {len(recipes)} layers in {seconds:.1f} s, {where}")
     return steps
-
-
-# The command
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """``tqext calibrate``: what compression does to each layer's attention, and what the guard makes of it."""
-    from tqext.cli import MODEL_HELP, ArgumentParser, add_kv_options, policy_of
-    from tqext.mlx_lm import attach, calibrate, report
-    from tqext.models import load
-
-    parser = ArgumentParser(prog="tqext calibrate", description=main.__doc__, allow_abbrev=False)
-    parser.add_argument("--model", required=True, help=MODEL_HELP)
-    add_kv_options(parser)
-    options = parser.parse_args(argv)
-    policy = policy_of(options)
-    if policy is None:
-        parser.error("--kv none: expected a preset to calibrate for")
-    model, _ = load(options.model)
-    print(calibrate(model, policy).table())
-    print(report(attach(model, policy)))

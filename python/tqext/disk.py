@@ -1,4 +1,4 @@
-"""Folders in the cache that are made once, on first use: by one process, whole or not at all."""
+"""The cache folder, and folders in it that are made once, on first use: by one process, whole or not at all."""
 
 from __future__ import annotations
 
@@ -6,12 +6,22 @@ import contextlib
 import fcntl
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # Of folders that are being made. Each holds a file that its maker has locked: the system unlocks it when the maker dies.
 _SCRATCH = "tmp-"
 _LOCK = "lock"
+
+
+def cache_dir() -> Path:
+    """The folder for converted models: ``$TQEXT_CACHE``, else the user's cache folder."""
+    if override := os.environ.get("TQEXT_CACHE"):
+        return Path(override)
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "tqext"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tqext"
 
 
 def make_once(folder: Path, make: Callable[[Path], None], *, done: str = "config.json") -> Path:

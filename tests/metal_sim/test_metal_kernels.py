@@ -229,6 +229,7 @@ def counted_per_token(head_dim, rows, **options):
         (2, False, False, 7.8),
         (4, False, False, 13.2),
         (1, False, True, 5.4),
+        (2, False, True, 8.0),
         (4, False, True, 13.4),
         (1, True, True, 5.1),
         (2, True, True, 7.5),

@@ -5,7 +5,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from tqext import prove
+from tqext.commands import prove
 
 TYPES = {
     mx.float32: ("float", np.float32),

@@ -15,6 +15,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from tqext.commands.options import MODEL_HELP, ArgumentParser, add_kv_options, policy_of, positive
 from tqext.presets import DEFAULT_PRESET, PRESETS, Policy, get_policy
 
 REFERENCE_STEP = 256
@@ -339,8 +340,6 @@ def _agents(model: Any, tokenizer: Any, policies: Sequence[Policy], options: arg
 
 def main(argv: Sequence[str]) -> None:
     """The command."""
-    from tqext.cli import MODEL_HELP, ArgumentParser, add_kv_options, policy_of, positive
-
     parser = ArgumentParser(prog="tqext eval", description=__doc__, allow_abbrev=False)
     parser.add_argument("--model", required=True, help=MODEL_HELP)
     add_kv_options(parser)

@@ -1,4 +1,4 @@
-"""Models with 1-bit weights in mlx-lm: MLX's affine checkpoints, native scale-only checkpoints, and making one."""
+"""Checkpoints with 1-bit weights in mlx-lm: MLX's affine ones, native scale-only ones, and writing one."""
 
 from __future__ import annotations
 
@@ -9,17 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn
 import mlx_lm.utils
-from mlx.utils import tree_flatten
 
-from tqext import hooks, nn
 from tqext._ext import format as _format
+from tqext.mlx_lm import hooks
+from tqext.one_bit import nn
 
 # The key of config.json that marks a native checkpoint. mlx-lm without tqext stops at the unknown *.scales.
 CONFIG_KEY = "tqext_weights"
 _FORMAT = {"format": "q1_0", "group_size": nn.GROUP_SIZE, "version": 1}
-_FLOATS = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+FLOATS = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
 _LOAD_STEP = "1-bit"
 
@@ -77,13 +76,13 @@ def _native_classes(given: Callable[..., Any] | None) -> Callable[..., Any]:
     def classes(config: dict[str, Any]) -> tuple[Any, Any]:
         model_class, args_class = choose(config=config)
         name = config.get("torch_dtype") or config.get("dtype") or "float16"
-        if name not in _FLOATS:
-            raise ValueError(f"[load] config.torch_dtype: expected one of {sorted(_FLOATS)}, got {name!r}")
+        if name not in FLOATS:
+            raise ValueError(f"[load] config.torch_dtype: expected one of {sorted(FLOATS)}, got {name!r}")
 
         class OneBitModel(model_class):  # type: ignore[misc, valid-type]
             def load_weights(self, weights: Any, strict: bool = True) -> Any:
                 check_tensors(dict(weights))
-                nn.insert_empty(self, one_bit_paths(dict(weights)), _FLOATS[name])
+                nn.insert_empty(self, one_bit_paths(dict(weights)), FLOATS[name])
                 return super().load_weights(weights, strict=strict)
 
         OneBitModel.__name__ = model_class.__name__
@@ -136,36 +135,3 @@ def write_config(folder: Path, config: dict[str, Any]) -> None:
     """config.json of a native checkpoint."""
     plain = {key: value for key, value in config.items() if key not in ("quantization", "quantization_config")}
     (folder / "config.json").write_text(json.dumps({**plain, CONFIG_KEY: _FORMAT}, indent=2))
-
-
-def main(argv: list[str]) -> None:
-    """``tqext quantize-1bit --model IN --out OUT``."""
-    from tqext.cli import MODEL_HELP, ArgumentParser
-
-    parser = ArgumentParser(
-        prog="tqext quantize-1bit",
-        description="Round a model's weights to 1 bit (Q1_0, 1.125 bits per weight). A model that was not trained for it "
-        "answers nonsense afterwards.",
-    )
-    parser.add_argument("--model", required=True, help=MODEL_HELP)
-    parser.add_argument("--out", required=True, type=Path, help="folder to write; must not exist")
-    options = parser.parse_args(argv)
-    if options.out.exists():
-        parser.error(f"--out: {options.out} exists")
-    from tqext.models import load
-
-    model, tokenizer, config = load(options.model, return_config=True)
-    if any(isinstance(layer, (mlx.nn.QuantizedLinear, mlx.nn.QuantizedEmbedding)) for layer in model.modules()):
-        model = mlx_lm.utils.dequantize_model(model)
-    before = nn.q1_paths(model)  # of a model that was 1-bit already: written as they are
-    swap = nn.quantize(model)
-    swap.swapped += before
-    if not swap.swapped:
-        raise SystemExit(f"tqext quantize-1bit: no layer can be 1-bit; {swap}")
-    parameters = dict(tree_flatten(model.parameters()))
-    dtypes = [value.dtype for name, value in parameters.items() if name.endswith("norm.weight")]
-    names = [name for name, dtype in _FLOATS.items() if dtype in dtypes]
-    save(options.out, model, {**config, "torch_dtype": names[0] if names else "float16"}, tokenizer)
-    size = sum(file.stat().st_size for file in options.out.glob("*.safetensors"))
-    print(f"{swap}\n{options.out}: {size / 1e6:.1f} MB, {mlx_lm.utils.compute_bits_per_weight(model):.3f} bits per weight")
-    print("Warning: weights were rounded, not trained: expect nonsense unless they were 1-bit before.", file=sys.stderr)

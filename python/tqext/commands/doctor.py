@@ -2,27 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import platform
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import tqext
+from tqext.commands.options import ArgumentParser
+from tqext.commands.versions import versions
 
 # Only inside of the functions, as nothing of it may be there: MLX.
-
-
-def versions() -> dict[str, str]:
-    """Versions of tqext and of what it stands on."""
-    out = {"tqext": tqext.__version__, "python": platform.python_version()}
-    if tqext.load_error is None:
-        out["format"] = str(tqext.format.VERSION)
-    for package in ("mlx", "mlx-lm", "nanobind-backend"):
-        try:
-            out[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            out[package] = "missing"
-    return out
 
 
 def backend() -> str:
@@ -84,11 +71,9 @@ CHECKS: dict[str, Callable[[], str]] = {"attention": check_attention, "path proo
 
 def main(argv: Sequence[str]) -> None:
     """The command; exits with status 1 if a check fails."""
-    from tqext.cli import ArgumentParser
-
     proving = "--prove" in argv
     if proving and tqext.load_error is None:
-        from tqext import prove
+        from tqext.commands import prove
 
         return prove.main([x for x in argv if x != "--prove"])
     parser = ArgumentParser(prog="tqext doctor", description=__doc__)

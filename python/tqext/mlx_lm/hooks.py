@@ -9,8 +9,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import mlx_lm.models.cache as mlx_lm_cache
 import mlx_lm.utils
+
+from tqext.kv import BatchTurboQuantKVCache, TurboQuantKVCache
+from tqext.kv.snapshot import AttendsItself
 
 lock = threading.RLock()
 
@@ -170,3 +174,53 @@ def _as_saved(cls: type) -> type:
 
     StandIn.__name__ = f"{cls.__name__} of tqext: call tqext.install() before load_prompt_cache"
     return StandIn
+
+
+# Attention to compressed caches, and mlx-lm's making of caches
+
+
+def _attention(previous: Callable[..., Any], q: mx.array, k: Any, v: Any, *args: Any, **options: Any) -> Any:
+    if isinstance(k, AttendsItself):
+        return k.attention(previous, q, v, *args, **options)
+    return previous(q, k, v, *args, **options)
+
+
+_make: Callable[..., Any] | None = None
+
+
+def make_prompt_caches_with(make: Callable[..., Any]) -> None:
+    """Let ``make(previous, model, max_kv_size)`` do what mlx-lm's ``make_prompt_cache`` does, while it is hooked."""
+    global _make
+    _make = make
+
+
+def _make_prompt_cache(previous: Callable[..., Any], model: Any, max_kv_size: int | None = None) -> Any:
+    return previous(model, max_kv_size) if _make is None else _make(previous, model, max_kv_size)
+
+
+attention = Hook(mx.fast, "scaled_dot_product_attention", _attention)
+make_prompt_cache = Hook(mlx_lm_cache, "make_prompt_cache", _make_prompt_cache, everywhere=True)
+cache_classes = CacheClasses(TurboQuantKVCache, BatchTurboQuantKVCache)
+_parts = (attention, make_prompt_cache, cache_classes)
+
+
+def hook() -> None:
+    """Route ``mx.fast.scaled_dot_product_attention`` over a snapshot to the snapshot; all other calls go on as before.
+
+    Also make mlx-lm's ``make_prompt_cache`` see `install` and refuse what compressed caches cannot do.
+    """
+    with lock:
+        for part in _parts:
+            part.put()
+
+
+def check() -> None:
+    """Raise a RuntimeError if `hook` cannot be taken back."""
+    for part in _parts:
+        part.check()
+
+
+def take_back() -> None:
+    """Take `hook` back."""
+    for part in _parts:
+        part.take_back()

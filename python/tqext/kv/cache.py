@@ -1,0 +1,446 @@
+"""A KV cache that stores compressed tokens and hands them to attention as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import mlx.core as mx
+
+from tqext._ext import append_token
+from tqext.kv import state as saved
+from tqext.kv.buffers import Buffers
+from tqext.kv.codec import Codec, History, check_balance
+from tqext.kv.schedule import (
+    BLOCK,
+    check_max_size,
+    check_reach,
+    coded_room,
+    exact_room,
+    trim_count,
+    wait_for_readers,
+)
+from tqext.kv.snapshot import Snapshot, create_mask
+from tqext.kv.tokens import Exact, check_tokens
+from tqext.presets import Recipe
+
+
+class TurboQuantKVCache(Buffers):
+    """The cache of one layer: first tokens exact, then codes, then the recent tokens exact.
+
+    Takes the place of mlx-lm's ``KVCache``. `update_and_fetch` returns a `Snapshot` instead of keys and values;
+    attention over it is ``snapshot.attend``, which `tqext.install` routes ``mx.fast.scaled_dot_product_attention`` to.
+
+    Args:
+        recipe: What to store. Default: that of `tq3`.
+        balance: float32 ``[n_kv_heads, head_dim]``, positive, from `tqext.calibrate`; None for a model that is not calibrated.
+        shared: Other layers attend to these tokens too (`keys_and_values`), and find what this layer found.
+        max_size: Tokens to keep at most: the first ones, and of the others the last ones, in whole blocks. At least `first` +
+            `tail` + 128 of the recipe. Drafts and follow-ups of up to 64 tokens come on top until the next step. None: all.
+
+    Attributes:
+        n_first: First tokens, exact. ``n_coded``: coded tokens, whole blocks. ``n_tail``: recent tokens, exact.
+        n_dropped: Tokens that were dropped, all between the first and the coded ones.
+    """
+
+    batch_class: ClassVar[Any]  # BatchTurboQuantKVCache, which is built on this class and sets it
+
+    def __init__(
+        self,
+        recipe: Recipe | None = None,
+        *,
+        balance: mx.array | None = None,
+        shared: bool = False,
+        max_size: int | None = None,
+    ) -> None:
+        self.recipe = recipe or Recipe()
+        self.max_size = check_max_size(max_size, self.recipe)
+        self._balance = check_balance(balance, self.recipe)
+        self.shared = shared
+        self._clear()
+
+    def _clear(self) -> None:
+        self._codec: Codec | None = None
+        self._packed: list[mx.array] = []
+        self._now: History | None = None
+        self._first: Exact | None = None
+        self._tail: Exact | None = None
+        self._last: Snapshot | None = None
+        self._summed: tuple[int, mx.array] | None = None  # coded tokens in the checksum so far, and their part of it
+        self.n_first = 0
+        self.n_coded = 0
+        self.n_tail = 0
+        self.n_dropped = 0
+
+    # Writing
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Snapshot, Snapshot]:
+        """Append tokens and return what the step attends to.
+
+        Up to 64 tokens find what they would find if they came one by one. More are a prompt, and find each other exact.
+
+        Args:
+            keys: ``[B, n_kv_heads, L, D]``, any float type.
+            values: ``[B, n_kv_heads, L, Dv]``.
+
+        Returns:
+            The same snapshot twice. The L tokens themselves are exact in it.
+
+        Raises:
+            ValueError: Keys and values that do not fit each other or the tokens that are stored; nothing is changed then.
+        """
+        snapshot = self._append_one(keys, values)
+        if snapshot is not None:
+            return snapshot, snapshot
+        before = dict(vars(self))
+        try:
+            return self._update(keys, values)
+        except BaseException:  # an interrupt, wherever it comes, leaves what was there: tokens past the counts are nobody's
+            vars(self).update(before)
+            raise
+
+    def _append_one(self, keys: mx.array, values: mx.array) -> Snapshot | None:
+        """One token where nothing but the tail changes: what most steps are. None, and nothing is changed, if it is another."""
+        now, tail, n_first, n_tail = self._now, self._tail, self.n_first, self.n_tail
+        if now is None or tail is None or n_tail - self.recipe.tail >= BLOCK:
+            return None
+        views = append_token(tail.keys, tail.values, keys, values, n_tail if now.first is not None else n_first + n_tail)
+        if views is None:
+            return None
+        if n_first < self.recipe.first:
+            n_first += 1
+        else:
+            n_tail += 1
+        snapshot = Snapshot(now, Exact(*views), self.size() + 1, gap=(n_first, self.n_dropped))
+        vars(self).update(n_first=n_first, n_tail=n_tail, _last=snapshot if self.shared else None)
+        return snapshot
+
+    def _update(self, keys: mx.array, values: mx.array) -> tuple[Snapshot, Snapshot]:
+        check_tokens(keys, values, self._tail)
+        self._last = None
+        if self._codec is None:
+            self._open(keys, values)
+        # Before this step, not after the last one: tokens that a draft got wrong were trimmed in between, and the
+        # step before no longer holds the packed buffers.
+        self._flush()
+        tokens = Exact(keys, values)
+        self._append(tokens)
+        if tokens.n_tokens <= BLOCK:
+            snapshot = self._step_snapshot(tokens.n_tokens)
+        else:
+            snapshot = self._snapshot()
+            self._flush()  # at once: no layer keeps its prompt uncompressed while the next one runs
+        self._last = snapshot if self.shared else None
+        return snapshot, snapshot
+
+    @property
+    def _n_leading(self) -> int:
+        """First tokens that are in the buffer of recent tokens."""
+        return self.n_first if self._first is None else 0
+
+    @property
+    def _flush_at(self) -> int:
+        """Recent tokens of which the oldest are encoded before the next token comes."""
+        return self.recipe.tail + BLOCK
+
+    @property
+    def _n_due(self) -> int:
+        """Recent tokens that are encoded before the next token comes."""
+        return (self.n_tail - self.recipe.tail) // BLOCK * BLOCK if self.n_tail >= self._flush_at else 0
+
+    def _n_over(self, n: int) -> int:
+        """Tokens that are dropped when n more are encoded."""
+        return max(0, self.n_coded + n - self._most_coded)
+
+    def _append(self, tokens: Exact) -> None:
+        assert self._tail is not None
+        held = self._n_leading + self.n_tail
+        end = held + tokens.n_tokens
+        n_tokens = self.size() + tokens.n_tokens
+        if tokens.n_tokens > BLOCK:
+            self._tail = self._tail.cut(0, held).then(tokens)
+        else:
+            if end > self._tail.n_tokens:
+                self._tail = self._tail.cut(0, held).resized(exact_room(end, n_tokens))
+            self._tail.write(held, tokens)
+        n_first = self.n_first if self.n_coded else min(self.recipe.first, n_tokens)
+        vars(self).update(n_first=n_first, n_tail=n_tokens - n_first - self.n_coded)
+
+    def _flush(self) -> None:
+        """Encode the oldest recent tokens, in whole blocks, down to `tail` and a part of a block."""
+        n = self._n_due
+        if n == 0:
+            return
+        assert self._tail is not None and self._codec is not None
+        leading = self._n_leading
+        begin, end = leading + n, leading + self.n_tail
+        n_dropped = self._n_over(n)
+        n_old = min(n_dropped, self.n_coded)
+        n_new = n - (n_dropped - n_old)
+        self._write_packed(self._codec.encode(self._tail.cut(begin - n_new, begin)), n_new, n_old)
+        first = self._tail.cut(0, leading).resized(leading) if leading else self._first
+        tail = self._tail.cut(begin, end).resized(exact_room(end - begin, self.size()))
+        counts = {"n_coded": self.n_coded - n_old + n_new, "n_tail": self.n_tail - n, "n_dropped": self.n_dropped + n_dropped}
+        vars(self).update(counts, _first=first, _tail=tail, _summed=None if n_old else self._summed)
+
+    def _write_packed(self, parts: Sequence[mx.array], n: int, n_dropped: int = 0) -> None:
+        """Put the codes of n tokens behind those that are counted, less the oldest `n_dropped`."""
+        assert self._codec is not None
+        begin = self.n_coded - n_dropped
+        end = begin + n
+        self._now = None  # a view that is kept would have the buffer copied
+        if n_dropped or end > self._packed[0].shape[2]:
+            self._packed = self._codec.resized(self._codec.cut(self._packed, n_dropped, self.n_coded), coded_room(end))
+        else:
+            wait_for_readers(self._packed)
+        for buffer, new, per in zip(self._packed, parts, self._codec.per_row, strict=True):
+            buffer[:, :, begin // per : end // per] = new
+
+    def overwrite(self, *, attended: bool) -> None:
+        """Flip bits of every code, or (`attended` False) fill the room that no token owns: for tests of what is read."""
+        garbage = 0x5A5A5A5A
+        self._now = None
+        for i, x in enumerate(self._packed):
+            if attended:
+                self._packed[i] = x ^ garbage if x.dtype == mx.uint32 else x
+            else:
+                assert self._codec is not None
+                n = self.n_coded // self._codec.per_row[i]
+                filler = mx.full(
+                    (*x.shape[:2], x.shape[2] - n + 1, x.shape[3]), garbage if x.dtype == mx.uint32 else 1e4, x.dtype
+                )
+                self._packed[i] = mx.concatenate([x[:, :, :n], filler], axis=2)
+        if not attended and self._tail is not None:
+            poison = Exact(*(mx.full((*x.shape[:2], 8, x.shape[3]), 1e4, x.dtype) for x in self._tail))
+            self._tail = self._tail.cut(0, self._n_leading + self.n_tail).then(poison)
+
+    # Reading
+
+    def _snapshot(self) -> Snapshot:
+        assert self._tail is not None
+        tail = self._tail.cut(0, self._n_leading + self.n_tail)
+        return Snapshot(self._history(self.n_coded, self._first), tail, self.size(), gap=(self.n_first, self.n_dropped))
+
+    def _step_snapshot(self, n_new: int) -> Snapshot:
+        """What each of the last `n_new` tokens attends to, as if they had come one by one.
+
+        A block that is due between them is encoded, but not for good: they may be a draft that is wrong, and then they are
+        trimmed. It is written behind the tokens that are counted.
+        """
+        n_tail, due = self.n_tail, self._flush_at
+        if n_tail <= due:
+            return self._snapshot()
+        assert self._tail is not None and self._codec is not None
+        leading = self._n_leading
+        self._write_packed(self._codec.encode(self._tail.cut(leading, leading + BLOCK)), BLOCK)
+        # Only now: a view of what was there before would have the buffers copied.
+        before = self._history(self.n_coded, self._first)
+        n_dropped = self._n_over(BLOCK)
+        after = self._codec.cut(self._packed, n_dropped, self.n_coded + BLOCK)
+        size, gap = self.size(), (self.n_first, self.n_dropped)
+        earlier = Snapshot(before, self._tail.cut(0, leading + due), size - n_tail + due, gap=gap)
+        first = self._tail.cut(0, leading) if leading else self._first
+        tail = self._tail.cut(leading + BLOCK, leading + n_tail)
+        snapshot = Snapshot(self._codec.history(after, first), tail, size - n_dropped, gap=(gap[0], gap[1] + n_dropped))
+        snapshot.earlier = earlier, n_new - (n_tail - due)
+        return snapshot
+
+    def keys_and_values(self) -> tuple[Snapshot, Snapshot]:
+        """The snapshot of the last step, twice, for layers that share another layer's tokens.
+
+        Unless the cache is known to be `shared`, and after a trim or once the step was evaluated, that of the present state.
+        """
+        if self._codec is None:
+            raise ValueError("[keys_and_values] cache: expected tokens, got an empty cache")
+        self.shared = True
+        snapshot = self._last or self._snapshot()
+        return snapshot, snapshot
+
+    def _contents(self) -> str:
+        if self.size() == 0:
+            return "empty"
+        dropped = f", {self.n_dropped} dropped" if self.n_dropped else ""
+        sizes = f"{self.used_nbytes / 1e6:.2f} MB, {self.fp16_nbytes / 1e6:.2f} MB in fp16"
+        return f"{self.n_coded} coded and {self.n_exact} exact tokens{dropped}, {sizes}"
+
+    @property
+    def offset(self) -> int:
+        """The number of tokens, those that were dropped included."""
+        return self.n_first + self.n_dropped + self.n_coded + self.n_tail
+
+    def size(self) -> int:
+        """The number of tokens that are held."""
+        return self.n_first + self.n_coded + self.n_tail
+
+    def empty(self) -> bool:
+        """Whether no token is stored."""
+        return self.size() == 0
+
+    @property
+    def n_exact(self) -> int:
+        """Exact tokens, first and recent ones."""
+        return self.n_first + self.n_tail
+
+    @property
+    def used_nbytes(self) -> int:
+        """Bytes of the tokens in the buffers, without room for growth."""
+        return sum(x.nbytes for x in (*self._coded_arrays(), *self._exact_arrays()))
+
+    @property
+    def fp16_nbytes(self) -> int:
+        """Bytes that the same tokens take in fp16, without room for growth."""
+        if self._codec is None or self._tail is None:
+            return 0
+        batch, n_kv_heads = self._tail.keys.shape[:2]
+        return int(batch * n_kv_heads * self.size() * (self._codec.head_dim + self._codec.value_dim) * 2)
+
+    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> mx.array | str | None:
+        """The mask of the next N tokens: None, ``"causal"``, or a bool array if asked for or if a window needs it."""
+        n_dropped = self._n_over(self._n_due) if self._n_due else 0
+        gap = (self.n_first, self.n_dropped + n_dropped)
+        return create_mask(N, self.size() - n_dropped, return_array, window_size, gap)
+
+    # Trimming
+
+    def trim(self, n: int) -> int:
+        """Forget the last n tokens; returns how many were there to forget.
+
+        What is left of a block that is cut becomes exact tokens again, at most 63: as the codes had them.
+
+        Raises:
+            ValueError: n is negative, or what is left would end among tokens that were dropped.
+        """
+        n = min(trim_count(n), self.offset)
+        check_reach(n, self.n_first, self.size(), self.n_dropped)
+        self._last = None
+        left = 0 if n == self.offset else self.size() - n
+        if left == 0:
+            self._clear()
+        elif self.n_coded == 0 or n <= self.n_tail:
+            n_first = self.n_first if self.n_coded else min(self.n_first, left)
+            vars(self).update(n_first=n_first, n_tail=left - n_first - self.n_coded)
+            self._shrink_tail()
+        else:
+            self._trim_coded(left)
+        return n
+
+    def _shrink_tail(self) -> None:
+        assert self._tail is not None
+        room = exact_room(self._n_leading + self.n_tail, self.size())
+        if self._tail.n_tokens > 2 * room + BLOCK:
+            self._tail = self._tail.resized(room)
+
+    def _trim_coded(self, left: int) -> None:
+        """Keep the first `left` tokens, of which the last is a coded or a first one."""
+        assert self._codec is not None and self._tail is not None
+        n_first = min(self.n_first, left)
+        n_coded = (left - n_first) // BLOCK * BLOCK
+        n_tail = left - n_first - n_coded
+        first, tail, packed = self._first, self._tail.cut(0, 0), self._packed
+        if n_coded == 0 and self.n_dropped == 0 and first is not None:
+            tail, first = first.cut(0, n_first), None
+        if n_tail:
+            tail = tail.then(self._codec.decode(packed, n_coded, n_coded + n_tail, *(x.dtype for x in tail)))
+        tail = tail.resized(exact_room(tail.n_tokens, left))
+        room = coded_room(n_coded)
+        if packed[0].shape[2] > 2 * room:
+            packed = self._codec.resized(self._codec.cut(packed, 0, n_coded), room)
+        counts = {"n_first": n_first, "n_coded": n_coded, "n_tail": n_tail}
+        vars(self).update(counts, _first=first, _tail=tail, _packed=packed, _now=None, _summed=None)
+
+    # State
+
+    @property
+    def state(self) -> list[mx.array]:
+        """Arrays that hold everything: the header; coded, first and recent tokens unless there are none; the balance if any.
+
+        The header ends in a checksum of itself and the arrays, so that a damaged file is no other cache.
+        """
+        self._last = None  # mlx-lm evaluates the state when a step is over
+        numbers = self._header().numbers()
+        coded, exact = self._coded_arrays(), self._exact_arrays()
+        if self._balance is not None:
+            exact.append(self._balance)
+        total = saved.checksum(numbers, exact, begin=1 + len(coded)) + self._coded_sum()
+        return [saved.header_array(numbers, total), *coded, *exact]
+
+    @state.setter
+    def state(self, arrays: Sequence[mx.array]) -> None:
+        header = saved.read_header(arrays)
+        codec = Codec(header.recipe, header.head_dim, header.value_dim)
+        saved.check_arrays(arrays[1:], header, codec)
+        saved.check_checksum(arrays)
+        self.recipe, self.max_size = header.recipe, header.max_size
+        self._balance = None
+        self._clear()
+        rest = list(arrays[1:])
+        if header.has_balance:
+            self._balance = rest.pop()
+            good = mx.isfinite(self._balance).all() & (self._balance > 0).all()
+            saved.check(bool(good.item()), "a balance of positive numbers", "others")
+        if not rest:
+            return
+        self._codec = Codec(header.recipe, header.head_dim, header.value_dim, self._balance)
+        *self._packed, first_keys, first_values, tail_keys, tail_values = rest
+        self._first = Exact(first_keys, first_values) if header.n_exact[0] else None
+        self._tail = Exact(tail_keys, tail_values)
+        self.n_first, self.n_coded, self.n_tail = header.counts
+        self.n_dropped = header.n_dropped
+
+    def _coded_sum(self) -> mx.array:
+        """The coded tokens' part of the checksum; only that of blocks that are new is computed."""
+        n, total = self._summed or (0, mx.zeros(1, mx.uint32))
+        if self._codec is not None and n < self.n_coded:
+            begin = [n // per for per in self._codec.per_row]
+            total = total + saved.sum_of(self._codec.cut(self._packed, n, self.n_coded), begin)
+            self._summed = (self.n_coded, total)
+        return total
+
+    def _coded_arrays(self) -> list[mx.array]:
+        """The coded tokens without room for growth."""
+        return self._codec.cut(self._packed, 0, self.n_coded) if self._codec is not None and self.size() else []
+
+    def _exact_arrays(self) -> list[mx.array]:
+        """The exact tokens, first and recent ones, without room for growth."""
+        if self._tail is None or not self.size():
+            return []
+        first = self._tail.cut(0, 0) if self._first is None else self._first
+        return [*first, *self._tail.cut(0, self._n_leading + self.n_tail)]
+
+    def _header(self) -> saved.Header:
+        sizes: tuple[int, int, int, int] = (0, 0, 0, 0)
+        if self._codec is not None and self._tail is not None and self.size():
+            batch, n_kv_heads = self._tail.keys.shape[:2]
+            sizes = (self._codec.head_dim, self._codec.value_dim, batch, n_kv_heads)
+        elif self._balance is not None:
+            sizes = (self._balance.shape[1], 0, 0, self._balance.shape[0])
+        counts = (self.n_first, self.n_coded, self.n_tail)
+        return saved.Header(self.recipe, *sizes, counts, self._balance is not None, self.max_size, self.n_dropped)
+
+    @property
+    def meta_state(self) -> str:
+        """Nothing: all is in `state` (mlx-lm up to 0.31.3 asks for it)."""
+        return ""
+
+    @meta_state.setter
+    def meta_state(self, value: str) -> None:
+        pass
+
+    @classmethod
+    def from_state(cls, state: Sequence[mx.array], meta_state: Any = None) -> TurboQuantKVCache:
+        """A cache from the arrays of `state`.
+
+        Raises:
+            ValueError: The arrays are not a cache's, are incomplete, or of another state or format version.
+        """
+        cache = cls()
+        cache.state = state
+        return cache
+
+    # Batches
+
+    @classmethod
+    def merge(cls, caches: Sequence[TurboQuantKVCache]) -> Buffers:
+        """A batch, a `BatchTurboQuantKVCache`, whose sequences continue these caches."""
+        batch: Buffers = cls.batch_class.merge(caches)
+        return batch

@@ -1,0 +1,213 @@
+"""Compressed caches from mlx-lm itself: for one model, or for all of them."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+from mlx import nn
+
+from tqext.mlx_lm import hooks
+from tqext.mlx_lm.caches import (
+    KEY,
+    Attached,
+    Attachment,
+    check_model,
+    compressed,
+    kind,
+    layers_of,
+    stock_cache,
+    stock_make_cache,
+)
+from tqext.mlx_lm.guard import judged
+from tqext.mlx_lm.reports import Report
+from tqext.presets import DEFAULT_PRESET, Policy, get_policy
+
+_load_policy: Policy | None = None
+_observers: list[Callable[[Report, list[Any]], None]] = []
+_attached: list[weakref.ref[Any]] = []
+_LOAD_STEP = "kv"
+
+
+def install(preset: str | Policy = DEFAULT_PRESET, **overrides: Any) -> Policy:
+    """Compress the caches that mlx-lm makes from now on, also those of models that are loaded already.
+
+    Models given to `attach` or `detach` keep what was asked for there.
+
+    Args:
+        preset: A name of `tqext.presets.PRESETS`, or a policy.
+        **overrides: See `tqext.presets.get_policy`.
+
+    Returns:
+        The policy in effect.
+    """
+    global _load_policy
+    policy = get_policy(preset, **overrides)
+    with hooks.lock:
+        hooks.hook()
+        hooks.add_load_step(_LOAD_STEP, _load_attached)
+        _load_policy = policy
+        for model in _attached_models():
+            if vars(model)[KEY].installed:
+                _attach(model, Attachment(policy, installed=True))
+    return policy
+
+
+def _load_attached(load: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    loaded = load(*args, **kwargs)
+    with hooks.lock:
+        if _load_policy is not None:
+            _attach(loaded[0], Attachment(_load_policy, installed=True))
+    return loaded
+
+
+def uninstall() -> None:
+    """Take `install`, `attach`, `on_cache` and all hooks back; loading of 1-bit checkpoints stays.
+
+    Compressed caches that exist already cannot be attended to without the hooks.
+
+    Raises:
+        RuntimeError: Another extension has wrapped a hook since; take that one back first. Nothing was changed.
+    """
+    global _load_policy
+    with hooks.lock:
+        hooks.check()
+        hooks.remove_load_step(_LOAD_STEP)
+        hooks.take_back()
+        for model in _attached_models():
+            _detach(model)
+        _observers.clear()
+        _load_policy = None
+
+
+def attach(model: Any, preset: str | Policy = DEFAULT_PRESET, **overrides: Any) -> Any:
+    """Let a loaded model make compressed caches; returns the model.
+
+    Which layers can be compressed is found out (`probe`) when the first cache is made. The model's class becomes a
+    subclass of its own, with another ``make_cache``; copies of the model are attached as well.
+    """
+    policy = get_policy(preset, **overrides)
+    with hooks.lock:
+        hooks.hook()
+        return _attach(model, Attachment(policy))
+
+
+class _CompressedCaches(Attached):
+    """Makes an attached model's caches."""
+
+    __slots__ = ()
+
+    def make_cache(self) -> list[Any]:
+        """A compressed cache for every layer that allows it."""
+        return self._tqext_cache(None)
+
+    def _tqext_cache(self, max_kv_size: int | None) -> list[Any]:
+        hooks.hook()
+        report = self._tqext_report()
+        cache = compressed(stock_cache(self), report, max_kv_size)
+        for observer in list(_observers):
+            observer(report, cache)
+        return cache
+
+    def _tqext_report(self) -> Report:
+        attachment: Attachment = vars(self)[KEY]
+        with hooks.lock:
+            if attachment.report is None:
+                attachment.report = judged(self, attachment.policy)
+        return attachment.report
+
+
+def _attach(model: Any, attachment: Attachment) -> Any:
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"[attach] model: expected a model of mlx.nn, got {kind(model)}")
+    names = vars(model)
+    attachment.own = names.get("make_cache")
+    if isinstance(model, _CompressedCaches):
+        attachment.own = attachment.own or names[KEY].own
+        names[KEY] = attachment
+    else:
+        names[KEY] = attachment
+        cls = type(model)
+        like = {"__slots__": (), "__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+        object.__setattr__(model, "__class__", type(cls.__name__, (_CompressedCaches, cls), like))
+        _attached[:] = [known for known in _attached if known() is not None]
+        _attached.append(weakref.ref(model))
+    names.pop("make_cache", None)
+    return model
+
+
+def _make_mlx_lm_cache(previous: Callable[..., Any], model: Any, max_kv_size: int | None = None) -> Any:
+    """mlx-lm's own ``make_prompt_cache``, where `install` finds the models that were loaded before it."""
+    if _load_policy is not None:
+        with hooks.lock:
+            if _load_policy is not None and isinstance(model, nn.Module) and KEY not in vars(model):
+                _attach(model, Attachment(_load_policy, installed=True))
+    if max_kv_size is not None and isinstance(model, _CompressedCaches):
+        if model._tqext_report().compressed:
+            return model._tqext_cache(max_kv_size)
+        if stock_make_cache(model) is None:
+            return previous(layers_of(model), max_kv_size)
+    return previous(model, max_kv_size)
+
+
+hooks.make_prompt_caches_with(_make_mlx_lm_cache)
+
+
+def _attached_models() -> list[Any]:
+    return [model for known in _attached if (model := known()) is not None]
+
+
+def _detach(model: Any) -> None:
+    attachment = vars(model).pop(KEY, None)
+    if isinstance(model, _CompressedCaches):
+        object.__setattr__(model, "__class__", type(model).__bases__[1])
+        if attachment.own is not None:
+            vars(model).setdefault("make_cache", attachment.own)
+    _attached[:] = [known for known in _attached if known() is not model]
+
+
+def on_cache(observer: Callable[[Report, list[Any]], None]) -> None:
+    """Call ``observer(report, cache)`` for every cache that an attached model makes, until `uninstall`."""
+    _observers.append(observer)
+
+
+def detach(model: Any) -> Any:
+    """Undo `attach`, and let `install` pass the model by; returns the model."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"[detach] model: expected a model of mlx.nn, got {kind(model)}")
+    with hooks.lock:
+        _detach(model)
+        vars(model)[KEY] = None
+    return model
+
+
+def make_prompt_cache(
+    model: Any, preset: str | Policy = DEFAULT_PRESET, *, max_kv_size: int | None = None, **overrides: Any
+) -> list[Any]:
+    """A prompt cache for ``mlx_lm.generate(..., prompt_cache=)``, compressed where the model allows it.
+
+    Args:
+        model: Any mlx-lm model.
+        preset: See `install`.
+        max_kv_size: Tokens that each compressed layer keeps at most: the first ones, and of the others the last ones
+            (`TurboQuantKVCache`'s ``max_size``). None: all.
+        **overrides: See `tqext.presets.get_policy`.
+
+    Raises:
+        ValueError: A bound that leaves no room for codes, or one for a model in which other layers keep all tokens.
+    """
+    check_model("make_prompt_cache", model)
+    hooks.hook()
+    return compressed(stock_cache(model), judged(model, get_policy(preset, **overrides)), max_kv_size)
+
+
+def report(model: Any) -> Report:
+    """What an attached model's caches are like: compressed or not, and why, with the errors that the calibration found.
+
+    Raises:
+        ValueError: The model is not attached.
+    """
+    if not isinstance(model, _CompressedCaches):
+        raise ValueError(f"[report] model: expected an attached model, got {type(model).__name__}")
+    return model._tqext_report()

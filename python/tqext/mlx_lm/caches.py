@@ -1,0 +1,127 @@
+"""The caches of a model: those that mlx-lm would make for it, and compressed ones instead."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx_lm.models.cache as mlx_lm_cache
+
+from tqext.kv.cache import TurboQuantKVCache
+from tqext.mlx_lm import hooks
+from tqext.mlx_lm.reports import Report
+from tqext.presets import Policy
+
+# The place of a model's attachment in its ``__dict__``; None there: `detach` has excluded it from `install`.
+KEY = "_tqext_attachment"
+
+
+@dataclass(eq=False)
+class Attachment:
+    """What `attach` leaves on a model. It does not refer to the model, whose weights would then outlive their last user.
+
+    Attributes:
+        policy: How to compress.
+        installed: Whether `install` attached the model.
+        own: The ``make_cache`` that was set on this very model before.
+        report: The probe's, once a cache was made.
+    """
+
+    policy: Policy
+    installed: bool = False
+    own: Callable[[], Any] | None = None
+    report: Report | None = None
+
+
+class Attached:
+    """Comes before the class of a model whose caches are made by its `Attachment`."""
+
+    __slots__ = ()
+
+
+def stock_cache(model: Any) -> list[Any]:
+    """The cache mlx-lm would make for the model without tqext."""
+    make = stock_make_cache(model)
+    return list(hooks.make_prompt_cache.unhooked()(layers_of(model)) if make is None else make())
+
+
+def stock_make_cache(model: Any) -> Callable[[], Any] | None:
+    """The model's own ``make_cache``, which is looked up without a change of the model: other threads may use it."""
+    if not isinstance(model, Attached):
+        return getattr(model, "make_cache", None)
+    own: Callable[[], Any] | None = vars(model)[KEY].own
+    return own or getattr(super(Attached, model), "make_cache", None)
+
+
+def layers_of(model: Any) -> Any:
+    """What mlx-lm's ``make_prompt_cache`` asks a model without ``make_cache`` for."""
+    return types.SimpleNamespace(layers=model.layers)
+
+
+def members(caches: Sequence[Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every cache of a model with its place, as `Layer` has it."""
+    for i, cache in enumerate(caches):
+        if type(cache) is mlx_lm_cache.CacheList:
+            yield from members(cache.caches, f"{prefix}{i}.")
+        else:
+            yield f"{prefix}{i}", cache
+
+
+def _cache_list(*members: Any) -> Any:
+    new: Any = mlx_lm_cache.CacheList
+    return new(*members)
+
+
+def replaced(caches: Sequence[Any], new: Callable[[str, Any], Any], prefix: str = "") -> list[Any]:
+    """The caches with ``new(place, cache)`` instead of each."""
+    out = []
+    for i, cache in enumerate(caches):
+        if type(cache) is mlx_lm_cache.CacheList:
+            out.append(_cache_list(*replaced(cache.caches, new, f"{prefix}{i}.")))
+        else:
+            out.append(new(f"{prefix}{i}", cache))
+    return out
+
+
+def compressed(stock: Sequence[Any], report: Report, max_kv_size: int | None = None) -> list[Any]:
+    """The caches with compressed ones instead of those that the report names."""
+    layers = {layer.path: layer for layer in report.layers}
+    unbounded = [layer.path for layer in report.layers if layer.recipe is None and layer.cache == "KVCache"]
+    if max_kv_size is not None and unbounded:
+        raise ValueError(
+            f"[make_prompt_cache] max_kv_size: expected None, as the layers {', '.join(unbounded)} are not compressed "
+            f"({report.policy.name}) and keep every token, got {max_kv_size}; tqext.detach(model) gives mlx-lm's bounded cache"
+        )
+
+    def new(path: str, cache: Any) -> Any:
+        layer = layers[path]
+        if layer.recipe is None:
+            return cache
+        balance = None if layer.calibration is None else layer.calibration.balance
+        return TurboQuantKVCache(layer.recipe, balance=balance, shared=layer.shared, max_size=max_kv_size)
+
+    return replaced(stock, new)
+
+
+def layer_range(model: Any, n_caches: int) -> tuple[int, int]:
+    """The index of the first cache's layer in the whole model, and the whole model's layers (pipelines hold a part)."""
+    inner = getattr(model, "model", model)
+    total = getattr(getattr(model, "args", None), "num_hidden_layers", None)
+    if getattr(inner, "pipeline_size", 1) == 1 or not isinstance(total, int):
+        return 0, n_caches
+    return int(inner.start_idx), total
+
+
+def check_model(op: str, model: Any) -> None:
+    """Raise a ValueError for a name, a path, None, or what ``load`` returns as a whole."""
+    if not callable(model):
+        raise ValueError(f"[{op}] model: expected a model, got {kind(model)}")
+
+
+def kind(model: Any) -> str:
+    """What a message says of something that is no model."""
+    if isinstance(model, str):
+        return f"{model!r}: model, tokenizer = tqext.load({model!r}) loads it"
+    return "a tuple: model, tokenizer = tqext.load(...)" if isinstance(model, tuple) else type(model).__name__

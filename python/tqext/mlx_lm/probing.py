@@ -1,0 +1,162 @@
+"""Which caches of a model can be compressed: found out by a dry run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import mlx_lm.models.cache as mlx_lm_cache
+
+from tqext.kv.cache import TurboQuantKVCache
+from tqext.kv.snapshot import AttendsItself
+from tqext.mlx_lm import hooks
+from tqext.mlx_lm.caches import check_model, layer_range, members, replaced, stock_cache
+from tqext.mlx_lm.reports import Layer, Report
+from tqext.presets import DEFAULT_PRESET, Policy, Recipe, get_policy
+
+MAX_HEAD_DIM = 512
+
+
+class _ProbeTokens(AttendsItself):
+    """Stands in for the keys and values of a layer, and notes whether they reach the hook."""
+
+    __slots__ = ("dtype", "hits", "shape", "value_dim")
+
+    def __init__(self, keys: mx.array, values: mx.array, n_tokens: int) -> None:
+        self.shape = (*keys.shape[:2], n_tokens, keys.shape[3])
+        self.dtype = keys.dtype
+        self.value_dim = values.shape[3]
+        self.hits = 0
+
+    @property
+    def ndim(self) -> int:
+        return 4
+
+    def astype(self, dtype: mx.Dtype) -> _ProbeTokens:
+        return self
+
+    def attention(self, previous: Any, queries: mx.array, values: Any, **options: Any) -> mx.array:
+        if values is not self:
+            raise TypeError("attention got other values than the cache's")
+        self.hits += 1
+        return mx.zeros((*queries.shape[:3], self.value_dim), queries.dtype)
+
+
+class _ProbeCache(TurboQuantKVCache):
+    """Counts tokens instead of storing them."""
+
+    def __init__(self, path: str, seen: list[str]) -> None:
+        super().__init__()
+        self.path = path
+        self.seen = seen
+        self.tokens: list[_ProbeTokens] = []
+        self.asked = False
+
+    @property
+    def keys(self) -> mx.array:
+        """Something for a pipeline to hang a dependency on."""
+        return mx.zeros(1)
+
+    @keys.setter
+    def keys(self, value: mx.array) -> None:
+        pass
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> Any:
+        self.seen.append(self.path)
+        if keys.ndim != 4 or values.ndim != 4:
+            raise TypeError(f"the cache holds arrays of shape {keys.shape} and {values.shape}")
+        self.n_tail += keys.shape[2]
+        self.tokens.append(_ProbeTokens(keys, values, self.offset))
+        return self.tokens[-1], self.tokens[-1]
+
+    def keys_and_values(self) -> Any:
+        self.asked = True
+        return self.tokens[-1], self.tokens[-1]
+
+
+def probe(model: Any, preset: str | Policy = DEFAULT_PRESET, **overrides: Any) -> Report:
+    """Find out which caches of a model can be compressed, by a dry run that computes nothing.
+
+    The model is called on two tokens and then on one, with stand-ins for the keys and values, and the result is
+    never evaluated. A layer can be compressed if its stand-ins come to ``mx.fast.scaled_dot_product_attention``
+    untouched.
+
+    Args:
+        model: Any mlx-lm model.
+        preset: See `install`.
+
+    Returns:
+        A report with one entry for every cache.
+    """
+    policy = get_policy(preset, **overrides)
+    check_model("probe", model)
+    hooks.hook()
+    stock = stock_cache(model)
+    first, n_layers = layer_range(model, len(stock))
+    reasons: dict[str, str] = {}
+    by_path = dict(members(stock))
+    for path, cache in by_path.items():
+        if reason := why_not(cache, policy.of_layer(first + int(path.split(".")[0]), n_layers)):
+            reasons[path] = reason
+    while True:
+        tried, failure = _dry_run(model, reasons)
+        if failure is None:
+            break
+        reasons.update([failure])
+    layers = []
+    for path in by_path:
+        recipe = policy.of_layer(first + int(path.split(".")[0]), n_layers)
+        layers.append(_judge(path, by_path[path], recipe, reasons.get(path), tried[path]))
+    return Report(policy, tuple(layers))
+
+
+def why_not(cache: Any, recipe: Recipe | None) -> str:
+    """Why a cache cannot be replaced by a compressed one, as far as its class and the policy tell; empty if it can."""
+    kind = type(cache)
+    if kind is mlx_lm_cache.KVCache:
+        return "left out by the policy" if recipe is None else ""
+    if not kind.__module__.startswith("mlx_lm."):
+        return f"a class of {kind.__module__}, not mlx-lm's own KVCache"
+    return _WHY_NOT.get(kind.__name__, "not a plain KV cache")
+
+
+_WHY_NOT = {
+    "RotatingKVCache": "a sliding window is small already",
+    "ChunkedKVCache": "chunked attention is small already",
+    "ArraysCache": "a state of fixed size, not tokens",
+    "MambaCache": "a state of fixed size, not tokens",
+}
+
+
+def _dry_run(model: Any, reasons: dict[str, str]) -> tuple[dict[str, Any], tuple[str, str] | None]:
+    """Call the model on stand-ins for every cache without a reason; if it fails, the layer at which it did, and how."""
+    seen: list[str] = []
+    caches = replaced(stock_cache(model), lambda path, cache: cache if path in reasons else _ProbeCache(path, seen))
+    tried = dict(members(caches))
+    try:
+        for tokens in ([[0, 0]], [[0]]):
+            model(mx.array(tokens), cache=caches)
+    except Exception as error:  # whatever a model does with keys that are not an array
+        if not seen or seen[-1] in reasons:
+            raise
+        return tried, (seen[-1], f"the model computes with the keys itself ({type(error).__name__}: {error})")
+    return tried, None
+
+
+def _judge(path: str, stock: Any, recipe: Recipe | None, reason: str | None, tried: Any) -> Layer:
+    cache = type(stock).__name__
+    if reason is not None:
+        keys, values = getattr(tried, "keys", None), getattr(tried, "values", None)
+        if isinstance(keys, mx.array) and isinstance(values, mx.array) and keys.ndim == values.ndim == 4:
+            return Layer(path, cache, None, reason, keys.shape[1], keys.shape[3], values.shape[3], keys.dtype.size)
+        return Layer(path, cache, None, reason)
+    if not tried.tokens:
+        return Layer(path, cache, None, "the model stored nothing in it")
+    tokens = tried.tokens[0]
+    shape = (tokens.shape[1], tokens.shape[3], tokens.value_dim, tokens.dtype.size)
+    if not all(t.hits for t in tried.tokens):
+        return Layer(path, cache, None, "attention does not go through mx.fast.scaled_dot_product_attention", *shape)
+    if any(dim % 8 or not 8 <= dim <= MAX_HEAD_DIM for dim in shape[1:3]):
+        why = f"head dimensions {shape[1:3]} are not multiples of 8 up to {MAX_HEAD_DIM}"
+        return Layer(path, cache, None, why, *shape)
+    return Layer(path, cache, recipe, "", *shape, shared=tried.asked)

@@ -1,0 +1,472 @@
+"""GGUF files as mlx-lm folders: Q1_0 tensors (ggml type 41) as native 1-bit layers, all others dequantised.
+
+Needs the package ``gguf``: ``mx.load`` drops tensors of the types it does not know without a word.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from tqext import disk
+from tqext.one_bit import checkpoint, gguf_file
+from tqext.one_bit.nn import GROUP_SIZE
+
+_BLOCK_BYTES = 2 + GROUP_SIZE // 8  # fp16 scale, then sign bits, low bit first
+# GGUF architecture: mlx-lm's model type and the class of the checkpoint.
+_ARCHITECTURES = {
+    "qwen3": ("qwen3", "Qwen3ForCausalLM"),
+    "llama": ("llama", "LlamaForCausalLM"),
+    "qwen2": ("qwen2", "Qwen2ForCausalLM"),
+    "gemma3": ("gemma3_text", "Gemma3ForCausalLM"),
+}
+# GGUF names of the tensors of one block and of those outside, and where mlx-lm's llama and qwen3 have them.
+BLOCK_NAMES = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+OUTER_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+# Gemma 3 has norms after attention and after the MLP too, and its GGUF names the former as others name the latter's input norm.
+_GEMMA3_NAMES = {
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+_GEMMA3_WINDOW_PATTERN = 6  # of six layers the last one is global; no GGUF says so
+_GEMMA3_LOCAL_ROPE_BASE = 10_000.0  # of the windowed layers; few GGUFs say so
+# Two quantisations of one matrix differ by no more than this share of its norm: Q4_K and Q6_K of the same weights by 0.08.
+_SAME_MATRIX = 0.2
+# Pre-tokenizers by their name in a GGUF, as the models' own tokenizer.json files have them.
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_SPLIT = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}DIGITS| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_DIGITS = {"qwen2": "", "llama-bpe": "{1,3}", "llama3": "{1,3}", "llama-v3": "{1,3}"}
+_SPLITS = {name: f"{_CONTRACTIONS}|{_SPLIT.replace('DIGITS', digits)}" for name, digits in _DIGITS.items()}
+_NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
+# Vocabularies of Llama 3 take a word that they hold as it is, and begin every text with their first token (llama.cpp).
+_LLAMA3 = ("llama-bpe", "llama3", "llama-v3")
+# Tokens that end a turn, as llama.cpp has them: the ids in the metadata name one of a chat model's two or three, or none.
+_END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>")
+# Metadata of an architecture that `_config` reads, or that says nothing which a model here could need.
+_KNOWN = {
+    "attention.head_count",
+    "attention.head_count_kv",
+    "attention.key_length",
+    "attention.layer_norm_rms_epsilon",
+    "attention.sliding_window",
+    "attention.value_length",
+    "block_count",
+    "context_length",
+    "embedding_length",
+    "feed_forward_length",
+    "rope.dimension_count",
+    "rope.freq_base",
+    "rope.freq_base_swa",
+    "rope.scaling.factor",
+    "rope.scaling.finetuned",
+    "rope.scaling.original_context_length",
+    "rope.scaling.type",
+    "vocab_size",
+}
+
+
+def folder_of(path: str | Path, cache: Path) -> Path:
+    """The mlx-lm folder of a GGUF file, converted on first use.
+
+    Args:
+        path: The file.
+        cache: Where converted models are kept; a changed file is converted anew.
+
+    Raises:
+        ValueError: The file is not one that can be converted; the message says why.
+        ImportError: The package ``gguf`` is not installed.
+    """
+    path = Path(path).resolve()
+    stats = [(part.name, stat.st_size, stat.st_mtime_ns) for part in gguf_file.parts_of(path) for stat in [part.stat()]]
+    # MLX's half-precision products on the CPU are several times slower than its fp32 ones.
+    dtype = mx.float32 if mx.default_device() == mx.cpu else mx.float16
+    key = hashlib.sha256(f"{path}\0{stats}\0{dtype}".encode()).hexdigest()[:16]
+    folder = cache / f"gguf-{path.stem}-{key}"
+    return disk.make_once(folder, lambda made: convert(path, made, dtype))
+
+
+def convert(path: str | Path, folder: str | Path, dtype: mx.Dtype = mx.float16, *, dense: bool = False) -> None:
+    """Write a GGUF file of a llama, qwen2, qwen3 or gemma3 model as an mlx-lm folder, what is not 1-bit in `dtype`.
+
+    Args:
+        path: The file.
+        folder: Must not exist.
+        dtype: Of the dequantised weights.
+        dense: Also take a file without any 1-bit tensor. All its weights are dequantised, which makes them larger.
+
+    Raises:
+        ValueError: The file is not one that can be converted; the message says why.
+        ImportError: The package ``gguf`` is not installed.
+    """
+    tensors, metadata = read(path)
+    try:
+        _convert(path, Path(folder), tensors, metadata, dtype, dense)
+    except (ValueError, OSError):
+        raise
+    except Exception as error:  # of whatever kind tokenizers or a metadata entry of another type make
+        raise ValueError(f"[gguf] {path}: expected sound metadata, got {type(error).__name__}: {error}") from error
+
+
+def _convert(
+    path: str | Path, folder: Path, tensors: dict[str, Any], metadata: dict[str, Any], dtype: mx.Dtype, dense: bool
+) -> None:
+    if dense:
+        tensors = _tied(tensors)
+    config = {**_config(metadata, tensors), "torch_dtype": str(dtype).rpartition(".")[2]}
+    weights: dict[str, mx.array] = {}
+    for name, tensor in tensors.items():
+        made = _convert_tensor(name, tensor, config, dtype)
+        mx.eval(made)  # or the fp32 values of all tensors are held until the end
+        weights.update(made)
+    _check_layers(tensors, config["num_hidden_layers"])
+    native = bool(checkpoint.one_bit_paths(weights))
+    if not native and not dense:
+        raise ValueError(f"[gguf] {path}: expected Q1_0 tensors (type 41), got none")
+    checkpoint.check_tensors(weights)
+    folder.mkdir(parents=True)
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
+    _write_tokenizer(metadata, folder)
+    if native:
+        checkpoint.write_config(folder, config)
+    else:
+        (folder / "config.json").write_text(json.dumps(config, indent=2))
+
+
+def _tied(tensors: dict[str, Any]) -> dict[str, Any]:
+    """The tensors of a model with one matrix for embedding and output: where a file holds two quantisations, the finer one."""
+    embedding, output = tensors.get("token_embd.weight"), tensors.get("output.weight")
+    if embedding is None or output is None or list(embedding.shape) != list(output.shape):
+        return tensors
+    # A few thousand rows tell: other matrices have nothing in common.
+    n_rows = min(4096, np.asarray(embedding.data).shape[0])
+    a, b = (_plain(tensor, name, n_rows) for tensor, name in ((embedding, "token_embd.weight"), (output, "output.weight")))
+    if np.linalg.norm(a - b) > _SAME_MATRIX * np.linalg.norm(b):
+        return tensors
+    finer = max(embedding, output, key=lambda tensor: int(tensor.n_bytes))
+    return {name: finer if name == "token_embd.weight" else tensor for name, tensor in tensors.items() if tensor is not output}
+
+
+def read(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Tensors and metadata of a GGUF file, the data still on disk.
+
+    Raises:
+        ValueError: The file cannot be read, or its weights are Hadamard-folded.
+        ImportError: The package ``gguf`` is not installed.
+    """
+    tensors, metadata = gguf_file.read(path)
+    if folded := [name for name in metadata if "hadamard" in name.lower()]:
+        raise ValueError(
+            f"[gguf] {path}: expected plain weights, got Hadamard-folded ones ('Bonsai 2', {folded[0]}); their inputs must be "
+            "rotated before every product, which this version does not do, and without it the model would answer nonsense"
+        )
+    return tensors, metadata
+
+
+def _convert_tensor(name: str, tensor: Any, config: dict[str, Any], dtype: mx.Dtype) -> dict[str, mx.array]:
+    path = _mlx_name(name, config["model_type"])
+    restore: Callable[[np.ndarray], np.ndarray] = lambda x: x  # noqa: E731
+    if config["model_type"] == "llama" and path.endswith(("self_attn.q_proj", "self_attn.k_proj")):
+        heads = config["num_attention_heads" if path.endswith("q_proj") else "num_key_value_heads"]
+        restore = lambda x: _uninterleave_rows(x, heads)  # noqa: E731
+    suffix = name.rpartition(".")[2]
+    if tensor.tensor_type.name == "Q1_0" and suffix == "weight":
+        words, scales = unpack_blocks(np.asarray(tensor.data), name)
+        return {f"{path}.weight": mx.array(restore(words)), f"{path}.scales": mx.array(restore(scales))}
+    plain = _plain(tensor, name)
+    if suffix == "weight" and plain.ndim == 2:
+        plain = restore(plain)
+    if config["model_type"] == "gemma3_text" and path.endswith("norm"):
+        plain = plain - 1  # llama.cpp stores what the layer multiplies by, mlx-lm what it adds to 1
+    return {f"{path}.{suffix}": mx.array(plain).astype(dtype)}
+
+
+def unpack_blocks(data: np.ndarray, name: str = "tensor") -> tuple[np.ndarray, np.ndarray]:
+    """Bytes of block_q1_0 ``[rows, bytes]`` as (words uint32, scales float16).
+
+    Raises:
+        ValueError: Rows that are not whole blocks.
+    """
+    if data.ndim != 2 or data.dtype != np.uint8 or data.shape[1] % _BLOCK_BYTES:
+        raise ValueError(f"[gguf] {name}: expected rows of {_BLOCK_BYTES}-byte blocks, got {data.dtype} {data.shape}")
+    blocks = data.reshape(data.shape[0], -1, _BLOCK_BYTES)
+    scales = np.ascontiguousarray(blocks[..., :2]).view("<f2")[..., 0]
+    words = np.ascontiguousarray(blocks[..., 2:]).view("<u4")
+    return words.reshape(data.shape[0], -1), scales
+
+
+def _plain(tensor: Any, name: str, n_rows: int | None = None) -> np.ndarray:
+    """A tensor (its first rows) of floats, or of a type that the gguf package decodes, as fp32."""
+    from gguf import quants
+
+    data = np.asarray(tensor.data)[:n_rows]
+    if tensor.tensor_type.name in ("F32", "F16"):
+        return data.astype(np.float32)
+    try:
+        return np.asarray(quants.dequantize(data, tensor.tensor_type), np.float32)
+    except NotImplementedError:
+        kind = tensor.tensor_type.name
+        raise ValueError(f"[gguf] {name}: expected Q1_0 or a type that the gguf package decodes, got {kind}") from None
+
+
+def _check_layers(tensors: dict[str, Any], n_layers: int) -> None:
+    """Raise a ValueError unless every layer has the tensors of the first, and there are as many as the metadata says."""
+    layers: dict[str, set[str]] = {}
+    for name in tensors:
+        if name.startswith("blk."):
+            _, layer, part = name.split(".", 2)
+            layers.setdefault(layer, set()).add(part)
+    if layers.keys() != {str(i) for i in range(n_layers)}:
+        raise ValueError(f"[gguf] block_count: expected the tensors of {n_layers} layers, got those of {sorted(layers)}")
+    for layer, parts in layers.items():
+        if parts != layers["0"]:
+            odd = ", ".join(sorted(parts ^ layers["0"]))
+            raise ValueError(f"[gguf] blk.{layer}: expected the tensors of blk.0, got others: {odd}")
+
+
+def _mlx_name(name: str, model_type: str) -> str:
+    stem, _, suffix = name.rpartition(".")
+    parts = stem.split(".")
+    names = BLOCK_NAMES | (_GEMMA3_NAMES if model_type == "gemma3_text" else {})
+    if suffix in ("weight", "bias"):
+        if stem in OUTER_NAMES:
+            return OUTER_NAMES[stem]
+        if len(parts) == 3 and parts[0] == "blk" and parts[1].isdigit() and parts[2] in names:
+            return f"model.layers.{parts[1]}.{names[parts[2]]}"
+    reason = " (rope factors of Llama 3.1 and later)" if stem == "rope_freqs" else ""
+    raise ValueError(f"[gguf] {name}: expected a tensor of a plain {model_type} model, got an unknown name{reason}")
+
+
+def _uninterleave_rows(rows: np.ndarray, n_heads: int) -> np.ndarray:
+    """Undo llama.cpp's order of the query and key rows (rotary pairs side by side)."""
+    n, width = rows.shape
+    return np.ascontiguousarray(rows.reshape(n_heads, n // n_heads // 2, 2, width).swapaxes(1, 2).reshape(n, width))
+
+
+def _config(metadata: dict[str, Any], tensors: dict[str, Any]) -> dict[str, Any]:
+    arch = metadata.get("general.architecture")
+    if arch not in _ARCHITECTURES:
+        raise ValueError(f"[gguf] general.architecture: expected one of {sorted(_ARCHITECTURES)}, got {arch!r}")
+
+    def get(key: str, *default: Any) -> Any:
+        if f"{arch}.{key}" not in metadata:
+            if default:
+                return default[0]
+            raise ValueError(f"[gguf] {arch}.{key}: expected a value, got none")
+        return metadata[f"{arch}.{key}"]
+
+    _check_metadata(metadata, arch)
+    n_heads, hidden = int(get("attention.head_count")), int(get("embedding_length"))
+    config: dict[str, Any] = {
+        "model_type": _ARCHITECTURES[arch][0],
+        "architectures": [_ARCHITECTURES[arch][1]],
+        "hidden_size": hidden,
+        "intermediate_size": int(get("feed_forward_length")),
+        "num_hidden_layers": int(get("block_count")),
+        "num_attention_heads": n_heads,
+        "num_key_value_heads": int(get("attention.head_count_kv", n_heads)),
+        "head_dim": int(get("attention.key_length", hidden // n_heads)),
+        "max_position_embeddings": int(get("context_length")),
+        "rms_norm_eps": float(get("attention.layer_norm_rms_epsilon")),
+        "rope_theta": float(get("rope.freq_base", 10000.0)),
+        "vocab_size": _vocab_size(metadata, tensors),
+        "tie_word_embeddings": "output.weight" not in tensors,
+        **_special_ids(metadata),
+    }
+    if len(stops := _stop_ids(metadata)) > 1:
+        config["eos_token_id"] = stops
+    if (value_dim := int(get("attention.value_length", config["head_dim"]))) != config["head_dim"]:
+        raise ValueError(f"[gguf] {arch}.attention.value_length: expected {config['head_dim']}, got {value_dim}")
+    window = int(get("attention.sliding_window", 0))
+    if arch != "gemma3" and 0 < window < config["max_position_embeddings"]:
+        raise ValueError(f"[gguf] {arch}.attention.sliding_window: expected none in a plain {arch} model, got {window}")
+    rotary = int(get("rope.dimension_count", config["head_dim"]))
+    if rotary != config["head_dim"]:
+        raise ValueError(f"[gguf] {arch}.rope.dimension_count: expected {config['head_dim']}, got {rotary}")
+    scaling = get("rope.scaling.type", "none")
+    if scaling in ("linear", "yarn"):
+        config["rope_scaling"] = {"type": scaling, "rope_type": scaling, "factor": float(get("rope.scaling.factor"))}
+        if scaling == "yarn":
+            original = int(get("rope.scaling.original_context_length"))
+            config["rope_scaling"]["original_max_position_embeddings"] = original
+    elif scaling != "none":
+        raise ValueError(f"[gguf] {arch}.rope.scaling.type: expected none, linear or yarn, got {scaling!r}")
+    if arch == "gemma3":
+        config |= {
+            "sliding_window": int(get("attention.sliding_window")),
+            "sliding_window_pattern": _GEMMA3_WINDOW_PATTERN,
+            "rope_local_base_freq": float(get("rope.freq_base_swa", _GEMMA3_LOCAL_ROPE_BASE)),
+            "query_pre_attn_scalar": config["head_dim"],
+        }
+    return config
+
+
+def _tokens(metadata: dict[str, Any]) -> list[str]:
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    if not tokens:
+        raise ValueError("[gguf] tokenizer.ggml.tokens: expected a vocabulary, got none")
+    return list(tokens)
+
+
+def _check_metadata(metadata: dict[str, Any], arch: str) -> None:
+    """Raise a ValueError for metadata that changes what the model computes, or how it is used, and is not taken over."""
+    if (kind := metadata.get("general.type", "model")) != "model":
+        raise ValueError(f"[gguf] general.type: expected 'model', got {kind!r}")
+    for name, value in metadata.items():
+        key = name.removeprefix(f"{arch}.")
+        if key != name and key not in _KNOWN and value not in (0, "", []):  # nothing, and no experts
+            raise ValueError(f"[gguf] {name}: expected no such setting in a plain {arch} model, got {value!r:.100}")
+    for key in ("add_eos_token", "suppress_tokens"):
+        if value := metadata.get(f"tokenizer.ggml.{key}"):
+            raise ValueError(f"[gguf] tokenizer.ggml.{key}: expected none, which cannot be followed here, got {value!r:.100}")
+
+
+def _vocab_size(metadata: dict[str, Any], tensors: dict[str, Any]) -> int:
+    """Rows of the embedding. There may be more of them than tokens, and fewer if the surplus tokens are unused."""
+    tokens = _tokens(metadata)
+    if "token_embd.weight" not in tensors:
+        raise ValueError("[gguf] token_embd.weight: expected an embedding, got none")
+    n_rows = int(tensors["token_embd.weight"].shape[-1])
+    surplus = _token_kinds(metadata)[n_rows:]
+    if any(kind != _UNUSED for kind in surplus):
+        raise ValueError(f"[gguf] token_embd.weight: expected a row for each of the {len(tokens)} tokens, got {n_rows}")
+    if "output.weight" in tensors and (n_outputs := int(tensors["output.weight"].shape[-1])) != n_rows:
+        raise ValueError(f"[gguf] output.weight: expected {n_rows} rows as in token_embd.weight, got {n_outputs}")
+    return n_rows
+
+
+def _token_id(metadata: dict[str, Any], role: str) -> int | None:
+    """The token of a role (bos, eos, eot, ...), None if the file names none."""
+    number, n_tokens = metadata.get(f"tokenizer.ggml.{role}_token_id"), len(_tokens(metadata))
+    if number is not None and not (isinstance(number, int) and 0 <= number < n_tokens):
+        raise ValueError(f"[gguf] tokenizer.ggml.{role}_token_id: expected a token from 0 to {n_tokens - 1}, got {number!r}")
+    return number
+
+
+def _special_ids(metadata: dict[str, Any]) -> dict[str, int]:
+    ids = {role: _token_id(metadata, role) for role in ("bos", "eos")}
+    return {f"{role}_token_id": value for role, value in ids.items() if value is not None}
+
+
+def _stop_ids(metadata: dict[str, Any]) -> list[int]:
+    """Tokens that end an answer: the end of the text first, then those of a turn or message."""
+    stops = [_token_id(metadata, role) for role in ("eos", "eot", "eom")]
+    # Whatever their type: Gemma's are exported as normal tokens.
+    stops += [number for number, token in enumerate(_tokens(metadata)) if token in _END_OF_TURN]
+    return list(dict.fromkeys(number for number in stops if number is not None))
+
+
+def _write_tokenizer(metadata: dict[str, Any], folder: Path) -> None:
+    from tokenizers import AddedToken, processors
+
+    makers = {"gpt2": _byte_level_tokenizer, "llama": _sentencepiece_tokenizer}
+    if (maker := metadata.get("tokenizer.ggml.model")) not in makers:
+        expected = "'gpt2' (byte-level BPE) or 'llama' (SentencePiece)"
+        raise ValueError(f"[gguf] tokenizer.ggml.model: expected {expected}, got {maker!r}")
+    tokenizer = makers[maker](metadata)
+    tokens, kinds = _tokens(metadata), _token_kinds(metadata)
+    control = [token for token, kind in zip(tokens, kinds, strict=True) if kind == _CONTROL]
+    own = [token for token, kind in zip(tokens, kinds, strict=True) if kind == _USER_DEFINED]
+    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in control])
+    # SentencePiece finds its own symbols in the normalised text, where a space is another character.
+    tokenizer.add_tokens([AddedToken(token, normalized=maker == "llama") for token in own])
+    begins = maker == "llama" or metadata.get("tokenizer.ggml.pre") in _LLAMA3  # as llama.cpp does where the file is silent
+    if metadata.get("tokenizer.ggml.add_bos_token", begins) and (number := _token_id(metadata, "bos")) is not None:
+        bos = tokens[number]
+        template = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, number)])
+        tokenizer.post_processor = template
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+    config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    for role in ("bos", "eos", "unknown", "padding"):
+        if (number := _token_id(metadata, role)) is not None:
+            config[{"unknown": "unk", "padding": "pad"}.get(role, role) + "_token"] = tokens[number]
+    if chat_template := metadata.get("tokenizer.chat_template"):
+        config["chat_template"] = chat_template
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
+
+
+def _token_kinds(metadata: dict[str, Any]) -> list[int]:
+    tokens = _tokens(metadata)
+    kinds = list(metadata.get("tokenizer.ggml.token_type", [_NORMAL] * len(tokens)))
+    if len(kinds) != len(tokens):
+        raise ValueError(f"[gguf] tokenizer.ggml.token_type: expected {len(tokens)} numbers, got {len(kinds)}")
+    return kinds
+
+
+def _byte_level_tokenizer(metadata: dict[str, Any]) -> Any:
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    pre = metadata.get("tokenizer.ggml.pre", "default")
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    words: pre_tokenizers.PreTokenizer
+    if pre in _SPLITS:
+        split = pre_tokenizers.Split(Regex(_SPLITS[pre]), "isolated")
+        words = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    elif pre == "smollm":
+        words = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)])
+    elif pre == "gpt-2":
+        words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    else:
+        expected = sorted([*_SPLITS, "gpt-2", "smollm"])
+        raise ValueError(f"[gguf] tokenizer.ggml.pre: expected one of {expected}, got {pre!r}")
+    merges = [tuple(merge.split(" ", 1)) for merge in metadata.get("tokenizer.ggml.merges", [])]
+    whole_words = pre in _LLAMA3
+    tokenizer = Tokenizer(models.BPE(vocab=_vocabulary(metadata), merges=merges, ignore_merges=whole_words))
+    if pre == "qwen2":
+        tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = words
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _sentencepiece_tokenizer(metadata: dict[str, Any]) -> Any:
+    """SentencePiece's BPE: pairs are merged in the order of the scores of what they make."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    if metadata.get("tokenizer.ggml.add_space_prefix", True):
+        raise ValueError("[gguf] tokenizer.ggml.add_space_prefix: expected false for a SentencePiece vocabulary, got true")
+    vocabulary, kinds = _vocabulary(metadata), _token_kinds(metadata)
+    scores = metadata.get("tokenizer.ggml.scores")
+    if scores is None or len(scores) != len(kinds):
+        raise ValueError(f"[gguf] tokenizer.ggml.scores: expected {len(kinds)} numbers, got {len(scores or [])}")
+    ranked = []
+    for token, number in vocabulary.items():
+        if kinds[number] not in (_NORMAL, _USER_DEFINED):
+            continue
+        for i in range(1, len(token)):
+            left, right = vocabulary.get(token[:i]), vocabulary.get(token[i:])
+            if left is not None and right is not None:
+                ranked.append((-scores[number], number, left, right, (token[:i], token[i:])))
+    ranked.sort()
+    if (unknown_id := _token_id(metadata, "unknown")) is None:
+        raise ValueError("[gguf] tokenizer.ggml.unknown_token_id: expected a token, got none")
+    unknown = _tokens(metadata)[unknown_id]
+    merges = [pair for *_, pair in ranked]
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return tokenizer
+
+
+def _vocabulary(metadata: dict[str, Any]) -> dict[str, int]:
+    return {token: i for i, token in enumerate(_tokens(metadata))}
