@@ -22,6 +22,46 @@ OUT = ROOT / "docs" / "generated"
 
 Rows = list[dict[str, Any]]
 
+# One colour for one thing, in every figure and on the server's page: blues for tqext, greys for the uncompressed, warm ones for
+# mlx-lm's quantised caches.
+COLOURS = {
+    "tqext": "#1f6fb4",
+    "tq3": "#1f6fb4",
+    "tq33": "#0b3c6f",
+    "tq4": "#36a2a2",
+    "tq2": "#8fc1ea",
+    "MLX": "#777777",
+    "mx.fast": "#777777",
+    "fp16": "#777777",
+    "fp32": "#777777",
+    "uncompressed": "#777777",
+    "mlx-lm 3": "#b2182b",
+    "mlx-lm 4": "#e08214",
+    "mlx-lm 8": "#b8a200",
+    "torch": "#7a4fa3",
+    "PyTorch": "#7a4fa3",
+}
+STYLES = {"fp32": "-", "fp16": "--", "bf16": ":"}
+# Sizes of one thing, from small to large.
+SHADES = ("#c6dbef", "#9ecae1", "#6baed6", "#3182bd", "#08519c", "#08306b")
+
+
+def colour(label: str) -> str:
+    """The colour of what a label names; a KeyError names a thing that has none yet."""
+    found = [name for name in COLOURS if label == name or label.startswith((f"{name} ", f"{name},", f"{name}-"))]
+    if not found:
+        raise KeyError(f"report.COLOURS: no colour for {label!r}")
+    return COLOURS[max(found, key=len)]
+
+
+def legend_beside(axes: Any) -> None:
+    """Off the curves."""
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0, frameon=False)
+
+
+def legend_below(axes: Any, columns: int) -> None:
+    axes.legend(fontsize=10, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncol=columns, frameon=False)
+
 
 def runs(bench: str) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     """(machine, run) of every recorded run of a bench."""
@@ -36,9 +76,10 @@ def quality() -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in sorted(RESULTS.glob("quality*.json"))]
 
 
-def markdown(rows: Rows, columns: dict[str, str]) -> str:
-    """columns: key to format specification."""
-    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+def markdown(rows: Rows, columns: dict[str, str], names: dict[str, str] | None = None) -> str:
+    """columns: key to format specification; names: key to heading, where that is another."""
+    headings = [(names or {}).get(key, key) for key in columns]
+    lines = ["| " + " | ".join(headings) + " |", "|" + "---|" * len(columns)]
     for row in rows:
         cells = [format(row[key], spec) if row.get(key) is not None else "" for key, spec in columns.items()]
         lines.append("| " + " | ".join(cells) + " |")
@@ -54,21 +95,24 @@ def source(machine: dict[str, Any], run: dict[str, Any]) -> str:
     return f"{name}{load}{note}; {versions}; `{run['command']}`"
 
 
-def save(figure: Any, name: str) -> str:
-    for kind in ("png", "svg"):
-        figure.savefig(OUT / f"{name}.{kind}", bbox_inches="tight", dpi=150)
+def save(figure: Any, name: str, alt: str) -> str:
+    for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
+        figure.savefig(OUT / f"{name}.{kind}", bbox_inches="tight", dpi=150, metadata=metadata)
     plt.close(figure)
-    return f"![{name}](generated/{name}.svg)"
+    return f"![{alt}](generated/{name}.svg)"
 
 
-def loglog(series: dict[str, list[tuple[float, float]]], x: str, y: str, name: str) -> str:
+def loglog(series: dict[str, list[tuple[float, float]]], x: str, y: str, name: str, alt: str, shades: bool = False) -> str:
+    """Curves by label; `shades` for sizes of one thing instead of different things."""
     figure, axes = plt.subplots(figsize=(6.5, 4))
-    for label, points in series.items():
-        axes.plot(*zip(*sorted(points), strict=True), marker="o", label=label)
+    for i, (label, points) in enumerate(series.items()):
+        line = STYLES.get(label.removesuffix(" query").rpartition(" ")[2], "-")
+        drawn = SHADES[i - len(series)] if shades else colour(label)
+        axes.plot(*zip(*sorted(points), strict=True), marker="o", label=label, color=drawn, linestyle=line)
     axes.set(xscale="log", yscale="log", xlabel=x, ylabel=y)
     axes.grid(True, which="both", alpha=0.3)
-    axes.legend(fontsize=8)
-    return save(figure, name)
+    legend_beside(axes)
+    return save(figure, name, alt)
 
 
 def attention() -> str:
@@ -89,9 +133,15 @@ def attention() -> str:
             shares: dict[str, list[tuple[float, float]]] = {}
             for r in rows:
                 series.setdefault(r["attention"], []).append((r["n_keys"], r["ms"]))
-                shares.setdefault(r["attention"], []).append((r["n_keys"], r["share"]))
-            parts.append(loglog(series, "keys", "ms per call", f"attention_{i}") + "\n")
-            parts.append(loglog(shares, "keys", "share of the read bandwidth", f"share_{i}") + "\n")
+                if r["share"] is not None:
+                    shares.setdefault(r["attention"], []).append((r["n_keys"], r["share"]))
+            context = "cached tokens (keys) of the call"
+            alt = "Time of an attention call over the number of cached tokens"
+            parts.append(loglog(series, context, "ms per call", f"attention_{i}", alt) + "\n")
+            bandwidth = "bytes read per second,\nas a share of the measured bandwidth"
+            alt = "Share of the memory bandwidth that an attention call reaches, over the number of cached tokens"
+            if shares:
+                parts.append(loglog(shares, context, bandwidth, f"share_{i}", alt) + "\n")
         columns = {"attention": "", "n_keys": "d", "ms": ".3f", "spread": ".0f", "MB": ".1f", "GB/s": ".2f", "share": ".1%",
                    "times": ".1f", "times least": ".1f"}  # fmt: skip
         note = (
@@ -103,29 +153,46 @@ def attention() -> str:
 
 def overview() -> None:
     """The README's picture: time of an attention call and memory of the cache over the context."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2))
     names = {
-        ("tqext", "fp32"): "tqext, fp32 query",
-        ("tqext", "fp16"): "tqext, fp16 query",
+        ("tqext", "fp32"): "tqext, fp32",
+        ("tqext", "fp16"): "tqext, fp16",
         ("mx.fast", "fp32"): "MLX, fp32",
         ("mx.fast", "fp16"): "MLX, fp16",
-        ("mlx-lm 4 bit", "fp32"): "mlx-lm, 4 bits",
+        ("mlx-lm 4 bit", "fp32"): "mlx-lm 4 bits, fp32",
     }
     _, run = max(runs("turboquant_attention"), key=lambda found: len({r["n_keys"] for r in found[1]["rows"]}))
-    for (attention, query), label in names.items():
-        points = [(r["n_keys"], r["ms"]) for r in run["rows"] if (r["attention"], r["query"]) == (attention, query)]
-        left.plot(*zip(*sorted(points), strict=True), marker="o", label=label)
+    times = {key: {r["n_keys"]: r["ms"] for r in run["rows"] if (r["attention"], r["query"]) == key} for key in names}
+    for key, label in names.items():
+        points = sorted(times[key].items())
+        left.plot(*zip(*points, strict=True), marker="o", label=label, color=colour(label), linestyle=STYLES[key[1]])
+    at = 16384
+    slow, fast = times["mx.fast", "fp32"][at], times["tqext", "fp32"][at]
+    between(left, at, fast, slow, f"{slow / fast:.0f} ×", (slow * fast) ** 0.5)
     left.set(xscale="log", yscale="log", xlabel="tokens of context", ylabel="ms per attention call", title="Time, Linux CPU")
     _, run = runs("memory")[0]
+    resident: dict[str, dict[int, float]] = {}
+    for r in run["rows"]:
+        resident.setdefault(r["cache"], {})[r["n_tokens"]] = r["resident"] / 1e6
     for cache in ("fp16", "mlx-lm 4 bits", "tq3"):
-        points = [(r["n_tokens"], r["resident"] / 1e6) for r in run["rows"] if r["cache"] == cache]
-        right.plot(*zip(*sorted(points), strict=True), marker="o", label=cache)
+        label = {"fp16": "MLX, fp16", "tq3": "tqext, tq3"}.get(cache, cache)
+        points, line = sorted(resident[cache].items()), STYLES.get(cache, "-")
+        right.plot(*zip(*points, strict=True), marker="o", label=label, color=colour(label), linestyle=line)
+    last = max(resident["tq3"])
+    large, small = resident["fp16"][last], resident["tq3"][last]
+    between(right, last, small, large, f"{large / small:.1f} ×", (large + small) / 2)
     layers = run["settings"]["layers"]
     right.set(xlabel="tokens of context", ylabel=f"resident MB of {layers} layers", ylim=(0, None), title="Memory of the cache")
     for axes in (left, right):
         axes.grid(True, alpha=0.3)
-        axes.legend(fontsize=8)
-    save(figure, "overview")
+        legend_below(axes, 3)
+    save(figure, "overview", "")
+
+
+def between(axes: Any, x: float, low: float, high: float, text: str, middle: float) -> None:
+    """Marks the distance of two curves."""
+    axes.annotate("", (x, low), (x, high), arrowprops={"arrowstyle": "<->", "color": "black", "shrinkA": 5, "shrinkB": 5})
+    axes.annotate(text, (x, middle), xytext=(-6, 0), textcoords="offset points", ha="right", va="center", fontsize=12)
 
 
 def memory() -> str:
@@ -134,7 +201,8 @@ def memory() -> str:
         series: dict[str, list[tuple[float, float]]] = {}
         for r in run["rows"]:
             series.setdefault(r["cache"], []).append((r["n_tokens"], r["resident"] / 1e6))
-        plot = loglog(series, "tokens", "resident MB of 4 layers", f"memory_{i}")
+        alt = "Resident memory of the cache of four layers over its tokens"
+        plot = loglog(series, "tokens in the cache", "resident MB of 4 layers", f"memory_{i}", alt)
         table = markdown(run["rows"], {"cache": "", "n_tokens": "d", "bytes": ".0f", "stored": ".0f", "peak MB": ".0f"})
         note = "bytes: resident, stored: the cache's own count; per token, layer and KV head"
         parts.append(f"{source(machine, run)}\n\n{plot}\n\n{table}\n\n{note}\n")
@@ -142,11 +210,14 @@ def memory() -> str:
 
 
 QUALITY_COLUMNS = {"preset": "", "bits_per_element": ".2f", "ratio": ".3f", "kl": ".3f", "kl_p99": ".2f", "top1": ".1%"}
+QUALITY_NAMES = {"bits_per_element": "bits per element", "ratio": "perplexity ×", "kl": "KL", "kl_p99": "KL, 99th percentile",
+                 "top1": "same first choice"}  # fmt: skip
 
 
 def quality_table(data: dict[str, Any], rows: Rows) -> str:
     texts = f"{len(data['texts'])} windows of {data['window']} tokens ({', '.join(data['texts'])})"
-    return f"{data['model']}; {texts}; {data['machine']}; `{data['command']}`\n\n{markdown(rows, QUALITY_COLUMNS)}\n"
+    table = markdown(rows, QUALITY_COLUMNS, QUALITY_NAMES)
+    return f"{data['model']}; {texts}; {data['machine']}; `{data['command']}`\n\n{table}\n"
 
 
 def passkey_table(data: dict[str, Any]) -> str:
@@ -161,7 +232,7 @@ def pareto(data: dict[str, Any], name: str) -> str:
         axes.annotate(r["preset"], (r["bits_per_element"], r["kl"]), fontsize=7, xytext=(4, 4), textcoords="offset points")
     axes.set(yscale="log", xlabel="bits per element of a coded token", ylabel="mean KL to the uncompressed cache (nats)")
     axes.grid(True, which="both", alpha=0.3)
-    return save(figure, name)
+    return save(figure, name, "Divergence from the uncompressed cache over the bits of a coded element")
 
 
 def peers() -> str:
@@ -169,7 +240,9 @@ def peers() -> str:
     for machine, run in runs("peers"):
         columns = {"name": "", "perplexity": ".2f", "kl": ".3f", "top1": ".1%", "bytes_per_token_layer_head": ".0f",
                    "decode_ms": ".1f", "max_rss_mb": ".0f", "skipped": ""}  # fmt: skip
-        parts.append(f"{source(machine, run)}\n\n{markdown(run['rows'], columns)}\n")
+        names = {"kl": "KL", "top1": "same first choice", "bytes_per_token_layer_head": "bytes per token, layer and KV head",
+                 "decode_ms": "ms per token", "max_rss_mb": "peak MB"}  # fmt: skip
+        parts.append(f"{source(machine, run)}\n\n{markdown(run['rows'], columns, names)}\n")
     return "\n".join(parts)
 
 
@@ -204,8 +277,11 @@ def cuda() -> str:
                 for r in run["rows"]:
                     if not r["tail"]:
                         by_heads.setdefault(f"{r['KV heads']} KV heads", []).append((r["keys"], r["share"]))
+                gpu = machine["gpu"].split()[1]
+                alt = f"Share of the copy bandwidth that attention reaches on an {gpu}, over the number of cached tokens"
+                share = "bytes read per second,\nas a share of the rate of MLX's copies"
                 parts.append(
-                    loglog(by_heads, "keys", "share of the copy bandwidth", f"share_{machine['gpu'].split()[1]}") + "\n"
+                    loglog(by_heads, "cached tokens (keys) of the call", share, f"share_{gpu}", alt, shades=True) + "\n"
                 )
             parts.append(f"{source(machine, run)}{copied}\n\n{markdown(run['rows'], columns)}\n")
     return "\n".join(parts)
@@ -264,28 +340,30 @@ def kl_by_position(rows: Rows, name: str) -> str:
         for r in rows:
             if r["text"] == text and r["whole"]:
                 points = [(span["end"], max(span["kl"], 1e-6)) for span in r["spans"]]
-                ax.plot(*zip(*points, strict=True), marker="o", label=r["cache"])
+                ax.plot(*zip(*points, strict=True), marker="o", label=r["cache"], color=colour(r["cache"]))
         ax.set(xscale="log", yscale="log", xlabel="tokens of context, up to", title=text)
         ax.grid(True, which="both", alpha=0.3)
     axes[0][0].set_ylabel("mean KL to the uncompressed cache (nats)")
-    axes[0][-1].legend(fontsize=8)
-    return save(figure, name)
+    legend_beside(axes[0][-1])
+    return save(figure, name, "Divergence from the uncompressed cache over the position in the text")
 
 
 def kl_and_bytes(rows: Rows, name: str) -> str:
     figure, axes = plt.subplots(figsize=(6.5, 4))
-    for text, marker in zip(dict.fromkeys(r["text"] for r in rows), "osv^D", strict=False):
-        chosen = [r for r in rows if r["text"] == text and r["whole"] and not r["cache"].startswith("uncompressed")]
-        axes.scatter(
-            [r["bytes_per_token"] for r in chosen], [r["whole"]["kl"] for r in chosen], marker=marker, label=text
-        )  # fmt: skip
-        for r in chosen:
+    texts = dict(zip(dict.fromkeys(r["text"] for r in rows), "osv^D", strict=False))
+    caches = dict.fromkeys(r["cache"] for r in rows if r["whole"] and not r["cache"].startswith("uncompressed"))
+    for r in rows:
+        if r["whole"] and r["cache"] in caches:
             place = (r["bytes_per_token"], r["whole"]["kl"])
-            axes.annotate(r["cache"], place, fontsize=7, xytext=(4, 4), textcoords="offset points")
+            axes.scatter(*place, marker=texts[r["text"]], color=colour(r["cache"]))
+    for cache in caches:
+        axes.scatter([], [], color=colour(cache), label=cache)
+    for text, marker in texts.items():
+        axes.scatter([], [], marker=marker, facecolors="none", edgecolors="black", label=text)
     axes.set(yscale="log", xlabel="bytes of a stored token, per layer and KV head", ylabel="mean KL (nats)")
     axes.grid(True, which="both", alpha=0.3)
-    axes.legend(fontsize=8)
-    return save(figure, name)
+    legend_beside(axes)
+    return save(figure, name, "Divergence from the uncompressed cache over the bytes of a stored token")
 
 
 def long_passkeys() -> str:
@@ -342,6 +420,7 @@ def other(bench: str) -> str:
 
 
 def main() -> None:
+    plt.rcParams["svg.hashsalt"] = "tqext"  # the same data give the same bytes
     OUT.mkdir(parents=True, exist_ok=True)
     overview()
     windows = "".join(

@@ -46,7 +46,7 @@ void bind_format(nb::module_& m) {
       "value_params",
       [](int dim, const std::string& coding) { return tqext::value_params(dim, tqext::value_coding(coding, "value_params")); },
       "dim"_a, "coding"_a = "groups", "float16 parameters of one token's value; dim is padded.");
-  format.def("n_blocks", &tqext::n_blocks, "n_tokens"_a, "Blocks of so many coded tokens.");
+  format.def("n_blocks", &tqext::n_blocks, "n_tokens"_a, "Blocks that `n_tokens` coded tokens fill.");
   format.def("value_shrink", &tqext::value_shrink, "bits"_a,
              "Share of a group's min-max range that the first quantisation of values spans.");
   format.def(
@@ -104,9 +104,8 @@ NB_MODULE(_ext, m) {
 
   m.def("rotate", &tqext::rotate, "x"_a, "inverse"_a = false, nb::kw_only(), "rotation"_a = "hadamard",
         "stream"_a = nb::none());
-  m.def(
-      "block_means", &tqext::block_means, "k"_a, nb::kw_only(), "stream"_a = nb::none(),
-      R"(Means of blocks of 64 tokens, as :func:`quantize_keys` takes them: over the tokens that are finite, zero where none is.
+  m.def("block_means", &tqext::block_means, "k"_a, nb::kw_only(), "stream"_a = nb::none(),
+        R"(Means of blocks of 64 tokens, as `quantize_keys` takes them: over the tokens that are finite, zero where none is.
 
 Args:
     k (array): float32, float16 or bfloat16 ``[batch, n_kv_heads, n_tokens, head_dim]``.
@@ -201,7 +200,7 @@ Example:
           "key_bits"_a, "head_dim"_a, "rotation"_a, "value_codes"_a, "value_params"_a, "value_bits"_a, "value_dim"_a,
           "value_coding"_a, "first"_a.none())
       .def("attend", &tqext::History::attend, "q"_a, "tail_keys"_a, "tail_values"_a, "scale"_a, "mask"_a.none(),
-           "sinks"_a.none(), "lengths"_a.none(), "As :func:`tqext.turboquant_attention`, with the tail in two arguments.");
+           "sinks"_a.none(), "lengths"_a.none(), "As `tqext.turboquant_attention`, with the tail in two arguments.");
   m.def("append_token", &tqext::append_token, "tail_keys"_a, "tail_values"_a, "keys"_a, "values"_a, "at"_a,
         R"(Write one token to column `at` of the buffers, in place where nothing else holds them.
 
@@ -216,7 +215,7 @@ Returns:
     tuple[array, array] | None: the columns up to the new one. None, and nothing is written, if keys or values have another
     shape or dtype, or the buffers no such column.)");
   m.def("append_tokens", &tqext::append_tokens, "tail_keys"_a, "tail_values"_a, "keys"_a, "values"_a, "at"_a, "most"_a,
-        R"(As :func:`append_token`, with a column for each sequence.
+        R"(As `append_token`, with a column for each sequence.
 
 Args:
     tail_keys (array): as there. So are ``tail_values``, ``keys`` and ``values``.

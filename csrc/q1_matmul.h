@@ -1,8 +1,8 @@
 // q1_matmul: x @ W^T with 1-bit weights (format.h).
 //
 // y[n, r] = sum over groups g of scale[r, g] * (2 * sum of x[n, c] over the columns c of g whose bit is 1 - sum of x[n, c] over
-// g) Sums in fp32 or better: against float64 over the same bits the error, relative to the largest output, is at most 1e-5 for
-// fp32 x; fp16 and bf16 x are exact in fp32, so only the output is rounded. NaN in x reaches every output of its row;
+// g) Sums in fp32 or better: compared with float64 over the same bits, the error, relative to the largest output, is at most
+// 1e-5 for fp32 x; fp16 and bf16 x are exact in fp32, so only the output is rounded. NaN in x reaches every output of its row;
 // infinity gives an infinity or NaN.
 //
 // For the GPU backends: inputs x, weight, scales as below, out contiguous; n = product of x's leading axes. 1 ... 8 rows of x

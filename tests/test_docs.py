@@ -63,3 +63,17 @@ def test_docs_links_lead_somewhere():
     for page in PAGES:
         for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_api_reference_names_everything_public():
+    import tqext
+
+    named = re.findall(r"^::: tqext\.(\w+)$", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE)
+    assert len(named) == len(set(named))
+    assert set(named) == {name for name in tqext.__all__ if name != "__version__"} | {"nn"}
+
+
+def test_every_page_is_in_the_navigation():
+    """As a strict build demands; the generated parts are no pages."""
+    nav = (ROOT / "mkdocs.yml").read_text().partition("nav:")[2]
+    assert sorted(re.findall(r"\b(\w+\.md)\b", nav)) == [page.name for page in PAGES[1:]]

@@ -1,12 +1,16 @@
 """The examples run to their end on the small model."""
 
+import re
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 from support import with_blas
+from test_server import Server
+from tiny import make_llama, save_chat_folder
 
 pytestmark = pytest.mark.usefixtures("small_model")
 
@@ -38,3 +42,20 @@ def test_example_two_clients_reuse_their_own_prompt():
     assert "Paris" in out
     cached, total = (int(out.splitlines()[-1].split()[i]) for i in (0, 2))
     assert 0 < cached < total
+
+
+def test_example_openai_client_speaks_as_a_coding_agent(tmp_path):
+    pytest.importorskip("openai", reason="not installed: openai")
+    server = Server(save_chat_folder(make_llama(), tmp_path / "tiny"), "--kv", "tq33")
+    try:
+        out = run("openai_client.py", "--url", f"http://127.0.0.1:{server.port}/v1", "--max-tokens", "8")
+    finally:
+        server.close()
+    assert "Models: " in out
+    assert 'read_file({"path": "calc.py"}) -> \'def add(a, b):' in out
+    assert "failed: add(2, 3) is -1" in out
+    turns = [tuple(map(int, found)) for found in re.findall(r"(\d+) prompt tokens, (\d+) of them from the cache", out)]
+    assert len(turns) == 3
+    for (before, _), (now, cached) in pairwise(turns):
+        # The prompt of the turn before is found again, but for what its template adds at the end.
+        assert before - 64 <= cached < now

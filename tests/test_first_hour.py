@@ -329,6 +329,38 @@ def test_tests_without_the_optional_tools_are_one_line_for_each_module(tmp_path)
     assert not re.search(r"\bs{2,}", done.stdout)
 
 
+# The whole hour
+
+
+def test_an_hour_in_a_terminal_shows_no_traceback(folder, capsys):
+    """Every command that a newcomer types, one after the other (tests/first_hour.py)."""
+    first_hour = pytest.importorskip("first_hour", reason="not installed: pexpect")
+    first_hour.hour(str(folder), sys.executable, sys.stdout, 600)
+    assert "<ready 0>" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("line", "expected", "complaint"),
+    [
+        ("python -c 'raise KeyError(1)'", "", "a traceback"),
+        ("true", "", None),
+        ("false", "", "expected status 0, got 1"),
+        ("echo one", "two", "expected 'two', got"),
+    ],
+)
+def test_the_hour_sees_what_is_wrong(line, expected, complaint, tmp_path):
+    first_hour = pytest.importorskip("first_hour", reason="not installed: pexpect")
+    shell = first_hour.Hour(sys.executable, str(tmp_path), None)
+    try:
+        if complaint is None:
+            shell.run(first_hour.Step(line, expected))
+        else:
+            with pytest.raises(AssertionError, match=complaint):
+                shell.run(first_hour.Step(line, expected))
+    finally:
+        shell.shell.close(force=True)
+
+
 # Ctrl-C
 
 

@@ -1,14 +1,22 @@
 """What the server tells: its models, its numbers, its page, its log."""
 
+import functools
 import json
 import os
 import re
+import subprocess
+import sys
+import tempfile
+import threading
 import urllib.error
 import urllib.request
+from html.parser import HTMLParser
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from support import tool
 from test_server import Server
 from tiny import make_llama, save_chat_folder
 from tqext import get_policy
@@ -142,3 +150,94 @@ def test_the_log_speaks_of_megabytes(server):
         r"Prompt cache: \d+ sequences, [\d.]+ MB of tokens in [\d.]+ MB of buffers, [\d.]+ MB in fp16", server.text()
     )
     assert "GB" not in server.text()
+
+
+# In a browser
+
+
+def rendered(url):
+    """The page's text as a browser shows it: what the rows of every table say, and the text of every element with a name."""
+    with tempfile.TemporaryDirectory() as profile:
+        command = [
+            tool("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome"),
+            *("--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={profile}"),
+            *("--virtual-time-budget=3000", "--dump-dom", url),  # of the page's own clock: one answer at least
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    return Dom(done.stdout)
+
+
+class Dom(HTMLParser):
+    """Text by the id of the element that holds it, rows of tables by theirs, and the points of the curves."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.text, self.rows, self.curves, self.open = {}, {}, [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        name = attributes.get("id") or (self.open[-1][1] if self.open else None)
+        if tag == "polyline":
+            self.curves.append(attributes["points"].split())
+        elif tag == "tr":
+            self.rows.setdefault(name, []).append([])
+        elif tag in ("td", "th"):
+            self.rows[name][-1].append("")
+        if tag not in ("meta", "link"):
+            self.open.append((tag, name))
+
+    def handle_endtag(self, tag):
+        while self.open and self.open.pop()[0] != tag:
+            pass
+
+    def handle_data(self, data):
+        if not self.open:
+            return
+        tag, name = self.open[-1]
+        if tag in ("td", "th"):
+            self.rows[name][-1][-1] += data
+        elif name:
+            self.text[name] = self.text.get(name, "") + data
+
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="the browser of the tests is Debian's")
+
+
+@linux
+def test_a_browser_shows_the_numbers(server):
+    server.chat([{"role": "user", "content": TEXT}], max_tokens=3)
+    kept = json.loads(get(server, "/stats")[1])["kept"]
+    page = rendered(f"http://127.0.0.1:{server.port}/")
+    assert page.text["model"] == "tiny"
+    used, fp16 = (f"{kept[name] / 1e6:.1f} MB" for name in ("used", "fp16"))
+    assert page.text["saved"].startswith(f"All tokens take {used} instead of {fp16} in fp16: ")
+    head, running, held = page.rows["held"]
+    assert head == ["", "sequences", "coded tokens", "exact tokens", "used", "reserved", "in fp16"]
+    assert running[1:4] == ["0", "0", "0"]
+    assert held[1:5] == [str(kept[name]) for name in ("n_sequences", "n_coded", "n_exact")] + [used]
+    counts = dict(page.rows["counts"][1:])
+    assert int(counts["requests"]) >= 1
+    assert int(counts["generated tokens"]) >= 3
+    assert [len(points) for points in page.curves] == [len(page.curves[0])] * 2
+    heights = [[float(point.split(",")[1]) for point in points] for points in page.curves]
+    assert heights[0][-1] < heights[1][-1] < 200  # fp16's curve ends higher; heights count from the top
+    assert page.text.get("error", "") == ""
+
+
+@linux
+def test_a_browser_says_when_the_server_does_not_answer(server, tmp_path):
+    """The page comes from a server without `/stats`."""
+    (tmp_path / "index.html").write_text(get(server, "/")[1])
+    handler = functools.partial(QuietHandler, directory=tmp_path)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as http:
+        threading.Thread(target=http.serve_forever, daemon=True).start()
+        page = rendered(f"http://127.0.0.1:{http.server_port}/")
+        http.shutdown()
+    assert page.text["error"] == "The server does not answer."
+
+
+class QuietHandler(SimpleHTTPRequestHandler):
+    def log_message(self, *args):
+        pass

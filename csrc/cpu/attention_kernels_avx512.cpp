@@ -8,7 +8,7 @@
 // A query element and a weight are 2 bytes for fp16 and bf16 queries, 3 for fp32: errors to 1.9e-4 and 3.0e-6 of the largest
 // output (tests/native/attention_kernels_check.cpp). A token of 4 rows, dims 128, 3-bit keys and 2-bit values: 98 bytes, 32 or
 // 48 vpdpbusd (two a cycle at best) and about 35 other vector operations; 21 and 25 ns measured (Xeon 2.5 GHz, Cascade Lake,
-// one thread, gcc 12), against 8 and 12 ns for the vpdpbusd alone at that machine's 4 per ns. A third of the time goes to
+// one thread, gcc 12), where the vpdpbusd alone take 8 and 12 ns at that machine's 4 per ns. A third of the time goes to
 // unpacking (steps 1 and 4's transpositions), half to vpdpbusd. Up to 4 rows share a pass; more rows share step 1 and the
 // loads. Value dims that are not a power of two need one vpermd per vpdpbusd, since their slots cross the groups' borders.
 // Residual signs (rare) go through the fp32 tile kernel, as exact tokens do.

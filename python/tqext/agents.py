@@ -281,7 +281,7 @@ def tool_calls(
         preset: See `tqext.install`; None is mlx-lm's own cache.
         reference: The uncompressed cache's board of the same set, to count equal answers.
         rows: See `conversations`.
-        n_conversations: Only so many conversations. ``n_turns``: only so many requests of each.
+        n_conversations: At most this number of conversations. ``n_turns``: at most this number of requests of each.
         progress: Called with 1 after each answer.
 
     Raises:

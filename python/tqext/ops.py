@@ -63,7 +63,7 @@ class PackedValues(NamedTuple):
         bits: 2 or 4 per dimension (``"groups"``), or 2, 3 or 4 (``"lloyd"``).
         head_dim: of the unpacked values; None: as many as the codes hold.
         coding: ``"groups"`` or ``"lloyd"``.
-        rotation: as in :class:`PackedKeys`.
+        rotation: as in `PackedKeys`.
     """
 
     codes: mx.array
@@ -137,10 +137,10 @@ def quantize_keys(
         k: float32, float16 or bfloat16 ``[batch, n_kv_heads, n_tokens, head_dim]``; head_dim a multiple of 8 up to 512,
             zero-padded inside to a multiple of 32.
         bits: 2, 3 or 4.
-        means: float16 ``[batch or 1, n_kv_heads, ceil(n_tokens / 64), head_dim]``, from :func:`block_means`, or None. Keys
+        means: float16 ``[batch or 1, n_kv_heads, ceil(n_tokens / 64), head_dim]``, from `block_means`, or None. Keys
             that the caller rotated (``rotation="none"``) may have float32 means.
         balance: float32 ``[n_kv_heads, head_dim]``, positive: ``(E[q**2] / E[(k - mean)**2]) ** 0.25`` of each channel, from
-            :func:`tqext.calibrate`; or None.
+            `tqext.calibrate`; or None.
         qjl: add one sign bit per dimension of the residual (Zandieh et al., QJL, arXiv:2406.03482; TurboQuant,
             arXiv:2504.19874), with an orthogonal sketch.
         rotation: ``"hadamard"`` (random signs, then Walsh-Hadamard; a dense matrix where head_dim has none),
@@ -171,10 +171,10 @@ def quantize_values(
     than 2-bit groups at head dimension 128 and have a third of their squared error.
 
     Args:
-        v: float32, float16 or bfloat16 ``[batch, n_kv_heads, n_tokens, head_dim]``, as for :func:`quantize_keys`.
+        v: float32, float16 or bfloat16 ``[batch, n_kv_heads, n_tokens, head_dim]``, as for `quantize_keys`.
         bits: 2 or 4 for ``"groups"``; 2, 3 or 4 for ``"lloyd"``.
         coding: ``"groups"`` or ``"lloyd"``.
-        rotation: as for :func:`quantize_keys`.
+        rotation: as for `quantize_keys`.
         stream: stream or device.
 
     Raises:
@@ -197,7 +197,7 @@ def dequantize(
     """The vectors that packed bytes stand for (without the residual signs, which only estimate scores).
 
     Args:
-        packed: from :func:`quantize_keys` or :func:`quantize_values`.
+        packed: from `quantize_keys` or `quantize_values`.
         rotated: leave them in the rotated space: padded head dimension, balanced, without the means.
         dtype: float32, float16 or bfloat16.
         stream: stream or device.

@@ -92,7 +92,7 @@ class Policy:
     Attributes:
         name: The preset's name.
         recipe: The recipe of every compressed layer.
-        first_last: So many first and so many last layers keep their own cache.
+        first_last: Number of layers at each end of the model that keep mlx-lm's cache.
         layers: Layer index to its own recipe, or to None to leave that layer alone.
         guard: Step a layer up that the calibration finds inaccurate: to 4-bit keys, then to no compression.
         study: Whether the preset is there to reproduce or to compare, not to be used.

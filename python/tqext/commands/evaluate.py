@@ -26,7 +26,7 @@ NAMES = ("Alice", "Boris", "Carla", "David")
 
 @dataclass(frozen=True, slots=True)
 class Quality:
-    """A compressed cache against mlx-lm's own, teacher-forced over the same text.
+    """A compressed cache compared with mlx-lm's own, teacher-forced over the same text.
 
     Attributes:
         preset: The policy's name.

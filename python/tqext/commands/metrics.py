@@ -111,16 +111,17 @@ class Stats:
             self._running = cache
             self._point()
 
-    def _point(self) -> None:
-        now = time.time()
-        if not self._points or now - self._points[-1][0] >= POINT_SECONDS:
-            total = sum(self._kept.values(), self._running)
-            self._points.append((round(now, 1), total.used, total.fp16))
+    def _point(self) -> tuple[float, int, int]:
+        total = sum(self._kept.values(), self._running)
+        now = (round(time.time(), 1), total.used, total.fp16)
+        if not self._points or now[0] - self._points[-1][0] >= POINT_SECONDS:
+            self._points.append(now)
+        return now
 
     def read(self) -> dict[str, Any]:
         """Everything at this moment."""
         with self._lock:
-            self._point()
+            now = self._point()
             since = time.monotonic() - WINDOW
             recent = sum(n for when, n in self._recent if when >= since)
             return {
@@ -129,7 +130,7 @@ class Stats:
                 "tokens_per_second": recent / WINDOW,
                 "running": asdict(self._running),
                 "kept": asdict(sum(self._kept.values(), Holding())),
-                "points": list(self._points),
+                "points": [*self._points, now],  # the curve ends now
             }
 
 

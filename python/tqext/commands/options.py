@@ -80,12 +80,12 @@ def add_kv_options(parser: argparse.ArgumentParser) -> None:
     names = ", ".join(SHOWN_PRESETS)
     kv = f"{names}, or {UNCOMPRESSED} (default {DEFAULT}; help explains them)"
     group.add_argument("--kv", default=DEFAULT, type=preset_name, metavar="PRESET", help=kv)
-    group.add_argument("--kv-tail", type=not_negative, metavar="N", help="so many recent tokens stay exact (default 64)")
-    edges = "so many first and so many last layers keep their own cache"
+    group.add_argument("--kv-tail", type=not_negative, metavar="N", help="keep the last N tokens uncompressed (default 64)")
+    edges = "keep mlx-lm's cache in the first N and the last N layers"
     group.add_argument("--kv-first-last", type=not_negative, metavar="N", help=edges)
     guard = "compress layers also where the calibration finds them inaccurate"
     group.add_argument("--kv-no-guard", action="store_true", help=guard)
-    group.add_argument("--kv-report", action="store_true", help="print what became of every layer, and why")
+    group.add_argument("--kv-report", action="store_true", help="report for each layer whether it is compressed, and why not")
 
 
 def policy_of(options: argparse.Namespace) -> Any:

@@ -48,7 +48,7 @@ class Plan(NamedTuple):
         return self.weights + self.fixed + self.bytes_per_token * context
 
     def longest(self, memory: float) -> int:
-        """Tokens that fit into so many bytes."""
+        """Tokens that fit into `memory` bytes."""
         return max(0, int((memory - self.weights - self.fixed) / max(self.bytes_per_token, 1)))
 
 
@@ -120,7 +120,7 @@ def quality(preset: str, head_dim: int) -> str:
 
 
 def recommended(plans: Sequence[Plan], memory: float, context: int) -> str | None:
-    """The most accurate of the presets for use that fits so many tokens, None if none does."""
+    """The most accurate of the presets for use with which `context` tokens fit, None if there is none."""
     by_name = {p.preset: p for p in plans}
     fitting = (name for name in _BY_QUALITY if name in by_name and by_name[name].nbytes(context) <= memory)
     return next(fitting, None)

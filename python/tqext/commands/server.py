@@ -13,7 +13,9 @@ import io
 import json
 import logging
 import math
+import os
 import socket
+import sys
 import threading
 import time
 import types
@@ -22,6 +24,7 @@ from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, cast
 
+import mlx.core as mx
 import mlx_lm.server as mlx_lm_server
 from huggingface_hub.errors import CacheNotFound
 
@@ -395,6 +398,36 @@ def _scan_cache_dir(scan: Callable[[], Any]) -> Any:
         return types.SimpleNamespace(repos=())
 
 
+def check_address(host: str, port: int) -> None:
+    """Raise a ValueError unless a server can listen there.
+
+    mlx-lm finds out when its generation thread runs already, which then keeps the process alive.
+    """
+    try:
+        if not 0 <= port <= 65535:  # the C library takes it modulo 65536
+            raise OverflowError("ports end at 65535")
+        infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, *_, address = infos[0]
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, Server.allow_reuse_address)
+            probe.bind(address)
+    except (OSError, OverflowError) as error:
+        why = getattr(error, "strerror", None) or str(error)
+        expected = "expected an address of this machine and a free port"
+        raise ValueError(f"[server] --host, --port: {expected}, got {host} and {port}: {why}") from None
+
+
+def _run(run: Callable[..., None], host: str, port: int, *args: Any, **kwargs: Any) -> None:
+    if mx.distributed.init().rank() == 0:  # the others do not listen
+        check_address(host, port)
+    run(host, port, *args, **kwargs)
+    # Ctrl-C, and all requests are done. An interpreter that ends in order can abort here, in the destructors of MLX's threads.
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
 def guard(module: Any, named: str | None = None) -> None:
     """Let mlx-lm's server module run with these classes.
 
@@ -408,4 +441,5 @@ def guard(module: Any, named: str | None = None) -> None:
     module.LRUPromptCache = PromptCache
     module.BatchGenerator = Batch
     module.scan_cache_dir = functools.partial(_scan_cache_dir, module.scan_cache_dir)
+    module.run = functools.partial(_run, module.run)
     module._run_http_server = functools.partial(module._run_http_server, server_class=Server, handler_class=Handler)

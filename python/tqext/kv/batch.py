@@ -113,7 +113,7 @@ class _NotSaved:
 
 
 class BatchTurboQuantKVCache(Buffers):
-    """The cache of one layer for a batch: in place of mlx-lm's ``BatchKVCache``.
+    """The cache of one layer for a batch: instead of mlx-lm's ``BatchKVCache``.
 
     Every sequence has its own numbers of first, coded and recent tokens and encodes on its own schedule, so it holds the
     bytes it would hold alone. `offset`, `left_padding` and `make_mask` speak of the left-padded batch that mlx-lm thinks of.

@@ -28,7 +28,7 @@ from tqext.presets import Recipe
 class TurboQuantKVCache(Buffers):
     """The cache of one layer: first tokens exact, then codes, then the recent tokens exact.
 
-    Takes the place of mlx-lm's ``KVCache``. `update_and_fetch` returns a `Snapshot` in place of keys and values;
+    Takes the place of mlx-lm's ``KVCache``. `update_and_fetch` returns a `Snapshot` instead of keys and values;
     attention over it is ``snapshot.attend``, which `tqext.install` routes ``mx.fast.scaled_dot_product_attention`` to.
 
     Args:

@@ -41,7 +41,7 @@ def _mask_key(n_queries: int, n_stock: int, left_padding: Ints) -> tuple[Any, ..
 
 
 class Columns:
-    """Where the tokens of a ragged batch are, for one step: in our columns and in those of mlx-lm's masks.
+    """Maps mlx-lm's mask columns (left-padded) to tqext's storage columns (first, coded, tail), for one step of a ragged batch.
 
     mlx-lm pads sequences on the left, so that token t of sequence b is in column ``left_padding[b] + t`` of a mask. Ours
     are in the columns of three parts (first, coded, tail), each filled from its left, and then come the step's own tokens.

@@ -47,7 +47,7 @@ class AttendsItself:
 
 
 class Snapshot(AttendsItself):
-    """What a layer attends to in one step: immutable, in place of both keys and values.
+    """What a layer attends to in one step: immutable, instead of both keys and values.
 
     It is not an array, so a model that computes with the keys itself fails at once instead of giving wrong numbers.
 

@@ -43,7 +43,7 @@ class _ProbeTokens(AttendsItself):
 
 
 class _ProbeCache(TurboQuantKVCache):
-    """Counts tokens in place of storing them."""
+    """Counts tokens instead of storing them."""
 
     def __init__(self, path: str, seen: list[str]) -> None:
         super().__init__()

@@ -49,7 +49,7 @@ class Layer:
         return self.n_kv_heads * (self.head_dim + self.value_dim) * 2
 
     def nbytes_at(self, n_tokens: int) -> int:
-        """Bytes of so many tokens, without room for growth, as the layer would hold them if it is compressed."""
+        """Bytes of `n_tokens` tokens, without room for growth, as the layer would hold them if it is compressed."""
         if self.recipe is None:
             return 0
         n_recent = max(0, n_tokens - self.recipe.first)
@@ -71,11 +71,11 @@ class Report:
         return tuple(layer for layer in self.layers if layer.recipe is not None)
 
     def nbytes_at(self, n_tokens: int) -> int:
-        """Bytes of so many tokens in the compressed layers, without room for growth."""
+        """Bytes of `n_tokens` tokens in the compressed layers, without room for growth."""
         return sum(layer.nbytes_at(n_tokens) for layer in self.compressed)
 
     def fp16_nbytes_at(self, n_tokens: int) -> int:
-        """Bytes of so many tokens in the same layers in fp16."""
+        """Bytes of `n_tokens` tokens in the same layers in fp16."""
         return n_tokens * sum(layer.fp16_bytes_per_token for layer in self.compressed)
 
     def __str__(self) -> str:
