@@ -29,6 +29,7 @@ void Q1Dequantize::eval_gpu(const std::vector<mx::array>&, mx::array&) { no_gpu(
 void Q1Matmul::eval_gpu(const std::vector<mx::array>&, mx::array&) { no_gpu("q1_matmul"); }
 
 bool gpu_has_kernel(const TurboQuantAttention::State&, const mx::array&) { return true; }
+bool gpu_codes_blocks() { return false; }
 bool gpu_multiplies_bits(const mx::array&) { return true; }
 size_t clear_gpu_memory() { return 0; }
 std::vector<Pipeline> pipelines() { return {}; }

@@ -29,7 +29,10 @@ enum : int {  // OPERATION
   kDequantizeGroups,
   kRotate,
   kQuantizeValuesLloyd,
+  kQuantizeBlocks,
 };
+// Warps of a block that codes a block of keys, and tokens of each.
+enum : int { kBlockWarps = 16, kWarpTokens = 4 };
 
 // Shared memory of the decode attention, in bytes; the host asks for `total`.
 struct AttentionLayout {

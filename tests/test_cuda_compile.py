@@ -214,14 +214,17 @@ ENCODINGS = [
     (3, 4, 0, 0, 0),
     (4, 1, 0, 0, 0),
     (5, 3, 0, 0, 0),
+    (6, 3, 0, 1, 0),
+    (6, 4, 0, 0, 1),
 ]
 
 
 @pytest.mark.parametrize("operation, bits, means, balance, signs", ENCODINGS)
 def test_encoding_compiles(operation, bits, means, balance, signs):
     defines = dict(OPERATION=operation, BITS=bits, TYPE=1, HADAMARD=1, MEANS=means, BALANCE=balance, SIGNS=signs)
-    for dim in (128, 96):
-        compile_kernel("turboquant_encode.cu", "sm_80", DIM=dim, **defines)
+    for dim in (128, 96, 512):
+        log = compile_kernel("turboquant_encode.cu", "sm_80", DIM=dim, **defines)
+        assert "0 bytes spill stores" in log, log
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

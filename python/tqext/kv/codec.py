@@ -8,10 +8,10 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from tqext._ext import History as ExtHistory
-from tqext._ext import block_means
+from tqext._ext import quantize_blocks, quantize_keys, quantize_values
 from tqext.kv.schedule import BLOCK
 from tqext.kv.tokens import Exact, resize_tokens
-from tqext.ops import PackedKeys, PackedValues, dequantize, quantize_keys, quantize_values
+from tqext.ops import PackedKeys, PackedValues, dequantize
 from tqext.presets import Recipe
 
 
@@ -61,11 +61,12 @@ class Codec:
     def encode(self, tokens: Exact) -> list[mx.array]:
         """The packed arrays of whole blocks."""
         r = self.recipe
-        means = block_means(tokens.keys) if r.means else None
-        k = quantize_keys(tokens.keys, bits=r.key_bits, means=means, balance=self.balance, qjl=r.qjl, rotation=r.rotation)
-        v = quantize_values(tokens.values, bits=r.value_bits, coding=r.value_coding, rotation=r.rotation)
-        parts = [k.codes, k.norms, k.signs, k.residual_norms, v.codes, v.params, means]
-        return [x for x in parts if x is not None]
+        if r.means:
+            keys = quantize_blocks(tokens.keys, r.key_bits, self.balance, r.qjl, r.rotation, None)
+        else:
+            keys = quantize_keys(tokens.keys, r.key_bits, None, self.balance, r.qjl, r.rotation, None)
+        values = quantize_values(tokens.values, r.value_bits, r.value_coding, r.rotation, None)
+        return [*keys[: self.n_key_parts], *values, *keys[self.n_key_parts :]]
 
     def pack(self, parts: Sequence[mx.array]) -> tuple[PackedKeys, PackedValues]:
         """The objects that attention takes."""
