@@ -18,6 +18,7 @@
 #include "rotate.h"
 #include "turboquant_attention.h"
 #include "turboquant_encode.h"
+#include "word_sum.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -204,6 +205,9 @@ Example:
           "value_coding"_a, "first"_a.none())
       .def("attend", &tqext::History::attend, "q"_a, "tail_keys"_a, "tail_values"_a, "scale"_a, "mask"_a.none(),
            "sinks"_a.none(), "lengths"_a.none(), "As `tqext.turboquant_attention`, with the tail in two arguments.");
+  m.def("word_sum", &tqext::word_sum, "arrays"_a, "begin"_a, "first"_a, "constant"_a, "previous"_a.none(),
+        "stream"_a = nb::none(),
+        "The sum of a state's words, uint32 ``[1]`` (tqext.state.sum_of); None where the backend has no kernel for it.");
   m.def("append_token", &tqext::append_token, "tail_keys"_a, "tail_values"_a, "keys"_a, "values"_a, "at"_a,
         R"(Write one token to column `at` of the buffers, in place where nothing else holds them.
 

@@ -126,6 +126,23 @@ struct AttentionParams {
   uint32_t two_16, two_up;
 };
 
+// word_sum. Arrays of a call at most; threads of a block.
+enum : int { kMostSumArrays = 16, kSumThreads = 256 };
+
+struct WordSumArray {
+  const void* data;
+  int64_t n_rows, n_words, stride[4];
+  int32_t heads, columns, kind, aligned;  // kind: SumRows::Kind; aligned: pairs can be loaded as words
+  uint32_t start, place;
+};
+
+struct WordSumParams {
+  WordSumArray arrays[kMostSumArrays];
+  uint32_t *total, *n_done, *out;
+  const uint32_t* previous;  // or null
+  uint32_t constant;
+};
+
 // 1-bit weights. Warps per block, and groups at a time, of the matrix product; what OPERATION means in q1_matmul.cu.
 enum : int { kQ1Warps = 8, kQ1Chunk = 8 };
 enum : int { kQ1Multiply, kQ1Quantize, kQ1Dequantize, kQ1Prepare };
