@@ -1,14 +1,14 @@
 """Prompts and chat turns: many query tokens at once, their attention alone and a model's time and memory, beside fp16.
 
     python bench/bench_prompts.py
-    python bench/bench_prompts.py --device gpu --only prompt turns --presets tq33 --contexts 32768 --json bench/results/h200.json
+    python bench/bench_prompts.py --device gpu --only turns --contexts 32768 --json bench/results/prompts_h200.json
 
 `attention`: one call of the operator, causal, over coded tokens, 64 exact first ones and the exact recent ones among which the
 queries' own keys are, beside ``mx.fast.scaled_dot_product_attention`` in half precision (fp32 on a CPU). Calls wait for each
 other, as those of a model's layers do.
 
-`prompt`: a whole prompt in chunks, as mlx-lm's generation evaluates them, up to the first token; the peak of the memory beside
-the weights is MLX's own on a GPU, and the process's resident one on a CPU (Linux).
+`prompt`: a whole prompt in chunks, as mlx-lm's generation evaluates them, up to the first token. The peak of memory is MLX's own
+on a GPU, and the process's resident one on a CPU (Linux); `more` is what came to that of the model.
 
 `turns`: new tokens after a history, several times one after the other. The first turn of a kind compiles kernels and graphs, and
 is listed apart; the others are medians. `build` is the call of the model, `encode` is ``mx.async_eval``, `wait` the rest until

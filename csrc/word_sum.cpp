@@ -15,10 +15,12 @@ SumRows::SumRows(const mx::array& x)
 }
 
 std::optional<mx::array> word_sum(const std::vector<mx::array>& arrays, const std::vector<int>& begin, int first,
-                                  uint32_t constant, const std::optional<mx::array>& previous, mx::StreamOrDevice s) {
+                                  uint32_t constant, const std::optional<mx::array>& previous,
+                                  const std::vector<int32_t>& numbers, mx::StreamOrDevice s) {
   const mx::Stream stream = mx::to_stream(s);
   if (stream.device == mx::Device::gpu && !gpu_sums_words()) return std::nullopt;
-  WordSum::State state{.starts = {}, .places = {}, .constant = constant, .has_previous = previous.has_value()};
+  WordSum::State state{
+      .starts = {}, .places = {}, .constant = constant, .has_previous = previous.has_value(), .numbers = numbers};
   std::vector<mx::array> inputs;
   for (size_t i = 0; i < arrays.size(); i++) {
     const mx::array& x = arrays[i];
@@ -30,7 +32,8 @@ std::optional<mx::array> word_sum(const std::vector<mx::array>& arrays, const st
     inputs.push_back(x);
   }
   if (previous) inputs.push_back(*previous);
-  return mx::array({1}, mx::uint32, std::make_shared<WordSum>(stream, std::move(state)), std::move(inputs));
+  return mx::array({int(numbers.size()) + 1}, numbers.empty() ? mx::uint32 : mx::int32,
+                   std::make_shared<WordSum>(stream, std::move(state)), std::move(inputs));
 }
 
 }  // namespace tqext

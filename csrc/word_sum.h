@@ -27,9 +27,11 @@ enum : uint32_t {
 //             an even number of them
 //   begin     row of the third axis at which each array begins, or empty: 0
 //   first     place of the first array
+//   numbers   if there are any, the result is int32 [n + 1]: they, then the sum
 // Nothing where the backend has no kernel, or for other arrays.
 std::optional<mx::array> word_sum(const std::vector<mx::array>& arrays, const std::vector<int>& begin, int first,
-                                  uint32_t constant, const std::optional<mx::array>& previous, mx::StreamOrDevice s);
+                                  uint32_t constant, const std::optional<mx::array>& previous,
+                                  const std::vector<int32_t>& numbers, mx::StreamOrDevice s);
 
 // One array as rows of words.
 struct SumRows {
@@ -42,13 +44,14 @@ struct SumRows {
   explicit SumRows(const mx::array& x);
 };
 
-// Inputs: arrays [, previous]. Output: uint32 [1].
+// Inputs: arrays [, previous]. Output: the numbers, then the sum.
 class WordSum : public mx::UnaryPrimitive {
  public:
   struct State {
     std::vector<uint32_t> starts, places;  // of the arrays: word at which it begins, place in the state
     uint32_t constant;
     bool has_previous;
+    std::vector<int32_t> numbers;
     bool operator==(const State&) const = default;
   };
   WordSum(mx::Stream stream, State state) : UnaryPrimitive(stream), state_(std::move(state)) {}

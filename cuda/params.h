@@ -126,8 +126,8 @@ struct AttentionParams {
   uint32_t two_16, two_up;
 };
 
-// word_sum. Arrays of a call at most; threads of a block.
-enum : int { kMostSumArrays = 16, kSumThreads = 256 };
+// word_sum. Arrays and numbers of a call at most; threads of a block.
+enum : int { kMostSumArrays = 16, kMostSumNumbers = 32, kSumThreads = 256 };
 
 struct WordSumArray {
   const void* data;
@@ -141,6 +141,23 @@ struct WordSumParams {
   uint32_t *total, *n_done, *out;
   const uint32_t* previous;  // or null
   uint32_t constant;
+  int32_t n_numbers, numbers[kMostSumNumbers];
+};
+
+// store_tokens. Arrays of a call at most; threads of a block.
+enum : int { kMostStores = 12, kStoreThreads = 256 };
+
+// Strides and columns in units of `unit` bytes: 16, 4 or 2.
+struct TokenStoreParams {
+  void* out;                   // [n_heads_in_all, room, columns]
+  const void *buffer, *added;  // from the first token that is kept, or added
+  int64_t stride[4], added_stride[4];
+  int64_t n_heads_in_all;  // of all sequences
+  int32_t n_heads, room, kept, n_added, columns, unit;
+};
+
+struct TokenStoresParams {
+  TokenStoreParams stores[kMostStores];
 };
 
 // 1-bit weights. Warps per block, and groups at a time, of the matrix product; what OPERATION means in q1_matmul.cu.

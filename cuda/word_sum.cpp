@@ -18,6 +18,8 @@ void WordSum::eval_gpu(const std::vector<mx::array>& inputs, mx::array& out) {
   check_backend("word_sum");
   const int device = stream().device.index, n_arrays = int(state_.places.size());
   check(n_arrays <= kMostSumArrays, "[word_sum] arrays: expected at most ", int(kMostSumArrays), ", got ", n_arrays);
+  const int n_numbers = int(state_.numbers.size());
+  check(n_numbers <= kMostSumNumbers, "[word_sum] numbers: expected at most ", int(kMostSumNumbers), ", got ", n_numbers);
   static OnceMap<int, Kernel> kernels;
   const Kernel& kernel = kernels.get(
       device, [&] { return load_kernel(compile("word_sum.cu", {}, true, device), "word_sum", 0, kSumThreads, device); });
@@ -45,6 +47,8 @@ void WordSum::eval_gpu(const std::vector<mx::array>& inputs, mx::array& out) {
   p.n_done = p.total + 1;
   p.out = static_cast<uint32_t*>(device_pointer(out));
   p.constant = state_.constant;
+  p.n_numbers = n_numbers;
+  std::copy(state_.numbers.begin(), state_.numbers.end(), p.numbers);
   p.previous = state_.has_previous ? static_cast<const uint32_t*>(device_pointer(inputs.back())) : nullptr;
 
   // Eight words of a thread at least, two blocks for each multiprocessor at most.

@@ -43,7 +43,8 @@ extern "C" __global__ void __launch_bounds__(kSumThreads) word_sum(const __grid_
   // The last block of all gives the result, and leaves zeros behind.
   if (threadIdx.x == 0 && atomicAdd(p.n_done, 1u) + 1 == gridDim.x * gridDim.y) {
     __threadfence();
-    *p.out = atomicExch(p.total, 0u) + p.constant + (p.previous ? *p.previous : 0u);
+    for (int i = 0; i < p.n_numbers; i++) p.out[i] = uint32_t(p.numbers[i]);
+    p.out[p.n_numbers] = atomicExch(p.total, 0u) + p.constant + (p.previous ? *p.previous : 0u);
     *p.n_done = 0;
   }
 }

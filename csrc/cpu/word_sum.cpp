@@ -57,7 +57,8 @@ void WordSum::eval_cpu(const std::vector<mx::array>& inputs, mx::array& out) {
     parts.push_back({inputs[i].data<void>(), SumRows(inputs[i]), state_.starts[i], state_.places[i]});
   }
   encoder.dispatch([parts = std::move(parts), constant = state_.constant,
-                    previous = state_.has_previous ? inputs.back().data<uint32_t>() : nullptr, to = out.data<uint32_t>()] {
+                    previous = state_.has_previous ? inputs.back().data<uint32_t>() : nullptr, numbers = state_.numbers,
+                    to = out.data<uint32_t>()] {
     std::atomic<uint32_t> total{constant + (previous ? *previous : 0)};
     for (const Part& part : parts) {
       const int64_t tasks = (part.rows.n_words + kTaskWords - 1) / kTaskWords;
@@ -66,7 +67,8 @@ void WordSum::eval_cpu(const std::vector<mx::array>& inputs, mx::array& out) {
         total += sum_words(part.data, part.rows, task / tasks, begin, end, part.start, part.place);
       });
     }
-    *to = total;
+    std::copy(numbers.begin(), numbers.end(), to);
+    to[numbers.size()] = total;
   });
 }
 
