@@ -199,8 +199,10 @@ def test_prompt_attention_of_large_float32_heads_compiles():
     compile_prompt("sm_90", WGMMA=0, ROWS=32, KEY_DIM=256, VALUE_DIM=256, TYPE=0)
 
 
-def test_empty_kernel_compiles():
-    compile_kernel("reserve.cu", "sm_80")
+@pytest.mark.parametrize("name", ["reserve.cu", "store_tokens.cu", "word_sum.cu"])
+def test_kernels_without_variants_compile(name):
+    for architecture in ("sm_80", "sm_90", "sm_120"):
+        assert "0 bytes spill stores" in compile_kernel(name, architecture)
 
 
 # Operation (params.h), bits, means, balance, signs.
