@@ -209,7 +209,7 @@ Example:
            "sinks"_a.none(), "lengths"_a.none(), "As `tqext.turboquant_attention`, with the tail in two arguments.");
   m.def("word_sum", &tqext::word_sum, "arrays"_a, "begin"_a, "first"_a, "constant"_a, "previous"_a.none(),
         "numbers"_a = std::vector<int32_t>(), "stream"_a = nb::none(),
-        "The sum of a state's words, uint32 ``[1]`` (tqext.state.sum_of), after `numbers`, if any, as int32; None where the "
+        "The sum of a state's words, uint32 ``[1]`` (tqext.kv.state.sum_of), after `numbers`, if any, as int32; None where the "
         "backend has no kernel for it.");
   m.def(
       "store_tokens",

@@ -1,4 +1,4 @@
-// word_sum: the checksum of a cache's state (python/tqext/state.py) in one launch.
+// word_sum: the checksum of a cache's state (python/tqext/kv/state.py) in one launch.
 #pragma once
 
 #include <cstdint>

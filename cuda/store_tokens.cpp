@@ -26,7 +26,7 @@ bool has_units(const mx::array& x, int64_t offset, int unit) {
   return has;
 }
 
-void copy_strides(const mx::array& x, int unit, int64_t (&to)[4]) {
+void unit_strides(const mx::array& x, int unit, int64_t (&to)[4]) {
   for (int axis = 0; axis < 3; axis++) to[axis] = x.strides(axis) * int64_t(x.itemsize()) / unit;
   to[3] = unit == int(x.itemsize()) ? x.strides(3) : 1;
 }
@@ -80,11 +80,11 @@ void StoreTokens::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx:
     s.out = device_pointer(out);
     if (reads) {
       s.buffer = static_cast<const char*>(device_pointer(buffer)) + offset * size;
-      copy_strides(buffer, unit, s.stride);
+      unit_strides(buffer, unit, s.stride);
     }
     if (added) {
       s.added = device_pointer(*added);
-      copy_strides(*added, unit, s.added_stride);
+      unit_strides(*added, unit, s.added_stride);
     }
     s.n_heads = out.shape(1);
     s.n_heads_in_all = int64_t(out.shape(0)) * out.shape(1);

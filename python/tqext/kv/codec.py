@@ -9,8 +9,8 @@ import mlx.core as mx
 
 from tqext._ext import History as ExtHistory
 from tqext._ext import quantize_blocks, quantize_keys, quantize_values
-from tqext.kv.schedule import BLOCK
-from tqext.kv.tokens import Exact, resize_tokens
+from tqext.kv.schedule import BLOCK, coded_room
+from tqext.kv.tokens import Exact, Store, resize_tokens
 from tqext.ops import PackedKeys, PackedValues, dequantize
 from tqext.presets import Recipe
 
@@ -127,6 +127,14 @@ class Codec:
     def resized(self, parts: Sequence[mx.array], n_tokens: int) -> list[mx.array]:
         """Copies with room for `n_tokens`, whole blocks."""
         return [resize_tokens(x, n_tokens // per) for x, per in zip(parts, self.per_row, strict=True)]
+
+    def stores(self, parts: Sequence[mx.array], begin: int, end: int, added: Sequence[mx.array]) -> list[Store]:
+        """The blocks from token `begin` to token `end` and others behind them; room as before, if that is enough."""
+        n_tokens, room = end - begin + added[0].shape[2], parts[0].shape[2]
+        if begin or n_tokens > room:
+            room = coded_room(n_tokens)
+        all_parts = zip(parts, added, self.per_row, strict=True)
+        return [Store(x, begin // per, (end - begin) // per, new, room // per) for x, new, per in all_parts]
 
     def empty(self, batch: int, n_kv_heads: int) -> list[mx.array]:
         """Packed arrays of no tokens."""
