@@ -3,14 +3,14 @@
     python bench/bench_prompts.py
     python bench/bench_prompts.py --device gpu --only turns --contexts 32768 --json bench/results/prompts_h200.json
 
-`attention`: one call of the operator, causal, over coded tokens, 64 exact first ones and the exact recent ones among which the
-queries' own keys are, beside ``mx.fast.scaled_dot_product_attention`` in half precision (fp32 on a CPU). Calls wait for each
-other, as those of a model's layers do.
+`attention`: one call of the operator, causal, over coded tokens, 64 exact first ones and the exact recent ones among which
+the queries' own keys are, beside ``mx.fast.scaled_dot_product_attention`` in half precision (fp32 on a CPU). Calls wait for
+each other, as those of a model's layers do.
 
-`prompt`: a whole prompt in chunks, as mlx-lm's generation evaluates them, up to the first token. The peak of memory is MLX's own
-on a GPU, and the process's resident one on a CPU (Linux); `more` is what came to that of the model.
+`prompt`: a whole prompt in chunks, as mlx-lm's generation evaluates them, up to the first token. The peak of memory is MLX's
+own on a GPU, the resident one of the process on a CPU (Linux); `more` is what came to that of the model.
 
-`turns`: new tokens after a history, several times one after the other. The first turn of a kind compiles kernels and graphs, and
+`turns`: new tokens after a history, several times in a row. The first turn of a kind compiles kernels and makes graphs, and
 is listed apart; the others are medians. `build` is the call of the model, `encode` is ``mx.async_eval``, `wait` the rest until
 the first token is there: what the device takes longer than the host.
 
@@ -73,8 +73,8 @@ def attention(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 return tqext.turboquant_attention(x, k, v, first=first, tail=tail, mask="causal")
 
             us, spread = timed(ours, q, n=calls, repeats=options.repeats)
-            yield {"preset": preset, "keys": context, "queries": n, "us": us, "spread %": spread, "TFLOP/s": operations / us / 1e6,
-                   "uncompressed us": fp16, "times": fp16 / us}  # fmt: skip
+            yield {"preset": preset, "keys": context, "queries": n, "us": us, "spread %": spread,
+                   "TFLOP/s": operations / us / 1e6, "uncompressed us": fp16, "times": fp16 / us}  # fmt: skip
 
 
 def small_model(layers: int) -> Any:

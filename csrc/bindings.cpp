@@ -125,8 +125,7 @@ Example:
   m.def("quantize_keys", &tqext::quantize_keys, "k"_a, "bits"_a, "means"_a.none(), "balance"_a.none(), "qjl"_a, "rotation"_a,
         "stream"_a.none());
   m.def("quantize_blocks", &tqext::quantize_blocks, "k"_a, "bits"_a, "balance"_a.none(), "qjl"_a, "rotation"_a,
-        "stream"_a.none(),
-        "As :func:`tqext.quantize_keys` with the blocks' own :func:`block_means`: the arrays of keys, then the means.");
+        "stream"_a.none(), "As `tqext.quantize_keys` with the blocks' own `block_means`: the arrays of keys, then the means.");
   m.def(
       "quantize_values",
       [](const mx::array& v, int bits, const std::string& coding, const std::string& rotation, mx::StreamOrDevice stream) {
