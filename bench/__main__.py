@@ -27,6 +27,7 @@ BENCHES = {
     "agents": "bench_agents.py",
     "server": "bench_server.py",
     "peers": "bench_peers.py",
+    "prompts": "bench_prompts.py",
     "cuda": "bench_cuda.py",
     "report": "report.py",
 }

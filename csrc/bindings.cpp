@@ -2,6 +2,7 @@
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/variant.h>
 #include <nanobind/stl/vector.h>
 
@@ -16,8 +17,10 @@
 #include "q1_matmul.h"
 #include "q1_quantize.h"
 #include "rotate.h"
+#include "store_tokens.h"
 #include "turboquant_attention.h"
 #include "turboquant_encode.h"
+#include "word_sum.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -121,6 +124,8 @@ Example:
     (1, 2, 2, 64))");
   m.def("quantize_keys", &tqext::quantize_keys, "k"_a, "bits"_a, "means"_a.none(), "balance"_a.none(), "qjl"_a, "rotation"_a,
         "stream"_a.none());
+  m.def("quantize_blocks", &tqext::quantize_blocks, "k"_a, "bits"_a, "balance"_a.none(), "qjl"_a, "rotation"_a,
+        "stream"_a.none(), "As `tqext.quantize_keys` with the blocks' own `block_means`: the arrays of keys, then the means.");
   m.def(
       "quantize_values",
       [](const mx::array& v, int bits, const std::string& coding, const std::string& rotation, mx::StreamOrDevice stream) {
@@ -201,6 +206,20 @@ Example:
           "value_coding"_a, "first"_a.none())
       .def("attend", &tqext::History::attend, "q"_a, "tail_keys"_a, "tail_values"_a, "scale"_a, "mask"_a.none(),
            "sinks"_a.none(), "lengths"_a.none(), "As `tqext.turboquant_attention`, with the tail in two arguments.");
+  m.def("word_sum", &tqext::word_sum, "arrays"_a, "begin"_a, "first"_a, "constant"_a, "previous"_a.none(),
+        "numbers"_a = std::vector<int32_t>(), "stream"_a = nb::none(),
+        "The sum of a state's words, uint32 ``[1]`` (tqext.kv.state.sum_of), after `numbers`, if any, as int32; None where the "
+        "backend has no kernel for it.");
+  m.def(
+      "store_tokens",
+      [](const std::vector<std::tuple<mx::array, int, int, OptionalArray, int>>& stores, mx::StreamOrDevice stream) {
+        std::vector<tqext::TokenStore> all;
+        for (const auto& [buffer, begin, kept, added, room] : stores) all.push_back({buffer, added, begin, kept, room});
+        return tqext::store_tokens(all, stream);
+      },
+      "stores"_a, "stream"_a = nb::none(),
+      "New buffers, each of (buffer, begin, kept, added, room): the `kept` tokens from `begin` on, then those that are added, "
+      "then zeros up to `room`. None where the backend has no kernel for it.");
   m.def("append_token", &tqext::append_token, "tail_keys"_a, "tail_values"_a, "keys"_a, "values"_a, "at"_a,
         R"(Write one token to column `at` of the buffers, in place where nothing else holds them.
 

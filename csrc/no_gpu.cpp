@@ -7,8 +7,10 @@
 #include "q1_matmul.h"
 #include "q1_quantize.h"
 #include "rotate.h"
+#include "store_tokens.h"
 #include "turboquant_attention.h"
 #include "turboquant_encode.h"
+#include "word_sum.h"
 
 namespace tqext {
 
@@ -24,11 +26,16 @@ void QuantizeKeys::eval_gpu(const std::vector<mx::array>&, std::vector<mx::array
 void QuantizeValues::eval_gpu(const std::vector<mx::array>&, std::vector<mx::array>&) { no_gpu("quantize_values"); }
 void Dequantize::eval_gpu(const std::vector<mx::array>&, mx::array&) { no_gpu("dequantize"); }
 void TurboQuantAttention::eval_gpu(const std::vector<mx::array>&, mx::array&) { no_gpu("turboquant_attention"); }
+void StoreTokens::eval_gpu(const std::vector<mx::array>&, std::vector<mx::array>&) { no_gpu("store_tokens"); }
+void WordSum::eval_gpu(const std::vector<mx::array>&, mx::array&) { no_gpu("word_sum"); }
 void Q1Quantize::eval_gpu(const std::vector<mx::array>&, std::vector<mx::array>&) { no_gpu("q1_quantize"); }
 void Q1Dequantize::eval_gpu(const std::vector<mx::array>&, mx::array&) { no_gpu("q1_dequantize"); }
 void Q1Matmul::eval_gpu(const std::vector<mx::array>&, mx::array&) { no_gpu("q1_matmul"); }
 
 bool gpu_has_kernel(const TurboQuantAttention::State&, const mx::array&) { return true; }
+bool gpu_stores_tokens() { return false; }
+bool gpu_sums_words() { return false; }
+bool gpu_codes_blocks() { return false; }
 bool gpu_multiplies_bits(const mx::array&) { return true; }
 size_t clear_gpu_memory() { return 0; }
 std::vector<Pipeline> pipelines() { return {}; }

@@ -120,7 +120,10 @@ mx::array block_means(const mx::array& k, mx::StreamOrDevice s) {
   return mx::astype(mx::clip(mean, least, most, stream), mx::float16, stream);
 }
 
-std::vector<mx::array> quantize_keys(const mx::array& k, int bits, const std::optional<mx::array>& means,
+namespace {
+
+// own_means: those of the blocks, last among the outputs; with the Hadamard rotation, where gpu_codes_blocks().
+std::vector<mx::array> quantize_keys(const mx::array& k, int bits, const std::optional<mx::array>& means, bool own_means,
                                      const std::optional<mx::array>& balance, bool qjl, const std::string& rotation_name,
                                      mx::StreamOrDevice s) {
   const char* op = "quantize_keys";
@@ -145,7 +148,8 @@ std::vector<mx::array> quantize_keys(const mx::array& k, int bits, const std::op
                             .qjl = qjl,
                             .hadamard = rotation == Rotation::kHadamard,
                             .has_means = means.has_value(),
-                            .has_balance = balance.has_value()};
+                            .has_balance = balance.has_value(),
+                            .own_means = own_means};
   if (rotation == Rotation::kOrthogonal) {
     // The means are spread over the tokens that there are now; a balance is one of heads.
     const std::vector<int> free_axes = means ? std::vector<int>{} : std::vector<int>{0, 2};
@@ -160,9 +164,30 @@ std::vector<mx::array> quantize_keys(const mx::array& k, int bits, const std::op
     state.has_means = state.has_balance = false;
   }
   auto primitive = std::make_shared<QuantizeKeys>(stream, state);
-  const std::vector<mx::Dtype> dtypes{mx::uint32, mx::float16, mx::uint32, mx::float16};
-  return mx::array::make_arrays(primitive->output_shapes(inputs), {dtypes.begin(), dtypes.begin() + (qjl ? 4 : 2)}, primitive,
-                                inputs);
+  std::vector<mx::Dtype> dtypes{mx::uint32, mx::float16};
+  if (qjl) dtypes.insert(dtypes.end(), {mx::uint32, mx::float16});
+  if (own_means) dtypes.push_back(mx::float16);
+  return mx::array::make_arrays(primitive->output_shapes(inputs), dtypes, primitive, inputs);
+}
+
+}  // namespace
+
+std::vector<mx::array> quantize_keys(const mx::array& k, int bits, const std::optional<mx::array>& means,
+                                     const std::optional<mx::array>& balance, bool qjl, const std::string& rotation,
+                                     mx::StreamOrDevice s) {
+  return quantize_keys(k, bits, means, false, balance, qjl, rotation, s);
+}
+
+std::vector<mx::array> quantize_blocks(const mx::array& k, int bits, const std::optional<mx::array>& balance, bool qjl,
+                                       const std::string& rotation, mx::StreamOrDevice s) {
+  check_vectors(k, "quantize_blocks", "k");
+  const bool at_once = mx::to_stream(s).device == mx::Device::gpu && gpu_codes_blocks() &&
+                       resolve_rotation(rotation, padded_dim(k.shape(-1)), "quantize_blocks") == Rotation::kHadamard;
+  if (at_once) return quantize_keys(k, bits, std::nullopt, true, balance, qjl, rotation, s);
+  const mx::array means = block_means(k, s);
+  std::vector<mx::array> outputs = quantize_keys(k, bits, means, balance, qjl, rotation, s);
+  outputs.push_back(means);
+  return outputs;
 }
 
 std::vector<mx::array> quantize_values(const mx::array& v, int bits, ValueCoding coding, const std::string& rotation_name,
@@ -275,6 +300,10 @@ std::vector<mx::Shape> QuantizeKeys::output_shapes(const std::vector<mx::array>&
   if (state_.qjl) {
     shapes.push_back(with_last(inputs[0], sign_words(dim)));
     shapes.push_back(with_last(inputs[0], 1));
+  }
+  if (state_.own_means) {
+    shapes.push_back(inputs[0].shape());
+    shapes.back()[2] = n_blocks(inputs[0].shape(2));
   }
   return shapes;
 }

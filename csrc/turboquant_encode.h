@@ -46,6 +46,10 @@ std::vector<mx::array> quantize_keys(const mx::array& k, int bits, const std::op
                                      const std::optional<mx::array>& balance, bool qjl, const std::string& rotation,
                                      mx::StreamOrDevice s);
 
+// The same with each block's own block_means, which come last: codes, norms [, signs, residual_norms], means.
+std::vector<mx::array> quantize_blocks(const mx::array& k, int bits, const std::optional<mx::array>& balance, bool qjl,
+                                       const std::string& rotation, mx::StreamOrDevice s);
+
 // v [B, n_kv_heads, n, D] -> codes, params.
 std::vector<mx::array> quantize_values(const mx::array& v, int bits, ValueCoding coding, const std::string& rotation,
                                        mx::StreamOrDevice s);
@@ -67,13 +71,14 @@ mx::array check_means(const mx::array& means, int batch, int n_kv_heads, int n_t
 void check_balance(const mx::array& balance, int n_kv_heads, int head_dim, const char* op);
 
 // Inputs: k [, means [B, n_kv_heads, n_blocks, D] fp16 (fp32 without the rotation)] [, balance [n_kv_heads, D] fp32].
-// Outputs: codes, norms [, signs, residual_norms].
+// Outputs: codes, norms [, signs, residual_norms] [, means].
 class QuantizeKeys : public mx::Primitive {
  public:
   struct State {
     int bits;
     bool qjl, hadamard;  // hadamard: rotate inside, else the input is rotated already
     bool has_means, has_balance;
+    bool own_means = false;  // the blocks' own ones, an output: only where gpu_codes_blocks()
     bool operator==(const State&) const = default;
   };
   QuantizeKeys(mx::Stream stream, const State& state) : Primitive(stream), state_(state) {}
@@ -89,6 +94,9 @@ class QuantizeKeys : public mx::Primitive {
  private:
   State state_;
 };
+
+// Whether the GPU backend of this build finds the means of blocks and codes the keys in one kernel.
+bool gpu_codes_blocks();
 
 // Input: v. Outputs: codes, params.
 class QuantizeValues : public mx::Primitive {

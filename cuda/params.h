@@ -29,7 +29,10 @@ enum : int {  // OPERATION
   kDequantizeGroups,
   kRotate,
   kQuantizeValuesLloyd,
+  kQuantizeBlocks,
 };
+// Warps of a block that codes a block of keys, and tokens of each.
+enum : int { kBlockWarps = 16, kWarpTokens = 4 };
 
 // Shared memory of the decode attention, in bytes; the host asks for `total`.
 struct AttentionLayout {
@@ -121,6 +124,40 @@ struct AttentionParams {
   // 2^16 and 2^(32 - shift of value codes): shifts as multiplications, for which the compiler may not know the factor. They
   // run beside the logic and permutations that bound the kernel.
   uint32_t two_16, two_up;
+};
+
+// word_sum. Arrays and numbers of a call at most; threads of a block.
+enum : int { kMostSumArrays = 16, kMostSumNumbers = 32, kSumThreads = 256 };
+
+struct WordSumArray {
+  const void* data;
+  int64_t n_rows, n_words, stride[4];
+  int32_t heads, columns, kind, aligned;  // kind: SumRows::Kind; aligned: pairs can be loaded as words
+  uint32_t start, place;
+};
+
+struct WordSumParams {
+  WordSumArray arrays[kMostSumArrays];
+  uint32_t *total, *n_done, *out;
+  const uint32_t* previous;  // or null
+  uint32_t constant;
+  int32_t n_numbers, numbers[kMostSumNumbers];
+};
+
+// store_tokens. Arrays of a call at most; threads of a block.
+enum : int { kMostStores = 12, kStoreThreads = 256 };
+
+// Strides and columns in units of `unit` bytes: 16, 4 or 2.
+struct TokenStoreParams {
+  void* out;                   // [n_heads_in_all, room, columns]
+  const void *buffer, *added;  // from the first token that is kept, or added
+  int64_t stride[4], added_stride[4];
+  int64_t n_heads_in_all;  // of all sequences
+  int32_t n_heads, room, kept, n_added, columns, unit;
+};
+
+struct TokenStoresParams {
+  TokenStoreParams stores[kMostStores];
 };
 
 // 1-bit weights. Warps per block, and groups at a time, of the matrix product; what OPERATION means in q1_matmul.cu.

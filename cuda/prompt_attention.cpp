@@ -103,11 +103,6 @@ int count_splits(int64_t row_tiles, int n_tiles, int resident_blocks, size_t res
   return best;
 }
 
-template <size_t n>
-void copy_strides(const mx::array& x, int64_t (&to)[n]) {
-  for (size_t i = 0; i < n; i++) to[i] = x.strides(int(i));
-}
-
 // Rows of elements next to each other that start at multiples of `bytes`.
 bool rows_aligned(const mx::array& x, int bytes) {
   if (x.strides(3) != 1 && x.shape(3) != 1) return false;

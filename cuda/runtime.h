@@ -65,6 +65,12 @@ Kernel load_kernel(const std::string& binary, const char* name, int shared_bytes
 // Address of an array's first element in device memory.
 void* device_pointer(const mx::array& x);
 
+// Of the first n axes.
+template <size_t n>
+void copy_strides(const mx::array& x, int64_t (&to)[n]) {
+  for (size_t i = 0; i < n; i++) to[i] = x.strides(int(i));
+}
+
 // Gives a small output device memory from a pool of our own: the allocator of MLX that makes device memory is not exported,
 // and the exported one makes managed memory, which the GPU would have to fault in.
 void allocate_output(mx::array& out, int device);

@@ -92,11 +92,6 @@ int count_splits(int n_heads, int n_tiles, int n_exact_blocks, int resident_bloc
   return std::max(splits, n_exact_blocks);
 }
 
-template <size_t n>
-void copy_strides(const mx::array& x, int64_t (&to)[n]) {
-  for (size_t i = 0; i < n; i++) to[i] = x.strides(int(i));
-}
-
 // Tokens directly one after the other, as the bulk copies need them: of 16 bytes, or several, from a multiple of 16 on.
 bool rows_follow(const mx::array& x) {
   if ((x.strides(3) != 1 && x.shape(3) != 1) || x.strides(2) != x.shape(3)) return false;

@@ -26,19 +26,25 @@ struct Variant {
   auto operator<=>(const Variant&) const = default;
 };
 
-const std::string& find_binary(const Variant& variant, int device) {
-  static OnceMap<std::pair<Variant, int>, std::string> binaries;
-  return binaries.get({variant, device}, [&] {
-    return compile("turboquant_encode.cu",
-                   {{"OPERATION", variant.operation},
-                    {"DIM", variant.dim},
-                    {"BITS", variant.bits},
-                    {"TYPE", variant.type},
-                    {"HADAMARD", variant.hadamard},
-                    {"MEANS", variant.means},
-                    {"BALANCE", variant.balance},
-                    {"SIGNS", variant.signs}},
-                   false, device);
+struct Program {
+  std::string binary;
+  Kernel kernel;
+};
+
+const Program& find_program(const char* name, int threads, const Variant& variant, int device) {
+  static OnceMap<std::pair<Variant, int>, Program> programs;
+  return programs.get({variant, device}, [&] {
+    const std::string binary = compile("turboquant_encode.cu",
+                                       {{"OPERATION", variant.operation},
+                                        {"DIM", variant.dim},
+                                        {"BITS", variant.bits},
+                                        {"TYPE", variant.type},
+                                        {"HADAMARD", variant.hadamard},
+                                        {"MEANS", variant.means},
+                                        {"BALANCE", variant.balance},
+                                        {"SIGNS", variant.signs}},
+                                       false, device);
+    return Program{binary, load_kernel(binary, name, 0, threads, device)};
   });
 }
 
@@ -60,11 +66,12 @@ void add_levels(std::vector<Scalar>& scalars, const Codebook& book) {
   }
 }
 
-// Means and balance of keys, as Centre in turboquant_encode.cu takes them.
-void add_centre(std::vector<Scalar>& scalars, Variant& variant, const mx::array* means, const mx::array* balance) {
+// Means (where the kernel takes any) and balance of keys, as Centre in turboquant_encode.cu takes them.
+void add_centre(std::vector<Scalar>& scalars, Variant& variant, const mx::array* means, const mx::array* balance,
+                bool takes_means = true) {
   variant.means = !means ? int(kMeansNone) : means->dtype() == mx::float16 ? int(kMeansFloat16) : int(kMeansFloat32);
   variant.balance = balance != nullptr;
-  for (const auto& [x, n] : {std::pair(means, 4), std::pair(balance, 2)}) {
+  for (const auto& [x, n] : {std::pair(means, takes_means ? 4 : 0), std::pair(balance, 2)}) {
     if (x) {
       add_strides(scalars, *x, n);
     } else {
@@ -78,11 +85,44 @@ struct Rows {
 };
 Rows rows_of(const mx::array& x) { return {as_int(int64_t(x.shape(0)) * x.shape(1) * x.shape(2)), x.shape(1), x.shape(2)}; }
 
-void run(const char* name, const std::string& binary, const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs,
+// Arguments of the kernel: inputs, outputs, scalars.
+void run_blocks(const char* name, const Variant& variant, const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs,
+                const std::vector<Scalar>& scalars, int64_t blocks, int warps, mx::Stream stream) {
+  // More than that is worth the 15 us or more that MLX's own primitive takes to copy and hash the binary.
+  constexpr size_t kMostPooled = size_t(4) << 20;
+  const int threads = 32 * warps, device = stream.device.index;
+  as_int(blocks * threads);
+  const Program& program = find_program(name, threads, variant, device);
+  size_t bytes = 0;
+  for (const mx::array& x : outputs) bytes += x.nbytes();
+  if (bytes > kMostPooled) {
+    run_allocating(name, program.binary, inputs, outputs, scalars, int(blocks), threads, stream);
+    return;
+  }
+  auto& encoder = mx::cu::get_command_encoder(stream);
+  std::vector<void*> pointers;
+  for (const mx::array& x : inputs) {
+    encoder.set_input_array(x);
+    pointers.push_back(device_pointer(x));
+  }
+  for (mx::array& x : outputs) {
+    allocate_output(x, device);
+    encoder.set_output_array(x);
+    pointers.push_back(device_pointer(x));
+  }
+  std::vector<void*> arguments;
+  for (void*& x : pointers) arguments.push_back(&x);
+  for (const Scalar& s : scalars) {
+    arguments.push_back(s.is_float ? const_cast<float*>(&s.real) : static_cast<void*>(const_cast<int32_t*>(&s.integer)));
+  }
+  encoder.add_kernel_node_raw(program.kernel.function, {unsigned(blocks), 1, 1}, {unsigned(threads), 1, 1}, {1, 1, 1}, 0,
+                              arguments.data());
+}
+
+void run(const char* name, const Variant& variant, const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs,
          const std::vector<Scalar>& scalars, int n_rows, mx::Stream stream) {
-  const int blocks = as_int((int64_t(n_rows) + kEncodeWarps - 1) / kEncodeWarps);
-  as_int(int64_t(blocks) * 32 * kEncodeWarps);
-  run_allocating(name, binary, inputs, outputs, scalars, blocks, 32 * kEncodeWarps, stream);
+  run_blocks(name, variant, inputs, outputs, scalars, (int64_t(n_rows) + kEncodeWarps - 1) / kEncodeWarps, kEncodeWarps,
+             stream);
 }
 
 // Outputs of no bytes.
@@ -94,6 +134,8 @@ bool allocate_empty(std::vector<mx::array>& outputs, int device) {
 
 }  // namespace
 
+bool gpu_codes_blocks() { return true; }
+
 void QuantizeKeys::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
   check_backend("quantize_keys");
   const int device = stream().device.index;
@@ -101,19 +143,26 @@ void QuantizeKeys::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx
   const mx::array& k = inputs[0];
   const int dim = padded_dim(k.shape(3));
   const Rows rows = rows_of(k);
-  Variant variant{.operation = kQuantizeKeys,
+  const bool own_means = state_.own_means;
+  Variant variant{.operation = own_means ? kQuantizeBlocks : kQuantizeKeys,
                   .dim = dim,
                   .bits = state_.bits,
                   .type = type_code(k.dtype()),
                   .hadamard = state_.hadamard,
                   .signs = state_.qjl};
-  std::vector<Scalar> scalars{rows.count, rows.heads, rows.tokens, k.shape(3)};
+  std::vector<Scalar> scalars{rows.heads, rows.tokens, k.shape(3)};
+  if (!own_means) scalars.insert(scalars.begin(), rows.count);
   add_strides(scalars, k, 4);
-  add_centre(scalars, variant, means(inputs), balance(inputs));
+  add_centre(scalars, variant, means(inputs), balance(inputs), !own_means);
   const Codebook book = codebook(state_.bits, dim);
   add_levels(scalars, book);
   scalars.push_back(book.scale);
-  run("quantize_keys", find_binary(variant, device), inputs, outputs, scalars, rows.count, stream());
+  if (own_means) {
+    const int64_t blocks = int64_t(k.shape(0)) * k.shape(1) * n_blocks(k.shape(2));
+    run_blocks("quantize_blocks", variant, inputs, outputs, scalars, blocks, kBlockWarps, stream());
+    return;
+  }
+  run("quantize_keys", variant, inputs, outputs, scalars, rows.count, stream());
 }
 
 void QuantizeValues::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
@@ -136,7 +185,7 @@ void QuantizeValues::eval_gpu(const std::vector<mx::array>& inputs, std::vector<
                         .bits = state_.bits,
                         .type = type_code(v.dtype()),
                         .hadamard = state_.hadamard};
-  run("quantize_values", find_binary(variant, device), inputs, outputs, scalars, rows.count, stream());
+  run("quantize_values", variant, inputs, outputs, scalars, rows.count, stream());
 }
 
 void Dequantize::eval_gpu(const std::vector<mx::array>& inputs, mx::array& out) {
@@ -157,7 +206,7 @@ void Dequantize::eval_gpu(const std::vector<mx::array>& inputs, mx::array& out) 
   add_strides(scalars, params, 4);
   add_centre(scalars, variant, means(inputs), balance(inputs));
   add_levels(scalars, codebook(state_.bits, dim));
-  run("dequantize", find_binary(variant, device), inputs, outputs, scalars, rows.count, stream());
+  run("dequantize", variant, inputs, outputs, scalars, rows.count, stream());
 }
 
 void Rotate::eval_gpu(const std::vector<mx::array>& inputs, mx::array& out) {
@@ -186,7 +235,7 @@ void Rotate::eval_gpu(const std::vector<mx::array>& inputs, mx::array& out) {
   for (int64_t s : stride) scalars.push_back(as_int(s));
   const Variant variant{
       .operation = kRotate, .dim = shape[3], .bits = 1, .type = type_code(x.dtype()), .hadamard = inverse_ ? 2 : 1};
-  run("rotate", find_binary(variant, device), inputs, outputs, scalars, count, stream());
+  run("rotate", variant, inputs, outputs, scalars, count, stream());
 }
 
 }  // namespace tqext

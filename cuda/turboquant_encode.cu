@@ -140,6 +140,32 @@ TQ_DEVICE void load_vector(float (&x)[kSlots], const void* from, int64_t at, int
 
 }  // namespace
 
+// The codes and the norm of row `row`, a rotated key; its residual signs (SIGNS), for which x then is the residual.
+TQ_DEVICE void store_key(float (&x)[kSlots], int64_t row, const int (&levels)[4], float book_scale, uint32_t* codes,
+                         uint16_t* norms, uint32_t* signs, uint16_t* residual_norms, uint8_t* code, float* scratch, int lane) {
+  const Coded coded = encode_levels(x, levels, book_scale, code, lane);
+  const float norm = clip_half(coded.square == 0 ? 0.0f : coded.square / (coded.projection / float(kCodebookTop)) / coded.safe);
+  if (lane == 0) norms[row] = float_to_half(norm);
+  pack_units(code, codes + row * kWords, lane);
+  if constexpr (SIGNS) {
+    const float stored = half_to_float(float_to_half(norm));
+#pragma unroll
+    for (int i = 0; i < kSlots; i++) x[i] -= stored * coded.level[i] / float(kCodebookTop);
+    const float residual_safe = square_safe_scale(x);
+    float y[kSlots];
+#pragma unroll
+    for (int i = 0; i < kSlots; i++) y[i] = x[i] * residual_safe;
+    const float residual_square = sum_products(y, y, lane);
+    if (lane == 0) residual_norms[row] = float_to_half(clip_half(sqrtf(residual_square) / residual_safe));
+    if constexpr (Hadamard<kDim>::kFactor > 0) Hadamard<kDim>::template rotate<TQ_RESIDUAL_SEED>(x, lane, scratch);
+#pragma unroll
+    for (int i = 0; i < kSlots; i++) {
+      const uint32_t word = __ballot_sync(kAllLanes, x[i] >= 0);
+      if (lane == 0) signs[row * kSlots + i] = word;
+    }
+  }
+}
+
 #if OPERATION == 0
 extern "C" __global__ void __launch_bounds__(32 * kWarps)
     quantize_keys(const void* k,
@@ -163,6 +189,10 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps)
 #if !BALANCE
   const float* const balance = nullptr;
 #endif
+#if !SIGNS
+  uint32_t* const signs = nullptr;
+  uint16_t* const residual_norms = nullptr;
+#endif
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const int64_t row = int64_t(blockIdx.x) * kWarps + warp;
   if (row >= n_rows) return;
@@ -180,27 +210,101 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps)
   if constexpr (HADAMARD) Hadamard<kDim>::template rotate<TQ_ROTATION_SEED>(x, lane, scratch[warp]);
 
   const int packed[4] = {levels0, levels1, levels2, levels3};
-  const Coded coded = encode_levels(x, packed, book_scale, code[warp], lane);
-  const float norm = clip_half(coded.square == 0 ? 0.0f : coded.square / (coded.projection / float(kCodebookTop)) / coded.safe);
-  if (lane == 0) norms[row] = float_to_half(norm);
-  pack_units(code[warp], codes + row * kWords, lane);
-#if SIGNS
-  const float stored = half_to_float(float_to_half(norm));
-#pragma unroll
-  for (int i = 0; i < kSlots; i++) x[i] -= stored * coded.level[i] / float(kCodebookTop);
-  const float residual_safe = square_safe_scale(x);
-  float y[kSlots];
-#pragma unroll
-  for (int i = 0; i < kSlots; i++) y[i] = x[i] * residual_safe;
-  const float residual_square = sum_products(y, y, lane);
-  if (lane == 0) residual_norms[row] = float_to_half(clip_half(sqrtf(residual_square) / residual_safe));
-  if constexpr (Hadamard<kDim>::kFactor > 0) Hadamard<kDim>::template rotate<TQ_RESIDUAL_SEED>(x, lane, scratch[warp]);
-#pragma unroll
-  for (int i = 0; i < kSlots; i++) {
-    const uint32_t word = __ballot_sync(kAllLanes, x[i] >= 0);
-    if (lane == 0) signs[row * kSlots + i] = word;
-  }
+  store_key(x, row, packed, book_scale, codes, norms, signs, residual_norms, code[warp], scratch[warp], lane);
+}
 #endif
+
+#if OPERATION == 6
+// A block of the grid codes a block of one head's keys, less the mean of those that are finite.
+extern "C" __global__ void __launch_bounds__(32 * kBlockWarps, 1)
+    quantize_blocks(const void* k,
+#if BALANCE
+                    const float* balance,
+#endif
+                    uint32_t* codes, uint16_t* norms,
+#if SIGNS
+                    uint32_t* signs, uint16_t* residual_norms,
+#endif
+                    uint16_t* means, int n_heads, int n_tokens, int head_dim, int s0, int s1, int s2, int s3, int a0, int a1,
+                    int levels0, int levels1, int levels2, int levels3, float book_scale) {
+  static_assert(kBlockWarps * kWarpTokens == kBlockTokens, "the warps share a block");
+  __shared__ float scratch[kBlockWarps][kDim];
+  __shared__ uint8_t code[kBlockWarps][kDim];
+  __shared__ float mean[kDim];
+  __shared__ int n_finite[kBlockWarps];
+#if !SIGNS
+  uint32_t* const signs = nullptr;
+  uint16_t* const residual_norms = nullptr;
+#endif
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  const int n_blocks = (n_tokens + kBlockTokens - 1) / kBlockTokens;
+  const int64_t head = blockIdx.x / n_blocks;
+  const int block = int(blockIdx.x % n_blocks), begin = block * kBlockTokens + warp * kWarpTokens;
+  const int n_own = min(max(n_tokens - begin, 0), int(kWarpTokens));
+  const int64_t first = (head / n_heads) * s0 + (head % n_heads) * s1 + int64_t(begin) * s2;
+
+  // All tokens of a warp stay in registers up to 256 dimensions; beyond, they are loaded again.
+  constexpr bool kStay = kSlots <= 8;
+  float x[kStay ? kWarpTokens : 1][kSlots], sum[kSlots] = {};
+  int count = 0;
+  auto load = [&](int i) {
+    if (i < n_own) load_vector(x[kStay ? i : 0], k, first + int64_t(i) * s2, s3, head_dim, lane);
+  };
+  if constexpr (kStay) {
+#pragma unroll
+    for (int i = 0; i < kWarpTokens; i++) load(i);  // all before the first is used
+  }
+#pragma unroll
+  for (int i = 0; i < kWarpTokens; i++) {
+    if constexpr (!kStay) load(i);
+    const float (&y)[kSlots] = x[kStay ? i : 0];
+    bool finite = i < n_own;
+#pragma unroll
+    for (int n = 0; n < kSlots; n++) finite = finite && fabsf(y[n]) < INFINITY;
+    if (!__all_sync(kAllLanes, finite)) continue;
+    count++;
+    // Divided first: the sum of large numbers may overflow.
+#pragma unroll
+    for (int n = 0; n < kSlots; n++) sum[n] += y[n] * (1.0f / float(kBlockTokens));
+  }
+#pragma unroll
+  for (int n = 0; n < kSlots; n++) scratch[warp][32 * n + lane] = sum[n];
+  if (lane == 0) n_finite[warp] = count;
+  __syncthreads();
+  for (int d = threadIdx.x; d < head_dim; d += 32 * kBlockWarps) {
+    float total = 0;
+    int n = 0;
+#pragma unroll
+    for (int w = 0; w < kBlockWarps; w++) {
+      total += scratch[w][d];
+      n += n_finite[w];
+    }
+    const uint16_t rounded = float_to_half(clip_half(total * (float(kBlockTokens) / float(max(n, 1)))));
+    means[int64_t(blockIdx.x) * head_dim + d] = rounded;
+    mean[d] = half_to_float(rounded);
+  }
+  __syncthreads();
+
+  const int packed[4] = {levels0, levels1, levels2, levels3};
+#pragma unroll(kStay ? kWarpTokens : 1)
+  for (int i = 0; i < kWarpTokens; i++) {
+    if (i >= n_own) break;
+    if constexpr (!kStay) load(i);
+    float (&y)[kSlots] = x[kStay ? i : 0];
+#pragma unroll
+    for (int n = 0; n < kSlots; n++) {
+      const int d = lane + 32 * n;
+      if (d >= head_dim) continue;
+      y[n] -= mean[d];
+#if BALANCE
+      y[n] *= balance[(head % n_heads) * a0 + int64_t(d) * a1];
+#endif
+    }
+    if constexpr (HADAMARD) Hadamard<kDim>::template rotate<TQ_ROTATION_SEED>(y, lane, scratch[warp]);
+    store_key(y, head * n_tokens + begin + i, packed, book_scale, codes, norms, signs, residual_norms, code[warp],
+              scratch[warp], lane);
+    __syncwarp();
+  }
 }
 #endif
 

@@ -55,6 +55,8 @@ void run(mx::Stream stream, EncodeOp op, const EncodeShape& shape, std::vector<m
 
 }  // namespace
 
+bool gpu_codes_blocks() { return false; }
+
 void QuantizeKeys::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
   allocate(outputs);
   const mx::array& k = inputs[0];

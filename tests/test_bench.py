@@ -102,6 +102,23 @@ def test_agents_bench_writes_rows(folder, text, tmp_path):
     assert "measured already" in bench(*args, "--json", out).stdout
 
 
+def test_prompts_bench_writes_rows(tmp_path):
+    out = tmp_path / "out.json"
+    small = ("--contexts", 320, "--queries", 9, 100, "--chunks", 100, "--turns", 3, 70, "--repeats", 2, "--layers", 2)
+    bench("prompts", "--device", "cpu", "--presets", "tq33", *small, "--operations", 1, "--json", out)
+    runs = {run["settings"]["bench"]: run["rows"] for run in json.loads(out.read_text())["runs"]}
+    assert list(runs) == ["prompts_attention", "prompts_prompt", "prompts_turns"]
+    assert [(row["preset"], row["queries"]) for row in runs["prompts_attention"]] == [("tq33", 9), ("tq33", 100)]
+    assert [row["cache"] for row in runs["prompts_prompt"]] == ["uncompressed", "tq33"]
+    for row in runs["prompts_prompt"]:
+        assert row["seconds"] >= row["build s"] + row["encode s"] + row["wait s"]
+        assert sys.platform != "linux" or row["peak GB"] > row["more GB"] >= 0
+    assert [(row["cache"], row["tokens"]) for row in runs["prompts_turns"]] == [
+        (name, n) for name in ("uncompressed", "tq33") for n in (3, 70)
+    ]
+    assert all(row["most ms"] >= row["ms"] > 0 for row in runs["prompts_turns"])
+
+
 # The agents' board
 
 

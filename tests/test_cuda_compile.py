@@ -199,8 +199,10 @@ def test_prompt_attention_of_large_float32_heads_compiles():
     compile_prompt("sm_90", WGMMA=0, ROWS=32, KEY_DIM=256, VALUE_DIM=256, TYPE=0)
 
 
-def test_empty_kernel_compiles():
-    compile_kernel("reserve.cu", "sm_80")
+@pytest.mark.parametrize("name", ["reserve.cu", "store_tokens.cu", "word_sum.cu"])
+def test_kernels_without_variants_compile(name):
+    for architecture in ("sm_80", "sm_90", "sm_120"):
+        assert "0 bytes spill stores" in compile_kernel(name, architecture)
 
 
 # Operation (params.h), bits, means, balance, signs.
@@ -214,14 +216,17 @@ ENCODINGS = [
     (3, 4, 0, 0, 0),
     (4, 1, 0, 0, 0),
     (5, 3, 0, 0, 0),
+    (6, 3, 0, 1, 0),
+    (6, 4, 0, 0, 1),
 ]
 
 
 @pytest.mark.parametrize("operation, bits, means, balance, signs", ENCODINGS)
 def test_encoding_compiles(operation, bits, means, balance, signs):
     defines = dict(OPERATION=operation, BITS=bits, TYPE=1, HADAMARD=1, MEANS=means, BALANCE=balance, SIGNS=signs)
-    for dim in (128, 96):
-        compile_kernel("turboquant_encode.cu", "sm_80", DIM=dim, **defines)
+    for dim in (128, 96, 512):
+        log = compile_kernel("turboquant_encode.cu", "sm_80", DIM=dim, **defines)
+        assert "0 bytes spill stores" in log, log
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -22,6 +22,7 @@ from support import (
     reference_values,
     to_numpy,
 )
+from tqext import _ext
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -143,6 +144,39 @@ def test_block_means_leave_out_tokens_that_are_not_finite(rng):
     got = to_numpy(tqext.block_means(mx.array(k)))
     assert np.isfinite(got).all() and not got[0, 1, 2].any()
     assert_close(got.astype(np.float32), reference.block_means(k).astype(np.float64), 2**-10)
+
+
+@pytest.mark.parametrize("n_tokens", [0, 1, 63, 64, 200])
+@pytest.mark.parametrize(
+    "dim, bits, qjl, dtype", [(128, 3, False, "float16"), (80, 4, True, "float32"), (512, 2, False, "bfloat16")]
+)
+@pytest.mark.parametrize("rotation", ["hadamard", "orthogonal"])
+def test_quantize_blocks_is_quantize_keys_with_the_means_of_the_blocks(n_tokens, dim, bits, qjl, dtype, rotation, rng):
+    if qjl:
+        dim = 96  # with a Hadamard matrix
+    k = normal(rng, 2, 3, n_tokens, dim, dtype=DTYPES[dtype]) * 3 + 1
+    balance = mx.exp(normal(rng, 3, dim))
+    for x in (k, mx.swapaxes(mx.contiguous(mx.swapaxes(k, 1, 2)), 1, 2)):
+        for balanced in (None, balance):
+            *parts, means = _ext.quantize_blocks(x, bits, balanced, qjl, rotation, None)
+            want = reference.block_means(to_numpy(k))
+            got = to_numpy(means)
+            assert got.dtype == np.float16 and got.shape == want.shape
+            assert (np.abs(got.astype(np.float64) - want) <= np.spacing(np.abs(want)).astype(np.float64)).all()
+            packed = tqext.quantize_keys(k, bits=bits, means=means, balance=balanced, qjl=qjl, rotation=rotation)
+            for part, other in zip(parts, arrays_of(packed), strict=True):
+                assert np.array_equal(to_numpy(part), other)
+
+
+def test_quantize_blocks_leaves_out_tokens_that_are_not_finite(rng):
+    k = to_numpy(normal(rng, 1, 2, 130, 64)).copy()
+    k[0, 0, 3, 5], k[0, 1, 70, 0], k[0, 1, 128:] = np.nan, np.inf, -np.inf
+    got = to_numpy(_ext.quantize_blocks(mx.array(k), 3, None, False, "hadamard", None)[-1])
+    assert np.isfinite(got).all() and not got[0, 1, 2].any()
+    assert_close(got.astype(np.float32), reference.block_means(k).astype(np.float64), 2**-10)
+    for dtype, largest in ((mx.float32, 3e38), (mx.float16, 65504.0)):
+        *_, means = _ext.quantize_blocks(mx.full((1, 1, 64, 32), largest, dtype=dtype), 3, None, False, "hadamard", None)
+        assert np.isfinite(to_numpy(means)).all()
 
 
 def test_block_means_of_the_largest_keys_are_finite():

@@ -8,13 +8,16 @@ import mlx.core as mx
 import mlx_lm.models.cache as stock
 import numpy as np
 import pytest
+from tqext._ext import word_sum
 
 import tqext
 import tqext.mlx_lm
 from tiny import greedy, logits_after, make_llama, prompt
 from tqext import Recipe, TurboQuantKVCache, get_policy
 from tqext.cache import STATE_MAGIC
+from tqext.kv import state
 from tqext.kv.state import checksum
+from tqext.kv.tokens import Store, stored
 from tqext.presets import PRESETS
 
 
@@ -93,6 +96,57 @@ def test_checksum_grows_with_the_cache(steps):
             cache.update_and_fetch(mx.random.normal((1, 2, n, 64)), mx.random.normal((1, 2, n, 64)))
         header, *arrays = cache.state
         assert mx.array_equal(header[-1:].view(mx.uint32), checksum(header.tolist()[:-1], arrays))
+
+
+def columns(x):
+    """The same numbers with the token axis outermost."""
+    return mx.swapaxes(mx.contiguous(mx.swapaxes(x, 1, 2)), 1, 2)
+
+
+@pytest.mark.usefixtures("device")
+@pytest.mark.parametrize("shape", [(2, 3, 64, 12), (1, 1, 1, 1), (2, 3, 5, 7), (1, 8, 100, 128), (1, 2, 3000, 48)])
+def test_words_are_summed_as_by_mlx(shape, rng):
+    """One operation and those of the specification, over every kind of array that a state has."""
+    bits = mx.array(rng.integers(0, 2**32, (2, *shape), dtype=np.uint32))
+    numbers = [1, -5, 70000, 2**31 - 1]
+    assert state._composed_sum([mx.array(numbers, mx.int32)], first=0).item() == state._number_sum(tuple(numbers))
+    for dtype in (mx.uint32, mx.float32, mx.float16, mx.bfloat16):
+        arrays = [bits[i] if dtype == mx.uint32 else (bits[i] % 1000).astype(dtype) for i in range(2)]
+        for layout in (lambda x: x, columns, lambda x: mx.concatenate([x, x], axis=2)[:, :, : shape[2]]):
+            laid = [layout(x) for x in arrays]
+            start = [3 * shape[2], shape[2]]
+            want = state._composed_sum(arrays, start, 4)
+            assert mx.array_equal(word_sum(laid, start, 4, 5, mx.array([7], mx.uint32)), want + 12)
+            found = word_sum([*laid, bits[0, :0]], start, 4, 0, None, numbers)
+            assert found.tolist() == [*numbers, want.view(mx.int32).item()]
+    balance = mx.random.normal((3, 64))
+    assert mx.array_equal(word_sum([balance], [], 9, 0, None), state._composed_sum([balance], first=9))
+
+
+@pytest.mark.usefixtures("device")
+@pytest.mark.parametrize("dtype", [mx.uint32, mx.float32, mx.float16, mx.bfloat16])
+@pytest.mark.parametrize("last", [1, 2, 12, 80])
+def test_tokens_are_stored_as_by_mlx(dtype, last, rng):
+    """In one operation for all arrays: cut at both ends, joined, with room and without."""
+    x, y = (mx.array(rng.integers(0, 1000, (2, 3, n, last))).astype(dtype) for n in (37, 21))
+    longer = mx.concatenate([x, x], axis=2)
+    stores = [
+        Store(x, 5, 30, None, 30),
+        Store(x, 5, 30, None, 48),
+        Store(x, 0, 37, y, 58),
+        Store(x, 3, 20, y, 64),
+        Store(x, 0, 0, y, 21),
+        Store(columns(x), 3, 20, columns(y), 64),
+        Store(longer[:, :, :37], 0, 33, longer[:, :, 40:43], 40),
+        Store(x, 7, 0, None, 9),
+        Store(x, 0, 0, None, 0),
+    ]
+    for store, got in zip(stores, stored(stores), strict=True):
+        tokens = [store.buffer[:, :, store.begin : store.begin + store.kept]]
+        tokens += [] if store.added is None else [store.added]
+        n = sum(part.shape[2] for part in tokens)
+        want = mx.concatenate([*tokens, mx.zeros((2, 3, store.room - n, last), dtype)], axis=2)
+        assert got.dtype == dtype and mx.array_equal(got, want)
 
 
 def test_a_batch_is_not_saved(tmp_path):

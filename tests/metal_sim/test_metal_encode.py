@@ -12,7 +12,7 @@ import tqext
 # What the kernels cannot show: argument checks, compilation, and what the op composes.
 OP_ONLY = (
     *("compile", "reject", "bad_", "reference_hadamard", "dense_matrix", "none_changes_nothing", "nothing_gives_nothing"),
-    "block_means",  # composed of MLX operations
+    *("block_means", "quantize_blocks"),  # composed of MLX operations
     *("distortion", "unbiased", "closer"),  # averages over many tokens: the bytes are compared instead
 )
 

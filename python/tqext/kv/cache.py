@@ -21,7 +21,7 @@ from tqext.kv.schedule import (
     wait_for_readers,
 )
 from tqext.kv.snapshot import Snapshot, create_mask
-from tqext.kv.tokens import Exact, check_tokens
+from tqext.kv.tokens import Exact, Store, check_tokens, stored
 from tqext.presets import Recipe
 
 
@@ -66,7 +66,7 @@ class TurboQuantKVCache(Buffers):
         self._first: Exact | None = None
         self._tail: Exact | None = None
         self._last: Snapshot | None = None
-        self._summed: tuple[int, mx.array] | None = None  # coded tokens in the checksum so far, and their part of it
+        self._summed: tuple[int, mx.array | None] | None = None  # coded tokens in the checksum so far, and their part of it
         self.n_first = 0
         self.n_coded = 0
         self.n_tail = 0
@@ -129,7 +129,7 @@ class TurboQuantKVCache(Buffers):
             snapshot = self._step_snapshot(tokens.n_tokens)
         else:
             snapshot = self._snapshot()
-            self._flush()  # at once: no layer keeps its prompt uncompressed while the next one runs
+            self._flush(is_read=True)  # at once: no layer keeps its prompt uncompressed while the next one runs
         self._last = snapshot if self.shared else None
         return snapshot, snapshot
 
@@ -158,7 +158,7 @@ class TurboQuantKVCache(Buffers):
         end = held + tokens.n_tokens
         n_tokens = self.size() + tokens.n_tokens
         if tokens.n_tokens > BLOCK:
-            self._tail = self._tail.cut(0, held).then(tokens)
+            self._tail = Exact(*stored([Store(x, 0, held, new, end) for x, new in zip(self._tail, tokens, strict=True)]))
         else:
             if end > self._tail.n_tokens:
                 self._tail = self._tail.cut(0, held).resized(exact_room(end, n_tokens))
@@ -166,8 +166,11 @@ class TurboQuantKVCache(Buffers):
         n_first = self.n_first if self.n_coded else min(self.recipe.first, n_tokens)
         vars(self).update(n_first=n_first, n_tail=n_tokens - n_first - self.n_coded)
 
-    def _flush(self) -> None:
-        """Encode the oldest recent tokens, in whole blocks, down to `tail` and a part of a block."""
+    def _flush(self, *, is_read: bool = False) -> None:
+        """Encode the oldest recent tokens, in whole blocks, down to `tail` and a part of a block.
+
+        `is_read`: a snapshot of this step reads the buffers, so that writing to them would copy them.
+        """
         n = self._n_due
         if n == 0:
             return
@@ -177,9 +180,19 @@ class TurboQuantKVCache(Buffers):
         n_dropped = self._n_over(n)
         n_old = min(n_dropped, self.n_coded)
         n_new = n - (n_dropped - n_old)
-        self._write_packed(self._codec.encode(self._tail.cut(begin - n_new, begin)), n_new, n_old)
-        first = self._tail.cut(0, leading).resized(leading) if leading else self._first
-        tail = self._tail.cut(begin, end).resized(exact_room(end - begin, self.size()))
+        parts = self._codec.encode(self._tail.cut(begin - n_new, begin))
+        room = exact_room(end - begin, self.size())
+        exact = [Store(x, begin, end - begin, None, room) for x in self._tail]
+        exact += [Store(x, 0, leading, None, leading) for x in self._tail] if leading else []
+        if is_read:
+            self._now = None
+            packed = self._codec.stores(self._packed, n_old, self.n_coded, parts)
+            found = stored([*packed, *exact])
+            self._packed, found = found[: len(packed)], found[len(packed) :]
+        else:
+            self._write_packed(parts, n_new, n_old)
+            found = stored(exact)
+        tail, first = Exact(*found[:2]), Exact(*found[2:]) if leading else self._first
         counts = {"n_coded": self.n_coded - n_old + n_new, "n_tail": self.n_tail - n, "n_dropped": self.n_dropped + n_dropped}
         vars(self).update(counts, _first=first, _tail=tail, _summed=None if n_old else self._summed)
 
@@ -361,8 +374,7 @@ class TurboQuantKVCache(Buffers):
         coded, exact = self._coded_arrays(), self._exact_arrays()
         if self._balance is not None:
             exact.append(self._balance)
-        total = saved.checksum(numbers, exact, begin=1 + len(coded)) + self._coded_sum()
-        return [saved.header_array(numbers, total), *coded, *exact]
+        return [saved.header_of(numbers, exact, 1 + len(coded), self._coded_sum()), *coded, *exact]
 
     @state.setter
     def state(self, arrays: Sequence[mx.array]) -> None:
@@ -387,12 +399,12 @@ class TurboQuantKVCache(Buffers):
         self.n_first, self.n_coded, self.n_tail = header.counts
         self.n_dropped = header.n_dropped
 
-    def _coded_sum(self) -> mx.array:
-        """The coded tokens' part of the checksum; only that of blocks that are new is computed."""
-        n, total = self._summed or (0, mx.zeros(1, mx.uint32))
+    def _coded_sum(self) -> mx.array | None:
+        """The coded tokens' part of the checksum, if there are any; only that of blocks that are new is computed."""
+        n, total = self._summed or (0, None)
         if self._codec is not None and n < self.n_coded:
             begin = [n // per for per in self._codec.per_row]
-            total = total + saved.sum_of(self._codec.cut(self._packed, n, self.n_coded), begin)
+            total = saved.sum_of(self._codec.cut(self._packed, n, self.n_coded), begin, previous=total)
             self._summed = (self.n_coded, total)
         return total
 

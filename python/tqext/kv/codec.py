@@ -8,10 +8,10 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from tqext._ext import History as ExtHistory
-from tqext._ext import block_means
-from tqext.kv.schedule import BLOCK
-from tqext.kv.tokens import Exact, resize_tokens
-from tqext.ops import PackedKeys, PackedValues, dequantize, quantize_keys, quantize_values
+from tqext._ext import quantize_blocks, quantize_keys, quantize_values
+from tqext.kv.schedule import BLOCK, coded_room
+from tqext.kv.tokens import Exact, Store, resize_tokens
+from tqext.ops import PackedKeys, PackedValues, dequantize
 from tqext.presets import Recipe
 
 
@@ -61,11 +61,12 @@ class Codec:
     def encode(self, tokens: Exact) -> list[mx.array]:
         """The packed arrays of whole blocks."""
         r = self.recipe
-        means = block_means(tokens.keys) if r.means else None
-        k = quantize_keys(tokens.keys, bits=r.key_bits, means=means, balance=self.balance, qjl=r.qjl, rotation=r.rotation)
-        v = quantize_values(tokens.values, bits=r.value_bits, coding=r.value_coding, rotation=r.rotation)
-        parts = [k.codes, k.norms, k.signs, k.residual_norms, v.codes, v.params, means]
-        return [x for x in parts if x is not None]
+        if r.means:
+            keys = quantize_blocks(tokens.keys, r.key_bits, self.balance, r.qjl, r.rotation, None)
+        else:
+            keys = quantize_keys(tokens.keys, r.key_bits, None, self.balance, r.qjl, r.rotation, None)
+        values = quantize_values(tokens.values, r.value_bits, r.value_coding, r.rotation, None)
+        return [*keys[: self.n_key_parts], *values, *keys[self.n_key_parts :]]
 
     def pack(self, parts: Sequence[mx.array]) -> tuple[PackedKeys, PackedValues]:
         """The objects that attention takes."""
@@ -126,6 +127,14 @@ class Codec:
     def resized(self, parts: Sequence[mx.array], n_tokens: int) -> list[mx.array]:
         """Copies with room for `n_tokens`, whole blocks."""
         return [resize_tokens(x, n_tokens // per) for x, per in zip(parts, self.per_row, strict=True)]
+
+    def stores(self, parts: Sequence[mx.array], begin: int, end: int, added: Sequence[mx.array]) -> list[Store]:
+        """The blocks from token `begin` to token `end` and others behind them; room as before, if that is enough."""
+        n_tokens, room = end - begin + added[0].shape[2], parts[0].shape[2]
+        if begin or n_tokens > room:
+            room = coded_room(n_tokens)
+        all_parts = zip(parts, added, self.per_row, strict=True)
+        return [Store(x, begin // per, (end - begin) // per, new, room // per) for x, new, per in all_parts]
 
     def empty(self, batch: int, n_kv_heads: int) -> list[mx.array]:
         """Packed arrays of no tokens."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import mlx.core as mx
+
+from tqext._ext import store_tokens
 
 FLOATS = (mx.float32, mx.float16, mx.bfloat16)
 
@@ -58,6 +61,33 @@ def resize_tokens(x: mx.array, n_tokens: int) -> mx.array:
     out = mx.zeros((*x.shape[:2], n_tokens, *x.shape[3:]), x.dtype)
     if kept:
         out[:, :, :kept] = x[:, :, :kept]
+    return out
+
+
+class Store(NamedTuple):
+    """What becomes of a buffer: `kept` of its tokens from `begin` on, the `added` ones behind them, room for `room`."""
+
+    buffer: mx.array
+    begin: int
+    kept: int
+    added: mx.array | None
+    room: int
+
+
+def stored(stores: Sequence[Store]) -> list[mx.array]:
+    """The buffers in new memory, zero behind their tokens; for buffers that are still read, else see `Exact.write`."""
+    found = store_tokens(stores)
+    return [_composed(*store) for store in stores] if found is None else found
+
+
+def _composed(buffer: mx.array, begin: int, kept: int, added: mx.array | None, room: int) -> mx.array:
+    tokens = buffer[:, :, begin : begin + kept]
+    if added is None:
+        return resize_tokens(tokens, room)
+    if kept + added.shape[2] == room:
+        return mx.concatenate([tokens, added], axis=2)
+    out = resize_tokens(tokens, room)
+    out[:, :, kept : kept + added.shape[2]] = added
     return out
 
 
