@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 import numpy as np
+from tqext._ext import quantize_blocks
 
 import tqext
 from tqext import Recipe
@@ -82,7 +83,8 @@ class Sequence:
         r, begin = self.recipe, self.n_first + self.n_coded
         block = slice(begin, begin + BLOCK)
         k, v = mx.array(self.k[None, :, block]), mx.array(self.v[None, :, block])
-        means = tqext.block_means(k) if r.means else None
+        # As the cache finds them: on a GPU the sum has another order than block_means, and a mean may round the other way.
+        means = quantize_blocks(k, r.key_bits, self.balance, False, r.rotation, None)[-1] if r.means else None
         keys = tqext.quantize_keys(k, bits=r.key_bits, means=means, balance=self.balance, rotation=r.rotation)
         values = tqext.quantize_values(v, bits=r.value_bits, coding=r.value_coding, rotation=r.rotation)
         self.coded_k[:, block] = np.array(tqext.dequantize(keys))[0]
