@@ -117,6 +117,8 @@ class Run:
 # Batch and context of --sweep.
 CASES = ((1, 512), (1, 2048), (1, 8192), (1, 32768), (1, 131072), (8, 32768), (32, 8192))
 WEIGHTS = ("q1", "4bit", "fp16")
+MOST_TOKENS_TOGETHER = 131072
+SWEEP_TURNS = 3
 
 
 def random_caches(model: Any, kv: str, batch: int, context: int, dtype: mx.Dtype) -> list[Any]:
@@ -139,29 +141,44 @@ def sweep(options: argparse.Namespace, settings: dict[str, Any], dtype: mx.Dtype
     print(f"made {len(models)} models in {time.perf_counter() - start:.0f} s", flush=True)
     for batch, context in options.cases:
         if time.perf_counter() - start > options.budget:
-            print(f"{options.budget:.0f} s are over: {batch} x {context} and what follows is left out")
+            print(f"{options.budget:.0f} s are over: {batch} x {context} and what follows is left out", flush=True)
             break
-        uncompressed: dict[str, float] = {}
-        for kv in ("none", *options.presets):
-            caches = random_caches(models[options.weights[0]], kv, batch, context, dtype)
+        names = ("none", *options.presets)
+        found: dict[tuple[str, str], dict[str, Any]] = {}
+        # Side by side, and in turns, where memory holds them all.
+        for together in [names] if batch * context <= MOST_TOKENS_TOGETHER else [(name,) for name in names]:
+            caches = {name: random_caches(models[options.weights[0]], name, batch, context, dtype) for name in together}
             for kind, model in models.items():
-                run = Run(model, caches, batch)
-                run.pipelined(3)
-                run.times["pipelined"] = []
-                run.pipelined(options.steps)
-                rate = batch * 1e3 / statistics.median(run.times["pipelined"])
-                if kv == "none":
-                    uncompressed[kind] = rate
-                rows.append({
-                    "weights": kind, "batch": batch, "context": context, "cache": "uncompressed" if kv == "none" else kv,
-                    "ms": statistics.median(run.times["pipelined"]), "tokens/s": rate, "times": rate / uncompressed[kind],
-                    "cache GB": sum(cache.nbytes for cache in caches) / 1e9,
-                })  # fmt: skip
-                print({key: round(x, 3) if isinstance(x, float) else x for key, x in rows[-1].items()}, flush=True)
-            del caches, run
+                runs = {name: Run(model, caches[name], batch) for name in together}
+                for run in runs.values():
+                    run.pipelined(3)
+                    run.times["pipelined"] = []
+                for _ in range(SWEEP_TURNS):
+                    for run in runs.values():
+                        run.pipelined(max(1, options.steps // SWEEP_TURNS))
+                for name, run in runs.items():
+                    ms = statistics.median(run.times["pipelined"])
+                    found[kind, name] = {
+                        "weights": kind, "batch": batch, "context": context,
+                        "cache": "uncompressed" if name == "none" else name, "ms": ms, "tokens/s": batch * 1e3 / ms,
+                        "cache GB": sum(x.nbytes for x in caches[name]) / 1e9,
+                    }  # fmt: skip
+            del caches, runs, run
             gc.collect()
             mx.clear_cache()
+        for (kind, _), row in found.items():
+            row["times"] = row["tokens/s"] / found[kind, "none"]["tokens/s"]
+            print({key: round(x, 3) if isinstance(x, float) else x for key, x in row.items()}, flush=True)
+        rows += [found[kind, name] for kind in models for name in names]
+        if options.json:  # a long run that is cut off keeps what it has
+            save_sweep(options, settings, rows)
     return rows
+
+
+def save_sweep(options: argparse.Namespace, settings: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    chosen = {name: getattr(options, name) for name in ("weights", "presets", "steps", "device")}
+    chosen["cases"] = [list(case) for case in options.cases]
+    save(options.json, {"bench": "decode_sweep", **chosen, "layers": settings["num_hidden_layers"]}, {}, rows)
 
 
 def pair(text: str) -> tuple[int, int]:
@@ -204,10 +221,6 @@ def main() -> None:
         rows = sweep(options, settings, dtype)
         columns = {"weights": "", "batch": "d", "context": "d", "cache": "", "ms": ".2f", "tokens/s": ".1f", "times": ".2f"}
         print(table(rows, {**columns, "cache GB": ".2f"}))
-        if options.json:
-            names = ("weights", "presets", "cases", "steps", "device")
-            chosen = {name: getattr(options, name) for name in names}
-            save(options.json, {"bench": "decode_sweep", **chosen, "layers": settings["num_hidden_layers"]}, {}, rows)
         return
     model = qwen3.Model(qwen3.ModelArgs.from_dict({**SHAPE, "num_hidden_layers": options.layers}))
     dtype = getattr(mx, options.dtype or ("float32" if options.device == "cpu" else "float16"))

@@ -337,7 +337,7 @@ def test_decode_step_sweep_writes_rows(tmp_path):
     assert [(row["weights"], row["batch"], row["context"], row["cache"]) for row in run["rows"]] == [
         (weights, batch, context, cache)
         for batch, context in ((1, 70), (2, 200))
-        for cache in ("uncompressed", "tq3")
         for weights in ("q1", "fp16")
+        for cache in ("uncompressed", "tq3")
     ]
     assert all(row["tokens/s"] > 0 and row["cache GB"] > 0 for row in run["rows"])
