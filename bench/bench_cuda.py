@@ -5,7 +5,7 @@ has a floor of about 25 us. As in a model each call of attention waits for the o
 a second figure is of calls that do not wait, which MLX may run side by side. The arrays rotate among several sets, together
 larger than the last-level cache.
 
-    python bench/bench_cuda.py --json bench/results/h100.json [--only attention presets q1 scores model]
+    python bench/bench_cuda.py --json bench/results/h100.json [--only attention presets shapes q1 scores model]
 """
 
 import argparse
@@ -55,23 +55,23 @@ def words(*shape):
 PRESETS = {"tq3": (3, 2, "groups"), "tq33": (3, 3, "lloyd"), "tq4": (4, 4, "lloyd"), "tq2": (2, 2, "lloyd")}
 
 
-def packed(batch, heads, keys, preset="tq3", centred=True):
+def packed(batch, heads, keys, preset="tq3", centred=True, dim=DIM):
     """Random bytes of a preset; centred: with means of blocks and a balance, as a cache has them."""
     key_bits, value_bits, coding = PRESETS[preset]
 
     def norms():
         return (mx.random.uniform(shape=(batch, heads, keys, 1)) + 0.5).astype(mx.float16)
 
-    k = tqext.PackedKeys(codes=words(batch, heads, keys, DIM // 32 * key_bits), norms=norms(), bits=key_bits, head_dim=DIM)
+    k = tqext.PackedKeys(codes=words(batch, heads, keys, dim // 32 * key_bits), norms=norms(), bits=key_bits, head_dim=dim)
     if centred:
         n_blocks = tqext.format.n_blocks(keys)
-        k = k._replace(means=halves(batch, heads, n_blocks, DIM), balance=mx.exp(mx.random.normal((heads, DIM)) / 2))
+        k = k._replace(means=halves(batch, heads, n_blocks, dim), balance=mx.exp(mx.random.normal((heads, dim)) / 2))
     if coding == "groups":
-        params = (mx.random.uniform(shape=(batch, heads, keys, DIM // 16)) - 0.5).astype(mx.float16)
+        params = (mx.random.uniform(shape=(batch, heads, keys, dim // 16)) - 0.5).astype(mx.float16)
     else:
         params = norms()
     v = tqext.PackedValues(
-        codes=words(batch, heads, keys, DIM // 32 * value_bits), params=params, bits=value_bits, head_dim=DIM, coding=coding
+        codes=words(batch, heads, keys, dim // 32 * value_bits), params=params, bits=value_bits, head_dim=dim, coding=coding
     )
     mx.eval([x for x in (*k, *v) if isinstance(x, mx.array)])
     return k, v
@@ -147,6 +147,38 @@ def presets(copy):
             del one, sets
 
 
+# Head dimension, query heads per KV head, KV heads: Gemma, Qwen3.8, Qwen3.5, Qwen3.8-Flash, gpt-oss.
+TODAYS_SHAPES = ((256, 4, 4), (256, 6, 4), (256, 8, 2), (256, 12, 2), (64, 8, 8))
+
+
+def shapes(copy, batch=8, keys=32768, queries=range(1, 9)):
+    """Shapes of today's models: a step of decoding, and of checking drafted tokens (causal), with an exact tail."""
+    for dim, repeats, heads in TODAYS_SHAPES:
+        tail = 56  # with contexts that are no multiple of 8 MLX's attention takes several times as long
+        sets = [packed(batch, heads, keys, dim=dim) for _ in range(2)]
+        n_bytes = sum(x.nbytes for x in (*sets[0][0], *sets[0][1]) if isinstance(x, mx.array))
+        exact = tuple(halves(batch, heads, tail, dim) for _ in range(2))
+        plain = [tuple(halves(batch, heads, keys + tail, dim) for _ in range(2)) for _ in range(2)]
+        mx.eval(exact, plain)
+        for n in queries:
+            q, mask = halves(batch, heads * repeats, n, dim), "causal" if n > 1 else None
+            mx.eval(q)
+
+            def ours(x, k, sets=sets, mask=mask, exact=exact):
+                return tqext.turboquant_attention(x, *sets[k % 2], mask=mask, tail=exact)
+
+            def theirs(x, k, plain=plain, mask=mask, dim=dim):
+                return mx.fast.scaled_dot_product_attention(x, *plain[k % 2], scale=dim**-0.5, mask=mask)
+
+            us, spread = timed(ours, q, n=10, repeats=5)
+            fp16, _ = timed(theirs, q, n=4, repeats=5)
+            gbs = (n_bytes + sum(x.nbytes for x in exact)) / us / 1e3
+            yield {"head dim": dim, "query heads per KV head": repeats, "KV heads": heads, "batch": batch, "keys": keys,
+                   "queries": n, "us": us, "spread": spread, "GB/s": gbs, "share": gbs / copy, "fp16 us": fp16,
+                   "times": fp16 / us}  # fmt: skip
+        del sets, plain
+
+
 def stock_quantised(q, plain):
     """mlx-lm's attention on its 4-bit cache, as models/base.py writes it."""
     from mlx_lm.models.base import quantized_scaled_dot_product_attention as attend
@@ -207,7 +239,7 @@ def q1(copy):
         weights = [one_bit(out, cols) for _ in range(sets)]
         dense = [halves(out, cols) for _ in range(2)]
         mx.eval(weights, dense)
-        for n in (1, 2, 4, 8, 16, 32, 64, 128, 512):
+        for n in (1, 2, 4, 8, 9, 16, 32, 64, 100, 128, 256, 512, 2048):
             x = halves(n, cols)
             mx.eval(x)
             us, spread = timed(lambda _, k, x=x, w=weights: tqext.q1_matmul(x, *w[k % len(w)]), n=60 if n < 16 else 20)
@@ -250,37 +282,66 @@ def scores(_copy):
         del full
 
 
-def make_model(kind):
+# Of Qwen3-8B.
+MODEL = {
+    "model_type": "qwen3",
+    "hidden_size": 4096,
+    "num_hidden_layers": 36,
+    "intermediate_size": 12288,
+    "num_attention_heads": 32,
+    "rms_norm_eps": 1e-6,
+    "vocab_size": 151936,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 262144,
+    "rope_theta": 1e6,
+    "head_dim": DIM,
+    "tie_word_embeddings": False,
+}
+
+
+def make_model(kind, settings=MODEL, dtype=mx.float16):
+    """Random weights of a kind: "q1", "4bit" or "fp16" (the given dtype)."""
     from mlx_lm.models import qwen3
 
     from tqext.nn import Q1Linear
 
-    arguments = qwen3.ModelArgs(
-        model_type="qwen3", hidden_size=4096, num_hidden_layers=36, intermediate_size=12288, num_attention_heads=32,
-        rms_norm_eps=1e-6, vocab_size=151936, num_key_value_heads=8, max_position_embeddings=262144, rope_theta=1e6,
-        head_dim=DIM, tie_word_embeddings=False)  # fmt: skip
-    model = qwen3.Model(arguments)  # its own weights are never evaluated
-    shapes = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    model = qwen3.Model(qwen3.ModelArgs.from_dict(settings))  # its own weights are never evaluated
+
+    def random(*shape):
+        return (mx.random.normal(shape) * 0.02).astype(dtype)
+
     replaced = []
-    for name, module in shapes:
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear):
+            continue
         rows, cols = module.weight.shape
         if kind == "q1":
             new = Q1Linear(*one_bit(rows, cols))
         elif kind == "4bit":
             new = nn.QuantizedLinear(128, 8, bias=False, group_size=64, bits=4)
-            new.weight, new.scales = words(rows, cols // 8), mx.full((rows, cols // 64), 0.004, dtype=mx.float16)
-            new.biases = mx.full((rows, cols // 64), -0.03, dtype=mx.float16)
+            new.weight, new.scales = words(rows, cols // 8), mx.full((rows, cols // 64), 0.004, dtype=dtype)
+            new.biases = mx.full((rows, cols // 64), -0.03, dtype=dtype)
         else:
             new = nn.Linear(8, 8, bias=False)
-            new.weight = halves(rows, cols) * 0.02
+            new.weight = random(rows, cols)
         replaced.append((name, new))
     model.update_modules(tree_unflatten(replaced))
-    model.model.embed_tokens.weight = halves(151936, 4096) * 0.02
+    model.model.embed_tokens.weight = random(settings["vocab_size"], settings["hidden_size"])
     for _, module in model.named_modules():
         if isinstance(module, nn.RMSNorm):
-            module.weight = mx.ones(module.weight.shape, dtype=mx.float16)
+            module.weight = mx.ones(module.weight.shape, dtype=dtype)
     mx.eval(model.parameters())
     return model
+
+
+def compressed_caches(settings, preset):
+    """Caches of a preset for a model of these sizes; of random weights no balance can be calibrated."""
+
+    def balance():
+        return mx.exp(0.3 * mx.random.normal((settings["num_key_value_heads"], settings["head_dim"])))
+
+    recipe = tqext.get_policy(preset).recipe
+    return [tqext.TurboQuantKVCache(recipe, balance=balance()) for _ in range(settings["num_hidden_layers"])]
 
 
 def fill(cache, batch, context):
@@ -328,7 +389,7 @@ def end_to_end(_copy, weights=tuple(CASES), budget=math.inf):
                 mx.clear_cache()
                 mx.reset_peak_memory()
                 try:
-                    cache = [KVCache() for _ in range(36)] if name == "fp16" else tqext.make_prompt_cache(model, "tq3")
+                    cache = [KVCache() for _ in range(36)] if name == "fp16" else compressed_caches(MODEL, "tq3")
                     fill(cache, batch, context)
                     found[name] = model_steps(model, cache, batch)
                     row |= {"tokens/s": batch / found[name], "peak GB": mx.get_peak_memory() / 1e9}
@@ -346,7 +407,7 @@ def end_to_end(_copy, weights=tuple(CASES), budget=math.inf):
 
 
 def main():
-    parts = {"attention": attention, "presets": presets, "q1": q1, "scores": scores, "model": end_to_end}
+    parts = {"attention": attention, "presets": presets, "shapes": shapes, "q1": q1, "scores": scores, "model": end_to_end}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--only", nargs="*", choices=list(parts), default=list(parts))

@@ -3,6 +3,7 @@
     python bench/bench_turboquant_attention.py
     python bench/bench_turboquant_attention.py --n-keys 1024 16384 131072 --threads 1 --isa avx2 --json bench/results/mine.json
     python bench/bench_turboquant_attention.py --formats plain tq3 tq33 --only tqext
+    python bench/bench_turboquant_attention.py --shapes today --formats tq3 --n-queries 4 --n-keys 8192
 
 Lines: "tqext" is the plain call, without means and balance, with --key-bits and --value-bits; "tqext tq3" and the like are what
 a cache of that preset asks for, with the means of blocks and a balance, without its exact tokens.
@@ -26,6 +27,18 @@ FORMATS = {
 QUERIES = ("fp32", "fp16", "bf16")
 
 
+# Head dimension, query heads and KV heads: Gemma, Qwen3.8, Qwen3.5, Qwen3.8-Flash, gpt-oss.
+TODAY = ((256, 16, 4), (256, 24, 4), (256, 16, 2), (256, 24, 2), (64, 64, 8))
+
+
+def shape(text: str) -> tuple[int, ...]:
+    """Head dimension, query heads and KV heads of DIMxQUERYHEADSxKVHEADS."""
+    sizes = tuple(int(size) for size in text.split("x"))
+    if len(sizes) != 3:
+        raise argparse.ArgumentTypeError(f"expected DIMxQUERYHEADSxKVHEADS, got {text}")
+    return sizes
+
+
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--n-keys", type=int, nargs="+", default=[1024, 16384])
@@ -33,10 +46,17 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--n-q-heads", type=int, default=32)
     parser.add_argument("--n-kv-heads", type=int, default=8)
     parser.add_argument("--head-dim", type=int, default=128)
+    parser.add_argument(
+        "--shapes",
+        nargs="+",
+        help="DIMxQUERYHEADSxKVHEADS ..., instead of the three options before; today: those of models of 2026",
+    )
     parser.add_argument("--key-bits", type=int, default=3)
     parser.add_argument("--value-bits", type=int, default=2)
     parser.add_argument("--formats", nargs="+", default=["plain", *FORMATS], choices=["plain", *FORMATS])
-    return operator_arguments(parser)
+    args = operator_arguments(parser)
+    args.shapes = TODAY if args.shapes == ["today"] else [shape(text) for text in args.shapes or []]
+    return args
 
 
 def lines(args: argparse.Namespace, n_keys: int) -> Iterator[tuple[str, str, int, Callable[[], Any]]]:
@@ -96,16 +116,11 @@ def lines(args: argparse.Namespace, n_keys: int) -> Iterator[tuple[str, str, int
         )  # fmt: skip
 
 
-def main() -> None:
-    args = arguments()
-    import mlx.core as mx
-
+def measure(args: argparse.Namespace, bandwidth: float) -> None:
+    """One shape: its table, and its run in the file."""
     import tqext
 
-    mx.set_default_device(mx.cpu)
     n_threads = tqext.num_threads()
-    bandwidth = read_bandwidth(n_threads)
-    print(f"{machine()['cpu']}, {n_threads} threads, isa {tqext.isa()}, reads {bandwidth:.1f} GB/s")
     rows = []
     for n_keys in args.n_keys:
         chosen = [line for line in lines(args, n_keys) if any(part in line[0] for part in args.only)]
@@ -123,12 +138,27 @@ def main() -> None:
     columns = {"attention": "", "query": "", "n_keys": "d", "ms": ".3f", "least": ".3f", "spread": ".0f", "runs": "d"}
     columns |= {"MB": ".1f", "GB/s": ".2f", "share": ".1%", "times": ".1f", "times least": ".1f"}
     print(table(rows, columns))
-    print("spread in percent; times: mx.fast with the same query type over this line, of the medians and of the least times")
     if args.json:
         names = ("n_keys", "n_queries", "n_q_heads", "n_kv_heads", "head_dim", "key_bits", "value_bits", "formats")
         settings = {"bench": "turboquant_attention", **{name: getattr(args, name) for name in names}}
         settings |= {"threads": n_threads, "isa": tqext.isa()}
         save(args.json, settings, {"read_bandwidth_gbs": round(bandwidth, 1)}, rows)
+
+
+def main() -> None:
+    args = arguments()
+    import mlx.core as mx
+
+    import tqext
+
+    mx.set_default_device(mx.cpu)
+    bandwidth = read_bandwidth(tqext.num_threads())
+    print(f"{machine()['cpu']}, {tqext.num_threads()} threads, isa {tqext.isa()}, reads {bandwidth:.1f} GB/s")
+    for sizes in args.shapes or [(args.head_dim, args.n_q_heads, args.n_kv_heads)]:
+        args.head_dim, args.n_q_heads, args.n_kv_heads = sizes
+        print(f"{args.n_q_heads} query heads, {args.n_kv_heads} KV heads, head dimension {args.head_dim}")
+        measure(args, bandwidth)
+    print("spread in percent; times: mx.fast with the same query type over this line, of the medians and of the least times")
 
 
 if __name__ == "__main__":

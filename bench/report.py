@@ -258,11 +258,16 @@ CUDA = {
                 "build s": ".2f", "encode s": ".2f", "wait s": ".2f", "peak GB": ".1f", "more GB": ".1f", "cache GB": ".2f"}),
     "Chat turns": ("prompts_turns", {"cache": "", "history": "d", "tokens": "d", "first ms": ".0f", "ms": ".0f",
                    "most ms": ".0f", "times": ".2f", "build ms": ".1f", "encode ms": ".1f", "wait ms": ".1f"}),
+    "Shapes of today's models": ("cuda_shapes", {"head dim": "d", "query heads per KV head": "d", "KV heads": "d", "batch": "d",
+                                 "keys": "d", "queries": "d", "us": ".0f", "spread": ".0f", "share": ".0%", "fp16 us": ".0f",
+                                 "times": ".2f"}),
     "Scores alone": ("cuda_scores", {"KV heads": "d", "keys": "d", "us": ".0f", "fp32 us": ".0f", "times": ".1f"}),
     "1-bit weights": ("cuda_q1", {"rows": "", "columns": "d", "rows of x": "d", "us": ".1f", "spread": ".0f", "GB/s": ".0f",
                       "share": ".0%", "fp16 us": ".0f", "times": ".1f"}),
     "A model of the shape of Qwen3-8B": ("cuda_model", {"weights": "", "batch": "d", "context": "d", "cache": "",
                                          "tokens/s": ".0f", "peak GB": ".1f", "times": ".2f", "failed": ""}),
+    "Whole steps of that model": ("decode_sweep", {"weights": "", "batch": "d", "context": "d", "cache": "", "ms": ".2f",
+                                  "tokens/s": ".0f", "times": ".2f", "cache GB": ".2f"}),
     "The host's part of a call": ("cuda_host", {"KV heads": "d", "keys": "d", "tail": "d", "us": ".1f", "host us": ".1f",
                                   "fp16 us": ".1f", "fp16 host us": ".1f"}),
     "Profile": ("cuda_profile", {"kernel": "", "us": ".1f", "MB read": ".0f", "DRAM throughput %": ".0f",
@@ -274,8 +279,10 @@ CUDA = {
 def cuda() -> str:
     parts = []
     for title, (bench, columns) in CUDA.items():
-        parts.append(f"### {title}\n")
-        for machine, run in runs(bench):
+        found = runs(bench)
+        if found:
+            parts.append(f"### {title}\n")
+        for machine, run in found:
             copy = run["measured"].get("copy_gbs")
             copied = f"; MLX copies {copy} GB/s" if copy else ""
             if bench == "cuda_attention":

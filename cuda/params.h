@@ -160,9 +160,10 @@ struct TokenStoresParams {
   TokenStoreParams stores[kMostStores];
 };
 
-// 1-bit weights. Warps per block, and groups at a time, of the matrix product; what OPERATION means in q1_matmul.cu.
+// 1-bit weights. Warps per block, and groups at a time, of the matrix product; what OPERATION means in q1_matmul.cu
+// and q1_gemm.cu.
 enum : int { kQ1Warps = 8, kQ1Chunk = 8 };
-enum : int { kQ1Multiply, kQ1Quantize, kQ1Dequantize, kQ1Prepare };
+enum : int { kQ1Multiply, kQ1Quantize, kQ1Dequantize, kQ1Prepare, kQ1GemmPrepare, kQ1Gemm };
 
 struct Q1Params {
   const void* x;           // [n_inputs, 128 * n_groups]
@@ -203,6 +204,40 @@ struct Q1MatvecLayout {
         x_at(partial_at + 2 * warps * inputs * 16 * 4),
         record(32 * sets * 4 + 4 * 8) {}
   constexpr int total(int n_groups, int inputs) const { return x_at + n_groups * inputs * record; }
+};
+
+// Many rows of x (q1_gemm.cu): groups of four warps of a block, threads, groups of a span, bytes of 64 results and what keeps
+// the next ones off their banks.
+enum : int { kGemmGroups = 4, kGemmThreads = 128 * kGemmGroups + 32, kGemmSpan = 4, kGemmResultRow = 144 };
+enum : int { kGemmPrepareThreads = 512 };
+
+struct Q1GemmParams {
+  const void* x;           // [n_inputs, 128 * n_groups]
+  const uint32_t* weight;  // [n_rows, 4 * n_groups], groups at multiples of 16 bytes
+  const uint16_t* scales;  // [n_rows, n_groups]
+  void* out;               // [n_inputs, n_rows], contiguous
+  void* prepared;          // fp16 [column_tiles][n_spans][kGemmSpan][2][columns][64]
+  float* factors;          // [column_tiles * columns]; bf16
+  int64_t x_stride[2], weight_stride, scale_stride;
+  int32_t n_inputs, n_rows, n_groups;
+  int32_t columns;                  // rows of x in a tile
+  int32_t n_spans;                  // a multiple of shares
+  int32_t row_tiles, column_tiles;  // of 64 * kGemmGroups / shares rows of the weight, of `columns` rows of x
+  int32_t shares, n_stages;
+};
+
+// Shared memory of the product, in bytes: the ring of stages, the results of a tile, the sums of all shares but one (of at most
+// kPartialColumns columns at a time), barriers.
+struct Q1GemmLayout {
+  int result_at, partial_at, barrier_at, total;
+  static constexpr int kAlignment = 1024, kPartialColumns = 64;
+
+  constexpr Q1GemmLayout(int columns, int shares, int n_stages)
+      : result_at(n_stages * columns * 2 * 128),
+        partial_at(result_at + kGemmGroups / shares * columns * kGemmResultRow),
+        barrier_at(partial_at +
+                   (kGemmGroups - kGemmGroups / shares) * (columns < kPartialColumns ? columns : kPartialColumns) * 64 * 4),
+        total(barrier_at + 2 * n_stages * 8 + kAlignment) {}
 };
 
 }  // namespace tqext::cuda

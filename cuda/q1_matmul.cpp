@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <array>
+#include <optional>
 #include <stdexcept>
 
 #include "format.h"
@@ -143,20 +144,140 @@ bool run_matvec(const Q1Params& q, mx::Dtype type, const std::vector<mx::array>&
   return true;
 }
 
+// The kernel for many rows of x, and its launch.
+struct Gemm {
+  int columns = 0, column_tiles = 0, shares = 0, n_spans = 0, row_tiles = 0, n_stages = 0;
+  bool bulk = false;
+
+  // shares 0: none fits.
+  Gemm(int n_inputs, int n_rows, int n_groups, const DeviceInfo& device) : bulk(device.architecture >= 90) {
+    constexpr int kMost = 64;  // a warp's sums take half as many registers
+    column_tiles = (n_inputs + kMost - 1) / kMost;
+    for (int x : {16, 32, 64}) {
+      columns = x;
+      if (x * column_tiles >= n_inputs) break;
+    }
+    // In cycles: the products of a span for all groups of warps, at the rate of single warps' products (few columns: at that of
+    // making their factors); what joins shares and writes a tile. On the H200 the order of the choices is the measured one.
+    const int64_t product = 128 * std::max(columns, 20), join = 1000;
+    int64_t least = 0;
+    for (int n = 1; n <= kGemmGroups; n *= 2) {
+      const int spans = (n_groups + kGemmSpan * n - 1) / (kGemmSpan * n) * n, rows = 64 * kGemmGroups / n;
+      const int tiles = (n_rows + rows - 1) / rows;
+      const int stages = std::min(16, (device.shared_bytes - Q1GemmLayout(columns, n, 0).total) /
+                                          (Q1GemmLayout(columns, n, 1).total - Q1GemmLayout(columns, n, 0).total));
+      if (stages < 2 * n) continue;
+      const int64_t waves = (int64_t(tiles) * column_tiles + device.n_multiprocessors - 1) / device.n_multiprocessors;
+      const int64_t time = waves * (spans / n * product + join * n);
+      if (shares && time >= least) continue;
+      least = time;
+      shares = n, n_spans = spans, row_tiles = tiles, n_stages = stages;
+    }
+  }
+  int shared_bytes() const { return Q1GemmLayout(columns, shares, n_stages).total; }
+  size_t prepared_bytes() const { return size_t(column_tiles) * n_spans * kGemmSpan * columns * 2 * kQ1Group; }
+};
+
+Kernel find_gemm(int operation, mx::Dtype type, const Gemm& m, int device) {
+  static OnceMap<std::array<int, 5>, Kernel> kernels;
+  const bool prepare = operation == kQ1GemmPrepare;
+  return kernels.get({operation, type_code(type), prepare ? 0 : m.columns, m.bulk, device}, [&] {
+    std::vector<Define> defines{{"OPERATION", operation}, {"TYPE", type_code(type)}};
+    if (prepare) {
+      return load_kernel(compile("q1_gemm.cu", defines, true, device), "q1_gemm_prepare", 0, kGemmPrepareThreads, device);
+    }
+    defines.insert(defines.end(), {{"COLUMNS", m.columns}, {"BULK", m.bulk}});
+    return load_kernel(compile("q1_gemm.cu", defines, true, device), "q1_gemm", device_info(device).shared_bytes, kGemmThreads,
+                       device);
+  });
+}
+
+// Many rows of x of 16 bits, weights as they are stored. The output has no memory yet; true: it is written.
+bool run_gemm(const Q1Params& q, const std::vector<mx::array>& inputs, mx::array& out, mx::Stream stream) {
+  const mx::array& x = inputs[0];
+  const int device = stream.device.index;
+  if (x.dtype() == mx::float32 || q.n_inputs <= kMatvecInputs || q.n_groups == 0 || q.weight_stride[1] != 1 ||
+      q.scale_stride[1] != 1 || q.weight_stride[0] % kQ1Words || reinterpret_cast<uintptr_t>(q.weight) % 16) {
+    return false;
+  }
+  const Gemm m(q.n_inputs, q.n_rows, q.n_groups, device_info(device));
+  if (!m.shares) return false;
+  const Kernel prepare = find_gemm(kQ1GemmPrepare, x.dtype(), m, device), multiply = find_gemm(kQ1Gemm, x.dtype(), m, device);
+
+  // What is large is MLX's, which counts it and gives it back; what is small costs less as this backend's own.
+  constexpr size_t kSmallOutput = size_t(1) << 20, kSmallPrepared = size_t(1) << 22;
+  const int padded = m.column_tiles * m.columns;
+  const size_t bytes = m.prepared_bytes() + sizeof(float) * padded;
+  std::optional<mx::array> large_prepared;
+  std::vector<mx::array> large;
+  if (out.nbytes() > kSmallOutput) {
+    large.push_back(out);
+  } else {
+    allocate_output(out, device);
+  }
+  if (bytes > kSmallPrepared) {
+    large_prepared.emplace(mx::Shape{padded, int(bytes / padded)}, mx::uint8, nullptr, std::vector<mx::array>{});
+    large.push_back(*large_prepared);
+  }
+  if (!large.empty()) allocate_through_mlx(large, x, stream);
+  const Workspace scratch = large_prepared ? Workspace{*large_prepared, 0, bytes} : workspace(stream, 0, bytes);
+
+  Q1GemmParams p{};
+  p.x = q.x;
+  p.weight = q.weight;
+  p.scales = q.scales;
+  p.out = device_pointer(out);
+  p.prepared = static_cast<char*>(device_pointer(scratch.memory)) + scratch.zeroed;
+  p.factors = reinterpret_cast<float*>(static_cast<char*>(p.prepared) + m.prepared_bytes());
+  std::copy_n(q.x_stride, 2, p.x_stride);
+  p.weight_stride = q.weight_stride[0];
+  p.scale_stride = q.scale_stride[0];
+  p.n_inputs = q.n_inputs;
+  p.n_rows = q.n_rows;
+  p.n_groups = q.n_groups;
+  p.columns = m.columns;
+  p.n_spans = m.n_spans;
+  p.row_tiles = m.row_tiles;
+  p.column_tiles = m.column_tiles;
+  p.shares = m.shares;
+  p.n_stages = m.n_stages;
+
+  auto& encoder = mx::cu::get_command_encoder(stream);
+  void* arguments[] = {&p};
+  encoder.set_input_array(x);
+  encoder.set_output_array(scratch.memory);
+  // The largest of a bf16 row is looked for first: its block takes all of it.
+  const int units = m.n_spans * kGemmSpan * 16;
+  const unsigned parts = x.dtype() == mx::bfloat16 ? 1 : (units + kGemmPrepareThreads - 1) / kGemmPrepareThreads;
+  encoder.add_kernel_node_raw(prepare.function, {unsigned(padded), parts, 1}, {kGemmPrepareThreads, 1, 1}, {1, 1, 1}, 0,
+                              arguments);
+  encoder.set_input_array(inputs[1]);
+  encoder.set_input_array(inputs[2]);
+  encoder.set_output_array(scratch.memory);  // whoever writes it next waits
+  encoder.set_output_array(out);
+  const int64_t tiles = int64_t(m.row_tiles) * m.column_tiles;
+  encoder.add_kernel_node_raw(multiply.function,
+                              {unsigned(std::min<int64_t>(tiles, device_info(device).n_multiprocessors)), 1, 1},
+                              {kGemmThreads, 1, 1}, {1, 1, 1}, m.shared_bytes(), arguments);
+  if (large_prepared) encoder.add_completed_handler([kept = *large_prepared] {});
+  return true;
+}
+
 }  // namespace
 
 void Q1Matmul::eval_gpu(const std::vector<mx::array>& inputs, mx::array& out) {
   check_backend("q1_matmul");
   const int device = stream().device.index;
-  allocate_output(out, device);
-  if (out.size() == 0) return;
+  if (out.size() == 0) {
+    allocate_output(out, device);
+    return;
+  }
   const mx::array &x = inputs[0], &weight = inputs[1], &scales = inputs[2];
   const Matrix rows = as_matrix(x, "q1_matmul", "x");
   Q1Params p{};
   p.x = device_pointer(x);
   p.weight = static_cast<const uint32_t*>(device_pointer(weight));
   p.scales = static_cast<const uint16_t*>(device_pointer(scales));
-  p.out = device_pointer(out);
   p.x_stride[0] = rows.row_stride;
   p.x_stride[1] = rows.stride;
   for (int axis = 0; axis < 2; axis++) {
@@ -167,6 +288,9 @@ void Q1Matmul::eval_gpu(const std::vector<mx::array>& inputs, mx::array& out) {
   p.n_rows = weight.shape(0);
   p.n_groups = scales.shape(1);
 
+  if (run_gemm(p, inputs, out, stream())) return;
+  allocate_output(out, device);
+  p.out = device_pointer(out);
   if (run_matvec(p, x.dtype(), inputs, out, stream())) return;
   const int parts = x.dtype() == mx::float32 ? 2 : 1, columns = p.n_inputs * parts;
   const int column_tiles = columns <= 8 ? 1 : columns <= 16 ? 2 : 4;
@@ -198,9 +322,9 @@ void Q1Matmul::eval_gpu(const std::vector<mx::array>& inputs, mx::array& out) {
 }
 
 bool gpu_multiplies_bits(const mx::array& x) {
-  // From here on dequantising the weights for the call, and MLX's own product, take less time. Of fp32 rows they would lose
-  // bits: MLX multiplies them in TF32.
-  constexpr int64_t kManyRows = 128;
+  // From here on dequantising the weights for the call, and MLX's own product, take less time (H200: about as much at 512). Of
+  // fp32 rows they would lose bits: MLX multiplies them in TF32.
+  constexpr int64_t kManyRows = 384;
   return x.dtype() == mx::float32 || int64_t(x.size()) < kManyRows * x.shape(-1);
 }
 

@@ -343,3 +343,18 @@ def test_make_prompt_cache_of_every_default_preset_exists_or_is_named(folder):
     model, _ = mlx_lm.load(str(folder))
     for name in bench_by_position.known(bench_by_position.words(bench_by_position.DEFAULT_PRESETS)):
         assert make_prompt_cache(model, name)
+
+
+def test_decode_step_sweep_writes_rows(tmp_path):
+    out = tmp_path / "out.json"
+    case = ("--cases", "1x70", "2x200", "--steps", 2, "--weights", "q1", "fp16", "--presets", "tq3")
+    bench("decode-step", "--sweep", "--small", "--dtype", "float32", *case, "--json", out)
+    (run,) = json.loads(out.read_text())["runs"]
+    assert run["settings"]["cases"] == [[1, 70], [2, 200]]
+    assert [(row["weights"], row["batch"], row["context"], row["cache"]) for row in run["rows"]] == [
+        (weights, batch, context, cache)
+        for batch, context in ((1, 70), (2, 200))
+        for weights in ("q1", "fp16")
+        for cache in ("uncompressed", "tq3")
+    ]
+    assert all(row["tokens/s"] > 0 and row["cache GB"] > 0 for row in run["rows"])

@@ -238,6 +238,17 @@ def test_one_bit_weights_compile_for_every_architecture(architecture):
         assert "0 bytes spill stores" in log, log
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_one_bit_weights_of_many_rows_compile_for_every_architecture(architecture):
+    bulk = int(architecture not in ("sm_80", "sm_86", "sm_89"))
+    for kind in (1, 2):
+        compile_kernel("q1_gemm.cu", architecture, OPERATION=4, TYPE=kind)
+    for columns in (16, 64):
+        log = compile_kernel("q1_gemm.cu", architecture, OPERATION=5, TYPE=2, COLUMNS=columns, BULK=bulk)
+        # A few words outside of the products.
+        assert int(re.search(r"(\d+) bytes spill stores", log).group(1)) <= 32, log
+
+
 def test_kernels_are_kept_on_disk(tmp_path):
     program, occupied = tmp_path / "check", tmp_path / "file"
     occupied.write_text("")

@@ -54,6 +54,23 @@ def test_q1_matmul_every_number_of_rows(rows, rng):
         check(mx.array(rng.normal(size=(n, 256)).astype(np.float32)), weight, scales)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", [15, 16, 32, 33, 65, 96, 97, 127, 128, 129, 193, 257, 400])
+@pytest.mark.parametrize(("rows", "cols"), [(1, 128), (77, 640), (264, 1152), (520, 2304)])
+def test_q1_matmul_many_rows_of_x(rows, cols, n, dtype, rng):
+    """Around the sizes of tiles; groups that fill no whole span, rows that fill no 16 bytes of the output."""
+    x = mx.array(rng.normal(size=(n, cols)).astype(np.float32)).astype(DTYPES[dtype])
+    check(x, *problem(rng, rows, cols))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("n", [20, 130])
+def test_q1_matmul_many_tiles(n, dtype, rng):
+    """More tiles than a GPU has multiprocessors: a block takes several, one after the other."""
+    x = mx.array(rng.normal(size=(n, 640)).astype(np.float32)).astype(DTYPES[dtype])
+    check(x, *problem(rng, 70000 if n == 20 else 40003, 640))
+
+
 @pytest.mark.parametrize("shape", [(256,), (0, 256), (2, 0, 256), (2, 3, 256), (1, 1, 1, 256)])
 def test_q1_matmul_shapes_of_x(shape, rng):
     x = mx.array(rng.normal(size=shape).astype(np.float32))
@@ -78,7 +95,7 @@ def test_q1_matmul_strided_inputs(dtype, rng):
     wide[1:91:2, 4:16] = weight
     tall = mx.full((99, 9), np.nan, dtype=mx.float16)
     tall[1:91:2, 2:5] = scales
-    for n in (1, 3, 20):
+    for n in (1, 3, 20, 140):
         x = mx.array(rng.normal(size=(n, 384)).astype(np.float32)).astype(DTYPES[dtype])
         buffer = mx.full((2 * n + 1, 500), np.nan, dtype=x.dtype)
         buffer[1::2, 50:434] = x
@@ -96,31 +113,48 @@ def test_q1_matmul_zero_scales_give_zero(rng):
     assert not to_numpy(tqext.q1_matmul(x, weight, mx.zeros((70, 4), mx.float16))).any()
 
 
-@pytest.mark.parametrize("n", [1, 3, 8, 12])
-def test_q1_matmul_nan_reaches_its_row_only(n, rng):
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", [1, 3, 8, 12, 70])
+def test_q1_matmul_nan_reaches_its_row_only(n, dtype, rng):
     weight, scales = problem(rng, 70, 512)
     x = rng.normal(size=(n, 512)).astype(np.float32)
     x[n // 2, 300] = np.nan
-    out = to_numpy(tqext.q1_matmul(mx.array(x), weight, scales))
+    out = to_numpy(tqext.q1_matmul(mx.array(x).astype(DTYPES[dtype]), weight, scales))
     assert np.isnan(out[n // 2]).all() and np.isfinite(np.delete(out, n // 2, 0)).all()
     x[n // 2, 300] = np.inf
-    out = to_numpy(tqext.q1_matmul(mx.array(x), weight, mx.ones((70, 4), mx.float16)))
+    out = to_numpy(tqext.q1_matmul(mx.array(x).astype(DTYPES[dtype]), weight, mx.ones((70, 4), mx.float16)))
     assert not np.isfinite(out[n // 2]).any() and np.isfinite(np.delete(out, n // 2, 0)).all()
 
 
-@pytest.mark.parametrize("n", [1, 3, 12])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", [1, 3, 12, 70])
 @pytest.mark.parametrize("special", [np.nan, np.inf])
-def test_q1_matmul_scale_that_is_not_finite_reaches_its_column_only(special, n, rng):
+def test_q1_matmul_scale_that_is_not_finite_reaches_its_column_only(special, n, dtype, rng):
     weight, scales = problem(rng, 70, 512)
     scales[41, 2] = special
-    out = to_numpy(tqext.q1_matmul(mx.array(rng.normal(size=(n, 512)).astype(np.float32)), weight, scales))
+    x = mx.array(rng.normal(size=(n, 512)).astype(np.float32)).astype(DTYPES[dtype])
+    out = to_numpy(tqext.q1_matmul(x, weight, scales))
     assert not np.isfinite(out[:, 41]).any() and np.isfinite(np.delete(out, 41, 1)).all()
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("n", [2, 20])
 @pytest.mark.parametrize("magnitude", [1e-20, 1e-6, 1e6, 1e20])
-def test_q1_matmul_any_magnitude(magnitude, rng):
-    x = mx.array((rng.normal(size=(2, 512)) * magnitude).astype(np.float32))
-    check(x, *problem(rng, 70, 512))
+def test_q1_matmul_any_magnitude(magnitude, n, dtype, rng):
+    x = mx.array((rng.normal(size=(n, 512)) * magnitude).astype(np.float32))
+    check(x.astype(DTYPES[dtype]), *problem(rng, 70, 512))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("n", [2, 20])
+def test_q1_matmul_magnitudes_of_rows_beside_each_other(n, dtype, rng):
+    """Each row of x is as exact as it would be alone."""
+    x = rng.normal(size=(n, 640)) * 10.0 ** np.linspace(-30, 30, n)[:, None]
+    x = mx.array(x.astype(np.float32)).astype(DTYPES[dtype])
+    weight, scales = problem(rng, 70, 640)
+    out, want = tqext.q1_matmul(x, weight, scales), to_numpy(x).astype(np.float64) @ decode(weight, scales).T
+    for i in range(n):
+        assert_close(out[i], want[i], TOLERANCE[x.dtype])
 
 
 def test_q1_matmul_half_overflow_is_infinity():

@@ -132,6 +132,29 @@ def test_turboquant_attention_every_group_ratio(n_repeats, dtype):
         Problem(n_repeats=n_repeats, n_rows=n_rows, dtype=DTYPES[dtype], n_tail=7, head_dim=64).check()
 
 
+# Head dimension, query heads per KV head and KV heads of Gemma and Qwen3.5 to 3.8, and of gpt-oss.
+@pytest.mark.parametrize("head_dim, n_repeats, n_kv_heads", [(256, 4, 1), (256, 6, 2), (256, 8, 1), (256, 12, 1), (64, 8, 2)])
+@pytest.mark.parametrize("n_rows", range(1, 9))
+def test_turboquant_attention_shapes_of_todays_models(head_dim, n_repeats, n_kv_heads, n_rows):
+    """A step of decoding, and of checking up to seven drafted tokens, over what a cache holds."""
+    lloyd = n_rows in (1, 4, 6, 8)
+    Problem(
+        head_dim=head_dim,
+        n_repeats=n_repeats,
+        n_kv_heads=n_kv_heads,
+        n_rows=n_rows,
+        n_coded=129,
+        n_first=4,
+        n_tail=40,
+        means=True,
+        balance=lloyd,
+        value_coding="lloyd" if lloyd else "groups",
+        value_bits=3 if lloyd else 2,
+        dtype=mx.float16,
+        options={"mask": "causal"},
+    ).check()
+
+
 @pytest.mark.parametrize("mask", [None, "causal"])
 @pytest.mark.parametrize("n_rows", [1, 2, 3, 4, 5, 6, 7, 8, 9, 33, 100])
 def test_turboquant_attention_every_number_of_rows(n_rows, mask):
