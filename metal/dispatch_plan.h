@@ -80,21 +80,28 @@ struct AttentionPlan {
 };
 
 enum : int {
-  kMaxMetalDim = 256,        // padded; a lane's share of larger vectors does not fit the registers
-  kSplitRows = 4,            // rows of the split kernel: 8 heads per simdgroup spill at D = 128 (mlx pull request 4077)
-  kSplitTokens = 256,        // a tile for each of its eight simdgroups
-  kThreadgroupsPerCore = 4,  // occupancy saturates at 24 simdgroups per core (metal-benchmarks); one more for the tail
+  kMaxMetalDim = 256,              // padded; a lane's share of larger vectors does not fit the registers
+  kSplitRows = 4,                  // rows of the split kernel: 8 heads per simdgroup spill at D = 128 (mlx pull request 4077)
+  kSplitTokens = 256,              // a tile for each of its eight simdgroups
+  kThreadgroupsPerCore = 4,        // occupancy saturates at 24 simdgroups per core (metal-benchmarks); one more for the tail
+  kPromptThreadgroupsPerCore = 2,  // of eight simdgroups, each with most of its 128 registers
   kThreadgroupMemory = 32768,
   kQueryMemory = 16384,  // of it for the matrix kernel's queries
   kMaxRowBlocks = 8,     // of the matrix kernel: 64 rows, 256 threads
   kMatrixGroups = 4,     // simdgroups per threadgroup that the matrix kernel aims at
+  kPromptRange = 512,    // fewest tokens of a threadgroup of the prompt kernel that are worth a rotation of its rows
 };
 
 // Whether the attention kernels take these shapes. Others are composed of MLX's own operations.
-inline bool has_attention_kernel(int n_queries, int head_dim, int value_dim, bool hadamard, int max_queries) {
+inline bool has_attention_kernel(int head_dim, int value_dim, bool hadamard) {
   const int k = padded_dim(head_dim), v = padded_dim(value_dim);
-  return n_queries >= 1 && n_queries <= max_queries && k <= kMaxMetalDim && v <= kMaxMetalDim &&
-         (!hadamard || (hadamard_factor(k) && hadamard_factor(v)));
+  return k <= kMaxMetalDim && v <= kMaxMetalDim && (!hadamard || (hadamard_factor(k) && hadamard_factor(v)));
+}
+
+// Rows of a threadgroup of the prompt kernel, 0 where the matrix kernel is cheaper.
+inline int rows_of_prompt(int n_rows, int k, int v) {
+  if (n_rows <= 16) return 0;
+  return n_rows > 32 && std::max(k, v) <= kPromptDim ? 64 : 32;
 }
 
 inline AttentionPlan plan_attention(const AttentionShape& s) {
@@ -139,10 +146,21 @@ inline AttentionPlan plan_attention(const AttentionShape& s) {
   const int tiles = divide_up(s.n_coded, kSplitTokens);
   const int tiles_per_range = std::max(1, divide_up(tiles, wanted));
   p.range_tokens = tiles_per_range * kSplitTokens;
-  const int n_threadgroups = divide_up(tiles, tiles_per_range);  // over the coded tokens of a KV head
+  int n_threadgroups = divide_up(tiles, tiles_per_range);  // over the coded tokens of a KV head
+  const int n_exact = s.n_first + s.n_tail;
   const bool split = p.n_rows <= kSplitRows;
-  const bool direct = split && n_threadgroups <= 1 && s.n_first + s.n_tail <= kExactTokens;
-  p.n_exact_ranges = direct ? s.n_first + s.n_tail > 0 : divide_up(s.n_first + s.n_tail, kExactRange);
+  const int prompt_rows = split ? 0 : rows_of_prompt(p.n_rows, k, v);
+  bool direct = split && n_threadgroups <= 1 && n_exact <= kExactTokens;
+  if (prompt_rows) {
+    // Ranges of coded tokens and of exact ones, equally long, where the row blocks alone do not fill the GPU.
+    const int row_blocks = heads * divide_up(p.n_rows, prompt_rows);
+    const int n_ranges = std::max(1, kPromptThreadgroupsPerCore * s.n_cores / row_blocks);
+    const int tokens = divide_up(s.n_coded + n_exact, n_ranges);
+    p.range_tokens = std::max<int>(kPromptRange, divide_up(tokens, kBlockTokens) * kBlockTokens);
+    direct = s.n_coded + n_exact <= p.range_tokens;
+    n_threadgroups = divide_up(s.n_coded, p.range_tokens);
+  }
+  p.n_exact_ranges = direct ? n_exact > 0 : prompt_rows ? divide_up(n_exact, p.range_tokens) : divide_up(n_exact, kExactRange);
 
   std::vector<Constant> constants{{kConstHadamard, false, s.hadamard},
                                   {kConstMeans, true, s.means_kind},
@@ -169,6 +187,15 @@ inline AttentionPlan plan_attention(const AttentionShape& s) {
     p.row_blocks = 1;
     attend.grid[0] = direct ? 1 : n_threadgroups + p.n_exact_ranges;
     attend.grid[2] = 1;
+  } else if (prompt_rows) {
+    attend = make_dispatch("turboquant_attention_prompt", "turboquant_prompt", "TQ_PROMPT", s.type,
+                           dims + bits + "_r" + std::to_string(prompt_rows),
+                           {k, v, s.key_bits, s.value_bits, s.value_coding, prompt_rows});
+    attend.threads = uint32_t(prompt_rows / 8 * 32 * (std::max(k, v) > kPromptDim ? 2 : 1));
+    p.n_ranges = n_threadgroups;
+    p.row_blocks = 1;
+    attend.grid[0] = direct ? 1 : n_threadgroups + p.n_exact_ranges;
+    attend.grid[2] = divide_up(p.n_rows, prompt_rows);
   } else {
     attend = make_dispatch("turboquant_attention_matrix", source, "TQ_MATRIX", s.type, dims + bits,
                            {k, v, s.key_bits, s.value_bits, s.value_coding});

@@ -8,8 +8,8 @@
 
 namespace tqext {
 
-bool gpu_has_kernel(const TurboQuantAttention::State& state, const mx::array& q) {
-  return metal::has_attention_kernel(q.shape(2), state.head_dim, state.value_dim, state.hadamard, kMaxDecodeQueries);
+bool gpu_has_kernel(const TurboQuantAttention::State& state, const mx::array&) {
+  return metal::has_attention_kernel(state.head_dim, state.value_dim, state.hadamard);
 }
 
 void TurboQuantAttention::eval_gpu(const std::vector<mx::array>& inputs, mx::array& out) {

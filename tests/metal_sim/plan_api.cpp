@@ -40,8 +40,8 @@ int tq_sizeof_attention_params() { return sizeof(AttentionParams); }
 int tq_sizeof_encode_shape() { return sizeof(EncodeShape); }
 int tq_sizeof_encode_params() { return sizeof(EncodeParams); }
 
-int tq_has_attention_kernel(int n_queries, int head_dim, int value_dim, int hadamard, int max_queries) {
-  return has_attention_kernel(n_queries, head_dim, value_dim, hadamard, max_queries);
+int tq_has_attention_kernel(int head_dim, int value_dim, int hadamard) {
+  return has_attention_kernel(head_dim, value_dim, hadamard);
 }
 
 const char* tq_plan_attention(const AttentionShape* shape, unsigned char* params) {

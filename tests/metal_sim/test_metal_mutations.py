@@ -16,9 +16,16 @@ import pytest
 import tqext
 from support import KERNEL_TOLERANCE, Problem, assert_close
 
-ATTENTION = (metal_ops.ROOT / "metal" / "turboquant_attention.metal").read_text()
-ENCODE = (metal_ops.ROOT / "metal" / "turboquant_encode.metal").read_text()
-Q1 = (metal_ops.ROOT / "metal" / "q1_matmul.metal").read_text()
+METAL = metal_ops.ROOT / "metal"
+
+
+def source(name):
+    """The text of a source with what the attention kernels share."""
+    shared = (METAL / "attention.h").read_text().replace("#pragma once", "")
+    return (METAL / f"{name}.metal").read_text().replace('#include "attention.h"\n', shared)
+
+
+ATTENTION, PROMPT, ENCODE, Q1 = map(source, ("turboquant_attention", "turboquant_prompt", "turboquant_encode", "q1_matmul"))
 
 
 def body(source, name):
@@ -179,13 +186,13 @@ def mutant():
 def test_mutation_of_attention_is_caught(name, mutant):
     kernel, old, new, nth, shape = MUTATIONS[name]
     problem, want = make_problem(**shape)
-    mutant.source = replace(ATTENTION, kernel, old, new, nth)
+    mutant.sources = {"turboquant_attention": replace(ATTENTION, kernel, old, new, nth)}
     assert caught(mutant, lambda d: attention(d, problem), lambda out: assert_close(out, want(), KERNEL_TOLERANCE[mx.float32]))
 
 
 @pytest.mark.parametrize("shape", {str(shape): shape for *_, shape in MUTATIONS.values()}.values(), ids=str)
 def test_unmutated_kernels_pass_the_same_check(mutant, shape):
-    mutant.source = ATTENTION
+    mutant.sources = {"turboquant_attention": ATTENTION}
     problem, want = make_problem(**shape)
     assert not caught(mutant, lambda d: attention(d, problem), lambda out: assert_close(out, want(), 1e-5))
 
@@ -245,13 +252,13 @@ def encode_is_caught(mutant, operation):
 @pytest.mark.parametrize("name", ENCODE_MUTATIONS)
 def test_mutation_of_encode_is_caught(name, mutant):
     operation, function, old, new, nth = ENCODE_MUTATIONS[name]
-    mutant.source = replace(ENCODE, function, old, new, nth)
+    mutant.sources = {"turboquant_encode": replace(ENCODE, function, old, new, nth)}
     assert encode_is_caught(mutant, operation)
 
 
 @pytest.mark.parametrize("operation", sorted({mutation[0] for mutation in ENCODE_MUTATIONS.values()}))
 def test_unmutated_encode_passes_the_same_check(operation, mutant):
-    mutant.source = ENCODE
+    mutant.sources = {"turboquant_encode": ENCODE}
     assert not encode_is_caught(mutant, operation)
 
 
@@ -277,13 +284,13 @@ def q1_is_caught(mutant, n_inputs):
 @pytest.mark.parametrize("name", Q1_MUTATIONS)
 def test_mutation_of_q1_is_caught(name, mutant):
     kernel, old, new, n_inputs = Q1_MUTATIONS[name]
-    mutant.source = replace(Q1, kernel, old, new, 1)
+    mutant.sources = {"q1_matmul": replace(Q1, kernel, old, new, 1)}
     assert q1_is_caught(mutant, n_inputs)
 
 
 @pytest.mark.parametrize("n_inputs", [2, 9])
 def test_unmutated_q1_passes_the_same_check(n_inputs, mutant):
-    mutant.source = Q1
+    mutant.sources = {"q1_matmul": Q1}
     assert not q1_is_caught(mutant, n_inputs)
 
 
