@@ -98,10 +98,63 @@ inline bool has_attention_kernel(int head_dim, int value_dim, bool hadamard) {
   return k <= kMaxMetalDim && v <= kMaxMetalDim && (!hadamard || (hadamard_factor(k) && hadamard_factor(v)));
 }
 
-// Rows of a threadgroup of the prompt kernel, 0 where the matrix kernel is cheaper.
-inline int rows_of_prompt(int n_rows, int k, int v) {
-  if (n_rows <= 16) return 0;
-  return n_rows > 32 && std::max(k, v) <= kPromptDim ? 64 : 32;
+// Cost of the kernels for many rows: core cycles per KV head, by the operations in their loops and published throughputs. Two
+// threadgroups share the four schedulers of a core; a product of 8x8 matrices takes one of them 17 cycles (metal-benchmarks).
+// Instructions are per tile of 32 tokens and eight rows. Not measured.
+struct AttentionCost {
+  static constexpr double kProduct = 17;
+  static constexpr double kScores = 110;         // masks, maxima, exponentials, weights: 8 scores a lane
+  static constexpr double kMatrixOperand = 6.5;  // decoding an operand: bytes, addresses, look-ups
+  static constexpr double kPromptOperand = 4;    // two halves and their conversion, weights of groups
+  static constexpr double kDecode = 2.5;         // per dimension, for all rows: bytes, addresses, look-ups, stores
+  static constexpr double kExact = 27.0 / 256;   // per dimension, row and exact token of the matrix kernel, no products
+  static constexpr double kStage = 8;            // per dimension of exact tokens, for all rows
+  static constexpr int kSchedulers = 4;
+
+  int n_rows, dims, split;  // dims: of key and value; split: simdgroups that share rows in the prompt kernel
+  double coded, exact;      // tiles
+
+  static int divide_up(int a, int b) { return (a + b - 1) / b; }
+  // Simdgroups of a threadgroup that a scheduler runs.
+  static double turns(int simdgroups) { return divide_up(2 * simdgroups, kSchedulers) / 2.0; }
+
+  // row_blocks: simdgroups that share a staged tile. groups: of them in a threadgroup.
+  double matrix(int row_blocks, int groups) const {
+    const double eight_rows = dims / 2 * (kProduct + kMatrixOperand) + kScores;
+    const double n_blocks = divide_up(n_rows, 8 * row_blocks) * turns(row_blocks * groups) / groups;
+    return n_blocks * eight_rows * coded + n_rows * kExact * dims * 32 * exact / kSchedulers;
+  }
+  double prompt(int block_rows) const {
+    const double share = dims / 2 * (kProduct + kPromptOperand) / split + kScores;  // of a simdgroup
+    double cycles = 0;
+    for (int first = 0; first < n_rows; first += block_rows) {
+      const int working = divide_up(std::min(block_rows, n_rows - first), 8) * split;
+      cycles += turns(working) * share * (coded + exact) + dims * (kDecode * coded + kStage * exact) / kSchedulers;
+    }
+    return cycles;
+  }
+};
+
+// How the matrix kernel uses a threadgroup.
+struct MatrixShape {
+  int row_blocks, groups, group_words, query_bytes;
+};
+
+inline MatrixShape matrix_shape(const AttentionShape& s, int k, int v, int n_rows, bool own_table) {
+  MatrixShape m;
+  const bool lloyd = s.value_coding == kValueLloyd;
+  const int row_bytes = k * int(sizeof(float)) * (s.has_residual ? 2 : 1);
+  m.row_blocks = std::min({(n_rows + 7) / 8, std::max(1, kQueryMemory / (8 * row_bytes)), int(kMaxRowBlocks)});
+  const int tile_words = 32 * (code_words(k, s.key_bits) + code_words(v, s.value_bits) + (lloyd ? 1 : v / kGroup) + 1 +
+                               (s.has_residual ? 1 + sign_words(k) : 0));
+  const int mean_words = s.means_kind == kMeansNone ? 0 : kStagedBlocks * k / (s.means_kind == kMeansHalf ? 2 : 1);
+  m.group_words = std::max(tile_words, mean_words);
+  m.query_bytes = 8 * m.row_blocks * row_bytes;
+  // The tables and some room for the compiler.
+  const int tile_room = kThreadgroupMemory - m.query_bytes - 256 * 8 * (own_table ? 2 : 1) - 512;
+  m.groups = std::max(1, kMatrixGroups / m.row_blocks);
+  while (m.groups > 1 && m.groups * m.group_words * 4 > tile_room) m.groups--;
+  return m;
 }
 
 inline AttentionPlan plan_attention(const AttentionShape& s) {
@@ -149,7 +202,17 @@ inline AttentionPlan plan_attention(const AttentionShape& s) {
   int n_threadgroups = divide_up(tiles, tiles_per_range);  // over the coded tokens of a KV head
   const int n_exact = s.n_first + s.n_tail;
   const bool split = p.n_rows <= kSplitRows;
-  const int prompt_rows = split ? 0 : rows_of_prompt(p.n_rows, k, v);
+  const MatrixShape matrix = matrix_shape(s, k, v, p.n_rows, own_table);
+  int prompt_rows = 0;  // of a threadgroup
+  if (!split) {
+    const AttentionCost cost{p.n_rows, k + v, std::max(k, v) > kPromptDim ? 2 : 1, s.n_coded / 32.0, n_exact / 32.0};
+    double least = cost.matrix(matrix.row_blocks, matrix.groups);
+    for (int rows : {32, 64}) {
+      if ((rows == 64 && std::max(k, v) > kPromptDim) || cost.prompt(rows) >= least) continue;
+      least = cost.prompt(rows);
+      prompt_rows = rows;
+    }
+  }
   bool direct = split && n_threadgroups <= 1 && n_exact <= kExactTokens;
   if (prompt_rows) {
     // Ranges of coded tokens and of exact ones, equally long, where the row blocks alone do not fill the GPU.
@@ -199,21 +262,13 @@ inline AttentionPlan plan_attention(const AttentionShape& s) {
   } else {
     attend = make_dispatch("turboquant_attention_matrix", source, "TQ_MATRIX", s.type, dims + bits,
                            {k, v, s.key_bits, s.value_bits, s.value_coding});
-    const int row_bytes = k * int(sizeof(float)) * (s.has_residual ? 2 : 1);
-    p.row_blocks = std::min({divide_up(p.n_rows, 8), std::max(1, kQueryMemory / (8 * row_bytes)), int(kMaxRowBlocks)});
-    const int tile_words = 32 * (code_words(k, s.key_bits) + code_words(v, s.value_bits) + (lloyd ? 1 : v / kGroup) + 1 +
-                                 (s.has_residual ? 1 + sign_words(k) : 0));
-    const int mean_words = s.means_kind == kMeansNone ? 0 : kStagedBlocks * k / (s.means_kind == kMeansHalf ? 2 : 1);
-    p.group_words = std::max(tile_words, mean_words);
-    const int query_bytes = 8 * p.row_blocks * row_bytes;
-    // The tables and some room for the compiler.
-    const int tile_room = kThreadgroupMemory - query_bytes - 256 * 8 * (own_table ? 2 : 1) - 512;
-    int groups = std::max(1, kMatrixGroups / p.row_blocks);
-    while (groups > 1 && groups * p.group_words * 4 > tile_room) groups--;
+    p.row_blocks = matrix.row_blocks;
+    p.group_words = matrix.group_words;
+    const int groups = matrix.groups;
     attend.threads = uint32_t(32 * p.row_blocks * groups);
     // Also for exact tokens, 8 rows of numbers per thread, and for the rotation, a row per simdgroup.
     const int tile_bytes = std::max({groups * p.group_words * 4, 8 * int(attend.threads) * 4, p.row_blocks * groups * k * 4});
-    attend.threadgroup_bytes = {uint32_t(query_bytes), uint32_t(tile_bytes)};
+    attend.threadgroup_bytes = {uint32_t(matrix.query_bytes), uint32_t(tile_bytes)};
     p.n_ranges = n_threadgroups * groups;
     attend.grid[0] = n_threadgroups + p.n_exact_ranges;
     attend.grid[2] = divide_up(p.n_rows, 8 * p.row_blocks);

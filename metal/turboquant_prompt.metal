@@ -57,9 +57,11 @@ struct LevelTile {
   }
 };
 
-// Value groups. A thread takes the same 16 bits of two neighbouring words: pairs of dimensions.
+// Value groups, as code - kMiddle: sums of codes and of biases that are not centred would grow with the tokens and cancel in
+// the end. A thread takes the same 16 bits of two neighbouring words: pairs of dimensions.
 template <int BITS, int UNITS, int TOKENS, int THREADS>
 struct CodeTile {
+  static constant constexpr float kMiddle = 0.5f * float((1 << BITS) - 1);
   static constant constexpr int kWords = UNITS * BITS, kStep = THREADS / kWords;
   static constant constexpr int kEach = (TOKENS + kStep - 1) / kStep, kHeld = kEach;
 
@@ -87,7 +89,7 @@ struct CodeTile {
         // 1024 + code as a half, twice.
         const uint codes = (held[k] >> uint(BITS * s) & (mask | mask << 16)) | 0x64006400u;
         *reinterpret_cast<threadgroup half2*>(to + kStep * k * line + kWords * s) =
-            as_type<half2>(codes) - half2(half(1024.0f));
+            as_type<half2>(codes) - half2(half(1024.0f)) - half2(half(kMiddle));
       }
     }
   }
@@ -148,10 +150,6 @@ inline float column_max(float x) {
 inline ushort lane_of_column(uint lane, int column) {
   return ushort(int(lane & 22u) | (column >> 1 & 1) | (column >> 2 & 1) << 3);
 }
-
-// Scale and bias of a value group, two halves. A bias that is not finite would reach every row by a product of matrices: the
-// scale, which is multiplied on the side of the weights, becomes NaN instead of it.
-inline uint finite_bias(uint scale_bias) { return (scale_bias & 0x7c000000u) == 0x7c000000u ? 0x7e00u : scale_bias; }
 
 // What the means of eight blocks add to the scores of a row: those of blocks column and column + 1 on this lane.
 template <typename T, int K>
@@ -234,12 +232,13 @@ template <typename T, int K, int V, int KB, int VB, int VC, int ROWS>
   threadgroup uint table[512];  // half2 per byte of key codes, twice: odd and even lanes use different banks
   threadgroup uint value_table[OWN_TABLE ? 512 : 1];
   threadgroup float norms[TT], tile_residual_norms[TT];
-  threadgroup uint tile_params[TT * NP];  // (scale, bias) or norm of the tile's values
+  threadgroup float tile_scales[TT * NP],
+      tile_biases[LLOYD ? 1 : TT * NP];  // norms of the tile's values, or groups' parameters
   threadgroup uint sign_tile[TT * NU];
   threadgroup float2 partial[S == 2 ? NSG * NF * 32 : 1];
   threadgroup uint spoilt[NSG];
   static_assert(
-      TILE + 2048 * (OWN_TABLE ? 2 : 1) + 8 * TT + 4 * TT * (NP + NU) + (S == 2 ? NSG * NF * 256 : 8) + 4 * NSG <= 32768,
+      TILE + 2048 * (OWN_TABLE ? 2 : 1) + 8 * TT + 4 * TT * (2 * NP + NU) + (S == 2 ? NSG * NF * 256 : 8) + 4 * NSG <= 32768,
       "threadgroup memory");
   threadgroup half* tile = reinterpret_cast<threadgroup half*>(tile_memory);
   threadgroup T* exact_tile = reinterpret_cast<threadgroup T*>(tile_memory);
@@ -341,8 +340,8 @@ template <typename T, int K, int V, int KB, int VB, int VC, int ROWS>
         const bool has = thread_id < TT * NP && t >= range.begin && t < range.end;
         const long at = t * p.value_params.token + thread_id % NP;
         held_params = 0u;
-        if (has && LLOYD) held_params = as_type<uint>(float(reinterpret_cast<const device half*>(value_params)[at]));
-        if (has && !LLOYD) held_params = finite_bias(reinterpret_cast<const device uint*>(value_params)[at]);
+        if (has && LLOYD) held_params = uint(reinterpret_cast<const device ushort*>(value_params)[at]);
+        if (has && !LLOYD) held_params = reinterpret_cast<const device uint*>(value_params)[at];
       }
 
       float2 weights[NF];
@@ -384,7 +383,18 @@ template <typename T, int K, int V, int KB, int VB, int VC, int ROWS>
       // Keys are done with; the partner's scores are there.
       threadgroup_barrier(mem_flags::mem_threadgroup);
       ValueTile::store(value_held, tile, VL, value_lookup, thread_id);
-      if (thread_id < TT * NP) tile_params[thread_id] = held_params;
+      if (thread_id < TT * NP) {
+        const half2 params = as_type<half2>(held_params);
+        if (LLOYD) {
+          tile_scales[thread_id] = float(params.x);
+        } else {
+          // A bias that is not finite would reach every row by its product of matrices; a scale does not.
+          const float bias = fma(CodeTile<VB, NG, TT, NT>::kMiddle, float(params.x), float(params.y));
+          const bool finite = (as_type<uint>(bias) & 0x7f800000u) != 0x7f800000u;
+          tile_scales[thread_id] = finite ? float(params.x) : NAN;
+          tile_biases[thread_id] = finite ? bias : 0.0f;
+        }
+      }
 
       if (works) {
         float offset = 0.0f;
@@ -434,12 +444,14 @@ template <typename T, int K, int V, int KB, int VB, int VC, int ROWS>
         const int t = 8 * f + column;
         const bool none0 = skips && weights[f].x == 0.0f, none1 = skips && weights[f].y == 0.0f;
         threadgroup const half* values = tile + (8 * f + row) * VL + column;
-        if (!LLOYD) {
-          simdgroup_float8x8 a, b;
-          threadgroup const uint* biases = tile_params + (8 * f + row) * NP;
+        simdgroup_float8x8 a, b;
+        if (LLOYD) {
+          const float2 scaled = weights[f] * float2(tile_scales[t], tile_scales[t + 1]);
+          put(a, float2(none0 ? 0.0f : scaled.x, none1 ? 0.0f : scaled.y));
+        } else {
+          threadgroup const float* biases = tile_biases + (8 * f + row) * NP;
+          const float bias0 = biases[min(column, NG - 1)], bias1 = biases[min(column + 1, NG - 1)];
           put(a, weights[f]);
-          const float bias0 = float(as_type<half2>(biases[min(column, NG - 1)]).y);
-          const float bias1 = float(as_type<half2>(biases[min(column + 1, NG - 1)]).y);
           put(b, float2(column < NG ? bias0 : 0.0f, column + 1 < NG ? bias1 : 0.0f));
           simdgroup_multiply_accumulate(bias_acc, a, b, bias_acc);
         }
@@ -448,13 +460,8 @@ template <typename T, int K, int V, int KB, int VB, int VC, int ROWS>
           const int g = NGS * part + i;
           if (g >= NG) continue;
           simdgroup_barrier(mem_flags::mem_none);
-          simdgroup_float8x8 a, b;
-          if (LLOYD) {
-            const float2 scaled = weights[f] * float2(as_type<float>(tile_params[t]), as_type<float>(tile_params[t + 1]));
-            put(a, float2(none0 ? 0.0f : scaled.x, none1 ? 0.0f : scaled.y));
-          } else {
-            const half2 first = as_type<half2>(tile_params[t * NP + g]), second = as_type<half2>(tile_params[(t + 1) * NP + g]);
-            const float2 scaled = weights[f] * float2(float(first.x), float(second.x));
+          if (!LLOYD) {
+            const float2 scaled = weights[f] * float2(tile_scales[t * NP + g], tile_scales[(t + 1) * NP + g]);
             put(a, float2(none0 ? 0.0f : scaled.x, none1 ? 0.0f : scaled.y));
           }
 #pragma clang loop unroll(full)

@@ -44,6 +44,14 @@ int tq_has_attention_kernel(int head_dim, int value_dim, int hadamard) {
   return has_attention_kernel(head_dim, value_dim, hadamard);
 }
 
+// Core cycles of AttentionCost: of the matrix kernel with row_blocks x groups simdgroups, of the prompt kernel with block_rows.
+double tq_matrix_cycles(int n_rows, int dims, double coded, double exact, int row_blocks, int groups) {
+  return AttentionCost{n_rows, dims, 1, coded / 32, exact / 32}.matrix(row_blocks, groups);
+}
+double tq_prompt_cycles(int n_rows, int dims, int split, double coded, double exact, int block_rows) {
+  return AttentionCost{n_rows, dims, split, coded / 32, exact / 32}.prompt(block_rows);
+}
+
 const char* tq_plan_attention(const AttentionShape* shape, unsigned char* params) {
   const AttentionPlan plan = plan_attention(*shape);
   std::ostringstream out;

@@ -1,4 +1,4 @@
-"""What must hold of the Metal kernel for prompts beyond its results: bytes per row block, threadgroup memory, schedules, NaN."""
+"""What must hold of the Metal kernel for prompts beyond its results: bytes per row block, memory, schedules, NaN."""
 
 import metal_ops
 import metal_simulator as sim

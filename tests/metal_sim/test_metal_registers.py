@@ -11,11 +11,15 @@ import metal_simulator as sim
 import pytest
 
 LIMIT = 128
-# As a decoding step of a model runs them.
+# As a decoding step or a prompt of a model runs them.
 CONSTANTS = {
     "turboquant_attention": dict(
         has_hadamard=1, means_kind=metal_ops.ENUM["kMeansHalf"], has_balance=1, has_residual=0, mask_kind=0, has_sinks=0,
         has_left_padding=0, has_lengths=0, is_causal=0, is_direct=0,
+    ),
+    "turboquant_prompt": dict(
+        has_hadamard=1, means_kind=metal_ops.ENUM["kMeansHalf"], has_balance=1, has_residual=0, mask_kind=0, has_sinks=0,
+        has_left_padding=0, has_lengths=0, is_causal=1, is_direct=1,
     ),
     "turboquant_encode": {},
     "q1_matmul": {},
