@@ -251,7 +251,7 @@ def test_counted_cost_at_dimension_128(rows, lloyd, means, most):
 
 @pytest.mark.parametrize("lloyd, rows, most_bytes", [(True, 64, 165), (False, 64, 185), (True, 32, 180)])
 def test_counted_operations_of_the_prompt_kernel_at_dimension_128(lloyd, rows, most_bytes):
-    """Per tile of 32 tokens: products of 8x8 matrices as in the plan's cost model, four barriers, threadgroup bytes a product."""
+    """Per tile of 32 tokens: products of 8x8 matrices as in the plan's cost model, barriers, threadgroup bytes."""
     coding = dict(value_coding="lloyd", value_bits=3) if lloyd else {}
     totals = []
     for n_coded in (1024, 2048):
