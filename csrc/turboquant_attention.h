@@ -34,6 +34,8 @@ struct AttentionOptions {
   std::string mask_mode;  // "" or "causal"
   std::optional<mx::array> mask, sinks, left_padding, lengths;
   std::optional<ExactTokens> first, tail;
+  // Composes of MLX's operations within so many bytes what a kernel would do: for tests.
+  std::optional<int64_t> composed_bytes = std::nullopt;
 };
 
 mx::array turboquant_attention(const mx::array& q, const PackedKeys& k, const PackedValues& v, const AttentionOptions& options,
