@@ -12,9 +12,9 @@
 //   tile     32 tokens (16 above dimension 128) of keys, then of values: codebook levels or codes as halves, exact tokens as
 //            they are. 8704 at D = 128 in 16 bits, 16896 in fp32; 8448 and 16640 at D = 256
 //   tables   2048, and 2048 more where values have levels of their own
-//   the rest norms, parameters and signs of the tile, scores that two simdgroups share: up to 5952
+//   the rest norms, parameters and signs of the tile, scores that two simdgroups share: up to 5796
 // Work of a simdgroup per tile at D = 128: 128 multiplications of matrices, each with one operand from threadgroup memory (two
-// halves a lane, no bank conflict: lines are 16 bytes longer than their data), 8 exponentials a lane.
+// halves a lane; lines are 16 bytes longer than their data, for the banks), 8 exponentials a lane.
 //
 // - The bytes of the next tile are loaded before the matrices of this one are multiplied.
 // - Levels and codes are exact as halves; norms and scales go into scores and weights, in fp32.
