@@ -4,7 +4,9 @@
 
 #include <algorithm>
 #include <cmath>
+#include <initializer_list>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "codebook.h"
@@ -29,25 +31,104 @@ struct Constant {
   int value;
 };
 
-struct Dispatch {
-  std::string kernel;    // host name
-  std::string source;    // file of the kernel, without .metal
-  std::string instance;  // line that instantiates it behind the source
-  uint32_t grid[3];      // threadgroups
-  uint32_t threads;      // per threadgroup
-  std::vector<Constant> constants;
-  std::vector<uint32_t> threadgroup_bytes;  // of threadgroup arguments 0, 1 ...
+// At most N of something, without memory of its own.
+template <class T, int N>
+struct Few {
+  T items[N] = {};
+  size_t n = 0;
+  Few() = default;
+  Few(std::initializer_list<T> list) {
+    for (const T& x : list) items[n++] = x;
+  }
+  size_t size() const { return n; }
+  const T* begin() const { return items; }
+  const T* end() const { return items + n; }
+  const T& operator[](size_t i) const { return items[i]; }
 };
 
-// "OP_TYPE_d128..." and "MACRO("OP_...", half, 128, ...)".
-inline Dispatch make_dispatch(const char* op, const char* source, const char* macro, Type type, const std::string& suffix,
-                              const std::vector<int>& arguments) {
+enum class Suffix : int32_t { kPlain, kDims, kDimsRows, kDim, kValueDim, kDimKeyBits, kDimValueBits, kDimBits, kInputs };
+
+// A launch makes no text: names are built when a pipeline is made.
+struct Dispatch {
+  const char* op;
+  const char* source;     // file of the kernel, without .metal
+  const char* macro;      // instantiates it: MACRO("NAME", TYPE, ARGUMENTS) behind the source
+  const char* type;       // in Metal's words
+  const char* type_name;  // in the kernel's name; null: not there
+  Suffix suffix;
+  Few<int, 6> arguments;
+  uint32_t grid[3];  // threadgroups
+  uint32_t threads;  // per threadgroup
+  Few<Constant, kNumFunctionConstants> constants;
+  Few<uint32_t, 2> threadgroup_bytes;  // of threadgroup arguments 0, 1
+
+  // Host name: "OP_TYPE_d128...".
+  std::string kernel() const {
+    std::string name = op;
+    if (type_name) name += std::string("_") + type_name;
+    auto number = [&](size_t i) { return std::to_string(arguments[i]); };
+    switch (suffix) {
+      case Suffix::kPlain:
+        break;
+      case Suffix::kDims:
+      case Suffix::kDimsRows:
+        name += "_d" + number(0) + "v" + number(1) + "_k" + number(2) + "v" + number(3);
+        if (arguments[4] == kValueLloyd) name += "_lloyd";
+        if (suffix == Suffix::kDimsRows) name += "_r" + number(5);
+        break;
+      case Suffix::kDim:
+        name += "_d" + number(0);
+        break;
+      case Suffix::kValueDim:
+        name += "_v" + number(0);
+        break;
+      case Suffix::kDimKeyBits:
+        name += "_d" + number(0) + "_k" + number(1);
+        break;
+      case Suffix::kDimValueBits:
+        name += "_d" + number(0) + "_v" + number(1);
+        break;
+      case Suffix::kDimBits:
+        name += "_d" + number(0) + "_b" + number(1);
+        break;
+      case Suffix::kInputs:
+        name += "_n" + number(0);
+        break;
+    }
+    return name;
+  }
+  // The line that instantiates it.
+  std::string instance() const {
+    std::string line = std::string(macro) + "(\"" + kernel() + "\", " + type;
+    for (int x : arguments) line += ", " + std::to_string(x);
+    return line + ")";
+  }
+  // Whether the pipeline is the same.
+  bool same_pipeline(const Dispatch& other) const {
+    return op == other.op && type == other.type && same(arguments, other.arguments, [](int x, int y) { return x == y; }) &&
+           same(constants, other.constants,
+                [](const Constant& x, const Constant& y) { return x.id == y.id && x.value == y.value; });
+  }
+
+ private:
+  template <class Items, class Equal>
+  static bool same(const Items& a, const Items& b, Equal equal) {
+    return std::equal(a.begin(), a.end(), b.begin(), b.end(), equal);
+  }
+};
+
+static_assert(std::is_trivially_copyable_v<Dispatch>, "no text, no memory of its own");
+
+inline Dispatch make_dispatch(const char* op, const char* source, const char* macro, Type type, Suffix suffix,
+                              Few<int, 6> arguments) {
   Dispatch d{};
-  d.kernel = std::string(op) + "_" + type_name(type) + suffix;
+  d.op = op;
   d.source = source;
-  d.instance = std::string(macro) + "(\"" + d.kernel + "\", " + metal_type(type);
-  for (int x : arguments) d.instance += ", " + std::to_string(x);
-  d.instance += ")";
+  d.macro = macro;
+  d.type = metal_type(type);
+  d.type_name = type_name(type);
+  d.suffix = suffix;
+  d.arguments = arguments;
   return d;
 }
 
@@ -225,24 +306,22 @@ inline AttentionPlan plan_attention(const AttentionShape& s) {
   }
   p.n_exact_ranges = direct ? n_exact > 0 : prompt_rows ? divide_up(n_exact, p.range_tokens) : divide_up(n_exact, kExactRange);
 
-  std::vector<Constant> constants{{kConstHadamard, false, s.hadamard},
-                                  {kConstMeans, true, s.means_kind},
-                                  {kConstBalance, false, s.has_balance},
-                                  {kConstResidual, false, s.has_residual},
-                                  {kConstMask, true, s.mask_kind},
-                                  {kConstSinks, false, s.has_sinks},
-                                  {kConstLeftPadding, false, s.has_left_padding},
-                                  {kConstLengths, false, s.has_lengths},
-                                  {kConstCausal, false, s.causal},
-                                  {kConstDirect, false, direct}};
-  const std::string bits = "_k" + std::to_string(s.key_bits) + "v" + std::to_string(s.value_bits) + (lloyd ? "_lloyd" : "");
-  const std::string dims = "_d" + std::to_string(k) + "v" + std::to_string(v);
+  const Few<Constant, kNumFunctionConstants> constants{{kConstHadamard, false, s.hadamard},
+                                                       {kConstMeans, true, s.means_kind},
+                                                       {kConstBalance, false, s.has_balance},
+                                                       {kConstResidual, false, s.has_residual},
+                                                       {kConstMask, true, s.mask_kind},
+                                                       {kConstSinks, false, s.has_sinks},
+                                                       {kConstLeftPadding, false, s.has_left_padding},
+                                                       {kConstLengths, false, s.has_lengths},
+                                                       {kConstCausal, false, s.causal},
+                                                       {kConstDirect, false, direct}};
   const char* source = "turboquant_attention";
 
   Dispatch attend;
   if (split) {
     const int rows = p.n_rows <= 2 ? p.n_rows : kSplitRows;
-    attend = make_dispatch("turboquant_attention_split", source, "TQ_SPLIT", s.type, dims + bits + "_r" + std::to_string(rows),
+    attend = make_dispatch("turboquant_attention_split", source, "TQ_SPLIT", s.type, Suffix::kDimsRows,
                            {k, v, s.key_bits, s.value_bits, s.value_coding, rows});
     attend.threads = 256;
     attend.threadgroup_bytes = {s.has_residual ? uint32_t(rows * k * sizeof(float)) : 16u};
@@ -251,8 +330,7 @@ inline AttentionPlan plan_attention(const AttentionShape& s) {
     attend.grid[0] = direct ? 1 : n_threadgroups + p.n_exact_ranges;
     attend.grid[2] = 1;
   } else if (prompt_rows) {
-    attend = make_dispatch("turboquant_attention_prompt", "turboquant_prompt", "TQ_PROMPT", s.type,
-                           dims + bits + "_r" + std::to_string(prompt_rows),
+    attend = make_dispatch("turboquant_attention_prompt", "turboquant_prompt", "TQ_PROMPT", s.type, Suffix::kDimsRows,
                            {k, v, s.key_bits, s.value_bits, s.value_coding, prompt_rows});
     attend.threads = uint32_t(prompt_rows / 8 * 32 * (std::max(k, v) > kPromptDim ? 2 : 1));
     p.n_ranges = n_threadgroups;
@@ -260,7 +338,7 @@ inline AttentionPlan plan_attention(const AttentionShape& s) {
     attend.grid[0] = direct ? 1 : n_threadgroups + p.n_exact_ranges;
     attend.grid[2] = divide_up(p.n_rows, prompt_rows);
   } else {
-    attend = make_dispatch("turboquant_attention_matrix", source, "TQ_MATRIX", s.type, dims + bits,
+    attend = make_dispatch("turboquant_attention_matrix", source, "TQ_MATRIX", s.type, Suffix::kDims,
                            {k, v, s.key_bits, s.value_bits, s.value_coding});
     p.row_blocks = matrix.row_blocks;
     p.group_words = matrix.group_words;
@@ -279,8 +357,7 @@ inline AttentionPlan plan_attention(const AttentionShape& s) {
   plan.dispatches.push_back(attend);
 
   if (!direct) {
-    Dispatch combine =
-        make_dispatch("turboquant_attention_combine", source, "TQ_COMBINE", s.type, "_v" + std::to_string(v), {v});
+    Dispatch combine = make_dispatch("turboquant_attention_combine", source, "TQ_COMBINE", s.type, Suffix::kValueDim, {v});
     combine.grid[0] = p.n_rows;
     combine.grid[1] = heads;
     combine.grid[2] = 1;
@@ -342,28 +419,27 @@ inline EncodePlan plan_encode(EncodeOp op, const EncodeShape& s) {
       p.boundaries[i] = 0.5f * float(book.levels[i] + book.levels[i + 1]) / float(kCodebookTop) * book.scale;
     }
   }
-  const std::string d = "_d" + std::to_string(dim), bits = std::to_string(s.bits);
-  auto dispatch = [&](const char* name, const char* macro, const char* coded) {
-    return make_dispatch(name, "turboquant_encode", macro, s.type, d + coded + bits, {dim, s.bits});
+  auto dispatch = [&](const char* name, const char* macro, Suffix suffix) {
+    return make_dispatch(name, "turboquant_encode", macro, s.type, suffix, {dim, s.bits});
   };
   switch (op) {
     case EncodeOp::kQuantizeKeys:
-      plan.dispatch = dispatch("quantize_keys", "TQ_QUANTIZE_KEYS", "_k");
+      plan.dispatch = dispatch("quantize_keys", "TQ_QUANTIZE_KEYS", Suffix::kDimKeyBits);
       break;
     case EncodeOp::kQuantizeValuesGroups:
-      plan.dispatch = dispatch("quantize_values_groups", "TQ_QUANTIZE_VALUES_GROUPS", "_v");
+      plan.dispatch = dispatch("quantize_values_groups", "TQ_QUANTIZE_VALUES_GROUPS", Suffix::kDimValueBits);
       break;
     case EncodeOp::kQuantizeValuesLloyd:
-      plan.dispatch = dispatch("quantize_values_lloyd", "TQ_QUANTIZE_VALUES_LLOYD", "_v");
+      plan.dispatch = dispatch("quantize_values_lloyd", "TQ_QUANTIZE_VALUES_LLOYD", Suffix::kDimValueBits);
       break;
     case EncodeOp::kDequantizeLevels:
-      plan.dispatch = dispatch("dequantize_levels", "TQ_DEQUANTIZE_LEVELS", "_b");
+      plan.dispatch = dispatch("dequantize_levels", "TQ_DEQUANTIZE_LEVELS", Suffix::kDimBits);
       break;
     case EncodeOp::kDequantizeGroups:
-      plan.dispatch = dispatch("dequantize_groups", "TQ_DEQUANTIZE_GROUPS", "_b");
+      plan.dispatch = dispatch("dequantize_groups", "TQ_DEQUANTIZE_GROUPS", Suffix::kDimBits);
       break;
     case EncodeOp::kRotate:
-      plan.dispatch = make_dispatch("rotate", "turboquant_encode", "TQ_ROTATE", s.type, d, {dim});
+      plan.dispatch = make_dispatch("rotate", "turboquant_encode", "TQ_ROTATE", s.type, Suffix::kDim, {dim});
       break;
   }
   plan.dispatch.grid[0] = uint32_t((p.n_rows + kEncodeSimdgroups - 1) / kEncodeSimdgroups);
@@ -382,9 +458,10 @@ inline EncodePlan plan_compact(int item_bytes, int batch, int n_heads, int n_tok
   p.n_rows = batch * n_heads * n_tokens;
   p.head_dim = last;
   const bool words = item_bytes == 4;
-  plan.dispatch.kernel = words ? "compact_uint32" : "compact_uint16";
+  plan.dispatch.op = words ? "compact_uint32" : "compact_uint16";
   plan.dispatch.source = "turboquant_encode";
-  plan.dispatch.instance = words ? "TQ_COMPACT(\"compact_uint32\", uint)" : "TQ_COMPACT(\"compact_uint16\", ushort)";
+  plan.dispatch.macro = "TQ_COMPACT";
+  plan.dispatch.type = words ? "uint" : "ushort";
   plan.dispatch.threads = 32 * kEncodeSimdgroups;
   plan.dispatch.grid[0] = uint32_t((int64_t(p.n_rows) * last + plan.dispatch.threads - 1) / plan.dispatch.threads);
   plan.dispatch.grid[1] = plan.dispatch.grid[2] = 1;
@@ -409,19 +486,19 @@ inline Dispatch plan_q1(Q1Op op, Type type, const Q1MatmulParams& p) {
   if (op == Q1Op::kMatmul && p.n_inputs <= kQ1VecInputs) {
     // As many bytes per lane as the registers hold with their columns of x: 32 or 64 numbers.
     const int inputs = p.n_inputs <= 2 ? p.n_inputs : p.n_inputs <= 4 ? 4 : 8, bytes = inputs <= 2 ? 4 : inputs == 4 ? 2 : 1;
-    d = make_dispatch("q1_matvec", "q1_matmul", "TQ_Q1_MATVEC", type, "_n" + std::to_string(inputs), {inputs, bytes});
+    d = make_dispatch("q1_matvec", "q1_matmul", "TQ_Q1_MATVEC", type, Suffix::kInputs, {inputs, bytes});
     d.grid[0] = divide_up(p.n_rows, kQ1VecRows);
     d.grid[1] = 1;
     d.threads = 128;
   } else if (op == Q1Op::kMatmul) {
-    d = make_dispatch("q1_matmul", "q1_matmul", "TQ_Q1_MATMUL", type, "", {});
+    d = make_dispatch("q1_matmul", "q1_matmul", "TQ_Q1_MATMUL", type, Suffix::kPlain, {});
     d.grid[0] = divide_up(p.n_rows, kQ1MatRows);
     d.grid[1] = divide_up(p.n_inputs, kQ1MatInputs);
     d.threads = 256;
   } else {
     const bool pack = op == Q1Op::kQuantize;
     d = make_dispatch(pack ? "q1_quantize" : "q1_dequantize", "q1_matmul", pack ? "TQ_Q1_QUANTIZE" : "TQ_Q1_DEQUANTIZE", type,
-                      "", {});
+                      Suffix::kPlain, {});
     d.grid[0] = divide_up(int64_t(p.n_rows) * p.n_groups, kQ1PackGroups);
     d.grid[1] = 1;
     d.threads = 32 * kQ1PackGroups;

@@ -12,8 +12,8 @@ namespace {
 thread_local std::string text;
 
 void write(std::ostringstream& out, const Dispatch& d) {
-  out << "{\"kernel\":\"" << d.kernel << "\",\"source\":\"" << d.source << "\",\"instance\":\"";
-  for (char c : d.instance) out << (c == '"' ? "\\\"" : std::string(1, c));
+  out << "{\"kernel\":\"" << d.kernel() << "\",\"source\":\"" << d.source << "\",\"instance\":\"";
+  for (char c : d.instance()) out << (c == '"' ? "\\\"" : std::string(1, c));
   out << "\",\"grid\":[" << d.grid[0] << "," << d.grid[1] << "," << d.grid[2] << "],\"threads\":" << d.threads
       << ",\"constants\":{";
   for (size_t i = 0; i < d.constants.size(); i++) {
