@@ -353,7 +353,9 @@ mx::array turboquant_attention(const mx::array& q, const PackedKeys& k, const Pa
                                    .value_coding = v.coding,
                                    .head_dim = n.head_dim,
                                    .value_dim = n.value_dim,
-                                   .present = k.signs ? 1u << kSigns : 0u};
+                                   .present = k.signs ? 1u << kSigns : 0u,
+                                   .of_cache = options.of_cache,
+                                   .cache_has_means = k.means.has_value()};
   const bool has_kernel = stream.device == mx::Device::cpu || gpu_has_kernel(state, q);
   if (!has_kernel || options.composed_bytes) {
     return composed_attention(q, k, v, options, n, scale, options.composed_bytes.value_or(kComposedBytes), stream);

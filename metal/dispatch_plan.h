@@ -370,6 +370,31 @@ inline AttentionPlan plan_attention(const AttentionShape& s) {
   return plan;
 }
 
+// What a generation launches beside a chunk of its prompt of shape s: chunks and follow-ups of other lengths, decoding steps,
+// short and long contexts. Pipelines that are compiled with the prompt do not interrupt the generation.
+inline std::vector<Dispatch> pipelines_of_a_generation(AttentionShape s, bool has_means) {
+  constexpr int kLong = 1 << 17;
+  const int n_repeats = s.n_q_heads / s.n_kv_heads;
+  std::vector<Dispatch> all;
+  s.n_first = s.n_first + s.n_tail > 0 ? std::max(s.n_first, 1) : 0;
+  for (int n_queries : {1, (8 + n_repeats - 1) / n_repeats, 32, 64, s.n_queries}) {
+    for (int n_coded : {0, int(kBlockTokens), kLong}) {
+      for (int n_tail : {n_queries, n_queries + 2 * kBlockTokens}) {
+        s.n_queries = n_queries;
+        s.n_coded = n_coded;
+        s.n_tail = n_tail;
+        s.causal = n_queries > 1;
+        s.means_kind = !has_means || n_coded == 0 ? kMeansNone : s.hadamard ? kMeansHalf : kMeansFloat;
+        for (const Dispatch& d : plan_attention(s).dispatches) {
+          const bool known = std::any_of(all.begin(), all.end(), [&](const Dispatch& x) { return x.same_pipeline(d); });
+          if (!known) all.push_back(d);
+        }
+      }
+    }
+  }
+  return all;
+}
+
 // --- encode -----------------------------------------------------------------------------------------------------------
 
 struct EncodeShape {

@@ -116,6 +116,8 @@ void launch(mx::Stream stream, const Dispatch& dispatch, const std::vector<Bindi
                                 MTL::Size(dispatch.threads, 1, 1));
 }
 
+void prepare(mx::Stream stream, const Dispatch& dispatch) { pipeline(mx::metal::device(stream.device), dispatch); }
+
 mx::array scratch(mx::Stream stream, const mx::Shape& shape, mx::Dtype type) {
   mx::array x(shape, type, nullptr, {});
   x.set_data(mx::allocator::malloc(x.nbytes()));

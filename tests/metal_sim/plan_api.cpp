@@ -65,6 +65,19 @@ const char* tq_plan_attention(const AttentionShape* shape, unsigned char* params
   return finish(out, plan.params, params);
 }
 
+const char* tq_pipelines_of_a_generation(const AttentionShape* shape, int has_means) {
+  std::ostringstream out;
+  const std::vector<Dispatch> all = pipelines_of_a_generation(*shape, has_means);
+  out << "[";
+  for (size_t i = 0; i < all.size(); i++) {
+    if (i) out << ",";
+    write(out, all[i]);
+  }
+  out << "]";
+  text = out.str();
+  return text.c_str();
+}
+
 const char* tq_plan_encode(int op, const EncodeShape* shape, unsigned char* params) {
   const EncodePlan plan = plan_encode(EncodeOp(op), *shape);
   std::ostringstream out;

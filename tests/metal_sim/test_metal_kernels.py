@@ -2,6 +2,7 @@
 
 import ctypes
 import itertools
+import json
 import re
 
 import cost
@@ -322,6 +323,36 @@ def test_plan_takes_the_kernel_that_costs_least(head_dim):
     wide = "r32" if head_dim == 256 else "r64"
     assert chosen[5, 8192, 0] == ("r32" if head_dim == 256 else "matrix") and chosen[16, 8192, 0] == "matrix"
     assert chosen[17, 8192, 0] == chosen[32, 8192, 64] == "r32" and chosen[65, 8192, 2048] == chosen[2048, 0, 2048] == wide
+
+
+@pytest.mark.parametrize("means_kind, hadamard", [(0, 1), (1, 1), (2, 0)])
+@pytest.mark.parametrize("n_repeats, head_dim", [(1, 128), (4, 128), (7, 64), (2, 256), (8, 128)])
+def test_a_prompt_prepares_the_pipelines_of_its_generation(n_repeats, head_dim, means_kind, hadamard):
+    """Steps after a chunk of a prompt launch nothing that was not compiled with it, however long the context grows."""
+    lib = metal_ops.plans()
+
+    def shape(n_queries, n_coded, n_tail):
+        return metal_ops.AttentionShape(
+            type=1, batch=1, n_q_heads=8 * n_repeats, n_kv_heads=8, n_queries=n_queries, head_dim=head_dim, value_dim=head_dim,
+            n_first=64, n_coded=n_coded, n_tail=n_tail, key_bits=3, value_bits=3, value_coding=1, hadamard=hadamard,
+            causal=n_queries > 1, means_kind=means_kind if n_coded else 0, has_balance=1, n_cores=16, scale=1.0,
+        )  # fmt: skip
+
+    def keys(dispatches):
+        return {(d["kernel"], tuple(sorted(d["constants"].items()))) for d in dispatches}
+
+    for chunk in (512, 2048):
+        # The first chunk finds nothing coded, nor means.
+        text = lib.tq_pipelines_of_a_generation(ctypes.byref(shape(chunk, 0, chunk)), int(means_kind > 0))
+        prepared = keys(json.loads(text))
+        assert len(prepared) <= 20
+        used = set()
+        for n_coded in (0, 64, 256, 512, 640, 4096, 32768, 200000):
+            used |= keys(metal_ops.plan_attention(lib, shape(chunk, n_coded, chunk + 64))[0]["dispatches"])
+            for n_queries, more in ((1, 64), (1, 127), (40, 64), (60, 100), (300, 127)):
+                used |= keys(metal_ops.plan_attention(lib, shape(n_queries, n_coded, n_queries - 1 + more))[0]["dispatches"])
+        print(len(prepared), len(used), len(used - prepared))
+        assert used <= prepared
 
 
 def test_buffers_fit_the_argument_table():
