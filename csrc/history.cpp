@@ -40,7 +40,8 @@ mx::array History::attend(const mx::array& q, const mx::array& tail_keys, const 
                                  .left_padding = {},
                                  .lengths = lengths,
                                  .first = first_,
-                                 .tail = ExactTokens(tail_keys, tail_values)};
+                                 .tail = ExactTokens(tail_keys, tail_values),
+                                 .of_cache = true};
   return turboquant_attention(q, keys_, values_, with_mask(options, mask), {});
 }
 

@@ -47,7 +47,8 @@ struct AttentionParams {
 enum : int {
   kExactTokens = 128,  // most exact tokens of a threadgroup that attends to coded ones too
   kExactRange = 32,    // exact tokens of a threadgroup with no others: four for each of eight simdgroups
-  kStagedBlocks = 8,   // matrix kernel: means that are multiplied with the queries at once
+  kStagedBlocks = 8,   // matrix and prompt kernels: means that are multiplied with the queries at once
+  kPromptDim = 128,    // prompt kernel: above it two simdgroups share eight rows
 };
 
 enum AttentionBuffer : int {

@@ -7,7 +7,6 @@
 #include "cpu/environment.h"
 #include "fixed_shapes.h"
 #include "mlx/backend/metal/metal.h"
-#include "mlx/fast.h"
 #include "mlx/ops.h"
 #include "turboquant_encode.h"
 
@@ -16,6 +15,7 @@ namespace tqext {
 namespace {
 
 constexpr const char* kOp = "turboquant_attention";
+constexpr int64_t kComposedBytes = int64_t(1) << 28;
 
 struct Shapes {
   int batch, n_q_heads, n_kv_heads, n_queries, head_dim, value_dim, n_first, n_coded, n_tail;
@@ -108,15 +108,32 @@ mx::array check_mask(const mx::array& mask, const Shapes& n, mx::Stream stream) 
   return mx::metal::is_available() ? mx::broadcast_to(x, full, stream) : x;
 }
 
-// Which columns the rows begin ... begin + n_rows - 1 may attend to, as bool [B or 1, 1, n_rows or 1, n_keys]; nothing when
-// every one.
-std::optional<mx::array> column_mask(const AttentionOptions& options, const Shapes& n, int begin, int n_rows, mx::Stream s) {
+// Part of the scores: rows and columns of them.
+struct Piece {
+  int row, n_rows, column, n_columns;
+};
+
+mx::array rows_of(const mx::array& x, const Piece& at, mx::Stream s) {
+  mx::Shape first(x.ndim(), 0), last = x.shape();
+  if (x.shape(2) != 1) {
+    first[2] = at.row;
+    last[2] = at.row + at.n_rows;
+  }
+  return mx::slice(x, first, last, s);
+}
+
+// Which of its scores count, as bool [B or 1, 1, n_rows or 1, n_columns]; nothing when all.
+std::optional<mx::array> column_mask(const AttentionOptions& options, const Shapes& n, const Piece& at, mx::Stream s) {
   const bool causal = options.mask_mode == "causal";
   std::optional<mx::array> valid;
   auto restrict = [&](const mx::array& condition) { valid = valid ? mx::logical_and(*valid, condition, s) : condition; };
-  const mx::array columns = mx::reshape(mx::arange(n.n_keys(), mx::int32, s), {1, 1, 1, n.n_keys()}, s);
-  const mx::array rows = mx::reshape(mx::arange(begin, begin + n_rows, mx::int32, s), {1, 1, n_rows, 1}, s);
-  if (causal) restrict(mx::less_equal(columns, mx::add(rows, mx::array(n.n_keys() - n.n_queries), s), s));
+  const int seen = n.n_keys() - n.n_queries;  // the last column that query 0 sees
+  const mx::array columns =
+      mx::reshape(mx::arange(at.column, at.column + at.n_columns, mx::int32, s), {1, 1, 1, at.n_columns}, s);
+  if (causal && at.column + at.n_columns - 1 > seen + at.row) {
+    const mx::array rows = mx::reshape(mx::arange(at.row, at.row + at.n_rows, mx::int32, s), {1, 1, at.n_rows, 1}, s);
+    restrict(mx::less_equal(columns, mx::add(rows, mx::array(seen), s), s));
+  }
   if (options.left_padding) {
     restrict(mx::greater_equal(columns, mx::reshape(*options.left_padding, {n.batch, 1, 1, 1}, s), s));
   }
@@ -124,6 +141,7 @@ std::optional<mx::array> column_mask(const AttentionOptions& options, const Shap
     const int begins[3] = {0, n.n_first, n.n_first + n.n_coded};
     const int ends[3] = {n.n_first, n.n_first + n.n_coded, n.n_keys() - (causal ? n.n_queries : 0)};
     for (int part = 0; part < 3; part++) {
+      if (at.column + at.n_columns <= begins[part] || at.column >= ends[part]) continue;
       const mx::array length =
           mx::reshape(mx::slice(*options.lengths, {0, part}, {n.batch, part + 1}, s), {n.batch, 1, 1, 1}, s);
       const mx::array stored = mx::less(columns, mx::add(length, mx::array(begins[part]), s), s);
@@ -135,83 +153,127 @@ std::optional<mx::array> column_mask(const AttentionOptions& options, const Shap
   return valid;
 }
 
-// The same result from MLX's own operations: this call's tokens are dequantised, in the rotated space.
+// Softmax of some rows so far, fp32: the largest score, the sum of weights, the weighted sum of values.
+struct Softmax {
+  mx::array max, sum, out;
+};
+
+// The same result from MLX's own operations: tokens are dequantised and scores made for so many rows and columns at a time as
+// stay below `bytes`, and merged by an online softmax.
 mx::array composed_attention(const mx::array& queries, const PackedKeys& k, const PackedValues& v,
-                             const AttentionOptions& options, const Shapes& n, float scale, mx::Stream s) {
+                             const AttentionOptions& options, const Shapes& n, float scale, int64_t bytes, mx::Stream s) {
   check(!k.signs, "[", kOp,
-        "] packed_k.signs: expected none where the GPU has no kernel for the shapes (CUDA: head dimensions above 256), got "
-        "residual signs");
+        "] packed_k.signs: expected none where the GPU has no kernel for the shapes (head dimensions above 256), got residual "
+        "signs");
   std::vector<FixedArray> arrays{{"q", queries}, {"packed_k.codes", k.codes}, {"packed_v.codes", v.codes}};
   if (options.first) arrays.push_back({"first[0]", options.first->first});
   if (options.tail) arrays.push_back({"tail[0]", options.tail->first});
   if (options.mask) arrays.push_back({"mask", *options.mask});
-  const mx::array q = fixed_shapes(queries, arrays, kOp, s);  // the column mask below holds the numbers of tokens
-  std::vector<mx::array> keys, values;
-  auto add = [&](const std::optional<ExactTokens>& tokens) {
-    if (!tokens) return;
-    keys.push_back(mx::astype(tokens->first, q.dtype(), s));
-    values.push_back(mx::astype(tokens->second, q.dtype(), s));
-  };
-  add(options.first);
-  keys.push_back(dequantize_keys(k, false, q.dtype(), s));
-  values.push_back(dequantize_values(v, false, q.dtype(), s));
-  add(options.tail);
-
-  const mx::array joined_keys = mx::concatenate(keys, 2, s), joined_values = mx::concatenate(values, 2, s);
-  std::optional<mx::array> sinks, given;
-  if (options.sinks) sinks = mx::astype(*options.sinks, q.dtype(), s);
+  const mx::array q = fixed_shapes(queries, arrays, kOp, s);  // the pieces depend on the numbers of tokens
+  std::optional<mx::array> given;
   if (options.mask) given = check_mask(*options.mask, n, s);
+  if (q.size() == 0) return mx::zeros({n.batch, n.n_q_heads, n.n_queries, n.value_dim}, q.dtype(), s);
 
-  // The rows begin ... begin + n_rows - 1.
-  auto attend = [&](int begin, int n_rows) {
-    auto rows_of = [&](const mx::array& x) {
-      if (n_rows == n.n_queries || x.shape(2) == 1) return x;
-      mx::Shape first(x.ndim(), 0), last = x.shape();
-      first[2] = begin;
-      last[2] = begin + n_rows;
-      return mx::slice(x, first, last, s);
-    };
-    const mx::array rows = rows_of(q);
-    // "causal" as such where it says all: MLX's fused attention takes no array on CUDA and makes none of its own.
-    if (options.mask_mode == "causal" && !options.left_padding && !options.lengths && n.n_queries <= n.n_keys()) {
-      const int n_seen = n.n_keys() - n.n_queries + begin + n_rows;
-      auto seen = [&](const mx::array& x) {
-        if (n_seen == n.n_keys()) return x;
-        return mx::slice(x, {0, 0, 0, 0}, {x.shape(0), x.shape(1), n_seen, x.shape(3)}, s);
-      };
-      return mx::fast::scaled_dot_product_attention(rows, seen(joined_keys), seen(joined_values), scale, "causal", {}, sinks,
-                                                    false, s);
-    }
-    std::optional<mx::array> mask = column_mask(options, n, begin, n_rows, s);
-    if (given) {
-      const mx::array part = rows_of(*given);
-      if (part.dtype() == mx::bool_) {
-        mask = mask ? mx::logical_and(*mask, part, s) : part;
-      } else {
-        mask = mask ? mx::where(*mask, part, mx::array(-INFINITY), s) : part;
-        mask = mx::astype(*mask, q.dtype(), s);
-      }
-    }
-    const mx::array out =
-        mx::fast::scaled_dot_product_attention(rows, joined_keys, joined_values, scale, "", mask, sinks, false, s);
-    if (!mask) return out;
-    // MLX's softmax over nothing is NaN.
-    const mx::array attends = mask->dtype() == mx::bool_ ? mx::any(*mask, -1, true, s)
-                                                         : mx::any(mx::greater(*mask, mx::array(-INFINITY), s), -1, true, s);
-    return mx::where(attends, out, mx::zeros_like(out, s), s);
-  };
+  // Half of the bytes for tokens, half for scores (in q's type, in fp32, and as weights).
+  const int64_t token_bytes = int64_t(n.batch) * n.n_kv_heads * (n.head_dim + n.value_dim) * q.itemsize();
+  const int64_t score_bytes = int64_t(n.batch) * n.n_q_heads * 12;
+  const int64_t few_rows = std::min(n.n_queries, 256);
+  const int64_t most = std::min(bytes / 2 / token_bytes, bytes / 2 / (score_bytes * few_rows));
+  const int n_columns = int(std::clamp<int64_t>(most / kBlockTokens, 1, 1 << 20)) * kBlockTokens;
+  const int n_rows = int(std::clamp<int64_t>(bytes / 2 / (score_bytes * n_columns), 1, n.n_queries));
 
-  // Where MLX's attention holds every score and its weight: as many rows at a time as keep them below kScoreBytes.
-  constexpr int64_t kScoreBytes = int64_t(1) << 28;
-  const bool fused = n.head_dim == n.value_dim && (n.head_dim == 64 || n.head_dim == 80 || n.head_dim == 128);
-  const int64_t row_bytes = int64_t(n.batch) * n.n_q_heads * std::max(n.n_keys(), 1) * 8;
-  const int64_t together = std::max<int64_t>(kScoreBytes / row_bytes, 1);
-  if (fused || together >= n.n_queries) return attend(0, n.n_queries);
-  std::vector<mx::array> parts;
-  for (int begin = 0; begin < n.n_queries; begin += int(together)) {
-    parts.push_back(attend(begin, std::min(int(together), n.n_queries - begin)));
+  std::vector<Softmax> rows;
+  for (int row = 0; row < n.n_queries; row += n_rows) {
+    const mx::Shape one{n.batch, n.n_q_heads, std::min(n_rows, n.n_queries - row), 1};
+    mx::Shape all = one;
+    all[3] = n.value_dim;
+    mx::array max = mx::full(one, -INFINITY, mx::float32, s), sum = mx::zeros(one, mx::float32, s);
+    if (options.sinks) {
+      // As a token with this score and no value; -inf is none.
+      const mx::array sinks = mx::reshape(mx::astype(*options.sinks, mx::float32, s), {1, n.n_q_heads, 1, 1}, s);
+      max = mx::broadcast_to(sinks, one, s);
+      sum = mx::astype(mx::greater(max, mx::array(-INFINITY), s), mx::float32, s);
+    }
+    rows.push_back({max, sum, mx::zeros(all, mx::float32, s)});
   }
-  return mx::concatenate(parts, 2, s);
+
+  // MLX runs what does not depend on another piece as it likes: each one depends on the one before, so that few are in memory.
+  std::optional<mx::array> before;
+  auto after = [&](const mx::array& x) { return before ? mx::depends({x}, {*before})[0] : x; };
+  // Tokens of columns column ... column + n - 1, in q's type.
+  auto attend = [&](int column, int n_tokens, const mx::array& keys, const mx::array& values) {
+    const mx::array transposed = mx::swapaxes(keys, 2, 3, s);
+    for (size_t i = 0; i < rows.size(); i++) {
+      Softmax& row = rows[i];
+      const Piece at{int(i) * n_rows, row.max.shape(2), column, n_tokens};
+      if (options.mask_mode == "causal" && column > n.n_keys() - n.n_queries + at.row + at.n_rows - 1) continue;
+      const int repeats = n.n_q_heads / n.n_kv_heads;
+      const mx::array x = mx::reshape(mx::multiply(rows_of(after(q), at, s), mx::array(scale, q.dtype()), s),
+                                      {n.batch, n.n_kv_heads, repeats * at.n_rows, n.head_dim}, s);
+      mx::array scores =
+          mx::reshape(mx::astype(mx::matmul(x, transposed, s), mx::float32, s), {n.batch, n.n_q_heads, at.n_rows, n_tokens}, s);
+      std::optional<mx::array> mask = column_mask(options, n, at, s);
+      if (given) {
+        mx::array part = rows_of(*given, at, s);
+        if (part.shape(3) != 1) {
+          mx::Shape first(4, 0), last = part.shape();
+          first[3] = column;
+          last[3] = column + n_tokens;
+          part = mx::slice(part, first, last, s);
+        }
+        if (part.dtype() == mx::bool_) {
+          mask = mask ? mx::logical_and(*mask, part, s) : part;
+        } else {
+          scores = mx::add(scores, part, s);
+        }
+      }
+      if (mask) scores = mx::where(*mask, scores, mx::array(-INFINITY), s);
+      const mx::array max = mx::maximum(row.max, mx::max(scores, -1, true, s), s);
+      const mx::array finite = mx::where(mx::equal(max, mx::array(-INFINITY), s), mx::array(0.0f), max, s);
+      const mx::array weights = mx::exp(mx::subtract(scores, finite, s), s);
+      const mx::array factor = mx::exp(mx::subtract(row.max, finite, s), s);
+      const mx::array packed =
+          mx::reshape(mx::astype(weights, q.dtype(), s), {n.batch, n.n_kv_heads, repeats * at.n_rows, n_tokens}, s);
+      const mx::array out = mx::reshape(mx::astype(mx::matmul(packed, values, s), mx::float32, s),
+                                        {n.batch, n.n_q_heads, at.n_rows, n.value_dim}, s);
+      row.max = max;
+      row.sum = mx::add(mx::multiply(row.sum, factor, s), mx::sum(weights, -1, true, s), s);
+      row.out = mx::add(mx::multiply(row.out, factor, s), out, s);
+      before = row.out;
+    }
+  };
+  auto tokens_of = [&](const mx::array& x, int begin, int end) {
+    return mx::slice(x, {0, 0, begin, 0}, {x.shape(0), x.shape(1), end, x.shape(3)}, s);
+  };
+  auto attend_exact = [&](const std::optional<ExactTokens>& tokens, int column, int n_tokens) {
+    for (int begin = 0; begin < n_tokens; begin += n_columns) {
+      const int end = std::min(begin + n_columns, n_tokens);
+      attend(column + begin, end - begin, mx::astype(tokens_of(after(tokens->first), begin, end), q.dtype(), s),
+             mx::astype(tokens_of(after(tokens->second), begin, end), q.dtype(), s));
+    }
+  };
+  attend_exact(options.first, 0, n.n_first);
+  for (int begin = 0; begin < n.n_coded; begin += n_columns) {
+    const int end = std::min(begin + n_columns, n.n_coded);
+    PackedKeys keys = k;
+    PackedValues values = v;
+    keys.codes = tokens_of(after(k.codes), begin, end);
+    keys.norms = tokens_of(k.norms, begin, end);
+    if (k.means) keys.means = tokens_of(*k.means, begin / kBlockTokens, n_blocks(end));
+    values.codes = tokens_of(after(v.codes), begin, end);
+    values.params = tokens_of(v.params, begin, end);
+    attend(n.n_first + begin, end - begin, dequantize_keys(keys, false, q.dtype(), s),
+           dequantize_values(values, false, q.dtype(), s));
+  }
+  attend_exact(options.tail, n.n_first + n.n_coded, n.n_tail);
+
+  std::vector<mx::array> outs;
+  for (const Softmax& row : rows) {
+    const mx::array none = mx::equal(row.sum, mx::array(0.0f), s);
+    const mx::array out = mx::divide(row.out, mx::where(none, mx::array(1.0f), row.sum, s), s);
+    outs.push_back(mx::astype(mx::where(none, mx::array(0.0f), out, s), q.dtype(), s));
+  }
+  return outs.size() == 1 ? outs[0] : mx::concatenate(outs, 2, s);
 }
 
 }  // namespace
@@ -291,9 +353,12 @@ mx::array turboquant_attention(const mx::array& q, const PackedKeys& k, const Pa
                                    .value_coding = v.coding,
                                    .head_dim = n.head_dim,
                                    .value_dim = n.value_dim,
-                                   .present = k.signs ? 1u << kSigns : 0u};
-  if (stream.device == mx::Device::gpu && !gpu_has_kernel(state, q)) {
-    return composed_attention(q, k, v, options, n, scale, stream);
+                                   .present = k.signs ? 1u << kSigns : 0u,
+                                   .of_cache = options.of_cache,
+                                   .cache_has_means = k.means.has_value()};
+  const bool has_kernel = stream.device == mx::Device::cpu || gpu_has_kernel(state, q);
+  if (!has_kernel || options.composed_bytes) {
+    return composed_attention(q, k, v, options, n, scale, options.composed_bytes.value_or(kComposedBytes), stream);
   }
 
   // What is empty is left out; a compiled function must not go on to leave it out when it is not.

@@ -34,6 +34,10 @@ struct AttentionOptions {
   std::string mask_mode;  // "" or "causal"
   std::optional<mx::array> mask, sinks, left_padding, lengths;
   std::optional<ExactTokens> first, tail;
+  // The cache of a generation calls: Metal compiles with a prompt what its later steps need.
+  bool of_cache = false;
+  // Composes of MLX's operations within so many bytes what a kernel would do: for tests.
+  std::optional<int64_t> composed_bytes = std::nullopt;
 };
 
 mx::array turboquant_attention(const mx::array& q, const PackedKeys& k, const PackedValues& v, const AttentionOptions& options,
@@ -49,6 +53,7 @@ class TurboQuantAttention : public mx::UnaryPrimitive {
     bool causal, hadamard;  // hadamard: rotate query and output inside; else everything is in the rotated space
     int key_bits, value_bits, value_coding, head_dim, value_dim;
     uint32_t present;  // bit i: optional input i is there
+    bool of_cache = false, cache_has_means = false;
     bool operator==(const State&) const = default;
   };
   TurboQuantAttention(mx::Stream stream, const State& state) : UnaryPrimitive(stream), state_(state) {}

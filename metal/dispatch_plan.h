@@ -4,7 +4,9 @@
 
 #include <algorithm>
 #include <cmath>
+#include <initializer_list>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "codebook.h"
@@ -29,25 +31,104 @@ struct Constant {
   int value;
 };
 
-struct Dispatch {
-  std::string kernel;    // host name
-  std::string source;    // file of the kernel, without .metal
-  std::string instance;  // line that instantiates it behind the source
-  uint32_t grid[3];      // threadgroups
-  uint32_t threads;      // per threadgroup
-  std::vector<Constant> constants;
-  std::vector<uint32_t> threadgroup_bytes;  // of threadgroup arguments 0, 1 ...
+// At most N of something, without memory of its own.
+template <class T, int N>
+struct Few {
+  T items[N] = {};
+  size_t n = 0;
+  Few() = default;
+  Few(std::initializer_list<T> list) {
+    for (const T& x : list) items[n++] = x;
+  }
+  size_t size() const { return n; }
+  const T* begin() const { return items; }
+  const T* end() const { return items + n; }
+  const T& operator[](size_t i) const { return items[i]; }
 };
 
-// "OP_TYPE_d128..." and "MACRO("OP_...", half, 128, ...)".
-inline Dispatch make_dispatch(const char* op, const char* source, const char* macro, Type type, const std::string& suffix,
-                              const std::vector<int>& arguments) {
+enum class Suffix : int32_t { kPlain, kDims, kDimsRows, kDim, kValueDim, kDimKeyBits, kDimValueBits, kDimBits, kInputs };
+
+// A launch makes no text: names are built when a pipeline is made.
+struct Dispatch {
+  const char* op;
+  const char* source;     // file of the kernel, without .metal
+  const char* macro;      // instantiates it: MACRO("NAME", TYPE, ARGUMENTS) behind the source
+  const char* type;       // in Metal's words
+  const char* type_name;  // in the kernel's name; null: not there
+  Suffix suffix;
+  Few<int, 6> arguments;
+  uint32_t grid[3];  // threadgroups
+  uint32_t threads;  // per threadgroup
+  Few<Constant, kNumFunctionConstants> constants;
+  Few<uint32_t, 2> threadgroup_bytes;  // of threadgroup arguments 0, 1
+
+  // Host name: "OP_TYPE_d128...".
+  std::string kernel() const {
+    std::string name = op;
+    if (type_name) name += std::string("_") + type_name;
+    auto number = [&](size_t i) { return std::to_string(arguments[i]); };
+    switch (suffix) {
+      case Suffix::kPlain:
+        break;
+      case Suffix::kDims:
+      case Suffix::kDimsRows:
+        name += "_d" + number(0) + "v" + number(1) + "_k" + number(2) + "v" + number(3);
+        if (arguments[4] == kValueLloyd) name += "_lloyd";
+        if (suffix == Suffix::kDimsRows) name += "_r" + number(5);
+        break;
+      case Suffix::kDim:
+        name += "_d" + number(0);
+        break;
+      case Suffix::kValueDim:
+        name += "_v" + number(0);
+        break;
+      case Suffix::kDimKeyBits:
+        name += "_d" + number(0) + "_k" + number(1);
+        break;
+      case Suffix::kDimValueBits:
+        name += "_d" + number(0) + "_v" + number(1);
+        break;
+      case Suffix::kDimBits:
+        name += "_d" + number(0) + "_b" + number(1);
+        break;
+      case Suffix::kInputs:
+        name += "_n" + number(0);
+        break;
+    }
+    return name;
+  }
+  // The line that instantiates it.
+  std::string instance() const {
+    std::string line = std::string(macro) + "(\"" + kernel() + "\", " + type;
+    for (int x : arguments) line += ", " + std::to_string(x);
+    return line + ")";
+  }
+  // Whether the pipeline is the same.
+  bool same_pipeline(const Dispatch& other) const {
+    return op == other.op && type == other.type && same(arguments, other.arguments, [](int x, int y) { return x == y; }) &&
+           same(constants, other.constants,
+                [](const Constant& x, const Constant& y) { return x.id == y.id && x.value == y.value; });
+  }
+
+ private:
+  template <class Items, class Equal>
+  static bool same(const Items& a, const Items& b, Equal equal) {
+    return std::equal(a.begin(), a.end(), b.begin(), b.end(), equal);
+  }
+};
+
+static_assert(std::is_trivially_copyable_v<Dispatch>, "no text, no memory of its own");
+
+inline Dispatch make_dispatch(const char* op, const char* source, const char* macro, Type type, Suffix suffix,
+                              Few<int, 6> arguments) {
   Dispatch d{};
-  d.kernel = std::string(op) + "_" + type_name(type) + suffix;
+  d.op = op;
   d.source = source;
-  d.instance = std::string(macro) + "(\"" + d.kernel + "\", " + metal_type(type);
-  for (int x : arguments) d.instance += ", " + std::to_string(x);
-  d.instance += ")";
+  d.macro = macro;
+  d.type = metal_type(type);
+  d.type_name = type_name(type);
+  d.suffix = suffix;
+  d.arguments = arguments;
   return d;
 }
 
@@ -80,21 +161,81 @@ struct AttentionPlan {
 };
 
 enum : int {
-  kMaxMetalDim = 256,        // padded; a lane's share of larger vectors does not fit the registers
-  kSplitRows = 4,            // rows of the split kernel: 8 heads per simdgroup spill at D = 128 (mlx pull request 4077)
-  kSplitTokens = 256,        // a tile for each of its eight simdgroups
-  kThreadgroupsPerCore = 4,  // occupancy saturates at 24 simdgroups per core (metal-benchmarks); one more for the tail
+  kMaxMetalDim = 256,              // padded; a lane's share of larger vectors does not fit the registers
+  kSplitRows = 4,                  // rows of the split kernel: 8 heads per simdgroup spill at D = 128 (mlx pull request 4077)
+  kSplitTokens = 256,              // a tile for each of its eight simdgroups
+  kThreadgroupsPerCore = 4,        // occupancy saturates at 24 simdgroups per core (metal-benchmarks); one more for the tail
+  kPromptThreadgroupsPerCore = 2,  // of eight simdgroups, each with most of its 128 registers
   kThreadgroupMemory = 32768,
   kQueryMemory = 16384,  // of it for the matrix kernel's queries
   kMaxRowBlocks = 8,     // of the matrix kernel: 64 rows, 256 threads
   kMatrixGroups = 4,     // simdgroups per threadgroup that the matrix kernel aims at
+  kPromptRange = 512,    // fewest tokens of a threadgroup of the prompt kernel that are worth a rotation of its rows
 };
 
 // Whether the attention kernels take these shapes. Others are composed of MLX's own operations.
-inline bool has_attention_kernel(int n_queries, int head_dim, int value_dim, bool hadamard, int max_queries) {
+inline bool has_attention_kernel(int head_dim, int value_dim, bool hadamard) {
   const int k = padded_dim(head_dim), v = padded_dim(value_dim);
-  return n_queries >= 1 && n_queries <= max_queries && k <= kMaxMetalDim && v <= kMaxMetalDim &&
-         (!hadamard || (hadamard_factor(k) && hadamard_factor(v)));
+  return k <= kMaxMetalDim && v <= kMaxMetalDim && (!hadamard || (hadamard_factor(k) && hadamard_factor(v)));
+}
+
+// Cost of the kernels for many rows: core cycles per KV head, by the operations in their loops and published throughputs. Two
+// threadgroups share the four schedulers of a core; a product of 8x8 matrices takes one of them 17 cycles (metal-benchmarks).
+// Instructions are per tile of 32 tokens and eight rows. Not measured.
+struct AttentionCost {
+  static constexpr double kProduct = 17;
+  static constexpr double kScores = 110;         // masks, maxima, exponentials, weights: 8 scores a lane
+  static constexpr double kMatrixOperand = 6.5;  // decoding an operand: bytes, addresses, look-ups
+  static constexpr double kPromptOperand = 4;    // two halves and their conversion, weights of groups
+  static constexpr double kDecode = 2.5;         // per dimension, for all rows: bytes, addresses, look-ups, stores
+  static constexpr double kExact = 27.0 / 256;   // per dimension, row and exact token of the matrix kernel, no products
+  static constexpr double kStage = 8;            // per dimension of exact tokens, for all rows
+  static constexpr int kSchedulers = 4;
+
+  int n_rows, dims, split;  // dims: of key and value; split: simdgroups that share rows in the prompt kernel
+  double coded, exact;      // tiles
+
+  static int divide_up(int a, int b) { return (a + b - 1) / b; }
+  // Simdgroups of a threadgroup that a scheduler runs.
+  static double turns(int simdgroups) { return divide_up(2 * simdgroups, kSchedulers) / 2.0; }
+
+  // row_blocks: simdgroups that share a staged tile. groups: of them in a threadgroup.
+  double matrix(int row_blocks, int groups) const {
+    const double eight_rows = dims / 2 * (kProduct + kMatrixOperand) + kScores;
+    const double n_blocks = divide_up(n_rows, 8 * row_blocks) * turns(row_blocks * groups) / groups;
+    return n_blocks * eight_rows * coded + n_rows * kExact * dims * 32 * exact / kSchedulers;
+  }
+  double prompt(int block_rows) const {
+    const double share = dims / 2 * (kProduct + kPromptOperand) / split + kScores;  // of a simdgroup
+    double cycles = 0;
+    for (int first = 0; first < n_rows; first += block_rows) {
+      const int working = divide_up(std::min(block_rows, n_rows - first), 8) * split;
+      cycles += turns(working) * share * (coded + exact) + dims * (kDecode * coded + kStage * exact) / kSchedulers;
+    }
+    return cycles;
+  }
+};
+
+// How the matrix kernel uses a threadgroup.
+struct MatrixShape {
+  int row_blocks, groups, group_words, query_bytes;
+};
+
+inline MatrixShape matrix_shape(const AttentionShape& s, int k, int v, int n_rows, bool own_table) {
+  MatrixShape m;
+  const bool lloyd = s.value_coding == kValueLloyd;
+  const int row_bytes = k * int(sizeof(float)) * (s.has_residual ? 2 : 1);
+  m.row_blocks = std::min({(n_rows + 7) / 8, std::max(1, kQueryMemory / (8 * row_bytes)), int(kMaxRowBlocks)});
+  const int tile_words = 32 * (code_words(k, s.key_bits) + code_words(v, s.value_bits) + (lloyd ? 1 : v / kGroup) + 1 +
+                               (s.has_residual ? 1 + sign_words(k) : 0));
+  const int mean_words = s.means_kind == kMeansNone ? 0 : kStagedBlocks * k / (s.means_kind == kMeansHalf ? 2 : 1);
+  m.group_words = std::max(tile_words, mean_words);
+  m.query_bytes = 8 * m.row_blocks * row_bytes;
+  // The tables and some room for the compiler.
+  const int tile_room = kThreadgroupMemory - m.query_bytes - 256 * 8 * (own_table ? 2 : 1) - 512;
+  m.groups = std::max(1, kMatrixGroups / m.row_blocks);
+  while (m.groups > 1 && m.groups * m.group_words * 4 > tile_room) m.groups--;
+  return m;
 }
 
 inline AttentionPlan plan_attention(const AttentionShape& s) {
@@ -139,29 +280,48 @@ inline AttentionPlan plan_attention(const AttentionShape& s) {
   const int tiles = divide_up(s.n_coded, kSplitTokens);
   const int tiles_per_range = std::max(1, divide_up(tiles, wanted));
   p.range_tokens = tiles_per_range * kSplitTokens;
-  const int n_threadgroups = divide_up(tiles, tiles_per_range);  // over the coded tokens of a KV head
+  int n_threadgroups = divide_up(tiles, tiles_per_range);  // over the coded tokens of a KV head
+  const int n_exact = s.n_first + s.n_tail;
   const bool split = p.n_rows <= kSplitRows;
-  const bool direct = split && n_threadgroups <= 1 && s.n_first + s.n_tail <= kExactTokens;
-  p.n_exact_ranges = direct ? s.n_first + s.n_tail > 0 : divide_up(s.n_first + s.n_tail, kExactRange);
+  const MatrixShape matrix = matrix_shape(s, k, v, p.n_rows, own_table);
+  int prompt_rows = 0;  // of a threadgroup
+  if (!split) {
+    const AttentionCost cost{p.n_rows, k + v, std::max(k, v) > kPromptDim ? 2 : 1, s.n_coded / 32.0, n_exact / 32.0};
+    double least = cost.matrix(matrix.row_blocks, matrix.groups);
+    for (int rows : {32, 64}) {
+      if ((rows == 64 && std::max(k, v) > kPromptDim) || cost.prompt(rows) >= least) continue;
+      least = cost.prompt(rows);
+      prompt_rows = rows;
+    }
+  }
+  bool direct = split && n_threadgroups <= 1 && n_exact <= kExactTokens;
+  if (prompt_rows) {
+    // Ranges of coded tokens and of exact ones, equally long, where the row blocks alone do not fill the GPU.
+    const int row_blocks = heads * divide_up(p.n_rows, prompt_rows);
+    const int n_ranges = std::max(1, kPromptThreadgroupsPerCore * s.n_cores / row_blocks);
+    const int tokens = divide_up(s.n_coded + n_exact, n_ranges);
+    p.range_tokens = std::max<int>(kPromptRange, divide_up(tokens, kBlockTokens) * kBlockTokens);
+    direct = s.n_coded + n_exact <= p.range_tokens;
+    n_threadgroups = divide_up(s.n_coded, p.range_tokens);
+  }
+  p.n_exact_ranges = direct ? n_exact > 0 : prompt_rows ? divide_up(n_exact, p.range_tokens) : divide_up(n_exact, kExactRange);
 
-  std::vector<Constant> constants{{kConstHadamard, false, s.hadamard},
-                                  {kConstMeans, true, s.means_kind},
-                                  {kConstBalance, false, s.has_balance},
-                                  {kConstResidual, false, s.has_residual},
-                                  {kConstMask, true, s.mask_kind},
-                                  {kConstSinks, false, s.has_sinks},
-                                  {kConstLeftPadding, false, s.has_left_padding},
-                                  {kConstLengths, false, s.has_lengths},
-                                  {kConstCausal, false, s.causal},
-                                  {kConstDirect, false, direct}};
-  const std::string bits = "_k" + std::to_string(s.key_bits) + "v" + std::to_string(s.value_bits) + (lloyd ? "_lloyd" : "");
-  const std::string dims = "_d" + std::to_string(k) + "v" + std::to_string(v);
+  const Few<Constant, kNumFunctionConstants> constants{{kConstHadamard, false, s.hadamard},
+                                                       {kConstMeans, true, s.means_kind},
+                                                       {kConstBalance, false, s.has_balance},
+                                                       {kConstResidual, false, s.has_residual},
+                                                       {kConstMask, true, s.mask_kind},
+                                                       {kConstSinks, false, s.has_sinks},
+                                                       {kConstLeftPadding, false, s.has_left_padding},
+                                                       {kConstLengths, false, s.has_lengths},
+                                                       {kConstCausal, false, s.causal},
+                                                       {kConstDirect, false, direct}};
   const char* source = "turboquant_attention";
 
   Dispatch attend;
   if (split) {
     const int rows = p.n_rows <= 2 ? p.n_rows : kSplitRows;
-    attend = make_dispatch("turboquant_attention_split", source, "TQ_SPLIT", s.type, dims + bits + "_r" + std::to_string(rows),
+    attend = make_dispatch("turboquant_attention_split", source, "TQ_SPLIT", s.type, Suffix::kDimsRows,
                            {k, v, s.key_bits, s.value_bits, s.value_coding, rows});
     attend.threads = 256;
     attend.threadgroup_bytes = {s.has_residual ? uint32_t(rows * k * sizeof(float)) : 16u};
@@ -169,24 +329,24 @@ inline AttentionPlan plan_attention(const AttentionShape& s) {
     p.row_blocks = 1;
     attend.grid[0] = direct ? 1 : n_threadgroups + p.n_exact_ranges;
     attend.grid[2] = 1;
+  } else if (prompt_rows) {
+    attend = make_dispatch("turboquant_attention_prompt", "turboquant_prompt", "TQ_PROMPT", s.type, Suffix::kDimsRows,
+                           {k, v, s.key_bits, s.value_bits, s.value_coding, prompt_rows});
+    attend.threads = uint32_t(prompt_rows / 8 * 32 * (std::max(k, v) > kPromptDim ? 2 : 1));
+    p.n_ranges = n_threadgroups;
+    p.row_blocks = 1;
+    attend.grid[0] = direct ? 1 : n_threadgroups + p.n_exact_ranges;
+    attend.grid[2] = divide_up(p.n_rows, prompt_rows);
   } else {
-    attend = make_dispatch("turboquant_attention_matrix", source, "TQ_MATRIX", s.type, dims + bits,
+    attend = make_dispatch("turboquant_attention_matrix", source, "TQ_MATRIX", s.type, Suffix::kDims,
                            {k, v, s.key_bits, s.value_bits, s.value_coding});
-    const int row_bytes = k * int(sizeof(float)) * (s.has_residual ? 2 : 1);
-    p.row_blocks = std::min({divide_up(p.n_rows, 8), std::max(1, kQueryMemory / (8 * row_bytes)), int(kMaxRowBlocks)});
-    const int tile_words = 32 * (code_words(k, s.key_bits) + code_words(v, s.value_bits) + (lloyd ? 1 : v / kGroup) + 1 +
-                                 (s.has_residual ? 1 + sign_words(k) : 0));
-    const int mean_words = s.means_kind == kMeansNone ? 0 : kStagedBlocks * k / (s.means_kind == kMeansHalf ? 2 : 1);
-    p.group_words = std::max(tile_words, mean_words);
-    const int query_bytes = 8 * p.row_blocks * row_bytes;
-    // The tables and some room for the compiler.
-    const int tile_room = kThreadgroupMemory - query_bytes - 256 * 8 * (own_table ? 2 : 1) - 512;
-    int groups = std::max(1, kMatrixGroups / p.row_blocks);
-    while (groups > 1 && groups * p.group_words * 4 > tile_room) groups--;
+    p.row_blocks = matrix.row_blocks;
+    p.group_words = matrix.group_words;
+    const int groups = matrix.groups;
     attend.threads = uint32_t(32 * p.row_blocks * groups);
     // Also for exact tokens, 8 rows of numbers per thread, and for the rotation, a row per simdgroup.
     const int tile_bytes = std::max({groups * p.group_words * 4, 8 * int(attend.threads) * 4, p.row_blocks * groups * k * 4});
-    attend.threadgroup_bytes = {uint32_t(query_bytes), uint32_t(tile_bytes)};
+    attend.threadgroup_bytes = {uint32_t(matrix.query_bytes), uint32_t(tile_bytes)};
     p.n_ranges = n_threadgroups * groups;
     attend.grid[0] = n_threadgroups + p.n_exact_ranges;
     attend.grid[2] = divide_up(p.n_rows, 8 * p.row_blocks);
@@ -197,8 +357,7 @@ inline AttentionPlan plan_attention(const AttentionShape& s) {
   plan.dispatches.push_back(attend);
 
   if (!direct) {
-    Dispatch combine =
-        make_dispatch("turboquant_attention_combine", source, "TQ_COMBINE", s.type, "_v" + std::to_string(v), {v});
+    Dispatch combine = make_dispatch("turboquant_attention_combine", source, "TQ_COMBINE", s.type, Suffix::kValueDim, {v});
     combine.grid[0] = p.n_rows;
     combine.grid[1] = heads;
     combine.grid[2] = 1;
@@ -209,6 +368,31 @@ inline AttentionPlan plan_attention(const AttentionShape& s) {
     plan.n_state_numbers = int64_t(heads) * p.n_parts * p.n_rows * 2;
   }
   return plan;
+}
+
+// What a generation launches beside a chunk of its prompt of shape s: chunks and follow-ups of other lengths, decoding steps,
+// short and long contexts. Pipelines that are compiled with the prompt do not interrupt the generation.
+inline std::vector<Dispatch> pipelines_of_a_generation(AttentionShape s, bool has_means) {
+  constexpr int kLong = 1 << 17;
+  const int n_repeats = s.n_q_heads / s.n_kv_heads;
+  std::vector<Dispatch> all;
+  s.n_first = s.n_first + s.n_tail > 0 ? std::max(s.n_first, 1) : 0;
+  for (int n_queries : {1, (8 + n_repeats - 1) / n_repeats, 32, 64, s.n_queries}) {
+    for (int n_coded : {0, int(kBlockTokens), kLong}) {
+      for (int n_tail : {n_queries, n_queries + 2 * kBlockTokens}) {
+        s.n_queries = n_queries;
+        s.n_coded = n_coded;
+        s.n_tail = n_tail;
+        s.causal = n_queries > 1;
+        s.means_kind = !has_means || n_coded == 0 ? kMeansNone : s.hadamard ? kMeansHalf : kMeansFloat;
+        for (const Dispatch& d : plan_attention(s).dispatches) {
+          const bool known = std::any_of(all.begin(), all.end(), [&](const Dispatch& x) { return x.same_pipeline(d); });
+          if (!known) all.push_back(d);
+        }
+      }
+    }
+  }
+  return all;
 }
 
 // --- encode -----------------------------------------------------------------------------------------------------------
@@ -260,28 +444,27 @@ inline EncodePlan plan_encode(EncodeOp op, const EncodeShape& s) {
       p.boundaries[i] = 0.5f * float(book.levels[i] + book.levels[i + 1]) / float(kCodebookTop) * book.scale;
     }
   }
-  const std::string d = "_d" + std::to_string(dim), bits = std::to_string(s.bits);
-  auto dispatch = [&](const char* name, const char* macro, const char* coded) {
-    return make_dispatch(name, "turboquant_encode", macro, s.type, d + coded + bits, {dim, s.bits});
+  auto dispatch = [&](const char* name, const char* macro, Suffix suffix) {
+    return make_dispatch(name, "turboquant_encode", macro, s.type, suffix, {dim, s.bits});
   };
   switch (op) {
     case EncodeOp::kQuantizeKeys:
-      plan.dispatch = dispatch("quantize_keys", "TQ_QUANTIZE_KEYS", "_k");
+      plan.dispatch = dispatch("quantize_keys", "TQ_QUANTIZE_KEYS", Suffix::kDimKeyBits);
       break;
     case EncodeOp::kQuantizeValuesGroups:
-      plan.dispatch = dispatch("quantize_values_groups", "TQ_QUANTIZE_VALUES_GROUPS", "_v");
+      plan.dispatch = dispatch("quantize_values_groups", "TQ_QUANTIZE_VALUES_GROUPS", Suffix::kDimValueBits);
       break;
     case EncodeOp::kQuantizeValuesLloyd:
-      plan.dispatch = dispatch("quantize_values_lloyd", "TQ_QUANTIZE_VALUES_LLOYD", "_v");
+      plan.dispatch = dispatch("quantize_values_lloyd", "TQ_QUANTIZE_VALUES_LLOYD", Suffix::kDimValueBits);
       break;
     case EncodeOp::kDequantizeLevels:
-      plan.dispatch = dispatch("dequantize_levels", "TQ_DEQUANTIZE_LEVELS", "_b");
+      plan.dispatch = dispatch("dequantize_levels", "TQ_DEQUANTIZE_LEVELS", Suffix::kDimBits);
       break;
     case EncodeOp::kDequantizeGroups:
-      plan.dispatch = dispatch("dequantize_groups", "TQ_DEQUANTIZE_GROUPS", "_b");
+      plan.dispatch = dispatch("dequantize_groups", "TQ_DEQUANTIZE_GROUPS", Suffix::kDimBits);
       break;
     case EncodeOp::kRotate:
-      plan.dispatch = make_dispatch("rotate", "turboquant_encode", "TQ_ROTATE", s.type, d, {dim});
+      plan.dispatch = make_dispatch("rotate", "turboquant_encode", "TQ_ROTATE", s.type, Suffix::kDim, {dim});
       break;
   }
   plan.dispatch.grid[0] = uint32_t((p.n_rows + kEncodeSimdgroups - 1) / kEncodeSimdgroups);
@@ -300,9 +483,10 @@ inline EncodePlan plan_compact(int item_bytes, int batch, int n_heads, int n_tok
   p.n_rows = batch * n_heads * n_tokens;
   p.head_dim = last;
   const bool words = item_bytes == 4;
-  plan.dispatch.kernel = words ? "compact_uint32" : "compact_uint16";
+  plan.dispatch.op = words ? "compact_uint32" : "compact_uint16";
   plan.dispatch.source = "turboquant_encode";
-  plan.dispatch.instance = words ? "TQ_COMPACT(\"compact_uint32\", uint)" : "TQ_COMPACT(\"compact_uint16\", ushort)";
+  plan.dispatch.macro = "TQ_COMPACT";
+  plan.dispatch.type = words ? "uint" : "ushort";
   plan.dispatch.threads = 32 * kEncodeSimdgroups;
   plan.dispatch.grid[0] = uint32_t((int64_t(p.n_rows) * last + plan.dispatch.threads - 1) / plan.dispatch.threads);
   plan.dispatch.grid[1] = plan.dispatch.grid[2] = 1;
@@ -327,19 +511,19 @@ inline Dispatch plan_q1(Q1Op op, Type type, const Q1MatmulParams& p) {
   if (op == Q1Op::kMatmul && p.n_inputs <= kQ1VecInputs) {
     // As many bytes per lane as the registers hold with their columns of x: 32 or 64 numbers.
     const int inputs = p.n_inputs <= 2 ? p.n_inputs : p.n_inputs <= 4 ? 4 : 8, bytes = inputs <= 2 ? 4 : inputs == 4 ? 2 : 1;
-    d = make_dispatch("q1_matvec", "q1_matmul", "TQ_Q1_MATVEC", type, "_n" + std::to_string(inputs), {inputs, bytes});
+    d = make_dispatch("q1_matvec", "q1_matmul", "TQ_Q1_MATVEC", type, Suffix::kInputs, {inputs, bytes});
     d.grid[0] = divide_up(p.n_rows, kQ1VecRows);
     d.grid[1] = 1;
     d.threads = 128;
   } else if (op == Q1Op::kMatmul) {
-    d = make_dispatch("q1_matmul", "q1_matmul", "TQ_Q1_MATMUL", type, "", {});
+    d = make_dispatch("q1_matmul", "q1_matmul", "TQ_Q1_MATMUL", type, Suffix::kPlain, {});
     d.grid[0] = divide_up(p.n_rows, kQ1MatRows);
     d.grid[1] = divide_up(p.n_inputs, kQ1MatInputs);
     d.threads = 256;
   } else {
     const bool pack = op == Q1Op::kQuantize;
     d = make_dispatch(pack ? "q1_quantize" : "q1_dequantize", "q1_matmul", pack ? "TQ_Q1_QUANTIZE" : "TQ_Q1_DEQUANTIZE", type,
-                      "", {});
+                      Suffix::kPlain, {});
     d.grid[0] = divide_up(int64_t(p.n_rows) * p.n_groups, kQ1PackGroups);
     d.grid[1] = 1;
     d.threads = 32 * kQ1PackGroups;

@@ -8,7 +8,6 @@
 #include <mutex>
 #include <set>
 #include <stdexcept>
-#include <unordered_map>
 
 #include "gpu_memory.h"
 #include "mlx/allocator.h"
@@ -44,11 +43,11 @@ bool is_in_library(const std::string& kernel) {
 struct Seen {
   struct Entry {
     mx::metal::Device* device;
-    std::vector<Constant> constants;
+    Dispatch dispatch;
     MTL::ComputePipelineState* kernel;
   };
   std::mutex mutex;
-  std::unordered_map<std::string, std::vector<Entry>> by_kernel;
+  std::vector<Entry> entries;       // some dozens at most
   std::vector<Pipeline> pipelines;  // in the order of first use
 };
 
@@ -57,23 +56,18 @@ Seen& seen() {
   return all;
 }
 
-bool same(const std::vector<Constant>& a, const std::vector<Constant>& b) {
-  return std::equal(a.begin(), a.end(), b.begin(), b.end(),
-                    [](const Constant& x, const Constant& y) { return x.id == y.id && x.value == y.value; });
-}
-
 MTL::ComputePipelineState* pipeline(mx::metal::Device& device, const Dispatch& dispatch) {
   const std::lock_guard lock(seen().mutex);
-  std::vector<Seen::Entry>& entries = seen().by_kernel[dispatch.kernel];
-  for (const Seen::Entry& entry : entries) {
-    if (entry.device == &device && same(entry.constants, dispatch.constants)) return entry.kernel;
+  for (const Seen::Entry& entry : seen().entries) {
+    if (entry.device == &device && entry.dispatch.same_pipeline(dispatch)) return entry.kernel;
   }
   const auto start = std::chrono::steady_clock::now();
-  MTL::Library* library = is_in_library(dispatch.kernel) ? device.get_library("tqext", library_path())
-                                                         : device.get_library("tqext_" + dispatch.kernel, [&] {
-                                                             return kernel_source(dispatch.source) + dispatch.instance + "\n";
-                                                           });
-  std::string name = dispatch.kernel;
+  const std::string function = dispatch.kernel();
+  MTL::Library* library =
+      is_in_library(function) ? device.get_library("tqext", library_path()) : device.get_library("tqext_" + function, [&] {
+        return kernel_source(dispatch.source) + dispatch.instance() + "\n";
+      });
+  std::string name = function;
   std::vector<uint8_t> bools(dispatch.constants.size());
   mx::metal::MTLFCList constants;
   for (size_t i = 0; i < dispatch.constants.size(); i++) {
@@ -86,9 +80,9 @@ MTL::ComputePipelineState* pipeline(mx::metal::Device& device, const Dispatch& d
     }
     name += "_" + std::to_string(constant.value);
   }
-  MTL::ComputePipelineState* kernel = device.get_kernel(dispatch.kernel, library, name, constants);
+  MTL::ComputePipelineState* kernel = device.get_kernel(function, library, name, constants);
   const std::chrono::duration<double, std::milli> time = std::chrono::steady_clock::now() - start;
-  entries.push_back({&device, dispatch.constants, kernel});
+  seen().entries.push_back({&device, dispatch, kernel});
   seen().pipelines.push_back({name, time.count(), uint32_t(kernel->maxTotalThreadsPerThreadgroup()), dispatch.threads,
                               uint32_t(kernel->threadExecutionWidth()), uint32_t(kernel->staticThreadgroupMemoryLength())});
   return kernel;
@@ -102,7 +96,7 @@ void launch(mx::Stream stream, const Dispatch& dispatch, const std::vector<Bindi
   auto& device = mx::metal::device(stream.device);
   MTL::ComputePipelineState* kernel = pipeline(device, dispatch);
   if (kernel->maxTotalThreadsPerThreadgroup() < dispatch.threads) {
-    throw std::runtime_error("[tqext] kernel " + dispatch.kernel + ": expected room for " + std::to_string(dispatch.threads) +
+    throw std::runtime_error("[tqext] kernel " + dispatch.kernel() + ": expected room for " + std::to_string(dispatch.threads) +
                              " threads per threadgroup, got " + std::to_string(kernel->maxTotalThreadsPerThreadgroup()));
   }
   auto& encoder = mx::metal::get_command_encoder(stream);
@@ -121,6 +115,8 @@ void launch(mx::Stream stream, const Dispatch& dispatch, const std::vector<Bindi
   encoder.dispatch_threadgroups(MTL::Size(dispatch.grid[0], dispatch.grid[1], dispatch.grid[2]),
                                 MTL::Size(dispatch.threads, 1, 1));
 }
+
+void prepare(mx::Stream stream, const Dispatch& dispatch) { pipeline(mx::metal::device(stream.device), dispatch); }
 
 mx::array scratch(mx::Stream stream, const mx::Shape& shape, mx::Dtype type) {
   mx::array x(shape, type, nullptr, {});

@@ -28,6 +28,9 @@ void launch(mx::Stream stream, const Dispatch& dispatch, const std::vector<Bindi
   launch(stream, dispatch, bindings, &params, sizeof(params), params_index);
 }
 
+// Compiles the pipeline of a dispatch, unless it is there.
+void prepare(mx::Stream stream, const Dispatch& dispatch);
+
 // An array that lives until the stream's commands are done.
 mx::array scratch(mx::Stream stream, const mx::Shape& shape, mx::Dtype type);
 

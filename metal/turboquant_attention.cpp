@@ -8,8 +8,8 @@
 
 namespace tqext {
 
-bool gpu_has_kernel(const TurboQuantAttention::State& state, const mx::array& q) {
-  return metal::has_attention_kernel(q.shape(2), state.head_dim, state.value_dim, state.hadamard, kMaxDecodeQueries);
+bool gpu_has_kernel(const TurboQuantAttention::State& state, const mx::array&) {
+  return metal::has_attention_kernel(state.head_dim, state.value_dim, state.hadamard);
 }
 
 void TurboQuantAttention::eval_gpu(const std::vector<mx::array>& inputs, mx::array& out) {
@@ -104,6 +104,9 @@ void TurboQuantAttention::eval_gpu(const std::vector<mx::array>& inputs, mx::arr
   shape.has_lengths = bind_vector(in.lengths, kAttentionLengths, lengths);
 
   const metal::AttentionPlan plan = metal::plan_attention(shape);
+  if (state_.of_cache && shape.n_queries > kMaxDecodeQueries) {
+    for (const metal::Dispatch& d : metal::pipelines_of_a_generation(shape, state_.cache_has_means)) metal::prepare(s, d);
+  }
   const auto rows = [](int64_t n) { return int(std::max<int64_t>(1, (n + 31) / 32)); };
   mx::array parts = metal::scratch(s, {rows(plan.n_part_numbers), 32}, mx::float32);
   mx::array states = metal::scratch(s, {rows(plan.n_state_numbers), 32}, mx::float32);

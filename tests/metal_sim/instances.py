@@ -13,6 +13,13 @@ INSTANCES = {
         'TQ_MATRIX("i", half, 64, 128, 3, 2, 1)',
         'TQ_COMBINE("j", bfloat, 160)',
     ],
+    "turboquant_prompt": [
+        'TQ_PROMPT("a", half, 128, 128, 3, 2, 0, 64)',
+        'TQ_PROMPT("b", bfloat, 96, 192, 4, 3, 1, 32)',
+        'TQ_PROMPT("c", float, 256, 64, 2, 4, 0, 32)',
+        'TQ_PROMPT("d", float, 128, 128, 3, 4, 1, 32)',
+        'TQ_PROMPT("e", float, 256, 256, 4, 3, 1, 32)',
+    ],
     "turboquant_encode": [
         'TQ_QUANTIZE_KEYS("a", half, 96, 3)',
         'TQ_QUANTIZE_VALUES_GROUPS("b", bfloat, 128, 2)',

@@ -21,7 +21,6 @@ import numpy as np
 ROOT = sim.HERE.parents[1]
 INCLUDES = [ROOT / "metal", ROOT / "csrc"]
 TYPES = [mx.float32, mx.float16, mx.bfloat16]
-MAX_QUERIES = 8
 
 
 @functools.cache
@@ -108,7 +107,8 @@ def plans() -> ctypes.CDLL:
         subprocess.run([sim.CLANG, *flags, *includes, str(sources[0]), "-o", str(part)], check=True)
         part.replace(path)
     lib = ctypes.CDLL(str(path))
-    for name in ("tq_plan_attention", "tq_plan_encode", "tq_plan_compact", "tq_plan_q1"):
+    names = "tq_plan_attention", "tq_pipelines_of_a_generation", "tq_plan_encode", "tq_plan_compact", "tq_plan_q1"
+    for name in names:
         getattr(lib, name).restype = ctypes.c_char_p
     for ours, theirs in ((AttentionShape, "tq_sizeof_attention_shape"), (EncodeShape, "tq_sizeof_encode_shape")):
         if ctypes.sizeof(ours) != getattr(lib, theirs)():
@@ -129,7 +129,7 @@ class Device:
 
     def __init__(self, mode="fast", schedule=sim.IN_ORDER, seed=0, n_cores=10):
         self.mode, self.schedule, self.seed, self.n_cores = mode, schedule, seed, n_cores
-        self.source = None  # replaces the text of metal/*.metal, for the mutation tests
+        self.sources: dict[str, str] = {}  # texts that replace those of metal/*.metal, by name: for the mutation tests
         self.log: list[tuple[str, sim.Stats]] = []
 
     def reset(self) -> None:
@@ -141,7 +141,7 @@ class Device:
         return sim.build(f"{body}\n{instance}\n", includes=INCLUDES, mode=mode)
 
     def dispatch(self, plan: dict, buffers: dict) -> sim.Stats:
-        stats = self.library(plan["source"], plan["instance"], self.mode, self.source).run(
+        stats = self.library(plan["source"], plan["instance"], self.mode, self.sources.get(plan["source"])).run(
             plan["kernel"],
             buffers,
             plan["grid"],
@@ -222,7 +222,7 @@ def has_kernel(q, packed_k, packed_v) -> bool:
     """Whether the Metal backend runs the attention kernels for these shapes; otherwise the op is composed."""
     value_dim = packed_v.head_dim or packed_v.codes.shape[-1] * 32 // packed_v.bits
     return packed_k.rotation != "orthogonal" and bool(
-        plans().tq_has_attention_kernel(q.shape[2], q.shape[3], value_dim, packed_k.rotation == "hadamard", MAX_QUERIES)
+        plans().tq_has_attention_kernel(q.shape[3], value_dim, packed_k.rotation == "hadamard")
     )
 
 

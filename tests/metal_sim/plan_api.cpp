@@ -12,8 +12,8 @@ namespace {
 thread_local std::string text;
 
 void write(std::ostringstream& out, const Dispatch& d) {
-  out << "{\"kernel\":\"" << d.kernel << "\",\"source\":\"" << d.source << "\",\"instance\":\"";
-  for (char c : d.instance) out << (c == '"' ? "\\\"" : std::string(1, c));
+  out << "{\"kernel\":\"" << d.kernel() << "\",\"source\":\"" << d.source << "\",\"instance\":\"";
+  for (char c : d.instance()) out << (c == '"' ? "\\\"" : std::string(1, c));
   out << "\",\"grid\":[" << d.grid[0] << "," << d.grid[1] << "," << d.grid[2] << "],\"threads\":" << d.threads
       << ",\"constants\":{";
   for (size_t i = 0; i < d.constants.size(); i++) {
@@ -40,8 +40,16 @@ int tq_sizeof_attention_params() { return sizeof(AttentionParams); }
 int tq_sizeof_encode_shape() { return sizeof(EncodeShape); }
 int tq_sizeof_encode_params() { return sizeof(EncodeParams); }
 
-int tq_has_attention_kernel(int n_queries, int head_dim, int value_dim, int hadamard, int max_queries) {
-  return has_attention_kernel(n_queries, head_dim, value_dim, hadamard, max_queries);
+int tq_has_attention_kernel(int head_dim, int value_dim, int hadamard) {
+  return has_attention_kernel(head_dim, value_dim, hadamard);
+}
+
+// Core cycles of AttentionCost: of the matrix kernel with row_blocks x groups simdgroups, of the prompt kernel with block_rows.
+double tq_matrix_cycles(int n_rows, int dims, double coded, double exact, int row_blocks, int groups) {
+  return AttentionCost{n_rows, dims, 1, coded / 32, exact / 32}.matrix(row_blocks, groups);
+}
+double tq_prompt_cycles(int n_rows, int dims, int split, double coded, double exact, int block_rows) {
+  return AttentionCost{n_rows, dims, split, coded / 32, exact / 32}.prompt(block_rows);
 }
 
 const char* tq_plan_attention(const AttentionShape* shape, unsigned char* params) {
@@ -55,6 +63,19 @@ const char* tq_plan_attention(const AttentionShape* shape, unsigned char* params
   out << "],\"n_parts\":" << plan.params.n_parts << ",\"n_ranges\":" << plan.params.n_ranges
       << ",\"part_numbers\":" << plan.n_part_numbers << ",\"state_numbers\":" << plan.n_state_numbers << "}";
   return finish(out, plan.params, params);
+}
+
+const char* tq_pipelines_of_a_generation(const AttentionShape* shape, int has_means) {
+  std::ostringstream out;
+  const std::vector<Dispatch> all = pipelines_of_a_generation(*shape, has_means);
+  out << "[";
+  for (size_t i = 0; i < all.size(); i++) {
+    if (i) out << ",";
+    write(out, all[i]);
+  }
+  out << "]";
+  text = out.str();
+  return text.c_str();
 }
 
 const char* tq_plan_encode(int op, const EncodeShape* shape, unsigned char* params) {

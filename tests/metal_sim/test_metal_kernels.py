@@ -1,6 +1,8 @@
 """What must hold of the Metal kernels beyond their results: bytes, launches, cost, schedules, sources."""
 
+import ctypes
 import itertools
+import json
 import re
 
 import cost
@@ -248,6 +250,29 @@ def test_counted_cost_at_dimension_128(rows, lloyd, means, most):
     assert counted.exp2 <= 1.1 * rows
 
 
+@pytest.mark.parametrize("lloyd, rows, most_bytes", [(True, 64, 165), (False, 64, 185), (True, 32, 180)])
+def test_counted_operations_of_the_prompt_kernel_at_dimension_128(lloyd, rows, most_bytes):
+    """Per tile of 32 tokens: products of 8x8 matrices as in the plan's cost model, barriers, threadgroup bytes."""
+    coding = dict(value_coding="lloyd", value_bits=3) if lloyd else {}
+    totals = []
+    for n_coded in (1024, 2048):
+        problem = Problem(n_kv_heads=2, n_repeats=1, n_rows=rows, n_coded=n_coded, means=True, dtype=mx.float16, **coding)
+        problem.q = mx.zeros_like(problem.q)  # the maximum is found in the first tile
+        device = metal_ops.Device("check", n_cores=1)
+        attend(device, problem)
+        ((name, stats),) = device.log
+        assert name.endswith(f"_r{rows}")
+        totals.append([stats.simd_operations, stats.barriers, stats.threadgroup_read])
+    operations, barriers, read = ((b - a) / (2 * 1024 / 32) for a, b in zip(*totals, strict=True))
+    eight_rows = rows / 8
+    products = 128 + (0 if lloyd else 4)  # biases of value groups
+    # A vote, a shuffle of the mean's score; every 16 tiles 16 products for the means.
+    assert operations == eight_rows * (products + 3)
+    assert barriers == 4 + 2 / 16
+    print(f"{read / (eight_rows * 128):.0f} threadgroup bytes per product")
+    assert 128 <= read / (eight_rows * 128) <= most_bytes
+
+
 # --- plan -------------------------------------------------------------------------------------------------------------
 
 
@@ -255,8 +280,8 @@ def test_plan_fits_every_shape(fast):
     """No shape asks for more threads or threadgroup memory than any Apple GPU has."""
     lib = metal_ops.plans()
     for k, v, repeats, queries, key_bits, (coding, value_bits), qjl, means_kind in itertools.product(
-        (32, 64, 80, 128, 192, 256), (64, 128, 256), (1, 3, 8, 71), (1, 8), (2, 3, 4), ((0, 2), (0, 4), (1, 2), (1, 3), (1, 4)),
-        (0, 1), range(3),
+        (32, 64, 80, 128, 192, 256), (64, 128, 256), (1, 3, 8, 71), (1, 8, 300), (2, 3, 4),
+        ((0, 2), (0, 4), (1, 2), (1, 3), (1, 4)), (0, 1), range(3),
     ):  # fmt: skip
         shape = metal_ops.AttentionShape(
             batch=1, n_q_heads=2 * repeats, n_kv_heads=2, n_queries=queries, head_dim=k, value_dim=v, n_coded=5000, n_tail=50,
@@ -272,6 +297,64 @@ def test_plan_fits_every_shape(fast):
             assert all(n >= 1 for n in dispatch["grid"])
 
 
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_plan_takes_the_kernel_that_costs_least(head_dim):
+    """By the model of dispatch_plan.h: the matrix kernel for few rows, then blocks of 32 or 64 rows."""
+    lib = metal_ops.plans()
+    lib.tq_matrix_cycles.restype = lib.tq_prompt_cycles.restype = ctypes.c_double
+    chosen = {}
+    for rows, n_coded, n_tail in itertools.product((5, 8, 16, 17, 32, 33, 64, 65, 100, 2048), (0, 100, 8192), (0, 64, 2048)):
+        shape = metal_ops.AttentionShape(
+            type=1, batch=1, n_q_heads=1, n_kv_heads=1, n_queries=rows, head_dim=head_dim, value_dim=head_dim, n_coded=n_coded,
+            n_tail=n_tail, key_bits=3, value_bits=3, value_coding=1, hadamard=1, n_cores=10, scale=1.0,
+        )  # fmt: skip
+        kernel = metal_ops.plan_attention(lib, shape)[0]["dispatches"][0]["kernel"]
+        row_blocks = min(-(-rows // 8), max(1, 16384 // (32 * head_dim)), 8)
+        room = 32768 - 8 * row_blocks * 4 * head_dim - 2048 - 512  # for tiles: codes, two norms
+        groups = min(max(1, 4 // row_blocks), room // (4 * 32 * (6 * head_dim // 32 + 2)))
+        tokens = ctypes.c_double(n_coded), ctypes.c_double(n_tail)
+        cycles = {"matrix": lib.tq_matrix_cycles(rows, 2 * head_dim, *tokens, row_blocks, groups)}
+        split = 2 if head_dim > metal_ops.ENUM["kPromptDim"] else 1
+        for block in (32, 64)[: 3 - split]:
+            cycles[f"r{block}"] = lib.tq_prompt_cycles(rows, 2 * head_dim, split, *tokens, block)
+        best = min(cycles, key=cycles.get)
+        assert best == ("matrix" if "matrix" in kernel else kernel.rsplit("_", 1)[1])
+        chosen[rows, n_coded, n_tail] = best
+    wide = "r32" if head_dim == 256 else "r64"
+    assert chosen[5, 8192, 0] == ("r32" if head_dim == 256 else "matrix") and chosen[16, 8192, 0] == "matrix"
+    assert chosen[17, 8192, 0] == chosen[32, 8192, 64] == "r32" and chosen[65, 8192, 2048] == chosen[2048, 0, 2048] == wide
+
+
+@pytest.mark.parametrize("means_kind, hadamard", [(0, 1), (1, 1), (2, 0)])
+@pytest.mark.parametrize("n_repeats, head_dim", [(1, 128), (4, 128), (7, 64), (2, 256), (8, 128)])
+def test_a_prompt_prepares_the_pipelines_of_its_generation(n_repeats, head_dim, means_kind, hadamard):
+    """Steps after a chunk of a prompt launch nothing that was not compiled with it, however long the context grows."""
+    lib = metal_ops.plans()
+
+    def shape(n_queries, n_coded, n_tail):
+        return metal_ops.AttentionShape(
+            type=1, batch=1, n_q_heads=8 * n_repeats, n_kv_heads=8, n_queries=n_queries, head_dim=head_dim, value_dim=head_dim,
+            n_first=64, n_coded=n_coded, n_tail=n_tail, key_bits=3, value_bits=3, value_coding=1, hadamard=hadamard,
+            causal=n_queries > 1, means_kind=means_kind if n_coded else 0, has_balance=1, n_cores=16, scale=1.0,
+        )  # fmt: skip
+
+    def keys(dispatches):
+        return {(d["kernel"], tuple(sorted(d["constants"].items()))) for d in dispatches}
+
+    for chunk in (512, 2048):
+        # The first chunk finds nothing coded, nor means.
+        text = lib.tq_pipelines_of_a_generation(ctypes.byref(shape(chunk, 0, chunk)), int(means_kind > 0))
+        prepared = keys(json.loads(text))
+        assert len(prepared) <= 20
+        used = set()
+        for n_coded in (0, 64, 256, 512, 640, 4096, 32768, 200000):
+            used |= keys(metal_ops.plan_attention(lib, shape(chunk, n_coded, chunk + 64))[0]["dispatches"])
+            for n_queries, more in ((1, 64), (1, 127), (40, 64), (60, 100), (300, 127)):
+                used |= keys(metal_ops.plan_attention(lib, shape(n_queries, n_coded, n_queries - 1 + more))[0]["dispatches"])
+        print(len(prepared), len(used), len(used - prepared))
+        assert used <= prepared
+
+
 def test_buffers_fit_the_argument_table():
     """31 on every Metal device."""
     assert metal_ops.ENUM["kAttentionParams"] < 31 and metal_ops.ENUM["kEncodeParams"] < 31
@@ -283,7 +366,7 @@ def test_library_instances_have_the_names_of_the_plan():
     names = {re.sub(r'"\s*"', "", match).strip('" ') for match in re.findall(r"host_name\(((?:\s*\"[^\"]*\")+)\)", text)}
     lib, planned = metal_ops.plans(), set()
     for kind, d, bits, repeats in itertools.product(
-        range(3), (64, 128), ((3, 2, 0), (3, 3, 1), (4, 4, 1), (2, 2, 1)), (1, 2, 4, 8)
+        range(3), (64, 128), ((3, 2, 0), (3, 3, 1), (4, 4, 1), (2, 2, 1)), (1, 2, 4, 8, 32, 64)
     ):
         shape = metal_ops.AttentionShape(
             type=kind, batch=1, n_q_heads=repeats, n_kv_heads=1, n_queries=1, head_dim=d, value_dim=d, n_coded=5000,

@@ -16,9 +16,16 @@ import pytest
 import tqext
 from support import KERNEL_TOLERANCE, Problem, assert_close
 
-ATTENTION = (metal_ops.ROOT / "metal" / "turboquant_attention.metal").read_text()
-ENCODE = (metal_ops.ROOT / "metal" / "turboquant_encode.metal").read_text()
-Q1 = (metal_ops.ROOT / "metal" / "q1_matmul.metal").read_text()
+METAL = metal_ops.ROOT / "metal"
+
+
+def source(name):
+    """The text of a source with what the attention kernels share."""
+    shared = (METAL / "attention.h").read_text().replace("#pragma once", "")
+    return (METAL / f"{name}.metal").read_text().replace('#include "attention.h"\n', shared)
+
+
+ATTENTION, PROMPT, ENCODE, Q1 = map(source, ("turboquant_attention", "turboquant_prompt", "turboquant_encode", "q1_matmul"))
 
 
 def body(source, name):
@@ -41,7 +48,7 @@ def replace(source, kernel, old, new, nth=1):
 
 SIMD_BARRIER = "simdgroup_barrier(mem_flags::mem_threadgroup);"
 BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
-SPLIT, MATRIX, COMBINE = (f"turboquant_attention_{x}" for x in ("split", "matrix", "combine"))
+SPLIT, MATRIX, COMBINE, PROMPT_KERNEL = (f"turboquant_attention_{x}" for x in ("split", "matrix", "combine", "prompt"))
 
 # name -> (kernel function, text, replacement, occurrence, shape of the problem)
 SMALL = dict(n_kv_heads=1, n_coded=300, head_dim=64)
@@ -134,20 +141,101 @@ MUTATIONS = {
 }  # fmt: skip
 
 
+CHUNK = dict(n_kv_heads=1, n_repeats=1, n_rows=40, n_coded=300, head_dim=64)
+CHUNK_LLOYD = dict(CHUNK, value_coding="lloyd", value_bits=3)
+CHUNK_MEANS = dict(CHUNK, n_kv_heads=2, n_coded=700, means=True, balance=True)
+CHUNK_TAIL = dict(CHUNK, n_coded=40, n_first=4, n_tail=60, options={"mask": "causal"})
+CHUNK_CAUSAL = dict(CHUNK, options={"mask": "causal"})
+CHUNK_SPLIT = dict(CHUNK, n_coded=900, n_tail=700)
+CHUNK_WIDE = dict(CHUNK, head_dim=160, n_rows=20, n_tail=20)
+CHUNK_HEADS = dict(CHUNK_TAIL, n_repeats=3, n_rows=13, n_coded=2, n_first=0, n_tail=13)
+CHUNK_PADDED = dict(CHUNK, options={"left_padding": mx.array([45])})
+PROMPT_MUTATIONS = {
+    "means staged over a tile in use": (PROMPT_KERNEL, BARRIER, "", 1, CHUNK_MEANS),
+    "means read before they are staged": (PROMPT_KERNEL, BARRIER, "", 2, CHUNK_MEANS),
+    "keys staged over means in use": (PROMPT_KERNEL, BARRIER, "", 3, CHUNK_MEANS),
+    "keys staged over values in use": (PROMPT_KERNEL, BARRIER, "", 3, CHUNK),
+    "keys read before they are staged": (PROMPT_KERNEL, BARRIER, "", 4, CHUNK),
+    "values staged over keys in use": (PROMPT_KERNEL, BARRIER, "", 5, CHUNK),
+    "scores of the partner read before they are there": (PROMPT_KERNEL, BARRIER, SIMD_BARRIER, 5, CHUNK_WIDE),
+    "values read before they are staged": (PROMPT_KERNEL, BARRIER, "", 6, CHUNK),
+    "sums rotated over values in use": (PROMPT_KERNEL, BARRIER, "", 7, CHUNK),
+    "exact keys staged over values in use": (PROMPT_KERNEL, BARRIER, "", 8, CHUNK_TAIL),
+    "exact keys read before they are staged": (PROMPT_KERNEL, BARRIER, "", 9, CHUNK_TAIL),
+    "exact values staged over keys in use": (PROMPT_KERNEL, BARRIER, "", 10, CHUNK_TAIL),
+    "exact values read before they are staged": (PROMPT_KERNEL, BARRIER, "", 11, CHUNK_TAIL),
+    "keys past the last token": ("LevelTile", "t >= begin && t < end", "t >= begin", 1, CHUNK),
+    "value codes past the last token": ("CodeTile", "t >= begin && t < end", "t >= begin", 1, CHUNK),
+    "bytes of another unit": ("LevelTile", "4 * BITS * (part / 4) + part % 4", "4 * BITS * (part % 2) + part % 4", 1, CHUNK),
+    "halves of a word swapped": ("CodeTile", "8 * (part / 2) + 2 * (part % 2)", "8 * (part / 2) + 2 - 2 * (part % 2)", 1, CHUNK),
+    "code of the next slot": ("CodeTile", "held[k] >> uint(BITS * s)", "held[k] >> uint(BITS * (s ^ 1))", 1, CHUNK),
+    "bias without the middle of the codes": (PROMPT_KERNEL, "CodeTile<VB, NG, TT, NT>::kMiddle", "0.0f", 1, CHUNK),
+    "the last tile of keys again": (PROMPT_KERNEL, "key_bytes, tile_begin + TT,", "key_bytes, tile_begin,", 1, CHUNK),
+    "norms of the last tile again": (PROMPT_KERNEL, "key_signs, tile_begin + TT,", "key_signs, tile_begin,", 1, CHUNK),
+    "key of the neighbour": (PROMPT_KERNEL, "float(from[KL])", "float(from[0])", 1, CHUNK),
+    "exact key of the neighbour": (PROMPT_KERNEL, "float(from[KE])", "float(from[0])", 1, CHUNK_TAIL),
+    "norm of the neighbour": (PROMPT_KERNEL, "float2(norms[t], norms[t + 1])", "float2(norms[t], norms[t])", 1, CHUNK),
+    "value of another token": (PROMPT_KERNEL, "tile + (8 * f + row) * VL + column", "tile + (8 * f + column) * VL + column", 1, CHUNK),
+    "scale of another group": (PROMPT_KERNEL, "tile_scales[t * NP + g], ", "tile_scales[t * NP], ", 1, CHUNK),
+    "norm of another value": (PROMPT_KERNEL, "tile_scales[t], ", "tile_scales[t ^ 2], ", 1, CHUNK_LLOYD),
+    "bias of another group": (PROMPT_KERNEL, "lane_of_column(lane, g)", "lane_of_column(lane, 0)", 1, dict(CHUNK, head_dim=128)),
+    "query of the last row for all": ("keep_row", "mine ? y.x : old.x", "y.x", 1, CHUNK),
+    "partner's scores left out": (PROMPT_KERNEL, "if (S == 2) x = x + partial", "if (false) x = x + partial", 1, CHUNK_WIDE),
+    "partner's exact scores left out": (PROMPT_KERNEL, "if (S == 2) x = x + partial", "if (false) x = x + partial", 2, CHUNK_WIDE),
+    "two simdgroups rotate one row": (PROMPT_KERNEL, "own = rows + part * V", "own = rows", 1, CHUNK_WIDE),
+    "sums not rotated back": (PROMPT_KERNEL, "if (is_direct && has_hadamard)", "if (false)", 1, CHUNK),
+    "sums of a split context rotated twice": (PROMPT_KERNEL, "if (is_direct && has_hadamard)", "if (has_hadamard)", 1, CHUNK_SPLIT),
+    "weights not rescaled": (PROMPT_KERNEL, "row_sum *= factor;", "", 1, CHUNK),
+    "sums not rescaled": (PROMPT_KERNEL, "put(acc[i], get(acc[i]) * factor);", ";", 1, CHUNK),
+    "biases not rescaled": (PROMPT_KERNEL, "put(bias_acc, get(bias_acc) * factor);", ";", 1, CHUNK),
+    "coded sums not rescaled by exact scores": (PROMPT_KERNEL, "put(acc[i], get(acc[i]) * factor);", ";", 2, CHUNK_TAIL),
+    "sums not cleared": (PROMPT_KERNEL, "put(acc[i], float2(0.0f));", ";", 1, CHUNK),
+    "biases not cleared": (PROMPT_KERNEL, "put(bias_acc, float2(0.0f));", "", 1, CHUNK),
+    "maximum of half the columns": ("column_max", "ushort(8)", "ushort(1)", 1, CHUNK),
+    "sum of half the columns": ("column_sum", "ushort(8)", "ushort(1)", 1, CHUNK),
+    "vote that needs every lane": (PROMPT_KERNEL, "simd_any(tile_max > row_max)", "simd_all(tile_max > row_max)", 1, dict(CHUNK, n_coded=3)),
+    "scores of means from another row": ("lane_of_column", "lane & 22u", "lane & 6u", 1, CHUNK_MEANS),
+    "mean of the next block": (PROMPT_KERNEL, "lane_of_column(lane, b)", "lane_of_column(lane, b + 2)", 1, CHUNK_MEANS),
+    "means of the first eight blocks kept": (PROMPT_KERNEL, "block >= first_block + kStagedBlocks", "first_block < 0", 1, CHUNK_MEANS),
+    "means of the rotated query": (PROMPT_KERNEL, "mean_offsets<T, K>(p, query, has_row", "mean_offsets<T, K>(p, q, has_row", 1, CHUNK_MEANS),
+    "padding attended to": (PROMPT_KERNEL, "t >= range.begin && t < limit", "t < limit", 1, CHUNK_PADDED),
+    "coded tokens after the query": (PROMPT_KERNEL, "coded_limit(p, range.end, my_query)", "range.end", 1, CHUNK_CAUSAL),
+    "causal limit of a row of another head": (PROMPT_KERNEL, "last_row % p.n_queries : p.n_queries - 1", "last_row % p.n_queries : first_row % p.n_queries", 1, CHUNK_HEADS),
+    "exact tokens after the query": (PROMPT_KERNEL, "last_column + my_query :", "last_column + my_query + 1 :", 1, CHUNK_TAIL),
+    "a block's last exact token left out": (PROMPT_KERNEL, "last_query - p.n_coded + 1", "last_query - p.n_coded", 1, CHUNK_TAIL),
+    "first tokens from the tail": ("stage_exact", "e < p.n_first ?", "e < 0 ?", 1, CHUNK_TAIL),
+    "tail read past its dimensions": ("stage_exact", "d < dim && ", "", 1, dict(CHUNK_TAIL, head_dim=72)),
+    "exact tokens of a range from the beginning": (PROMPT_KERNEL, "(int(tg.x) - p.n_ranges) * p.range_tokens", "0", 1, CHUNK_SPLIT),
+    "part of another range": (PROMPT_KERNEL, "p.n_parts + int(tg.x)) * n_rows + my_row", "p.n_parts) * n_rows + my_row", 1, CHUNK_SPLIT),
+    "rows beyond the last one written": (PROMPT_KERNEL, "if (!has_row) return;", "", 1, dict(CHUNK, n_rows=33)),
+    "sink left out": (PROMPT_KERNEL, "(sink == -INFINITY ? 0.0f : rescale(sink, all_max))", "0.0f", 1, dict(CHUNK, sinks=True)),
+    "sign of the wrong bit": (PROMPT_KERNEL, "uint(d % 32 + row)", "uint(d % 32 + column)", 1, dict(CHUNK, qjl=True)),
+    "norm of another sign": (PROMPT_KERNEL, "tile_residual_norms[t + 1])", "tile_residual_norms[t])", 1, dict(CHUNK, qjl=True)),
+    "weight 0 times a NaN scale": (PROMPT_KERNEL, "none0 = skips &&", "none0 = false &&", 1, dict(CHUNK, spoilt=True)),
+    "weight 0 times a NaN norm": (PROMPT_KERNEL, "none0 = skips &&", "none0 = false &&", 1, dict(CHUNK_LLOYD, spoilt=True)),
+    "weight 0 times a NaN bias": (PROMPT_KERNEL, "finite ? bias : 0.0f", "bias", 1, dict(CHUNK, spoilt=True)),
+    "weight 0 times a NaN exact value": ("stage_exact", "odd = odd ||", "odd = false &&", 1, dict(CHUNK, n_tail=20, spoilt=True)),
+}  # fmt: skip
+
+
 def make_problem(float_means=False, spoilt=False, **shape):
-    """float_means: in fp32, as a dense rotation gives them. spoilt: NaN parameters of tokens that a mask hides."""
+    """float_means: in fp32, as a dense rotation gives them. spoilt: NaN in values of tokens that a mask hides."""
     problem = Problem(rotation="none" if float_means else "hadamard", **shape)
     if float_means:
         means = problem.packed_k.means.astype(mx.float32) * 1.0001
         problem.packed_k = problem.packed_k._replace(means=means)
     want = problem.answer
     if spoilt:
-        hidden = np.arange(problem.n_coded) % 7 == 3
+        hidden = np.arange(problem.n_keys) % 7 == 3
         problem.options["mask"] = mx.array(~hidden)
         answer = problem.answer()
         params = np.array(problem.packed_v.params)
-        params[:, :, hidden] = np.nan
+        params[:, :, hidden[: problem.n_coded]] = np.nan
         problem.packed_v = problem.packed_v._replace(params=mx.array(params))
+        if problem.tail is not None:
+            values = np.array(problem.tail[1])
+            values[:, :, hidden[problem.n_coded :]] = np.nan
+            problem.tail = problem.tail[0], mx.array(values)
         want = lambda: answer  # noqa: E731
     return problem, want
 
@@ -179,15 +267,31 @@ def mutant():
 def test_mutation_of_attention_is_caught(name, mutant):
     kernel, old, new, nth, shape = MUTATIONS[name]
     problem, want = make_problem(**shape)
-    mutant.source = replace(ATTENTION, kernel, old, new, nth)
+    mutant.sources = {"turboquant_attention": replace(ATTENTION, kernel, old, new, nth)}
     assert caught(mutant, lambda d: attention(d, problem), lambda out: assert_close(out, want(), KERNEL_TOLERANCE[mx.float32]))
 
 
 @pytest.mark.parametrize("shape", {str(shape): shape for *_, shape in MUTATIONS.values()}.values(), ids=str)
 def test_unmutated_kernels_pass_the_same_check(mutant, shape):
-    mutant.source = ATTENTION
+    mutant.sources = {"turboquant_attention": ATTENTION}
     problem, want = make_problem(**shape)
     assert not caught(mutant, lambda d: attention(d, problem), lambda out: assert_close(out, want(), 1e-5))
+
+
+@pytest.mark.parametrize("name", PROMPT_MUTATIONS)
+def test_mutation_of_prompts_is_caught(name, mutant):
+    kernel, old, new, nth, shape = PROMPT_MUTATIONS[name]
+    problem, want = make_problem(**shape)
+    mutant.sources = {"turboquant_prompt": replace(PROMPT, kernel, old, new, nth)}
+    assert caught(mutant, lambda d: attention(d, problem), lambda out: assert_close(out, want(), KERNEL_TOLERANCE[mx.float32]))
+
+
+@pytest.mark.parametrize("shape", {str(shape): shape for *_, shape in PROMPT_MUTATIONS.values()}.values(), ids=str)
+def test_unmutated_prompt_kernel_passes_the_same_check(mutant, shape):
+    mutant.sources = {"turboquant_prompt": PROMPT}
+    problem, want = make_problem(**shape)
+    assert not caught(mutant, lambda d: attention(d, problem), lambda out: assert_close(out, want(), 1e-5))
+    assert "prompt" in mutant.log[0][0]
 
 
 # name -> (operation, function, text, replacement, occurrence)
@@ -245,13 +349,13 @@ def encode_is_caught(mutant, operation):
 @pytest.mark.parametrize("name", ENCODE_MUTATIONS)
 def test_mutation_of_encode_is_caught(name, mutant):
     operation, function, old, new, nth = ENCODE_MUTATIONS[name]
-    mutant.source = replace(ENCODE, function, old, new, nth)
+    mutant.sources = {"turboquant_encode": replace(ENCODE, function, old, new, nth)}
     assert encode_is_caught(mutant, operation)
 
 
 @pytest.mark.parametrize("operation", sorted({mutation[0] for mutation in ENCODE_MUTATIONS.values()}))
 def test_unmutated_encode_passes_the_same_check(operation, mutant):
-    mutant.source = ENCODE
+    mutant.sources = {"turboquant_encode": ENCODE}
     assert not encode_is_caught(mutant, operation)
 
 
@@ -277,16 +381,17 @@ def q1_is_caught(mutant, n_inputs):
 @pytest.mark.parametrize("name", Q1_MUTATIONS)
 def test_mutation_of_q1_is_caught(name, mutant):
     kernel, old, new, n_inputs = Q1_MUTATIONS[name]
-    mutant.source = replace(Q1, kernel, old, new, 1)
+    mutant.sources = {"q1_matmul": replace(Q1, kernel, old, new, 1)}
     assert q1_is_caught(mutant, n_inputs)
 
 
 @pytest.mark.parametrize("n_inputs", [2, 9])
 def test_unmutated_q1_passes_the_same_check(n_inputs, mutant):
-    mutant.source = Q1
+    mutant.sources = {"q1_matmul": Q1}
     assert not q1_is_caught(mutant, n_inputs)
 
 
 def test_at_least_twelve_kinds_of_bugs_are_seeded():
-    kinds = {re.sub(r"[^a-z ]", "", name) for name in (*MUTATIONS, *ENCODE_MUTATIONS, *Q1_MUTATIONS)}
+    mutations = (*MUTATIONS, *PROMPT_MUTATIONS, *ENCODE_MUTATIONS, *Q1_MUTATIONS)
+    kinds = {re.sub(r"[^a-z ]", "", name) for name in mutations}
     assert len(kinds) >= 12

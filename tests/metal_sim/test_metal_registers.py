@@ -11,11 +11,15 @@ import metal_simulator as sim
 import pytest
 
 LIMIT = 128
-# As a decoding step of a model runs them.
+# As a decoding step or a prompt of a model runs them.
 CONSTANTS = {
     "turboquant_attention": dict(
         has_hadamard=1, means_kind=metal_ops.ENUM["kMeansHalf"], has_balance=1, has_residual=0, mask_kind=0, has_sinks=0,
         has_left_padding=0, has_lengths=0, is_causal=0, is_direct=0,
+    ),
+    "turboquant_prompt": dict(
+        has_hadamard=1, means_kind=metal_ops.ENUM["kMeansHalf"], has_balance=1, has_residual=0, mask_kind=0, has_sinks=0,
+        has_left_padding=0, has_lengths=0, is_causal=1, is_direct=1,
     ),
     "turboquant_encode": {},
     "q1_matmul": {},
@@ -44,6 +48,11 @@ MOST = {
     ("turboquant_attention", "TQ_MATRIX", "half, 128, 128, 3, 2, 0"): (177, 11, 5100),
     ("turboquant_attention", "TQ_MATRIX", "half, 128, 128, 3, 3, 1"): (163, 0, 5200),
     ("turboquant_attention", "TQ_COMBINE", "half, 128"): (33, 0, 400),
+    ("turboquant_prompt", "TQ_PROMPT", "half, 64, 64, 3, 3, 1, 64"): (124, 0, 4800),
+    ("turboquant_prompt", "TQ_PROMPT", "half, 128, 128, 3, 2, 0, 64"): (180, 45, 7300),
+    ("turboquant_prompt", "TQ_PROMPT", "half, 128, 128, 3, 3, 1, 64"): (164, 32, 7200),
+    ("turboquant_prompt", "TQ_PROMPT", "half, 128, 128, 3, 3, 1, 32"): (178, 52, 7400),
+    ("turboquant_prompt", "TQ_PROMPT", "half, 256, 256, 3, 3, 1, 32"): (157, 47, 6400),
     ("turboquant_encode", "TQ_QUANTIZE_KEYS", "half, 128, 3"): (48, 0, 1400),
     ("turboquant_encode", "TQ_QUANTIZE_VALUES_LLOYD", "half, 128, 3"): (44, 0, 1000),
     ("q1_matmul", "TQ_Q1_MATVEC", "half, 1, 4"): (82, 0, 1100),
