@@ -531,7 +531,7 @@ void time(const Kernels& isa) {
   const int only = std::getenv("SHAPE") ? std::atoi(std::getenv("SHAPE")) : 0;
   const bool with_means = std::getenv("MEANS");
   for (bool half : {false, true})
-    for (int shape = 0; shape < 15; shape++) {
+    for (int shape = 0; shape < 16; shape++) {
       if (one && (shape != only || half != (std::string(one) == "half"))) continue;
       Case c{128, 128, 3, 2, 4, 0, 16384, half};
       if (shape == 1) c.n = 1024;
@@ -548,6 +548,7 @@ void time(const Kernels& isa) {
       if (shape == 12) c.key_dim = c.value_dim = 64;
       if (shape == 13) c.key_dim = c.value_dim = 256;
       if (shape == 14) c.key_bits = c.value_bits = 4;
+      if (shape == 15) c.rows = 128, c.n = 4096;
       c.offset = with_means;
       std::vector<Problem> heads;
       for (int h = 0; h < 8; h++) heads.emplace_back(c, h);
