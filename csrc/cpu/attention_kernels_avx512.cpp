@@ -428,8 +428,7 @@ class IntegerAttention {
           const __m512i x = _mm512_load_si512(from + step * 64);
           __m512i y;
           if constexpr (kLloyd) {
-            y = _mm512_shuffle_epi8(value_tables_[slot / 2],
-                                    _mm512_and_si512(slot % 2 ? _mm512_srli_epi32(x, 4) : x, nibble));
+            y = _mm512_shuffle_epi8(value_tables_[slot / 2], _mm512_and_si512(slot % 2 ? _mm512_srli_epi32(x, 4) : x, nibble));
           } else {
             y = _mm512_and_si512(x, mask);
           }
@@ -1019,7 +1018,8 @@ class IntegerAttention {
     const int code = (1 << kBits) - 1;
     const __m512i mask0 = _mm512_set1_epi8(char(code << (kBits * slot))),
                   mask1 = _mm512_set1_epi8(char(code << (kBits * (slot + 1))));
-    const uint8_t* codes = kMany ? value_levels_ + size_t(c * n_slots_ + slot) * kQuads * 64 : values_ + size_t(c) * kQuads * 64;
+    const uint8_t* codes =
+        kMany ? value_levels_ + size_t(c * n_slots_ + slot) * kQuads * 64 : values_ + size_t(c) * kQuads * 64;
     const int8_t* weights0 = weights_ + (kWeights == kPermute ? 0 : pattern(c, slot) * H * N * kQuads * 16);
     const int8_t* weights1 = weights_ + (kWeights == kPermute ? 0 : pattern(c, slot + 1) * H * N * kQuads * 16);
     [[maybe_unused]] const Stream ahead = keys_ahead(ptrdiff_t(c * n_slots_ + slot) / 2 * kQuads * 64);

@@ -447,6 +447,14 @@ void test(const Kernels& isa, int every) {
         }
       }
     }
+    for (int dim : {32, 64, 96, 128, 160, 192, 256, 480}) {  // rows enough for levels kept as bytes
+      for (int bits : {2, 3, 4}) {
+        cases.push_back(
+            {dim, dim, bits, bits == 3 ? 2 : bits, 9 + bits, 0, 150, half, false, bits == 3, bits != 3, true, bits == 3});
+        cases.push_back({dim, dim, bits, bits, 11 + bits, 0, 150, half, false, bits == 2, bits != 2, true, bits == 2});
+        cases.back().lloyd = true;
+      }
+    }
     for (int rows : {12, 13, 31, 40}) cases.push_back({128, 128, 3, 2, rows, 3, 200, half, false, false, true});
     for (float spread : {0.1f, 3.0f, 10.0f})
       for (int rows : {1, 4})
