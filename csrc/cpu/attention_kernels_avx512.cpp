@@ -8,14 +8,16 @@
 // Values coded as keys differ in the last two steps: one norm a token instead of scales and biases, so all lanes share a
 // weight, and nibble -> level + 128 by vpshufb as in step 2. Their 3-bit words are sorted so that word i of four units is one
 // register, whose spare bits then make the fourth word; dims 32 and 64 fill it with the units of four and two quads of tokens.
-// A query element and a weight are 2 bytes for fp16 and bf16 queries, 3 for fp32: errors to 3.1e-4 and 4.0e-6 of the largest
+// A query element and a weight are 2 bytes for fp16 and bf16 queries, 3 for fp32: errors to 4.6e-4 and 4.0e-6 of the largest
 // output (tests/native/attention_kernels_check.cpp). A token of 4 rows, dims 128, 3-bit keys and 2-bit values: 98 bytes, 32 or
 // 48 vpdpbusd (two a cycle at best) and about 35 other vector operations; 21 and 25 ns measured (Xeon 2.5 GHz, Cascade Lake,
 // one thread, gcc 12), where the vpdpbusd alone take 8 and 12 ns at that machine's 4 per ns. A third of the time goes to
-// unpacking (steps 1 and 4's transpositions), half to vpdpbusd. Up to 4 rows share a pass; more rows share step 1 and the
-// loads. Value dims that are not a power of two need one vpermd per vpdpbusd, since their slots cross the groups' borders
-// (coded in groups). 3-bit Lloyd-Max values take 0.92 to 1.0 of the time of 2-bit groups, 4-bit ones 0.8 to 0.9 of that of
-// 4-bit groups (dims 128, 4 rows, Sapphire Rapids). Residual signs (rare) go through the fp32 tile kernel, as exact tokens do.
+// unpacking (steps 1 and 4's transpositions), half to vpdpbusd. Up to 4 rows share a pass; more rows share step 1, the loads
+// and, from kManyRows on, a block's levels as bytes: 7.0 ns for 4 rows of a prompt, where the vpdpbusd alone take 4.6 (Emerald
+// Rapids, 2 bytes, Lloyd-Max values). Value dims that are not a power of two need one vpermd per vpdpbusd, since their slots
+// cross the groups' borders (coded in groups). 3-bit Lloyd-Max values take 0.92 to 1.0 of the time of 2-bit groups, 4-bit ones
+// 0.8 to 0.9 of that of 4-bit groups (dims 128, 4 rows, Sapphire Rapids). Residual signs (rare) go through the fp32 tile
+// kernel, as exact tokens do.
 #if defined(__x86_64__)
 
 #if defined(__GNUC__) && !defined(__clang__)
