@@ -1,17 +1,22 @@
-"""Attention on packed keys and values beside MLX's own attention and mlx-lm's quantised cache, through whole operators.
+"""Attention on packed keys and values beside MLX's, PyTorch's and mlx-lm's quantised attention, through whole operators.
 
     python bench/bench_turboquant_attention.py
     python bench/bench_turboquant_attention.py --n-keys 1024 16384 131072 --threads 1 --isa avx2 --json bench/results/mine.json
     python bench/bench_turboquant_attention.py --formats plain tq3 tq33 --only tqext
     python bench/bench_turboquant_attention.py --shapes today --formats tq3 --n-queries 4 --n-keys 8192
+    python bench/bench_turboquant_attention.py --n-queries 512 --n-keys 8192 --formats tq3 tq33 --only tqext torch
 
 Lines: "tqext" is the plain call, without means and balance, with --key-bits and --value-bits; "tqext tq3" and the like are what
-a cache of that preset asks for, with the means of blocks and a balance, without its exact tokens.
+a cache of that preset asks for, with the means of blocks and a balance, without its exact tokens. "torch" is there where
+PyTorch is installed (only this bench uses it): its attention on as many threads, a KV head's query heads as rows when decoding,
+an additive causal mask in the query's type for several query tokens.
 Every line reads the whole history once per call: bytes are those of the keys and values as stored, GB/s is bytes over the
-median time, share is GB/s over the read bandwidth measured by the same run on the same number of threads.
+median time, share is GB/s over the read bandwidth measured by the same run on the same number of threads. With
+--processor-time, which is for a busy machine, there is no share: a bandwidth can only be measured by the wall.
 """
 
 import argparse
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -99,6 +104,7 @@ def lines(args: argparse.Namespace, n_keys: int) -> Iterator[tuple[str, str, int
             "mx.fast", name, kd.nbytes + vd.nbytes,
             lambda qd=qd, kd=kd, vd=vd: mx.eval(mx.fast.scaled_dot_product_attention(qd, kd, vd, scale=scale, mask=mask)),
         )  # fmt: skip
+    yield from torch_lines(q, k, v, scale)
     try:
         from mlx_lm.models.base import quantized_scaled_dot_product_attention
     except ImportError:
@@ -116,33 +122,72 @@ def lines(args: argparse.Namespace, n_keys: int) -> Iterator[tuple[str, str, int
         )  # fmt: skip
 
 
-def measure(args: argparse.Namespace, bandwidth: float) -> None:
-    """One shape: its table, and its run in the file."""
+def torch_lines(q: Any, k: Any, v: Any, scale: float) -> Iterator[tuple[str, str, int, Callable[[], Any]]]:
+    """PyTorch's scaled_dot_product_attention, in fp32 and bf16."""
+    try:
+        import torch
+    except ImportError:
+        print("PyTorch is not installed: its attention is left out")
+        return
+    import numpy as np
+
+    import tqext
+
+    torch.set_grad_enabled(False)
+    torch.set_num_threads(tqext.num_threads())
+    n_queries, n_keys = q.shape[2], k.shape[2]
+    arrays = [torch.from_numpy(np.array(x)) for x in (q, k, v)]
+    if n_queries == 1:  # less work for PyTorch than enable_gqa
+        arrays[0] = arrays[0].reshape(q.shape[0], k.shape[1], -1, q.shape[3])
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        qd, kd, vd = (x.to(dtype) for x in arrays)
+        mask = None
+        if n_queries > 1:
+            attended = torch.ones(n_queries, n_keys, dtype=torch.bool).tril(n_keys - n_queries)
+            mask = torch.zeros(n_queries, n_keys, dtype=dtype).masked_fill(~attended, -torch.inf)
+        yield (
+            "torch", name, kd.nbytes + vd.nbytes,
+            lambda qd=qd, kd=kd, vd=vd, mask=mask: torch.nn.functional.scaled_dot_product_attention(
+                qd, kd, vd, attn_mask=mask, scale=scale, enable_gqa=mask is not None
+            ),
+        )  # fmt: skip
+
+
+def measure(args: argparse.Namespace, measured: dict[str, float]) -> None:
+    """One shape: its table, and its run in the file. `measured`: what is known of the machine."""
     import tqext
 
     n_threads = tqext.num_threads()
     rows = []
     for n_keys in args.n_keys:
         chosen = [line for line in lines(args, n_keys) if any(part in line[0] for part in args.only)]
-        timings = measure_in_turns([line[3] for line in chosen], seconds=args.seconds)
+        clock = time.process_time if args.processor_time else time.perf_counter
+        timings = measure_in_turns([line[3] for line in chosen], seconds=args.seconds, clock=clock)
         for (name, dtype, n_bytes, _), timing in zip(chosen, timings, strict=True):
             rate = n_bytes / timing.median / 1e6
+            share = rate / measured["read_bandwidth_gbs"] if measured else None
             rows.append({
                 "attention": name, "query": dtype, "n_keys": n_keys, "ms": timing.median, "least": timing.least,
-                "spread": timing.spread, "runs": timing.runs, "MB": n_bytes / 1e6, "GB/s": rate, "share": rate / bandwidth,
+                "spread": timing.spread, "runs": timing.runs, "MB": n_bytes / 1e6, "GB/s": rate, "share": share,
             })  # fmt: skip
         for row in rows:
             base = [r for r in rows if (r["attention"], r["query"], r["n_keys"]) == ("mx.fast", row["query"], row["n_keys"])]
             row["times"] = base[0]["ms"] / row["ms"] if base else None
             row["times least"] = base[0]["least"] / row["least"] if base else None
+            # PyTorch's attention in fp16 is not measured: bf16 stands for both.
+            peer = ("torch", "fp32" if row["query"] == "fp32" else "bf16", row["n_keys"])
+            base = [r for r in rows if (r["attention"], r["query"], r["n_keys"]) == peer]
+            row["times torch"] = base[0]["ms"] / row["ms"] if base else None
     columns = {"attention": "", "query": "", "n_keys": "d", "ms": ".3f", "least": ".3f", "spread": ".0f", "runs": "d"}
-    columns |= {"MB": ".1f", "GB/s": ".2f", "share": ".1%", "times": ".1f", "times least": ".1f"}
+    columns |= {"MB": ".1f", "GB/s": ".2f", "share": ".1%", "times": ".1f", "times least": ".1f", "times torch": ".1f"}
     print(table(rows, columns))
     if args.json:
         names = ("n_keys", "n_queries", "n_q_heads", "n_kv_heads", "head_dim", "key_bits", "value_bits", "formats")
         settings = {"bench": "turboquant_attention", **{name: getattr(args, name) for name in names}}
         settings |= {"threads": n_threads, "isa": tqext.isa()}
-        save(args.json, settings, {"read_bandwidth_gbs": round(bandwidth, 1)}, rows)
+        if args.processor_time:
+            settings["processor_time"] = True
+        save(args.json, settings, measured, rows)
 
 
 def main() -> None:
@@ -152,13 +197,17 @@ def main() -> None:
     import tqext
 
     mx.set_default_device(mx.cpu)
-    bandwidth = read_bandwidth(tqext.num_threads())
-    print(f"{machine()['cpu']}, {tqext.num_threads()} threads, isa {tqext.isa()}, reads {bandwidth:.1f} GB/s")
+    print(f"{machine()['cpu']}, {tqext.num_threads()} threads, isa {tqext.isa()}")
+    measured = {}
+    if not args.processor_time:
+        measured["read_bandwidth_gbs"] = round(read_bandwidth(tqext.num_threads()), 1)
+        print(f"reads {measured['read_bandwidth_gbs']} GB/s")
     for sizes in args.shapes or [(args.head_dim, args.n_q_heads, args.n_kv_heads)]:
         args.head_dim, args.n_q_heads, args.n_kv_heads = sizes
         print(f"{args.n_q_heads} query heads, {args.n_kv_heads} KV heads, head dimension {args.head_dim}")
-        measure(args, bandwidth)
-    print("spread in percent; times: mx.fast with the same query type over this line, of the medians and of the least times")
+        measure(args, measured)
+    print("spread in percent; times: mx.fast with the same query type over this line, of the medians and of the least times;")
+    print("times torch: PyTorch with fp32, or with bf16 for both 16-bit types, over this line, of the medians")
 
 
 if __name__ == "__main__":

@@ -123,10 +123,13 @@ def attention() -> str:
         title = (
             f"{s['n_q_heads']} query heads, {s['n_kv_heads']} KV heads, head dimension {s['head_dim']}, {s['n_queries']} quer"
         )
-        title += f"{'y' if s['n_queries'] == 1 else 'ies'}, {s['threads']} threads, {s['isa']}"
-        parts.append(
-            f"### {title}\n\n{source(machine, run)}; measured read bandwidth {run['measured']['read_bandwidth_gbs']} GB/s\n"
-        )
+        n_threads = f"{s['threads']} thread{'' if s['threads'] == 1 else 's'}"
+        title += f"{'y' if s['n_queries'] == 1 else 'ies'}, {n_threads}, {s['isa']}"
+        if s.get("processor_time"):
+            title += ", processor time"
+        bandwidth = run["measured"].get("read_bandwidth_gbs")
+        reads = f"; measured read bandwidth {bandwidth} GB/s" if bandwidth else ""
+        parts.append(f"### {title}\n\n{source(machine, run)}{reads}\n")
         lengths = {r["n_keys"] for r in rows}
         if len(lengths) > 2:
             series: dict[str, list[tuple[float, float]]] = {}
@@ -138,15 +141,18 @@ def attention() -> str:
             context = "cached tokens (keys) of the call"
             alt = "Time of an attention call over the number of cached tokens"
             parts.append(loglog(series, context, "ms per call", f"attention_{i}", alt) + "\n")
-            bandwidth = "bytes read per second,\nas a share of the measured bandwidth"
+            share = "bytes read per second,\nas a share of the measured bandwidth"
             alt = "Share of the memory bandwidth that an attention call reaches, over the number of cached tokens"
             if shares:
-                parts.append(loglog(shares, context, bandwidth, f"share_{i}", alt) + "\n")
+                parts.append(loglog(shares, context, share, f"share_{i}", alt) + "\n")
         columns = {"attention": "", "n_keys": "d", "ms": ".3f", "spread": ".0f", "MB": ".1f", "GB/s": ".2f", "share": ".1%",
                    "times": ".1f", "times least": ".1f"}  # fmt: skip
         note = (
             "spread in percent; times: MLX's attention with the same query type over this line, of the medians and least times"
         )
+        if any(r.get("times torch") is not None for r in rows):
+            columns["times torch"] = ".1f"
+            note += "; times torch: PyTorch with fp32, or with bf16 for both 16-bit types, over this line, of the medians"
         parts.append(f"{markdown(rows, columns)}\n\n{note}\n")
     return "\n".join(parts)
 

@@ -5,13 +5,19 @@
 //      product in the block; the biases, moved to the middle of the codes' range, are one multiply-add per group
 //   4. values: words of four tokens, transposed twice, so that a lane is one dimension of four tokens; vpdpbusd with the
 //      weights; a code is masked where it stands, not shifted down, and counts from the middle of the range
-// A query element and a weight are 2 bytes for fp16 and bf16 queries, 3 for fp32: errors to 1.9e-4 and 3.0e-6 of the largest
+// Values coded as keys differ in the last two steps: one norm a token instead of scales and biases, so all lanes share a
+// weight, and nibble -> level + 128 by vpshufb as in step 2. Their 3-bit words are sorted so that word i of four units is one
+// register, whose spare bits then make the fourth word; dims 32 and 64 fill it with the units of four and two quads of tokens.
+// A query element and a weight are 2 bytes for fp16 and bf16 queries, 3 for fp32: errors to 4.6e-4 and 4.0e-6 of the largest
 // output (tests/native/attention_kernels_check.cpp). A token of 4 rows, dims 128, 3-bit keys and 2-bit values: 98 bytes, 32 or
 // 48 vpdpbusd (two a cycle at best) and about 35 other vector operations; 21 and 25 ns measured (Xeon 2.5 GHz, Cascade Lake,
 // one thread, gcc 12), where the vpdpbusd alone take 8 and 12 ns at that machine's 4 per ns. A third of the time goes to
-// unpacking (steps 1 and 4's transpositions), half to vpdpbusd. Up to 4 rows share a pass; more rows share step 1 and the
-// loads. Value dims that are not a power of two need one vpermd per vpdpbusd, since their slots cross the groups' borders.
-// Residual signs (rare) go through the fp32 tile kernel, as exact tokens do.
+// unpacking (steps 1 and 4's transpositions), half to vpdpbusd. Up to 4 rows share a pass; more rows share step 1, the loads
+// and, from kManyRows on, a block's levels as bytes: 7.0 ns for 4 rows of a prompt, where the vpdpbusd alone take 4.6 (Emerald
+// Rapids, 2 bytes, Lloyd-Max values). Value dims that are not a power of two need one vpermd per vpdpbusd, since their slots
+// cross the groups' borders (coded in groups). 3-bit Lloyd-Max values take 0.92 to 1.0 of the time of 2-bit groups, 4-bit ones
+// 0.8 to 0.9 of that of 4-bit groups (dims 128, 4 rows, Sapphire Rapids). Residual signs (rare) go through the fp32 tile
+// kernel, as exact tokens do.
 #if defined(__x86_64__)
 
 #if defined(__GNUC__) && !defined(__clang__)
@@ -130,6 +136,7 @@ struct Avx512 : X86Vectors {
 
 constexpr int kBlock = 128;         // tokens per update of the softmax state; 64 was 6 % slower, 96 no faster
 constexpr int kQuads = kBlock / 4;  // a 32-bit lane of the value pass is one dimension of four tokens
+constexpr int kManyRows = 9;        // from here on a block's levels are worth keeping as bytes
 
 // acc += sum of four u8 * s8. As asm because gcc 12 copies every accumulator of the intrinsic.
 inline __attribute__((always_inline)) void dot(__m512i& acc, __m512i u8, __m512i s8) {
@@ -194,6 +201,7 @@ class IntegerAttention {
         straddle_(!kLloyd && (shape.value_dim & (shape.value_dim - 1)) != 0),
         n_patterns_(kLloyd || value_dim_ <= 128 ? 1 : value_dim_ / 128),
         out_size_(n_chunks_ * n_slots_ * 16),
+        many_(rows.n_rows >= kManyRows),
         natural_(head.key_stride == key_words_ && head.value_stride == value_words_ && head.param_stride == n_params_) {
     Arrays::place(*this);
     const size_t n_rows = rows.n_rows;
@@ -260,6 +268,8 @@ class IntegerAttention {
   void place(Arrays& arrays) {
     const size_t n_rows = rows_.n_rows, n_sets = (n_rows + kSet - 1) / kSet;
     planes_ = arrays.take<uint32_t>(size_t(key_dim_ / 8) * kBlock);
+    key_levels_ = many_ ? arrays.take<uint32_t>(size_t(key_dim_ / 4) * kBlock) : nullptr;
+    value_levels_ = many_ ? arrays.take<uint8_t>(size_t(n_chunks_) * n_slots_ * kQuads * 64) : nullptr;
     norms_ = arrays.take<float>(kBlock);
     values_ = arrays.take<uint8_t>(size_t(n_chunks_) * kQuads * 64);
     scales_ = arrays.take<float>(size_t(n_groups_) * kBlock);
@@ -383,12 +393,54 @@ class IntegerAttention {
     if (rows_.n_rows > kSet) {
       for (int t = 0; t < n_padded_; t += 16) load_keys(t, n, t);
     }
+    if (many_) expand_keys();
     load_norms();
   }
 
   void load_block_values() {
     if (values_loaded_) return;
     values_loaded_ = true;
+    load_value_codes();
+    if (many_) expand_values();
+  }
+
+  // Levels + 128 of the block's keys: [word][even, odd nibbles][token], four dimensions a lane.
+  void expand_keys() {
+    const __m512i nibble = _mm512_set1_epi32(0x0f0f0f0f), table = table_;
+    for (int j = 0; j < key_dim_ / 8; j++) {
+      for (int t = 0; t < n_padded_; t += 16) {
+        const __m512i x = _mm512_load_si512(planes_ + j * kBlock + t);
+        uint32_t* to = key_levels_ + 2 * j * kBlock + t;
+        _mm512_store_si512(to, _mm512_shuffle_epi8(table, _mm512_and_si512(x, nibble)));
+        _mm512_store_si512(to + kBlock, _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi32(x, 4), nibble)));
+      }
+    }
+  }
+
+  // What the value pass multiplies with weights: levels + 128, or codes where they stand. [chunk][slot][quad].
+  void expand_values() {
+    const int n_steps = n_padded_ / 4 / fold_;
+    const __m512i nibble = _mm512_set1_epi8(15);
+    for (int c = 0; c < n_chunks_; c++) {
+      const uint8_t* from = values_ + size_t(c) * kQuads * 64;
+      for (int slot = 0; slot < n_slots_; slot++) {
+        uint8_t* to = value_levels_ + size_t(c * n_slots_ + slot) * kQuads * 64;
+        const __m512i mask = _mm512_set1_epi8(char(((1 << value_bits_) - 1) << (value_bits_ * slot)));
+        for (int step = 0; step < n_steps; step++) {
+          const __m512i x = _mm512_load_si512(from + step * 64);
+          __m512i y;
+          if constexpr (kLloyd) {
+            y = _mm512_shuffle_epi8(value_tables_[slot / 2], _mm512_and_si512(slot % 2 ? _mm512_srli_epi32(x, 4) : x, nibble));
+          } else {
+            y = _mm512_and_si512(x, mask);
+          }
+          _mm512_store_si512(to + step * 64, y);
+        }
+      }
+    }
+  }
+
+  void load_value_codes() {
     n_bad_ = 0;
     const int n = n_, whole = n / 16 * 16;
     const uint32_t* values = head_.value_codes + block_ * head_.value_stride;
@@ -649,16 +701,19 @@ class IntegerAttention {
     ahead_ &= r == 0;  // once a block
     StepOffset offsets[H];
     for (int h = 0; h < H; h++) offsets[h] = StepOffset(rows_, r + h, block_, n_);
-    if (key_bits_ == 4) {
-      scores<H, true>(r, offsets);
+    __m512 tops[H];
+    if (many_) {
+      scores<H, false, true>(r, offsets, tops);
+    } else if (key_bits_ == 4) {
+      scores<H, true, false>(r, offsets, tops);
     } else {
-      scores<H, false>(r, offsets);
+      scores<H, false, false>(r, offsets, tops);
     }
     alignas(64) float factors[16] = {};  // of the old state (0 ..) and of this block (8 ..)
     float reference[H];
     bool negligible = true;
     for (int h = 0; h < H; h++) {
-      const float block_max = finish_scores(r + h, scores_ + h * kBlock, offsets[h]);
+      const float block_max = finish_scores(r + h, scores_ + h * kBlock, offsets[h], tops[h]);
       negligible &= raise_max(block_max, max_[r + h], factors[h], factors[8 + h]);
       reference[h] = block_max == kNegInf ? 0.0f : block_max;
     }
@@ -686,28 +741,34 @@ class IntegerAttention {
     }
     if constexpr (kLloyd) {
       split_lloyd_weights<H>(largest_product);
-      fold_ == 1 ? lloyd_values<H, false>(r, factors) : lloyd_values<H, true>(r, factors);
+      if (many_) {
+        fold_ == 1 ? lloyd_values<H, false, true>(r, factors) : lloyd_values<H, true, true>(r, factors);
+      } else {
+        fold_ == 1 ? lloyd_values<H, false, false>(r, factors) : lloyd_values<H, true, false>(r, factors);
+      }
     } else {
       add_biases<H>(r, factors);
       split_weights<H>(largest_product);
-      if (value_bits_ == 2) {
-        values<H, 2>(r, factors);
+      if (many_) {
+        value_bits_ == 2 ? values<H, 2, true>(r, factors) : values<H, 4, true>(r, factors);
       } else {
-        values<H, 4>(r, factors);
+        value_bits_ == 2 ? values<H, 2, false>(r, factors) : values<H, 4, false>(r, factors);
       }
     }
   }
 
-  // Integer dot products with the token as the lane, times norm; tokens beyond the block come out as the offset.
-  template <int H, bool kFourBits>
-  void scores(int r, const StepOffset* offsets) {
+  // Integer dot products with the token as the lane, times norm; tokens beyond the block come out as the offset. tops: the
+  // largest of each lane.
+  template <int H, bool kFourBits, bool kMany>
+  void scores(int r, const StepOffset* offsets, __m512* tops) {
+    for (int h = 0; h < H; h++) tops[h] = _mm512_set1_ps(kNegInf);
     constexpr int V = H * N <= 3 ? 4 : 2;  // registers of 16 tokens at a time
     const int32_t* query = query_ + size_t(r / kSet) * kSet * key_dim_ / 4 * N;
     // One set of rows unpacks keys where it needs them, so that they stay in the first-level cache.
     const bool fused = rows_.n_rows <= kSet;
     const __m512i nibble = _mm512_set1_epi32(0x0f0f0f0f), table = table_;
     for (int t = 0; t < n_padded_; t += 16 * V) {
-      Stream ahead = values_ahead(ptrdiff_t(t) * key_dim_ / 2);
+      [[maybe_unused]] Stream ahead = values_ahead(ptrdiff_t(t) * key_dim_ / 2);
       __m512i acc[H][N][V];
       for (int h = 0; h < H; h++) {
         for (int p = 0; p < N; p++) {
@@ -717,12 +778,19 @@ class IntegerAttention {
       if (fused) {
         for (int v = 0; v < V && t + 16 * v < n_padded_; v++) load_keys(t + 16 * v, n_, 16 * v);
       }
-      const uint32_t* plane = planes_ + (fused ? 0 : t);
+      const uint32_t* plane = kMany ? key_levels_ + t : planes_ + (fused ? 0 : t);
       const int32_t* q = query;
-      for (int j = 0; j < key_dim_ / 8; j++, plane += kBlock, q += 2 * H * N) {
-        for (int i = 0; i < V; i++, ahead.next += ahead.step) _mm_prefetch(ahead.next, _MM_HINT_T0);
+      for (int j = 0; j < key_dim_ / 8; j++, plane += kMany ? 2 * kBlock : kBlock, q += 2 * H * N) {
+        if constexpr (!kMany) {
+          for (int i = 0; i < V; i++, ahead.next += ahead.step) _mm_prefetch(ahead.next, _MM_HINT_T0);
+        }
         __m512i low[V], high[V];
         for (int v = 0; v < V; v++) {
+          if constexpr (kMany) {
+            low[v] = _mm512_load_si512(plane + 16 * v);
+            high[v] = _mm512_load_si512(plane + kBlock + 16 * v);
+            continue;
+          }
           const __m512i x = _mm512_load_si512(plane + 16 * v), y = _mm512_srli_epi32(x, 4);
           low[v] = _mm512_shuffle_epi8(table, kFourBits ? _mm512_and_si512(x, nibble) : x);
           high[v] = _mm512_shuffle_epi8(table, kFourBits ? _mm512_and_si512(y, nibble) : y);
@@ -741,15 +809,19 @@ class IntegerAttention {
           // A register whose tokens are of two blocks is that of a call which ends with the first.
           const __m512 offset = _mm512_set1_ps(offsets[h].value[t + 16 * v >= offsets[h].cut]);
           const __m512 factor = _mm512_mul_ps(_mm512_load_ps(norms_ + t + 16 * v), step);
-          _mm512_store_ps(scores_ + h * kBlock + t + 16 * v, _mm512_fmadd_ps(join<N>(&acc[h][0][v], V), factor, offset));
+          const __m512 score = _mm512_fmadd_ps(join<N>(&acc[h][0][v], V), factor, offset);
+          _mm512_store_ps(scores_ + h * kBlock + t + 16 * v, score);
+          tops[h] = _mm512_max_ps(tops[h], score);
         }
       }
     }
   }
 
   // Applies what is particular to a row; returns the largest score.
-  float finish_scores(int r, float* s, const StepOffset& offset) {
+  float finish_scores(int r, float* s, const StepOffset& offset, __m512 top) {
     const int limit = smaller(n_, rows_.end[r] - block_);
+    const bool nothing = !rows_.bias && limit == kBlock && n_bad_keys_ == 0 && !offset.bad[0] && !offset.bad[1];
+    if (nothing) return _mm512_reduce_max_ps(top);
     if (rows_.bias) {
       const float* bias = rows_.bias[r] + block_;
       for (int t = 0; t < limit; t += 16) {
@@ -761,24 +833,45 @@ class IntegerAttention {
     for (int t = limit < 0 ? 0 : limit; t < n_padded_; t++) s[t] = kNegInf;
     for (int i = 0; i < n_bad_keys_; i++) nan_[r] |= s[bad_keys_[i]] != kNegInf;
     nan_[r] |= offset.lost(s, n_);
-    __m512 top = _mm512_set1_ps(kNegInf);
+    top = _mm512_set1_ps(kNegInf);
     for (int t = 0; t < n_padded_; t += 16) top = _mm512_max_ps(top, _mm512_load_ps(s + t));
     return _mm512_reduce_max_ps(top);
   }
 
   template <int H>
   void add_biases(int r, const float* factors) {
-    for (int g = 0; g < n_groups_; g++) {
-      __m512 acc[H];
-      for (int h = 0; h < H; h++) acc[h] = _mm512_setzero_ps();
-      for (int t = 0; t < n_padded_; t += 16) {
-        const __m512 b = _mm512_load_ps(biases_ + g * kBlock + t);
-        for (int h = 0; h < H; h++) acc[h] = _mm512_fmadd_ps(b, _mm512_load_ps(scores_ + h * kBlock + t), acc[h]);
-      }
+    int g = 0;
+    for (; g + 4 <= n_groups_; g += 4) add_biases<H, 4>(r, g, factors);
+    for (; g < n_groups_; g++) add_biases<H, 1>(r, g, factors);
+  }
+
+  // Of groups g .. g + G - 1.
+  template <int H, int G>
+  void add_biases(int r, int g, const float* factors) {
+    __m512 acc[H][G];
+#pragma GCC unroll 4
+    for (int h = 0; h < H; h++) {
+#pragma GCC unroll 4
+      for (int i = 0; i < G; i++) acc[h][i] = _mm512_setzero_ps();
+    }
+    for (int t = 0; t < n_padded_; t += 16) {
+      __m512 b[G];
+#pragma GCC unroll 4
+      for (int i = 0; i < G; i++) b[i] = _mm512_load_ps(biases_ + (g + i) * kBlock + t);
+#pragma GCC unroll 4
       for (int h = 0; h < H; h++) {
-        float* to = bias_sums_ + (size_t(r + h) * n_groups_ + g) * 16;
-        const __m512 old = _mm512_mul_ps(_mm512_load_ps(to), _mm512_set1_ps(factors[h]));
-        _mm512_store_ps(to, _mm512_fmadd_ps(acc[h], _mm512_set1_ps(factors[8 + h]), old));
+        const __m512 p = _mm512_load_ps(scores_ + h * kBlock + t);
+#pragma GCC unroll 4
+        for (int i = 0; i < G; i++) acc[h][i] = _mm512_fmadd_ps(b[i], p, acc[h][i]);
+      }
+    }
+#pragma GCC unroll 4
+    for (int h = 0; h < H; h++) {
+      float* to = bias_sums_ + (size_t(r + h) * n_groups_ + g) * 16;
+#pragma GCC unroll 4
+      for (int i = 0; i < G; i++) {
+        const __m512 old = _mm512_mul_ps(_mm512_load_ps(to + 16 * i), _mm512_set1_ps(factors[h]));
+        _mm512_store_ps(to + 16 * i, _mm512_fmadd_ps(acc[h][i], _mm512_set1_ps(factors[8 + h]), old));
       }
     }
   }
@@ -794,6 +887,7 @@ class IntegerAttention {
     }
     const int n_sets = straddle_ ? (n_groups_ + 3) / 4 : n_patterns_;
     const __m512 magic = _mm512_set1_ps(Pieces<N>::kMagic);
+    const __m512i ones = _mm512_set1_epi8(1);
     for (int set = 0; set < n_sets; set++) {
       int group[4];
       for (int j = 0; j < 4; j++) {
@@ -801,9 +895,9 @@ class IntegerAttention {
                    : value_dim_ >= 128 ? value_dim_ / 128 * j + set
                                        : j * value_dim_ / 128;
       }
-      __m512i total[H][4];
+      __m512i total[H][N];  // sums of the pieces' bytes, as they lie
       for (int h = 0; h < H; h++) {
-        for (int j = 0; j < 4; j++) total[h][j] = _mm512_setzero_si512();
+        for (int i = 0; i < N; i++) total[h][i] = _mm512_setzero_si512();
       }
       for (int t = 0; t < n_padded_; t += 16) {
         __m512 factor[4];
@@ -811,12 +905,10 @@ class IntegerAttention {
         for (int h = 0; h < H; h++) {
           const __m512 p = _mm512_mul_ps(_mm512_load_ps(scores_ + h * kBlock + t), inverse[h]);
           __m512i x[4], piece[N];
-          for (int j = 0; j < 4; j++) {
-            x[j] = _mm512_castps_si512(_mm512_fmadd_ps(p, factor[j], magic));
-            total[h][j] = _mm512_add_epi32(total[h][j], x[j]);
-          }
+          for (int j = 0; j < 4; j++) x[j] = _mm512_castps_si512(_mm512_fmadd_ps(p, factor[j], magic));
           split_bytes(x, piece);
           for (int i = 0; i < N; i++) {
+            dot(total[h][i], ones, piece[i]);
             if (straddle_) {
               int8_t* to = weights_ + ((h * N + i) * kQuads + t / 4) * 64 + 16 * set;
               _mm_store_si128(reinterpret_cast<__m128i*>(to), _mm512_castsi512_si128(piece[i]));
@@ -829,18 +921,18 @@ class IntegerAttention {
           }
         }
       }
-      const uint32_t magics = uint32_t(n_padded_) * Pieces<N>::kMagicBits;  // once a token
-      for (int h = 0; h < H; h++) set_middle(h, group, _mm_sub_epi32(sums(total[h]), _mm_set1_epi32(int32_t(magics))));
+      for (int h = 0; h < H; h++) {
+        __m512i sum = total[h][0];
+        for (int i = 1; i < N; i++) sum = _mm512_add_epi32(_mm512_slli_epi32(sum, 8), total[h][i]);
+        set_middle(h, group, sum_lanes(sum));
+      }
     }
   }
 
-  // The sums of four registers' lanes.
-  static __m128i sums(const __m512i x[4]) {
-    const __m512i a = _mm512_add_epi32(_mm512_unpacklo_epi32(x[0], x[1]), _mm512_unpackhi_epi32(x[0], x[1]));
-    const __m512i b = _mm512_add_epi32(_mm512_unpacklo_epi32(x[2], x[3]), _mm512_unpackhi_epi32(x[2], x[3]));
-    const __m512i c = _mm512_add_epi32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
-    const __m256i d = _mm256_add_epi32(_mm512_castsi512_si256(c), _mm512_extracti64x4_epi64(c, 1));
-    return _mm_add_epi32(_mm256_castsi256_si128(d), _mm256_extracti128_si256(d, 1));
+  // The sum of the four 128-bit lanes.
+  static __m128i sum_lanes(__m512i x) {
+    const __m256i y = _mm256_add_epi32(_mm512_castsi512_si256(x), _mm512_extracti64x4_epi64(x, 1));
+    return _mm_add_epi32(_mm256_castsi256_si128(y), _mm256_extracti128_si256(y, 1));
   }
 
   // Minus the sums of four groups' weights times the middle of the codes' range, (2^bits - 1) / 2: what the sums of the first
@@ -882,16 +974,16 @@ class IntegerAttention {
     }
   }
 
-  template <int H, int kBits>
+  template <int H, int kBits, bool kMany>
   void values(int r, const float* factors) {
     for (int c = 0; c < n_chunks_; c++) {
       for (int slot = 0; slot < n_slots_; slot += 2) {
         if (straddle_) {
-          values<H, kBits, kPermute>(r, factors, c, slot);
+          values<H, kBits, kMany, kPermute>(r, factors, c, slot);
         } else if (pattern(c, slot) == pattern(c, slot + 1)) {
-          values<H, kBits, kShared>(r, factors, c, slot);
+          values<H, kBits, kMany, kShared>(r, factors, c, slot);
         } else {
-          values<H, kBits, kSeparate>(r, factors, c, slot);
+          values<H, kBits, kMany, kSeparate>(r, factors, c, slot);
         }
       }
     }
@@ -905,7 +997,7 @@ class IntegerAttention {
   // Sum over the block of weight * code for slots `slot` and `slot` + 1 of chunk c. A code is not shifted down: it counts
   // 2^(kBits * slot)-fold, which the last multiplication takes back.
   // Not inlined: with the caller's state gcc keeps the sums in memory.
-  template <int H, int kBits, Weights kWeights>
+  template <int H, int kBits, bool kMany, Weights kWeights>
   __attribute__((noinline)) void values(int r, const float* factors, int c, int slot) {
     const int element = (c * n_slots_ + slot) * 16;
     const __m512i group0 = _mm512_load_si512(group_of_ + element), group1 = _mm512_load_si512(group_of_ + element + 16);
@@ -928,14 +1020,16 @@ class IntegerAttention {
     const int code = (1 << kBits) - 1;
     const __m512i mask0 = _mm512_set1_epi8(char(code << (kBits * slot))),
                   mask1 = _mm512_set1_epi8(char(code << (kBits * (slot + 1))));
-    const uint8_t* codes = values_ + size_t(c) * kQuads * 64;
+    const uint8_t* codes =
+        kMany ? value_levels_ + size_t(c * n_slots_ + slot) * kQuads * 64 : values_ + size_t(c) * kQuads * 64;
     const int8_t* weights0 = weights_ + (kWeights == kPermute ? 0 : pattern(c, slot) * H * N * kQuads * 16);
     const int8_t* weights1 = weights_ + (kWeights == kPermute ? 0 : pattern(c, slot + 1) * H * N * kQuads * 16);
-    const Stream ahead = keys_ahead(ptrdiff_t(c * n_slots_ + slot) / 2 * kQuads * 64);
+    [[maybe_unused]] const Stream ahead = keys_ahead(ptrdiff_t(c * n_slots_ + slot) / 2 * kQuads * 64);
     for (int quad = 0; quad < n_padded_ / 4; quad++) {
-      _mm_prefetch(ahead.next + quad * ahead.step, _MM_HINT_T0);
+      if constexpr (!kMany) _mm_prefetch(ahead.next + quad * ahead.step, _MM_HINT_T0);
       const __m512i y = _mm512_load_si512(codes + quad * 64);
-      const __m512i c0 = _mm512_and_si512(y, mask0), c1 = _mm512_and_si512(y, mask1);
+      const __m512i c0 = kMany ? y : _mm512_and_si512(y, mask0);
+      const __m512i c1 = kMany ? _mm512_load_si512(codes + (kQuads + quad) * 64) : _mm512_and_si512(y, mask1);
 #pragma GCC unroll 4
       for (int h = 0; h < H; h++) {
 #pragma GCC unroll 3
@@ -980,11 +1074,28 @@ class IntegerAttention {
     const __m512i flip = _mm512_set1_epi8(-128);
     const __m512i spread = fold_ == 2 ? _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1)
                                       : _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+    const __m512i by_token = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     for (int h = 0; h < H; h++) {
       const __m512 inverse = _mm512_set1_ps(weight_factor<N>(largest_product[h], weight_step_[h]));
       __m512i total = _mm512_setzero_si512();
       int8_t* to = weights_ + h * N * row_weights();
-      for (int t = 0; t < n_padded_; t += 16) {
+      if (fold_ == 1) {
+        for (int t = 0; t < n_padded_; t += 64) {
+          __m512i x[4], piece[N];
+          for (int j = 0; j < 4; j++) {
+            x[j] = _mm512_setzero_si512();
+            if (t + 16 * j >= n_padded_) continue;
+            const __m512 p = _mm512_mul_ps(_mm512_load_ps(scores_ + h * kBlock + t + 16 * j), inverse);
+            x[j] = _mm512_castps_si512(_mm512_fmadd_ps(p, _mm512_load_ps(scales_ + t + 16 * j), magic));
+            total = _mm512_add_epi32(total, x[j]);
+          }
+          split_bytes(x, piece);
+          for (int i = 0; i < N; i++) {
+            _mm512_store_si512(to + i * row_weights() + t, _mm512_permutexvar_epi32(by_token, piece[i]));
+          }
+        }
+      }
+      for (int t = 0; t < n_padded_ && fold_ > 1; t += 16) {
         const __m512 p = _mm512_mul_ps(_mm512_load_ps(scores_ + h * kBlock + t), inverse);
         const __m512i x = _mm512_castps_si512(_mm512_fmadd_ps(p, _mm512_load_ps(scales_ + t), magic));
         total = _mm512_add_epi32(total, x);
@@ -993,10 +1104,6 @@ class IntegerAttention {
           if (i > 0) piece = _mm_xor_si128(piece, _mm512_castsi512_si128(flip));
           if (N == 3 && i == 0) piece = _mm_sub_epi8(piece, _mm_set1_epi8(64));  // the mantissa's own 2^22
           int8_t* const at = to + i * row_weights();
-          if (fold_ == 1) {
-            _mm_store_si128(reinterpret_cast<__m128i*>(at + t), piece);
-            continue;
-          }
           const __m512i quads = _mm512_castsi128_si512(piece);
           _mm512_store_si512(at + t / 4 / fold_ * 64, _mm512_permutexvar_epi32(spread, quads));
           if (fold_ == 2) {
@@ -1026,23 +1133,23 @@ class IntegerAttention {
     _mm512_store_si512(middle_last_[h], _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_slli_epi32(total, 7)));
   }
 
-  template <int H, bool kFolded>
+  template <int H, bool kFolded, bool kMany>
   void lloyd_values(int r, const float* factors) {
     constexpr int kAtOnce = H * N <= 2 ? 4 : H * N <= 4 ? 2 : 1;  // chunks, for 12 to 24 sums: an instruction takes 5 cycles
     for (int half = 0; half < n_slots_ / 2; half++) {
       int c = 0;
       if (value_bits_ == 3) {
-        for (; c + kAtOnce <= n_chunks_; c += kAtOnce) lloyd_values<H, kAtOnce, kFolded, false>(r, factors, c, half);
+        for (; c + kAtOnce <= n_chunks_; c += kAtOnce) lloyd_values<H, kAtOnce, kFolded, false, kMany>(r, factors, c, half);
       } else {
-        for (; c + kAtOnce <= n_chunks_; c += kAtOnce) lloyd_values<H, kAtOnce, false, true>(r, factors, c, half);
-        for (; kAtOnce > 1 && c < n_chunks_; c++) lloyd_values<H, 1, false, true>(r, factors, c, half);
+        for (; c + kAtOnce <= n_chunks_; c += kAtOnce) lloyd_values<H, kAtOnce, false, true, kMany>(r, factors, c, half);
+        for (; kAtOnce > 1 && c < n_chunks_; c++) lloyd_values<H, 1, false, true, kMany>(r, factors, c, half);
       }
     }
   }
 
   // Sum over the block of weight * level for the even and the odd nibbles of chunks c .. c + V - 1. kMasked: the nibbles hold
   // other bits. half: of 2 bits, the lower or the upper half of a nibble.
-  template <int H, int V, bool kFolded, bool kMasked>
+  template <int H, int V, bool kFolded, bool kMasked, bool kMany>
   __attribute__((noinline)) void lloyd_values(int r, const float* factors, int c, int half) {
     __m512i acc[V][2][H][N];
 #pragma GCC unroll 4
@@ -1061,17 +1168,23 @@ class IntegerAttention {
       }
     }
     const __m512i table = value_tables_[half], nibble = _mm512_set1_epi8(15);
-    const uint8_t* codes = values_ + size_t(c) * kQuads * 64;
+    const ptrdiff_t chunk_size = kMany ? n_slots_ * kQuads * 64 : kQuads * 64;
+    const uint8_t* codes = kMany ? value_levels_ + c * chunk_size + 2 * half * kQuads * 64 : values_ + c * chunk_size;
     const ptrdiff_t row_step = row_weights();
     const int8_t* weights = weights_;
     const int n_steps = kFolded ? n_padded_ / 4 / fold_ : n_padded_ / 4;
-    const Stream ahead = keys_ahead(ptrdiff_t(c * n_slots_ / 2 + half) * kQuads * 64);
+    [[maybe_unused]] const Stream ahead = keys_ahead(ptrdiff_t(c * n_slots_ / 2 + half) * kQuads * 64);
     for (int step = 0; step < n_steps; step++, codes += 64, weights += kFolded ? 64 : 4) {
-      _mm_prefetch(ahead.next + step * ahead.step, _MM_HINT_T0);
+      if constexpr (!kMany) _mm_prefetch(ahead.next + step * ahead.step, _MM_HINT_T0);
       __m512i x[V][2];
 #pragma GCC unroll 4
       for (int v = 0; v < V; v++) {
-        const __m512i y = _mm512_load_si512(codes + v * kQuads * 64), z = _mm512_srli_epi32(y, 4);
+        const __m512i y = _mm512_load_si512(codes + v * chunk_size), z = _mm512_srli_epi32(y, 4);
+        if constexpr (kMany) {
+          x[v][0] = y;
+          x[v][1] = _mm512_load_si512(codes + v * chunk_size + kQuads * 64);
+          continue;
+        }
         x[v][0] = _mm512_shuffle_epi8(table, kMasked ? _mm512_and_si512(y, nibble) : y);
         x[v][1] = _mm512_shuffle_epi8(table, kMasked ? _mm512_and_si512(z, nibble) : z);
       }
@@ -1117,6 +1230,7 @@ class IntegerAttention {
   const int n_chunks_, n_slots_, n_groups_, n_params_;
   const bool straddle_;  // a run of words crosses the groups' borders, which then differ from word to word
   const int n_patterns_, out_size_;
+  const bool many_;  // rows: levels of a block are kept as bytes
   int n_ = 0, n_padded_ = 0, n_bad_ = 0;
   int block_ = 0;               // its first token
   const bool natural_;          // tokens follow each other without a gap
@@ -1130,10 +1244,10 @@ class IntegerAttention {
   __m512i value_tables_[2];  // lloyd: of 2 bits, for the lower and the upper half of a nibble
   alignas(64) int32_t word_index_[3][16];
   bool whole_runs_ = false;
-  uint32_t *planes_, *tail_keys_, *tail_values_, *tail_params_;
+  uint32_t *planes_, *key_levels_, *tail_keys_, *tail_values_, *tail_params_;
   float *scales_, *biases_, *largest_scales_;  // [group][token of the block]; per token, of all groups
   float *norms_, *scores_, *out_, *bias_sums_, *sums_, *query_step_, *max_;
-  uint8_t* values_;
+  uint8_t *values_, *value_levels_;
   int8_t* weights_;
   int32_t *group_of_, *query_, *query_offset_;
   bool* nan_;

@@ -7,9 +7,10 @@
 //      product in the block; the biases, moved to the middle of the codes' range, are one multiply-add per group
 //   4. values: words of four tokens, zipped, so that a lane is one byte of four tokens; sdot with the weights of the lanes'
 //      groups; a code is masked where it stands, not shifted down, and counts from the middle of the range
-// A query element and a weight are 2 bytes for fp16 and bf16 queries, 3 for fp32: errors to 2.2e-4 and 2.7e-6 of the largest
-// output (tests/native/attention_kernels_check.cpp). Instructions a token, executed under qemu (gcc 12, dims 128, 3-bit keys,
-// 2-bit values; with them the cycles of their basic blocks by llvm-mca 19):
+// Values coded as keys differ in the last two steps: one norm a token instead of scales and biases, so all lanes share a
+// weight, and nibble -> level by tbl as in step 1. A query element and a weight are 2 bytes for fp16 and bf16 queries, 3 for
+// fp32: errors to 2.2e-4 and 2.7e-6 of the largest output (tests/native/attention_kernels_check.cpp). Instructions a token,
+// executed under qemu (gcc 12, dims 128, 3-bit keys, 2-bit values; with them the cycles of their basic blocks by llvm-mca 19):
 //                             sdot  other vector  load, store  scalar  neoverse-n1  apple-m1
 //   4 rows, 2 bytes            128           117          124     120          176       134
 //   4 rows, 3 bytes            192           136          152     122          220       164

@@ -447,6 +447,14 @@ void test(const Kernels& isa, int every) {
         }
       }
     }
+    for (int dim : {32, 64, 96, 128, 160, 192, 256, 480}) {  // rows enough for levels kept as bytes
+      for (int bits : {2, 3, 4}) {
+        cases.push_back(
+            {dim, dim, bits, bits == 3 ? 2 : bits, 9 + bits, 0, 150, half, false, bits == 3, bits != 3, true, bits == 3});
+        cases.push_back({dim, dim, bits, bits, 11 + bits, 0, 150, half, false, bits == 2, bits != 2, true, bits == 2});
+        cases.back().lloyd = true;
+      }
+    }
     for (int rows : {12, 13, 31, 40}) cases.push_back({128, 128, 3, 2, rows, 3, 200, half, false, false, true});
     for (float spread : {0.1f, 3.0f, 10.0f})
       for (int rows : {1, 4})
@@ -531,7 +539,7 @@ void time(const Kernels& isa) {
   const int only = std::getenv("SHAPE") ? std::atoi(std::getenv("SHAPE")) : 0;
   const bool with_means = std::getenv("MEANS");
   for (bool half : {false, true})
-    for (int shape = 0; shape < 15; shape++) {
+    for (int shape = 0; shape < 16; shape++) {
       if (one && (shape != only || half != (std::string(one) == "half"))) continue;
       Case c{128, 128, 3, 2, 4, 0, 16384, half};
       if (shape == 1) c.n = 1024;
@@ -548,6 +556,7 @@ void time(const Kernels& isa) {
       if (shape == 12) c.key_dim = c.value_dim = 64;
       if (shape == 13) c.key_dim = c.value_dim = 256;
       if (shape == 14) c.key_bits = c.value_bits = 4;
+      if (shape == 15) c.rows = 128, c.n = 4096;
       c.offset = with_means;
       std::vector<Problem> heads;
       for (int h = 0; h < 8; h++) heads.emplace_back(c, h);
