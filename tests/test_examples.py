@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from support import with_blas
-from test_server import Server
+from server_support import Server
 from tiny import make_llama, save_chat_folder
 
 pytestmark = pytest.mark.usefixtures("small_model")
