@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from support import with_blas
 from server_support import Server
+from support import with_blas
 from tiny import make_llama, save_chat_folder
 
 pytestmark = pytest.mark.usefixtures("small_model")
