@@ -6,6 +6,7 @@
 #include <string_view>
 
 #include "check.h"
+#include "mlx/utils.h"
 
 namespace tqext {
 
