@@ -298,7 +298,7 @@ mx::array turboquant_attention(const mx::array& q, const PackedKeys& k, const Pa
   if (key_rotation == Rotation::kOrthogonal || value_rotation != key_rotation) {
     auto turn = [&](const mx::array& x, int padded, Rotation how) {
       if (how == Rotation::kOrthogonal) return apply_orthogonal(x, padded, x.shape(-1), false, stream);
-      const mx::array full = pad_last(x, padded, stream);
+      mx::array full = pad_last(x, padded, stream);
       if (how == Rotation::kHadamard) return rotate(mx::astype(full, mx::float32, stream), false, "hadamard", stream);
       return full;
     };

@@ -264,8 +264,8 @@ bool prompt_attention(const TurboQuantAttention::State& state, const AttentionIn
   }
   void* arguments[] = {&p};
   try {
-    encoder.add_kernel_node_raw(kernel.function, {unsigned(row_tiles), unsigned(splits), unsigned(n_heads)},
-                                {unsigned(variant.threads()), 1, 1}, {1, 1, 1}, kernel.shared_bytes, arguments);
+    add_kernel(encoder, "prompt_attention", kernel, {unsigned(row_tiles), unsigned(splits), unsigned(n_heads)},
+               unsigned(variant.threads()), kernel.shared_bytes, arguments, inputs);
   } catch (...) {
     if (splits > 1) forget_workspace(stream);
     throw;

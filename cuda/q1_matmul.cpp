@@ -138,9 +138,8 @@ bool run_matvec(const Q1Params& q, mx::Dtype type, const std::vector<mx::array>&
   for (const mx::array& input : inputs) encoder.set_input_array(input);
   encoder.set_output_array(out);
   void* arguments[] = {&p};
-  encoder.add_kernel_node_raw(kernel.function,
-                              {unsigned(std::min(info.n_multiprocessors, (n_tiles + seats - 1) / seats)), 1, 1},
-                              {unsigned(32 * plan.warps), 1, 1}, {1, 1, 1}, plan.shared_bytes, arguments);
+  add_kernel(encoder, "q1_matvec", kernel, {unsigned(std::min(info.n_multiprocessors, (n_tiles + seats - 1) / seats)), 1, 1},
+             unsigned(32 * plan.warps), plan.shared_bytes, arguments, inputs);
   return true;
 }
 
@@ -310,15 +309,14 @@ void Q1Matmul::eval_gpu(const std::vector<mx::array>& inputs, mx::array& out) {
   const int units = as_int(int64_t(column_blocks) * per_block * p.n_groups);
   encoder.set_input_array(x);
   encoder.set_output_array(scratch.memory);
-  encoder.add_kernel_node_raw(prepare.function, {unsigned((units + kQ1Warps - 1) / kQ1Warps), 1, 1}, {32 * kQ1Warps, 1, 1},
-                              {1, 1, 1}, 0, arguments);
+  add_kernel(encoder, "q1_prepare", prepare, {unsigned((units + kQ1Warps - 1) / kQ1Warps), 1, 1}, 32 * kQ1Warps, 0, arguments,
+             {x});
   encoder.set_input_array(weight);
   encoder.set_input_array(scales);
   encoder.set_output_array(scratch.memory);  // whoever writes it next waits
   encoder.set_output_array(out);
-  encoder.add_kernel_node_raw(multiply.function,
-                              {unsigned((row_blocks + row_tiles - 1) / row_tiles), unsigned(column_blocks), 1},
-                              {32 * kQ1Warps, 1, 1}, {1, 1, 1}, multiply.shared_bytes, arguments);
+  add_kernel(encoder, "q1_multiply", multiply, {unsigned((row_blocks + row_tiles - 1) / row_tiles), unsigned(column_blocks), 1},
+             32 * kQ1Warps, multiply.shared_bytes, arguments, inputs);
 }
 
 bool gpu_multiplies_bits(const mx::array& x) {

@@ -10,6 +10,7 @@
 
 #include "binary_cache.h"
 #include "gpu_memory.h"
+#include "log.h"
 #include "mlx/allocator.h"
 #include "mlx/fast.h"
 #include "mlx/memory.h"
@@ -409,9 +410,20 @@ Workspace workspace(mx::Stream stream, size_t zeroed, size_t bytes) {
   return found->second;
 }
 
+void add_kernel(mx::cu::CommandEncoder& encoder, const char* name, const Kernel& kernel, dim3 grid, unsigned threads,
+                int shared_bytes, void** arguments, const std::vector<mx::array>& inputs) {
+  const KernelLog log("queued", [&] {
+    return std::string(name) + " (CUDA), " + grid_of(grid.x, grid.y, grid.z, threads) + ", " + shapes_of(inputs);
+  });
+  encoder.add_kernel_node_raw(kernel.function, grid, {threads, 1, 1}, {1, 1, 1}, uint32_t(shared_bytes), arguments);
+}
+
 void run_allocating(const char* name, const std::string& binary, const std::vector<mx::array>& inputs,
                     std::vector<mx::array>& outputs, const std::vector<Scalar>& scalars, int blocks, int threads,
                     mx::Stream stream) {
+  const KernelLog log("queued", [&] {
+    return std::string(name) + " (CUDA), " + grid_of(unsigned(blocks), 1, 1, unsigned(threads)) + ", " + shapes_of(inputs);
+  });
   std::vector<mx::Shape> shapes;
   std::vector<mx::Dtype> dtypes;
   for (const mx::array& x : outputs) {

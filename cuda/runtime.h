@@ -89,6 +89,10 @@ Workspace workspace(mx::Stream stream, size_t zeroed, size_t bytes);
 // After a launch that failed: whether the zeroed bytes are zero is not known any more. The next kernel gets other memory.
 void forget_workspace(mx::Stream stream);
 
+// Adds a kernel to the stream's work, and logs it.
+void add_kernel(mx::cu::CommandEncoder& encoder, const char* name, const Kernel& kernel, dim3 grid, unsigned threads,
+                int shared_bytes, void** arguments, const std::vector<mx::array>& inputs);
+
 // Runs a kernel whose outputs are large, through MLX's own primitive, so that its allocator provides them. Arguments of the
 // kernel: inputs, outputs, scalars.
 struct Scalar {

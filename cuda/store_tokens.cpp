@@ -103,8 +103,8 @@ void StoreTokens::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx:
   for (const mx::array& x : inputs) encoder.set_input_array(x);
   for (const mx::array& x : outputs) encoder.set_output_array(x);
   void* arguments[] = {&p};
-  encoder.add_kernel_node_raw(kernel.function, {unsigned(blocks), unsigned(n_stores), unsigned(heads)}, {kStoreThreads, 1, 1},
-                              {1, 1, 1}, 0, arguments);
+  add_kernel(encoder, "store_tokens", kernel, {unsigned(blocks), unsigned(n_stores), unsigned(heads)}, kStoreThreads, 0,
+             arguments, inputs);
 }
 
 }  // namespace tqext

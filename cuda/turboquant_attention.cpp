@@ -255,8 +255,8 @@ void TurboQuantAttention::eval_gpu(const std::vector<mx::array>& inputs, mx::arr
   encoder.set_output_array(scratch.memory);
   void* arguments[] = {&p};
   try {
-    encoder.add_kernel_node_raw(kernel.function, {unsigned(splits), unsigned(n_heads), unsigned(row_tiles)},
-                                {32 * kAttentionWarps, 1, 1}, {1, 1, 1}, kernel.shared_bytes, arguments);
+    add_kernel(encoder, "turboquant_attention", kernel, {unsigned(splits), unsigned(n_heads), unsigned(row_tiles)},
+               32 * kAttentionWarps, kernel.shared_bytes, arguments, inputs);
   } catch (...) {
     forget_workspace(stream());
     throw;

@@ -115,8 +115,7 @@ void run_blocks(const char* name, const Variant& variant, const std::vector<mx::
   for (const Scalar& s : scalars) {
     arguments.push_back(s.is_float ? const_cast<float*>(&s.real) : static_cast<void*>(const_cast<int32_t*>(&s.integer)));
   }
-  encoder.add_kernel_node_raw(program.kernel.function, {unsigned(blocks), 1, 1}, {unsigned(threads), 1, 1}, {1, 1, 1}, 0,
-                              arguments.data());
+  add_kernel(encoder, name, program.kernel, {unsigned(blocks), 1, 1}, unsigned(threads), 0, arguments.data(), inputs);
 }
 
 void run(const char* name, const Variant& variant, const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs,

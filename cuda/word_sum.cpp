@@ -59,8 +59,8 @@ void WordSum::eval_gpu(const std::vector<mx::array>& inputs, mx::array& out) {
   encoder.set_output_array(scratch.memory);
   void* arguments[] = {&p};
   try {
-    encoder.add_kernel_node_raw(kernel.function, {unsigned(blocks), unsigned(std::max(n_arrays, 1)), 1}, {kSumThreads, 1, 1},
-                                {1, 1, 1}, 0, arguments);
+    add_kernel(encoder, "word_sum", kernel, {unsigned(blocks), unsigned(std::max(n_arrays, 1)), 1}, kSumThreads, 0, arguments,
+               inputs);
   } catch (...) {
     forget_workspace(stream());
     throw;

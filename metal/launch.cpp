@@ -10,6 +10,7 @@
 #include <stdexcept>
 
 #include "gpu_memory.h"
+#include "log.h"
 #include "mlx/allocator.h"
 #include "mlx/backend/metal/device.h"
 #include "pipelines.h"
@@ -93,6 +94,16 @@ MTL::ComputePipelineState* pipeline(mx::metal::Device& device, const Dispatch& d
 void launch(mx::Stream stream, const Dispatch& dispatch, const std::vector<Binding>& bindings, const void* params,
             size_t params_bytes, int params_index) {
   if (dispatch.grid[0] == 0 || dispatch.grid[1] == 0 || dispatch.grid[2] == 0) return;
+  const KernelLog log("queued", [&] {
+    std::vector<mx::array> inputs;
+    for (const Binding& binding : bindings) {
+      if (!binding.is_output) inputs.push_back(*binding.array);
+    }
+    return dispatch.kernel + " (Metal), " +
+           grid_of(unsigned(dispatch.grid[0]), unsigned(dispatch.grid[1]), unsigned(dispatch.grid[2]),
+                   unsigned(dispatch.threads)) +
+           ", " + shapes_of(inputs);
+  });
   auto& device = mx::metal::device(stream.device);
   MTL::ComputePipelineState* kernel = pipeline(device, dispatch);
   if (kernel->maxTotalThreadsPerThreadgroup() < dispatch.threads) {

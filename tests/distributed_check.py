@@ -13,8 +13,7 @@ from mlx_lm.generate import batch_generate
 import tqext
 import tqext.mlx_lm
 from q1_models import make_one_bit
-from test_mlx_lm import Words
-from tiny import greedy, make_llama, make_qwen2, prompt
+from tiny import Words, greedy, make_llama, make_qwen2, prompt
 
 part, file = sys.argv[1:]
 group = mx.distributed.init(strict=True)

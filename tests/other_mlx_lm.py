@@ -8,8 +8,7 @@ import mlx_lm.models.cache as stock
 from mlx_lm.generate import batch_generate, speculative_generate_step
 
 import tqext
-from test_mlx_lm import Words
-from tiny import greedy, logits_after, make_llama, prompt
+from tiny import Words, greedy, logits_after, make_llama, prompt
 
 version, file = sys.argv[-2:]
 assert mlx_lm.__version__ == version, (mlx_lm.__version__, mlx_lm.__file__)

@@ -5,96 +5,24 @@ import numpy as np
 import pytest
 from mlx_lm.models.cache import BatchKVCache, KVCache
 
+from cache_support import (
+    DV,
+    HQ,
+    RECIPES,
+    Batch,
+    D,
+    H,
+    close,
+    make,
+    make_batch,
+    make_reference,
+    random_tokens,
+    tokens,
+)
 from sequence import attention
-from test_cache import DV, HQ, RECIPES, D, H, answer, balance_of, close, make, make_reference, random_tokens, tokens
 from tqext import BatchTurboQuantKVCache, Recipe, TurboQuantKVCache
 
 pytestmark = pytest.mark.usefixtures("device")
-
-
-def make_batch(left_padding, recipe, max_size=None):
-    return BatchTurboQuantKVCache(left_padding, recipe, balance=balance_of(recipe), max_size=max_size)
-
-
-class Batch:
-    """A compressed batch, mlx-lm's own beside it, and a `Sequence` for each row."""
-
-    def __init__(self, recipe, n_rows, seed=0, max_size=None):
-        self.recipe = recipe
-        self.cache = make_batch([0] * n_rows, recipe, max_size)
-        self.stock = BatchKVCache([0] * n_rows)
-        self.rows = [make_reference(recipe, max_size) for _ in range(n_rows)]
-        self.seed = seed
-
-    def step(self, lengths, *, mask="own", window=None):
-        """Append `lengths` tokens to the rows, padded on the right, and compare the attention of each."""
-        self.prepare(lengths)
-        self.feed(max(lengths), [0] * len(lengths), lengths, mask=mask, window=window)
-        self.finalize()
-
-    def prepare(self, lengths):
-        """Announce a prompt of so many tokens for each row, padded on the right."""
-        padding = [max(lengths) - length for length in lengths]
-        if any(padding):
-            for cache in (self.cache, self.stock):
-                cache.prepare(lengths=list(lengths), right_padding=padding)
-
-    def finalize(self):
-        for cache in (self.cache, self.stock):
-            cache.finalize()
-        self.check()
-
-    def feed(self, n, skip, lengths, *, mask="own", window=None):
-        """One call of the model with `n` columns: `skip` of padding, then `lengths` tokens, then padding, for each row."""
-        new = [tokens(n, self.seed + 17 * i) for i in range(len(lengths))]
-        self.seed += 1000
-        k, v, q = (mx.array(np.stack([x[part] for x in new])) for part in range(3))
-        masks = [c.make_mask(n, window_size=window) for c in (self.cache, self.stock)]
-        assert mx.array_equal(*masks)
-        assert mx.array_equal(self.cache.offset, self.stock.offset)
-        if mask == "own":
-            chosen = masks[0]
-        elif mask == "stock":
-            chosen = masks[1]
-        else:
-            chosen = mx.where(masks[1], 0.0, -float("inf"))
-        snapshot, _ = self.cache.update_and_fetch(k, v)
-        self.stock.update_and_fetch(k, v)
-        assert snapshot.shape[2] == chosen.shape[-1]
-        got = snapshot.attend(q, D**-0.5, chosen)
-        assert mx.isfinite(got).all()
-        for i, (begin, length) in enumerate(zip(skip, lengths, strict=True)):
-            if length:
-                k, v, q = (x[:, begin : begin + length] for x in new[i])
-                expected = answer(self.rows[i], k, v, q, window=window)
-                close(got[i, :, begin : begin + length], expected, dense=self.recipe.rotation == "orthogonal")
-
-    def check(self):
-        assert self.cache.counts.tolist() == [row.counts for row in self.rows]
-        assert mx.array_equal(self.cache.offset, self.stock.offset)
-        assert mx.array_equal(self.cache.left_padding, self.stock.left_padding)
-        assert self.cache.size() == self.stock.size()
-        assert self.cache.offset.tolist() == [r.n_tokens + r.n_dropped for r in self.rows]
-
-    def trimmed(self, n):
-        for cache in (self.cache, self.stock):
-            assert cache.trim(n) == n
-        for row in self.rows:
-            row.trim(n)
-        self.check()
-
-    def filter(self, keep, *, check=True):
-        self.cache.filter(keep)
-        self.stock.filter(mx.array(keep))
-        self.rows = [self.rows[i] for i in keep]
-        if check:
-            self.check()
-
-    def extend(self, other):
-        self.cache.extend(other.cache)
-        self.stock.extend(other.stock)
-        self.rows = self.rows + other.rows
-        self.check()
 
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)

@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 from mlx_lm.models.cache import BatchKVCache
 
-from test_batch import Batch
-from test_cache import RECIPES
+from cache_support import RECIPES, Batch
 from tqext import BatchTurboQuantKVCache
 
 # TQEXT_FUZZ=100000 tries as many other histories; without it the same are tried every time.

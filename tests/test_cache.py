@@ -14,83 +14,13 @@ from mlx_lm.models.cache import BatchKVCache, KVCache
 from tqext._ext import append_token, append_tokens
 
 import tqext
-from sequence import BLOCK, Sequence, attention
-from support import KERNEL_TOLERANCE, on_cuda
+from cache_support import DV, HQ, RECIPES, D, H, answer, close, make, make_reference, random_tokens, step, tokens
+from sequence import BLOCK, attention
 from tqext import BatchTurboQuantKVCache, Recipe, TurboQuantKVCache, get_policy
 from tqext.kv.schedule import GROWTH
 from tqext.presets import PRESETS
 
 pytestmark = pytest.mark.usefixtures("device")
-
-H, HQ, D, DV = 2, 4, 64, 32
-
-RECIPES = {
-    "default": Recipe(),
-    "plain": PRESETS["tq3-plain"].recipe,
-    "tq33": PRESETS["tq33"].recipe,
-    "tq4": PRESETS["tq4"].recipe,
-    "no-first": Recipe(first=0, tail=8, balance=False),
-    "no-tail": Recipe(tail=0, first=4),
-    "orthogonal": Recipe(rotation="orthogonal", tail=20, first=5),
-}
-
-
-def balance_of(recipe):
-    """Factors of 1/4 to 4 for the recipes that want any."""
-    if not recipe.balance:
-        return None
-    return mx.array((2.0 ** np.random.default_rng(7).uniform(-2, 2, (H, D))).astype(np.float32))
-
-
-def make(recipe, max_size=None):
-    return TurboQuantKVCache(recipe, balance=balance_of(recipe), max_size=max_size)
-
-
-def make_reference(recipe, max_size=None):
-    return Sequence(recipe, H, D, DV, balance_of(recipe), max_size)
-
-
-def tokens(n, seed):
-    random = np.random.default_rng(seed)
-    k = random.standard_normal((H, n, D), np.float32) + np.linspace(-2, 2, D, dtype=np.float32)
-    return k, random.standard_normal((H, n, DV), np.float32), random.standard_normal((HQ, n, D), np.float32)
-
-
-def close(got, expected, *, dense=False):
-    """`dense`: by a cache with a dense rotation. On a GPU its products round otherwise than NumPy's, and a code that lies at a
-    threshold may turn over: a step of a value's group, times the token's weight."""
-    got, expected = np.array(got, np.float64), np.array(expected, np.float64)
-    assert got.shape == expected.shape
-    # Of the largest output: both sides have the kernel's error.
-    tolerance = 2e-2 if dense and on_cuda() else 2 * KERNEL_TOLERANCE[mx.float32]
-    assert np.abs(got - expected).max() <= tolerance * np.abs(expected).max()
-
-
-def answer(reference, k, v, q, sinks=None, window=None):
-    """Append tokens; what their queries find. A few tokens after others find what they would find one by one."""
-    n = k.shape[1]
-    if not 1 < n <= BLOCK:
-        attended, gap = reference.append(k, v), reference.gap_attended
-        return attention(q, *attended, D**-0.5, sinks, window, gap)
-    alone, rows = copy.deepcopy(reference), []
-    for i in range(n):
-        attended = alone.append(k[:, i : i + 1], v[:, i : i + 1])
-        rows.append(attention(q[:, i : i + 1], *attended, D**-0.5, sinks, window, alone.gap_attended))
-    reference.append(k, v)
-    return np.concatenate(rows, axis=1)
-
-
-def step(cache, reference, n, seed, window=None, **kwargs):
-    """Append n tokens to both, and compare attention and counts."""
-    k, v, q = tokens(n, seed)
-    mask = cache.make_mask(n, window_size=window)
-    snapshot, _ = cache.update_and_fetch(mx.array(k)[None], mx.array(v)[None])
-    got = snapshot.attend(mx.array(q)[None], D**-0.5, mask, **kwargs)
-    sinks = kwargs.get("sinks")
-    close(got[0], answer(reference, k, v, q, None if sinks is None else np.array(sinks), window))
-    assert [cache.n_first, cache.n_coded, cache.n_tail] == reference.counts
-    assert cache.size() == reference.n_tokens
-    assert cache.offset == reference.n_tokens + reference.n_dropped
 
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
@@ -428,10 +358,6 @@ def test_cache_keeps_nothing_but_its_own_bytes():
 
 
 # ---- refusals ------------------------------------------------------------------------------------
-
-
-def random_tokens(n, *, batch=1, heads=H, dim=D, value_dim=DV, dtype=mx.float32):
-    return [mx.random.normal((batch, heads, n, d)).astype(dtype) for d in (dim, value_dim)]
 
 
 MISFITS = {

@@ -14,8 +14,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from mlx_lm.models.cache import load_prompt_cache, save_prompt_cache
 
 import tqext.mlx_lm
+from cache_support import RECIPES, D, make, make_reference, step, tokens
 from sequence import BLOCK
-from test_cache import RECIPES, D, make, make_reference, step, tokens
 from tqext import TurboQuantKVCache
 
 # TQEXT_FUZZ=100000 tries as many other histories; without it the same are tried every time.

@@ -14,7 +14,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import q1_models
-import test_q1_gguf
 import tqext.mlx_lm
 from tqext import TurboQuantKVCache, nn, one_bit
 from tqext import gguf as loader
@@ -152,8 +151,8 @@ def test_damaged_cache_states_are_value_errors(saved, which, header, replaced, d
 @pytest.fixture(scope="module")
 def gguf_file(tmp_path_factory):
     folder = tmp_path_factory.mktemp("gguf")
-    model, config = test_q1_gguf.make("qwen3")
-    path = test_q1_gguf.write(folder / "good.gguf", model, config)
+    model, config = q1_models.make("qwen3")
+    path = q1_models.write_gguf(folder / "good.gguf", model, config)
     loader.convert(path, folder / "good")
     begin = min(int(tensor.data_offset) for tensor in loader.read(path)[0].values())
     return Good(folder=folder, data=path.read_bytes(), begin=begin, weights=weights_of(folder / "good"))

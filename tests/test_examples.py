@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from server_support import Server
 from support import with_blas
-from test_server import Server
 from tiny import make_llama, save_chat_folder
 
 pytestmark = pytest.mark.usefixtures("small_model")

@@ -9,7 +9,7 @@ import pytest
 from mlx_lm.generate import generate_step
 
 import tqext
-from test_cache import D, answer, close, make, make_reference, step, tokens
+from cache_support import D, answer, close, make, make_reference, step, tokens
 from tiny import greedy, kl, logits_after, make_llama, prompt
 from tqext import BatchTurboQuantKVCache, Recipe
 

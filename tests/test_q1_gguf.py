@@ -16,28 +16,12 @@ import pytest
 import q1_models
 import tiny
 import tqext
+from q1_models import GGUF_NAMES, dtype, make, write_gguf
 from support import assert_close, to_numpy
 from tqext import gguf as loader
 from tqext import nn, one_bit
 from tqext.models import resolve
 from tqext.one_bit import gguf_file
-
-GGUF_NAMES = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
 
 
 @pytest.fixture(autouse=True)
@@ -47,130 +31,11 @@ def unhooked(monkeypatch, tmp_path):
     one_bit.unhook()
 
 
-def gguf_name(path):
-    if path.startswith("model.layers."):
-        _, _, layer, part = path.split(".", 3)
-        return f"blk.{layer}.{GGUF_NAMES[part]}"
-    return GGUF_NAMES[path]
-
-
-def interleave(rows, n_heads):
-    """llama.cpp's order: row i and row i + half of a head side by side."""
-    out = np.empty_like(rows)
-    size = rows.shape[0] // n_heads
-    for head in range(n_heads):
-        for i in range(size // 2):
-            out[head * size + 2 * i] = rows[head * size + i]
-            out[head * size + 2 * i + 1] = rows[head * size + size // 2 + i]
-    return out
-
-
-def blocks(words, scales):
-    """block_q1_0 by block_q1_0."""
-    rows = []
-    for row_words, row_scales in zip(words, scales, strict=True):
-        row = b""
-        for g, scale in enumerate(row_scales):
-            row += np.float16(scale).tobytes() + row_words[4 * g : 4 * g + 4].astype("<u4").tobytes()
-        rows.append(np.frombuffer(row, np.uint8))
-    return np.stack(rows)
-
-
-def add(writer, key, value):
-    """A metadata value of the type that its Python type stands for."""
-    kinds = {str: "string", float: "float32", bool: "bool", int: "uint32", list: "array"}
-    getattr(writer, f"add_{kinds[type(value)]}")(key, value)
-
-
-def write(
-    path, model, settings, *, metadata=None, rename=None, change=None, plain_type=None, tokens=None, kinds=None, **options
-):
-    """A GGUF of a model with Q1 layers.
-
-    Args:
-        metadata: More of it; None takes a value away.
-        rename: Tensors' names.
-        change: Makes other blocks of a tensor's: ``change(name, data)``.
-        plain_type: Of matrices that are not Q1.
-        tokens: The vocabulary.
-        kinds: Its types.
-        **options: Of gguf.GGUFWriter.
-    """
-    arch = settings["model_type"]
-    writer = gguf.GGUFWriter(str(path), arch, **options)
-    tokens = tokens or q1_models.TOKENS
-    writer.add_embedding_length(settings["hidden_size"])
-    writer.add_feed_forward_length(settings["intermediate_size"])
-    writer.add_block_count(settings["num_hidden_layers"])
-    writer.add_head_count(settings["num_attention_heads"])
-    writer.add_head_count_kv(settings["num_key_value_heads"])
-    writer.add_key_length(settings["head_dim"])
-    writer.add_context_length(settings["max_position_embeddings"])
-    writer.add_layer_norm_rms_eps(settings["rms_norm_eps"])
-    writer.add_rope_freq_base(settings["rope_theta"])
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("qwen2" if arch == "qwen3" else "llama-bpe")
-    writer.add_token_list(tokens)
-    writer.add_token_types(kinds or [1] * len(q1_models.BYTES) + [3] * (len(tokens) - len(q1_models.BYTES)))
-    if "tokenizer.ggml.merges" not in (metadata or {}):
-        writer.add_token_merges([])
-    writer.add_bos_token_id(settings["bos_token_id"])
-    writer.add_eos_token_id(settings["eos_token_id"])
-    for key, value in (metadata or {}).items():
-        for values in writer.kv_data:
-            values.pop(key, None)
-        if value is not None:
-            add(writer, key, value)
-    values = {name: to_numpy(value) for name, value in q1_models.parameters(model)}
-    for name, value in values.items():
-        layer, _, suffix = name.rpartition(".")
-        if suffix == "scales":
-            continue
-        target = f"{gguf_name(layer)}.{suffix}"
-        target = (rename or {}).get(target, target)
-        heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}.get(layer.rpartition(".")[2])
-
-        def order(rows, heads=heads):
-            return interleave(rows, settings[heads]) if arch == "llama" and heads else rows
-
-        if f"{layer}.scales" in values:
-            data = blocks(order(value), order(values[f"{layer}.scales"]))
-            kind = gguf.GGMLQuantizationType.Q1_0
-            if change:
-                data = change(target, data)
-            writer.add_tensor(target, data, raw_dtype=kind)
-        elif value.ndim == 2 and plain_type:
-            writer.add_tensor(target, gguf.quants.quantize(order(value), plain_type), raw_dtype=plain_type)
-        else:
-            writer.add_tensor(target, order(value).astype(np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
-def dtype():
-    """What the loader makes of all that is not 1-bit."""
-    return mx.float32 if mx.default_device() == mx.cpu else mx.float16
-
-
-def make(arch, **changes):
-    settings = q1_models.config(arch, **changes)
-    model = q1_models.make_model(settings)
-    nn.quantize(model)
-    for name, value in q1_models.parameters(model):
-        if "norm" in name:
-            model.load_weights([(name, value.astype(dtype()))], strict=False)
-    model.model.embed_tokens.dtype = dtype()
-    return model, settings
-
-
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("arch", ["qwen3", "llama"])
 def test_gguf_gives_the_same_model(arch, tied, tmp_path):
     model, settings = make(arch, tie_word_embeddings=tied)
-    path = write(tmp_path / "model.gguf", model, settings)
+    path = write_gguf(tmp_path / "model.gguf", model, settings)
     again, tokenizer = tqext.load(str(path))
     assert sorted(nn.q1_paths(again)) == sorted(nn.q1_paths(model))
     for (name, value), (other, want) in zip(
@@ -186,7 +51,7 @@ def test_gguf_gives_the_same_model(arch, tied, tmp_path):
 
 def test_gguf_is_converted_once_and_again_when_it_changes(tmp_path):
     model, settings = make("qwen3")
-    path = write(tmp_path / "model.gguf", model, settings)
+    path = write_gguf(tmp_path / "model.gguf", model, settings)
     first = resolve(str(path))
     before = os.stat(f"{first}/model.safetensors").st_mtime_ns
     assert resolve(str(path)) == first and os.stat(f"{first}/model.safetensors").st_mtime_ns == before
@@ -200,7 +65,7 @@ def test_gguf_with_other_tensors_beside_q1(kind, tmp_path):
     table = np.random.default_rng(0).normal(size=(len(q1_models.TOKENS), 256)).astype(np.float32)
     model.model.embed_tokens = mx_embedding(table)
     kind = getattr(gguf.GGMLQuantizationType, kind)
-    path = write(tmp_path / "model.gguf", model, settings, plain_type=kind)
+    path = write_gguf(tmp_path / "model.gguf", model, settings, plain_type=kind)
     again, _ = tqext.load(str(path))
     want = gguf.quants.dequantize(gguf.quants.quantize(table, kind), kind)
     np.testing.assert_array_equal(to_numpy(again.model.embed_tokens.weight), to_numpy(mx.array(want).astype(dtype())))
@@ -219,9 +84,9 @@ def test_gguf_yarn_scaling_is_taken_over(tmp_path):
     path = tmp_path / "model.gguf"
     metadata = {"qwen3.rope.scaling.type": "yarn", "qwen3.rope.scaling.factor": 4.0}
     with pytest.raises(ValueError, match=r"rope\.scaling\.original_context_length: expected a value, got none"):
-        tqext.load(str(write(path, model, settings, metadata=metadata)))
+        tqext.load(str(write_gguf(path, model, settings, metadata=metadata)))
     metadata["qwen3.rope.scaling.original_context_length"] = 512
-    _, _, config = tqext.load(str(write(path, model, settings, metadata=metadata)), return_config=True)
+    _, _, config = tqext.load(str(write_gguf(path, model, settings, metadata=metadata)), return_config=True)
     want = {"type": "yarn", "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
     assert config["rope_scaling"] == want
 
@@ -238,15 +103,15 @@ def test_gguf_turn_and_message_ends_stop_too(tmp_path):
     model, settings = make("qwen3", vocab_size=N_BYTES + 5, eos_token_id=N_BYTES)
     tokens = [*q1_models.BYTES, "<eos>", "<a>", "<turn>", "<message>", "<|im_end|>"]
     metadata = {"tokenizer.ggml.eot_token_id": N_BYTES + 2, "tokenizer.ggml.eom_token_id": N_BYTES + 3}
-    path = write(tmp_path / "m.gguf", model, settings, tokens=tokens, metadata=metadata)
+    path = write_gguf(tmp_path / "m.gguf", model, settings, tokens=tokens, metadata=metadata)
     _, tokenizer = tqext.load(str(path))
     assert stops(tokenizer) == [N_BYTES + i for i in (0, 2, 3, 4)]
     assert tokenizer.eos_token == "<eos>"
-    _, tokenizer = tqext.load(str(write(path, model, settings, tokens=[*tokens[:-1], "<else>"])))
+    _, tokenizer = tqext.load(str(write_gguf(path, model, settings, tokens=[*tokens[:-1], "<else>"])))
     assert stops(tokenizer) == [N_BYTES]
     # Gemma's are normal tokens in some files.
     kinds = [1] * len(tokens)
-    _, tokenizer = tqext.load(str(write(path, model, settings, tokens=[*tokens[:-1], "<end_of_turn>"], kinds=kinds)))
+    _, tokenizer = tqext.load(str(write_gguf(path, model, settings, tokens=[*tokens[:-1], "<end_of_turn>"], kinds=kinds)))
     assert stops(tokenizer) == [N_BYTES, N_BYTES + 4]
 
 
@@ -254,7 +119,7 @@ def test_gguf_turn_and_message_ends_stop_too(tmp_path):
 def test_gguf_special_tokens_beyond_the_vocabulary_are_refused(role, tmp_path):
     model, settings = make("qwen3")
     for number in (len(q1_models.TOKENS), 2**32 - 1):
-        path = write(tmp_path / "m.gguf", model, settings, metadata={f"tokenizer.ggml.{role}_token_id": number})
+        path = write_gguf(tmp_path / "m.gguf", model, settings, metadata={f"tokenizer.ggml.{role}_token_id": number})
         with pytest.raises(ValueError, match=rf"{role}_token_id: expected a token from 0 to 257, got {number}"):
             tqext.load(str(path))
 
@@ -265,11 +130,11 @@ def test_gguf_llama3_vocabulary_takes_whole_words_and_begins_with_bos(tmp_path):
     tokens = [*q1_models.TOKENS, "abc", "ab"]
     kinds = [1] * N_BYTES + [3, 3, 1, 1]
     metadata = {"tokenizer.ggml.merges": ["a b"]}
-    path = write(tmp_path / "m.gguf", model, settings, tokens=tokens, kinds=kinds, metadata=metadata)
+    path = write_gguf(tmp_path / "m.gguf", model, settings, tokens=tokens, kinds=kinds, metadata=metadata)
     _, tokenizer = tqext.load(str(path))
     assert tokenizer.encode("abc") == [N_BYTES, N_BYTES + 2]
     metadata["tokenizer.ggml.add_bos_token"] = False
-    path = write(path, model, settings, tokens=tokens, kinds=kinds, metadata=metadata | {"tokenizer.ggml.pre": "qwen2"})
+    path = write_gguf(path, model, settings, tokens=tokens, kinds=kinds, metadata=metadata | {"tokenizer.ggml.pre": "qwen2"})
     _, tokenizer = tqext.load(str(path))
     assert tokenizer.encode("abc") == [N_BYTES + 3, tokens.index("c")]
 
@@ -278,7 +143,7 @@ def test_gguf_llama3_vocabulary_takes_whole_words_and_begins_with_bos(tmp_path):
 def test_gguf_with_a_padded_embedding(tied, tmp_path):
     """More rows than tokens: the model has as many logits as rows."""
     model, settings = make("qwen3", vocab_size=384, tie_word_embeddings=tied)
-    again, _, config = tqext.load(str(write(tmp_path / "m.gguf", model, settings)), return_config=True)
+    again, _, config = tqext.load(str(write_gguf(tmp_path / "m.gguf", model, settings)), return_config=True)
     assert config["vocab_size"] == 384
     assert_close(q1_models.logits(again), to_numpy(q1_models.logits(model)).astype(np.float64), 1e-6)
 
@@ -288,10 +153,10 @@ def test_gguf_with_fewer_rows_than_tokens(tmp_path):
     model, settings = make("qwen3")
     tokens = [*q1_models.TOKENS, "[PAD1]", "[PAD2]"]
     kinds = [1] * N_BYTES + [3, 3, 5, 5]
-    again, _ = tqext.load(str(write(tmp_path / "m.gguf", model, settings, tokens=tokens, kinds=kinds)))
+    again, _ = tqext.load(str(write_gguf(tmp_path / "m.gguf", model, settings, tokens=tokens, kinds=kinds)))
     assert again(mx.array([[1]])).shape[-1] == len(q1_models.TOKENS)
     with pytest.raises(ValueError, match=r"token_embd\.weight: expected a row for each of the 260 tokens, got 258"):
-        tqext.load(str(write(tmp_path / "m.gguf", model, settings, tokens=tokens)))
+        tqext.load(str(write_gguf(tmp_path / "m.gguf", model, settings, tokens=tokens)))
 
 
 # ---- split files ----------------------------------------------------------------------------------
@@ -299,7 +164,7 @@ def test_gguf_with_fewer_rows_than_tokens(tmp_path):
 
 def split(path, model, settings, **options):
     """The file, split by the tensors' number into three."""
-    return write(path, model, settings, split_max_tensors=-(-len(tensor_names(model)) // 3), **options)
+    return write_gguf(path, model, settings, split_max_tensors=-(-len(tensor_names(model)) // 3), **options)
 
 
 def tensor_names(model):
@@ -313,7 +178,7 @@ def parts(tmp_path):
     split(tmp_path / "split.gguf", model, settings)
     paths = sorted(tmp_path.glob("split-*.gguf"))
     assert [p.name for p in paths] == [f"split-{i:05d}-of-00003.gguf" for i in (1, 2, 3)]
-    return paths, write(tmp_path / "whole.gguf", model, settings)
+    return paths, write_gguf(tmp_path / "whole.gguf", model, settings)
 
 
 def weights(folder):
@@ -390,7 +255,7 @@ def test_gguf_file_reads_what_the_gguf_package_reads(tmp_path):
         "some.ints": [-1, 2],
     }
     for kind in (gguf.GGMLQuantizationType.Q8_0, gguf.GGMLQuantizationType.F16):
-        path = write(tmp_path / "m.gguf", model, settings, metadata=metadata, plain_type=kind)
+        path = write_gguf(tmp_path / "m.gguf", model, settings, metadata=metadata, plain_type=kind)
         tensors, got = gguf_file.read(path)
         reader = gguf.GGUFReader(path)
         assert got == {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
@@ -405,7 +270,7 @@ def test_gguf_file_reads_what_the_gguf_package_reads(tmp_path):
 
 def test_gguf_big_endian_file_is_refused(tmp_path):
     model, settings = make("qwen3")
-    path = write(tmp_path / "m.gguf", model, settings, endianess=gguf.GGUFEndian.BIG)
+    path = write_gguf(tmp_path / "m.gguf", model, settings, endianess=gguf.GGUFEndian.BIG)
     with pytest.raises(ValueError, match="expected a little-endian file, got a big-endian one"):
         tqext.load(str(path))
 
@@ -512,7 +377,7 @@ def test_gguf_settings_that_change_nothing_are_taken(tmp_path):
         "general.type": "model",
         "quantize.imatrix.file": "x",
     }
-    tqext.load(str(write(tmp_path / "m.gguf", model, settings, metadata=metadata)))
+    tqext.load(str(write_gguf(tmp_path / "m.gguf", model, settings, metadata=metadata)))
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -520,7 +385,7 @@ def test_gguf_refusals_say_why(case, tmp_path):
     options, message = REFUSED[case]
     model, settings = make("qwen3")
     with pytest.raises(ValueError, match=message):
-        tqext.load(str(write(tmp_path / "model.gguf", model, settings, **options)))
+        tqext.load(str(write_gguf(tmp_path / "model.gguf", model, settings, **options)))
     assert not left_in(tmp_path)  # nothing half converted stays
 
 
@@ -539,14 +404,14 @@ def test_gguf_of_another_architecture_is_refused(tmp_path):
 
 def test_gguf_without_q1_tensors_is_refused(tmp_path):
     settings = q1_models.config("qwen3")
-    path = write(tmp_path / "plain.gguf", q1_models.make_model(settings), settings)
+    path = write_gguf(tmp_path / "plain.gguf", q1_models.make_model(settings), settings)
     with pytest.raises(ValueError, match=r"expected Q1_0 tensors \(type 41\), got none"):
         tqext.load(str(path))
 
 
 def test_gguf_truncated_or_foreign_files_are_value_errors(tmp_path):
     model, settings = make("qwen3")
-    data = write(tmp_path / "model.gguf", model, settings).read_bytes()
+    data = write_gguf(tmp_path / "model.gguf", model, settings).read_bytes()
     bad = tmp_path / "bad.gguf"
     for content in (data[: len(data) // 2], data[:100], b"", b"not a GGUF file" * 10):
         bad.write_bytes(content)
@@ -557,7 +422,7 @@ def test_gguf_truncated_or_foreign_files_are_value_errors(tmp_path):
 def test_gguf_with_an_unknown_type_is_a_value_error(tmp_path):
     """Type 143 (PTQ1_0, of 'Bonsai 2') in the header of the first Q1_0 tensor."""
     model, settings = make("qwen3")
-    path = write(tmp_path / "model.gguf", model, settings)
+    path = write_gguf(tmp_path / "model.gguf", model, settings)
     data = bytearray(path.read_bytes())
     at = data.find(b"token_embd.weight") + len(b"token_embd.weight") + 4 + 16
     assert int.from_bytes(data[at : at + 4], "little") == 41
@@ -574,7 +439,7 @@ def test_unpack_blocks_refuses_other_sizes():
 
 def test_generate_from_a_gguf_file(tmp_path):
     model, settings = make("qwen3", num_hidden_layers=10)
-    path = write(tmp_path / "model.gguf", model, settings)
+    path = write_gguf(tmp_path / "model.gguf", model, settings)
     command = [sys.executable, "-m", "tqext", "generate", "--model", str(path), "--kv", "bonsai", "--max-tokens", "8"]
     done = subprocess.run(
         [*command, "--prompt", "Hello", "--ignore-chat-template"], capture_output=True, text=True, check=False, env=os.environ
@@ -591,7 +456,7 @@ def test_gguf_without_q1_tensors_can_be_dequantised(tmp_path):
     settings = q1_models.config("llama")
     model = q1_models.make_model(settings)
     kind = gguf.GGMLQuantizationType.Q8_0
-    path = write(tmp_path / "plain.gguf", model, settings, plain_type=kind)
+    path = write_gguf(tmp_path / "plain.gguf", model, settings, plain_type=kind)
     loader.convert(path, tmp_path / "model", mx.float32, dense=True)
     again, _ = mlx_lm.utils.load(str(tmp_path / "model"))
     want = dense_values(model)

@@ -1,11 +1,6 @@
 """``tqext server``: concurrent requests answer as alone, prompts are reused, and rude clients do no harm."""
 
-import json
-import os
 import random
-import socket
-import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
@@ -14,82 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from support import with_steady_malloc
+from server_support import Server, history
 from tiny import make_llama, save_chat_folder
-
-MAX_TOKENS = 24
-
-
-class Server:
-    def __init__(self, folder, *options, named=None):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        command = [sys.executable, "-m", "tqext", "server", "--model", named or str(folder), "--port", str(self.port)]
-        command += options
-        self.log = (folder / "server.log").open("w+")
-        self.process = subprocess.Popen(command, stdout=self.log, stderr=subprocess.STDOUT, env=with_steady_malloc())
-        deadline = time.monotonic() + 120
-        while True:
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=5).read()
-                return
-            except (urllib.error.URLError, ConnectionError):
-                if self.process.poll() is not None or time.monotonic() > deadline:
-                    raise RuntimeError(self.text()) from None
-                time.sleep(0.2)
-
-    def text(self):
-        self.log.flush()
-        self.log.seek(0)
-        return self.log.read()
-
-    def request(self, messages, **options):
-        body = {"messages": messages, "max_tokens": MAX_TOKENS, "temperature": 0.0} | options
-        return urllib.request.Request(
-            f"http://127.0.0.1:{self.port}/v1/chat/completions",
-            json.dumps(body).encode(),
-            {"Content-Type": "application/json"},
-        )
-
-    def chat(self, messages, **options):
-        with urllib.request.urlopen(self.request(messages, **options), timeout=120) as reply:
-            return json.load(reply)
-
-    def answer(self, messages, **options):
-        return self.chat(messages, **options)["choices"][0]["message"]["content"]
-
-    def stream(self, messages, **options):
-        text = ""
-        with urllib.request.urlopen(self.request(messages, stream=True, **options), timeout=120) as reply:
-            for line in reply:
-                if line.startswith(b"data: {"):
-                    text += json.loads(line[6:])["choices"][0]["delta"].get("content") or ""
-        return text
-
-    def complete(self, text, **options):
-        """What follows a text as it stands, without the chat template."""
-        body = {"prompt": text, "max_tokens": MAX_TOKENS, "temperature": 0.0} | options
-        url = f"http://127.0.0.1:{self.port}/v1/completions"
-        request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request, timeout=120) as reply:
-            return json.load(reply)["choices"][0]["text"]
-
-    def resident(self):
-        """Bytes of the server in memory."""
-        pages = Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]
-        return int(pages) * os.sysconf("SC_PAGE_SIZE")
-
-    def abort(self, messages):
-        """Hang up in the middle of an answer."""
-        reply = urllib.request.urlopen(self.request(messages, stream=True, max_tokens=400), timeout=120)
-        reply.read(10)
-        reply.close()
-
-    def close(self):
-        self.process.terminate()
-        self.process.wait(20)
-        self.log.close()
 
 
 @pytest.fixture(scope="module")
@@ -110,14 +31,6 @@ def keeping_server(folder):
     server = Server(folder, "--kv", "tq3")
     yield server
     server.close()
-
-
-def history(i, n_turns=1):
-    turns = []
-    for turn in range(n_turns):
-        turns.append({"role": "user", "content": f"Question {turn} of client {i}: " + f"{i} times {turn}? " * (i % 5 + 1)})
-        turns.append({"role": "assistant", "content": f"Answer {i + turn}."})
-    return turns[:-1]
 
 
 def test_server_answers_are_the_same_alone_and_in_company(server):

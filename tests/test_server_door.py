@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import mlx_lm.server
 import pytest
 
-from test_server import Server, history
+from server_support import Server, history
 from tiny import make_llama, save_chat_folder
 from tqext.commands import server as door
 

@@ -16,8 +16,8 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from server_support import Server
 from support import tool
-from test_server import Server
 from tiny import make_llama, save_chat_folder
 from tqext import get_policy
 from tqext.commands.metrics import COUNTERS, GAUGES

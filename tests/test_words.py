@@ -1,5 +1,9 @@
 """What Python shows and says: names, reprs, and messages for arguments of the wrong kind."""
 
+import dataclasses
+import re
+from pathlib import Path
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -7,7 +11,7 @@ from mlx_lm.models.cache import KVCache
 
 import tqext
 from tiny import make_llama
-from tqext import BatchTurboQuantKVCache, TurboQuantKVCache
+from tqext import BatchTurboQuantKVCache, Recipe, TurboQuantKVCache
 
 pytestmark = pytest.mark.usefixtures("uninstalled")
 
@@ -89,3 +93,27 @@ def test_attention_names_the_argument_that_is_no_array(name):
     arguments = {"q": q} | {name: wrong}
     with pytest.raises(ValueError, match=rf"\[turboquant_attention\] {name}: expected an mlx.core.array, got ndarray"):
         tqext.turboquant_attention(packed_k=tqext.quantize_keys(k), packed_v=tqext.quantize_values(v), **arguments)
+
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def texts():
+    """What users read, except the glossary; a wheel's tests come without."""
+    files = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "python").rglob("*.py")]
+    return {file: file.read_text() for file in files if file.name != "glossary.md"}
+
+
+def test_the_glossary_has_every_part_of_a_recipe():
+    glossary = (ROOT / "docs" / "glossary.md").read_text()
+    terms = re.findall(r"^\| \*\*(.+?)\*\*", glossary, re.MULTILINE)
+    assert len(terms) == len(set(terms)) > 15
+    named = set(re.findall(r"\w+", " ".join(re.findall(r"`([^`]+)`", glossary))))
+    assert {field.name for field in dataclasses.fields(Recipe)} <= named
+    assert {f"n_{part}" for part in ("first", "coded", "tail", "exact")} <= named
+
+
+@pytest.mark.parametrize("word", ["residual window", "sink token", "exact window", "token block"])
+def test_what_others_call_it_is_said_in_the_glossary_alone(word):
+    assert len(texts()) > 50
+    assert not [file.name for file, text in texts().items() if word in text.lower()]

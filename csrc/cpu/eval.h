@@ -2,8 +2,12 @@
 #pragma once
 
 #include <algorithm>
+#include <string>
+#include <utility>
 #include <vector>
 
+#include "isa.h"
+#include "log.h"
 #include "mlx/allocator.h"
 #include "mlx/array.h"
 #include "mlx/backend/cpu/encoder.h"
@@ -12,16 +16,34 @@
 
 namespace tqext::cpu {
 
+// Where a kernel goes to run.
+struct Encoder {
+  mx::cpu::CommandEncoder& encoder;
+  const char* kernel;
+  const std::vector<mx::array>& inputs;
+
+  // Runs the task on the stream's thread.
+  template <class Task>
+  void dispatch(Task task) {
+    if (!logs_kernels()) return encoder.dispatch(std::move(task));
+    std::string text = std::string(kernel) + " (" + isa_name(active_isa()) + "), " + shapes_of(inputs);
+    encoder.dispatch([task = std::move(task), text = std::move(text)]() mutable {
+      const KernelLog log("ran", [&] { return text; });
+      task();
+    });
+  }
+};
+
 // Allocates the outputs (handles of the caller's arrays) and announces all arrays to the stream's encoder.
-inline mx::cpu::CommandEncoder& prepare(mx::Stream stream, const std::vector<mx::array>& inputs,
-                                        std::vector<mx::array> outputs) {
+inline Encoder prepare(const char* kernel, mx::Stream stream, const std::vector<mx::array>& inputs,
+                       std::vector<mx::array> outputs) {
   auto& encoder = mx::cpu::get_command_encoder(stream);
   for (const auto& x : inputs) encoder.set_input_array(x);
   for (auto& x : outputs) {
     x.set_data(mx::allocator::malloc(x.nbytes()));
     encoder.set_output_array(x);
   }
-  return encoder;
+  return {encoder, kernel, inputs};
 }
 
 // Calls body(row) for every row, in parallel.

@@ -119,7 +119,7 @@ struct Work {
 }  // namespace
 
 void Q1Matmul::eval_cpu(const std::vector<mx::array>& inputs, mx::array& out) {
-  auto& encoder = cpu::prepare(stream(), inputs, {out});
+  auto encoder = cpu::prepare("q1_matmul", stream(), inputs, {out});
   encoder.dispatch(
       [work = Work{cpu::View(inputs[0]), cpu::View(inputs[1]), cpu::View(inputs[2]), out.data<void>()}] { work.run(); });
 }

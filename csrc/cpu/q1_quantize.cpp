@@ -30,7 +30,7 @@ uint16_t encode_group(const float* x, uint32_t* words) {
 }  // namespace
 
 void Q1Quantize::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
-  auto& encoder = cpu::prepare(stream(), inputs, outputs);
+  auto encoder = cpu::prepare("q1_quantize", stream(), inputs, outputs);
   encoder.dispatch([w = cpu::View(inputs[0]), words = outputs[0].data<uint32_t>(),
                     scales = reinterpret_cast<uint16_t*>(outputs[1].data<void>())] {
     const int n_groups = w.shape.back() / kQ1Group;
@@ -46,7 +46,7 @@ void Q1Quantize::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::
 }
 
 void Q1Dequantize::eval_cpu(const std::vector<mx::array>& inputs, mx::array& out) {
-  auto& encoder = cpu::prepare(stream(), inputs, {out});
+  auto encoder = cpu::prepare("q1_dequantize", stream(), inputs, {out});
   encoder.dispatch([weight = cpu::View(inputs[0]), scales = cpu::View(inputs[1]), to = out.data<void>(), type = out.dtype()] {
     const int n_groups = scales.shape.back();
     cpu::for_rows(weight.n_rows(), kRowsPerTask, [&](size_t r) {

@@ -6,7 +6,7 @@
 namespace tqext {
 
 void Rotate::eval_cpu(const std::vector<mx::array>& inputs, mx::array& out) {
-  auto& encoder = cpu::prepare(stream(), inputs, {out});
+  auto encoder = cpu::prepare("rotate", stream(), inputs, {out});
   encoder.dispatch([x = cpu::View(inputs[0]), to = out.data<void>(), type = out.dtype(), inverse = inverse_] {
     constexpr size_t kRows = 64;
     const int dim = x.shape.back();

@@ -32,7 +32,7 @@ struct Source {
 }  // namespace
 
 void StoreTokens::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
-  auto& encoder = cpu::prepare(stream(), inputs, outputs);
+  auto encoder = cpu::prepare("store_tokens", stream(), inputs, outputs);
   struct Job {
     char* out;
     size_t size, n_heads, last;

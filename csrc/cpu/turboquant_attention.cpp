@@ -406,8 +406,10 @@ void Task::run() {
 }  // namespace
 
 void TurboQuantAttention::eval_cpu(const std::vector<mx::array>& inputs, mx::array& out) {
-  auto& encoder = cpu::prepare(stream(), inputs, {out});
   const AttentionInputs in = named(inputs);
+  const bool decodes = in.q.shape(2) <= kMaxDecodeQueries;
+  auto encoder =
+      cpu::prepare(decodes ? "turboquant_attention of a step" : "turboquant_attention of a prompt", stream(), inputs, {out});
   auto optional = [](const mx::array* x) { return x ? std::optional<Packed>(*x) : std::nullopt; };
   std::optional<Packed> mask = optional(in.mask);
   if (mask) {

@@ -52,7 +52,7 @@ struct Centre {
 }  // namespace
 
 void QuantizeKeys::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
-  auto& encoder = cpu::prepare(stream(), inputs, outputs);
+  auto encoder = cpu::prepare("quantize_keys", stream(), inputs, outputs);
   uint32_t* signs = state_.qjl ? outputs[2].data<uint32_t>() : nullptr;
   auto* residual_norms = state_.qjl ? reinterpret_cast<uint16_t*>(outputs[3].data<void>()) : nullptr;
   encoder.dispatch([k = cpu::View(inputs[0]), centre = Centre(means(inputs), balance(inputs)),
@@ -76,7 +76,7 @@ void QuantizeKeys::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx
 }
 
 void QuantizeValues::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
-  auto& encoder = cpu::prepare(stream(), inputs, outputs);
+  auto encoder = cpu::prepare("quantize_values", stream(), inputs, outputs);
   encoder.dispatch([v = cpu::View(inputs[0]), codes = outputs[0].data<uint32_t>(),
                     params = reinterpret_cast<uint16_t*>(outputs[1].data<void>()), state = state_] {
     const int head_dim = v.shape.back(), dim = padded_dim(head_dim), bits = state.bits;
@@ -96,7 +96,7 @@ void QuantizeValues::eval_cpu(const std::vector<mx::array>& inputs, std::vector<
 }
 
 void Dequantize::eval_cpu(const std::vector<mx::array>& inputs, mx::array& out) {
-  auto& encoder = cpu::prepare(stream(), inputs, {out});
+  auto encoder = cpu::prepare("dequantize", stream(), inputs, {out});
   encoder.dispatch([codes = cpu::View(inputs[0]), params = cpu::View(inputs[1]),
                     centre = Centre(means(inputs), balance(inputs)), to = out.data<void>(), type = out.dtype(),
                     state = state_] {

@@ -46,7 +46,7 @@ uint32_t sum_words(const void* data, const SumRows& rows, int64_t row, int64_t b
 }  // namespace
 
 void WordSum::eval_cpu(const std::vector<mx::array>& inputs, mx::array& out) {
-  auto& encoder = cpu::prepare(stream(), inputs, {out});
+  auto encoder = cpu::prepare("word_sum", stream(), inputs, {out});
   struct Part {
     const void* data;
     SumRows rows;
