@@ -248,16 +248,14 @@ bool run_gemm(const Q1Params& q, const std::vector<mx::array>& inputs, mx::array
   // The largest of a bf16 row is looked for first: its block takes all of it.
   const int units = m.n_spans * kGemmSpan * 16;
   const unsigned parts = x.dtype() == mx::bfloat16 ? 1 : (units + kGemmPrepareThreads - 1) / kGemmPrepareThreads;
-  encoder.add_kernel_node_raw(prepare.function, {unsigned(padded), parts, 1}, {kGemmPrepareThreads, 1, 1}, {1, 1, 1}, 0,
-                              arguments);
+  add_kernel(encoder, "q1_gemm_prepare", prepare, {unsigned(padded), parts, 1}, kGemmPrepareThreads, 0, arguments, {x});
   encoder.set_input_array(inputs[1]);
   encoder.set_input_array(inputs[2]);
   encoder.set_output_array(scratch.memory);  // whoever writes it next waits
   encoder.set_output_array(out);
   const int64_t tiles = int64_t(m.row_tiles) * m.column_tiles;
-  encoder.add_kernel_node_raw(multiply.function,
-                              {unsigned(std::min<int64_t>(tiles, device_info(device).n_multiprocessors)), 1, 1},
-                              {kGemmThreads, 1, 1}, {1, 1, 1}, m.shared_bytes(), arguments);
+  add_kernel(encoder, "q1_gemm", multiply, {unsigned(std::min<int64_t>(tiles, device_info(device).n_multiprocessors)), 1, 1},
+             kGemmThreads, m.shared_bytes(), arguments, inputs);
   if (large_prepared) encoder.add_completed_handler([kept = *large_prepared] {});
   return true;
 }
