@@ -8,6 +8,7 @@ import mlx.core as mx
 import pytest
 
 import tqext
+import tqext.mlx_lm
 from tiny import greedy, make_llama, prompt
 from tqext.kv import codec
 from tqext.mlx_lm import first_use
@@ -115,6 +116,14 @@ def test_a_generation_launches_what_its_first_cache_prepared(monkeypatch, used, 
     # What another balance or type would have needed is not what is used.
     other = asked[0] | {"balance": not asked[0]["balance"]}
     assert not used <= prepared_for(**other)
+
+
+def test_nothing_is_prepared_on_the_cpu():
+    model = tqext.attach(make_llama(), "tq3", guard=False, balance=False)
+    report = tqext.mlx_lm.report(model)
+    assert report.compressed and all(x.queries == ((4, mx.float32, False),) for x in report.compressed)
+    with mx.stream(mx.cpu):
+        assert first_use.prepare(report) == 0
 
 
 def test_make_prompt_cache_prepares(monkeypatch):
