@@ -39,5 +39,6 @@ bool gpu_codes_blocks() { return false; }
 bool gpu_multiplies_bits(const mx::array&) { return true; }
 size_t clear_gpu_memory() { return 0; }
 std::vector<Pipeline> pipelines() { return {}; }
+int prepare_pipelines(const LayerShapes&) { return 0; }
 
 }  // namespace tqext

@@ -5,7 +5,11 @@
 #include <string>
 #include <vector>
 
+#include "mlx/dtype.h"
+
 namespace tqext {
+
+namespace mx = mlx::core;
 
 struct Pipeline {
   std::string name;      // of the kernel, with its constants
@@ -18,5 +22,18 @@ struct Pipeline {
 
 // In the order of first use; empty but on Metal.
 std::vector<Pipeline> pipelines();
+
+// What a layer of a model asks of its cache.
+struct LayerShapes {
+  int n_q_heads, n_kv_heads, head_dim, value_dim;
+  mx::Dtype query_dtype, token_dtype;
+  int key_bits, value_bits, value_coding;
+  std::string rotation;
+  bool has_means, has_balance, has_residual, has_sinks;
+};
+
+// Compiles what the generations of one sequence will launch, before the first of them; returns the number of pipelines. 0, and
+// nothing is done, unless Metal is the default device. A rotation that is no Hadamard's is left to the first use.
+int prepare_pipelines(const LayerShapes& layer);
 
 }  // namespace tqext

@@ -377,7 +377,10 @@ inline std::vector<Dispatch> pipelines_of_a_generation(AttentionShape s, bool ha
   const int n_repeats = s.n_q_heads / s.n_kv_heads;
   std::vector<Dispatch> all;
   s.n_first = s.n_first + s.n_tail > 0 ? std::max(s.n_first, 1) : 0;
-  for (int n_queries : {1, (8 + n_repeats - 1) / n_repeats, 32, 64, s.n_queries}) {
+  // One token; drafts and follow-ups for the split kernel's 2 and 4 rows, for the matrix kernel, for blocks of 32 and 64 rows.
+  const auto rows = [&](int n) { return std::max(2, (n + n_repeats - 1) / n_repeats); };
+  for (int n_queries : {1, 2, std::max(2, kSplitRows / n_repeats), rows(8), rows(12), rows(16), rows(17), rows(24), rows(40),
+                        32, 64, s.n_queries}) {
     for (int n_coded : {0, int(kBlockTokens), kLong}) {
       for (int n_tail : {n_queries, n_queries + 2 * kBlockTokens}) {
         s.n_queries = n_queries;
@@ -491,6 +494,36 @@ inline EncodePlan plan_compact(int item_bytes, int batch, int n_heads, int n_tok
   plan.dispatch.grid[0] = uint32_t((int64_t(p.n_rows) * last + plan.dispatch.threads - 1) / plan.dispatch.threads);
   plan.dispatch.grid[1] = plan.dispatch.grid[2] = 1;
   return plan;
+}
+
+// What the generations of a layer launch, before anything is known of a prompt: s without numbers of tokens and of queries.
+// token_type: of the keys and values that are encoded.
+inline std::vector<Dispatch> pipelines_of_a_layer(AttentionShape s, bool has_means, Type token_type) {
+  std::vector<Dispatch> all;
+  auto add = [&](const Dispatch& d) {
+    const bool known = std::any_of(all.begin(), all.end(), [&](const Dispatch& x) { return x.same_pipeline(d); });
+    if (!known) all.push_back(d);
+  };
+  if (has_attention_kernel(s.head_dim, s.value_dim, s.hadamard)) {
+    // Prompts of a few tokens, and chunks of long ones.
+    for (int n_queries : {16, 128, 512, 2048}) {
+      s.n_queries = n_queries;
+      s.n_first = s.n_coded = 0;
+      s.n_tail = n_queries;
+      for (const Dispatch& d : pipelines_of_a_generation(s, has_means)) add(d);
+    }
+  }
+  EncodeShape tokens{};
+  tokens.type = token_type;
+  tokens.batch = tokens.n_heads = tokens.n_tokens = 1;
+  tokens.head_dim = s.head_dim;
+  tokens.bits = s.key_bits;
+  add(plan_encode(EncodeOp::kQuantizeKeys, tokens).dispatch);
+  tokens.head_dim = s.value_dim;
+  tokens.bits = s.value_bits;
+  const bool lloyd = s.value_coding == kValueLloyd;
+  add(plan_encode(lloyd ? EncodeOp::kQuantizeValuesLloyd : EncodeOp::kQuantizeValuesGroups, tokens).dispatch);
+  return all;
 }
 
 // --- 1-bit weights ----------------------------------------------------------------------------------------------------

@@ -99,7 +99,7 @@ void launch(mx::Stream stream, const Dispatch& dispatch, const std::vector<Bindi
     for (const Binding& binding : bindings) {
       if (!binding.is_output) inputs.push_back(*binding.array);
     }
-    return dispatch.kernel + " (Metal), " +
+    return dispatch.kernel() + " (Metal), " +
            grid_of(unsigned(dispatch.grid[0]), unsigned(dispatch.grid[1]), unsigned(dispatch.grid[2]),
                    unsigned(dispatch.threads)) +
            ", " + shapes_of(inputs);

@@ -5,6 +5,7 @@
 
 #include "launch.h"
 #include "mlx/allocator.h"
+#include "pipelines.h"
 
 namespace tqext {
 
@@ -36,7 +37,7 @@ void TurboQuantAttention::eval_gpu(const std::vector<mx::array>& inputs, mx::arr
   shape.value_bits = state_.value_bits;
   shape.value_coding = state_.value_coding;
   shape.hadamard = state_.hadamard;
-  shape.causal = state_.causal;
+  shape.causal = state_.causal && shape.n_queries > 1;  // the last token sees all: no pipeline of its own
   shape.scale = state_.scale;
   shape.n_cores = metal::gpu_cores(s);
   shape.q = metal::strides4(in.q);
@@ -125,6 +126,31 @@ void TurboQuantAttention::eval_gpu(const std::vector<mx::array>& inputs, mx::arr
     }
     metal::launch(s, plan.dispatches[step], bindings, plan.params, kAttentionParams);
   }
+}
+
+int prepare_pipelines(const LayerShapes& layer) {
+  const bool hadamard = layer.rotation == "hadamard" && hadamard_factor(padded_dim(layer.head_dim)) &&
+                        hadamard_factor(padded_dim(layer.value_dim));
+  if (mx::default_device() != mx::Device::gpu || !hadamard) return 0;
+  const mx::Stream s = mx::default_stream(mx::Device::gpu);
+  metal::AttentionShape shape{};
+  shape.type = metal::type_of(layer.query_dtype);
+  shape.batch = 1;
+  shape.n_q_heads = layer.n_q_heads;
+  shape.n_kv_heads = layer.n_kv_heads;
+  shape.head_dim = layer.head_dim;
+  shape.value_dim = layer.value_dim;
+  shape.key_bits = layer.key_bits;
+  shape.value_bits = layer.value_bits;
+  shape.value_coding = layer.value_coding;
+  shape.hadamard = 1;
+  shape.has_balance = layer.has_balance;
+  shape.has_residual = layer.has_residual;
+  shape.has_sinks = layer.has_sinks;
+  shape.n_cores = metal::gpu_cores(s);
+  const auto all = metal::pipelines_of_a_layer(shape, layer.has_means, metal::type_of(layer.token_dtype));
+  for (const metal::Dispatch& d : all) metal::prepare(s, d);
+  return int(all.size());
 }
 
 }  // namespace tqext

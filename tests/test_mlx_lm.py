@@ -8,6 +8,7 @@ import mlx_lm.utils
 import pytest
 from mlx_lm.generate import batch_generate, speculative_generate_step
 from mlx_lm.models import qwen2
+from tqext._ext import pipelines
 
 import tqext
 import tqext.mlx_lm
@@ -223,6 +224,16 @@ def test_probe_computes_nothing(model):
     assert "3 of 3 layers compressed" in str(report)
     per_token = 3 * 2 * Recipe().bytes_per_token(64)
     assert f"{per_token} bytes per token instead of {3 * 2 * 128 * 2}" in str(report)
+
+
+def test_a_generation_compiles_no_metal_kernel():
+    """Those of its model are there with its first cache; on the CPU and on CUDA there are none."""
+    model = tqext.attach(make_llama(7), "tq3", guard=False)
+    cache = model.make_cache()
+    compiled = pipelines()
+    assert compiled or mx.default_device() == mx.cpu or not mx.metal.is_available()
+    greedy(model, prompt(N_PROMPT), N_NEW, cache)
+    assert [x["name"] for x in pipelines()[len(compiled) :]] == []
 
 
 def test_probe_gives_reasons():

@@ -107,8 +107,8 @@ def plans() -> ctypes.CDLL:
         subprocess.run([sim.CLANG, *flags, *includes, str(sources[0]), "-o", str(part)], check=True)
         part.replace(path)
     lib = ctypes.CDLL(str(path))
-    names = "tq_plan_attention", "tq_pipelines_of_a_generation", "tq_plan_encode", "tq_plan_compact", "tq_plan_q1"
-    for name in names:
+    lists = "tq_pipelines_of_a_generation", "tq_pipelines_of_a_layer"
+    for name in (*lists, "tq_plan_attention", "tq_plan_encode", "tq_plan_compact", "tq_plan_q1"):
         getattr(lib, name).restype = ctypes.c_char_p
     for ours, theirs in ((AttentionShape, "tq_sizeof_attention_shape"), (EncodeShape, "tq_sizeof_encode_shape")):
         if ctypes.sizeof(ours) != getattr(lib, theirs)():

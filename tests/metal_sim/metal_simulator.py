@@ -262,6 +262,35 @@ class Compiled:
     spilled: int  # with at most `limit` registers
     arrays: list[str]  # variables that are memory, and vectors of registers with an index that is not known
     instructions: int
+    loops: list[int]  # instructions of each loop that is in no other one, those of loops within it included; the longest first
+    memory: int  # loads and stores in the longest loop
+
+
+_INSTRUCTION = re.compile(r"\t(?:[vs]|ds|global|flat|buffer|scratch)_\w+")
+
+
+def _outermost_loops(assembly: str) -> list[tuple[int, int]]:
+    """Instructions of the loops, and loads and stores among them, as LLVM's comments tell which loops a block is in."""
+    outer, counts = {}, {}  # header of a loop -> the one around it; -> both numbers of its own
+    loop = label = None
+    for line in assembly.splitlines():
+        if block := re.match(r"(?:\.L(BB\d+_\d+)|; %bb\.\d+):", line):
+            loop, label, around = None, block.group(1), None
+        if parent := re.search(r";\s+Parent Loop (BB\d+_\d+) ", line):
+            around = parent.group(1)  # the innermost comes last
+        if re.search(r"=>\s*This (?:Inner )?Loop Header", line):
+            loop, outer[label] = label, around
+        elif inside := re.search(r"in Loop: Header=(BB\d+_\d+) ", line):
+            loop = inside.group(1)
+        if loop and _INSTRUCTION.match(line):
+            n, n_memory = counts.get(loop, (0, 0))
+            counts[loop] = n + 1, n_memory + (line[1:3] in ("ds", "gl", "fl", "bu", "sc"))
+    totals = {header: (0, 0) for header, around in outer.items() if around is None}
+    for header, (n, n_memory) in counts.items():
+        while outer[header] is not None:
+            header = outer[header]
+        totals[header] = totals[header][0] + n, totals[header][1] + n_memory
+    return sorted(totals.values(), reverse=True)
 
 
 def compile_for_gpu(source: str, constants: dict[str, int], *, includes=(), limit: int) -> Compiled:
@@ -308,11 +337,14 @@ def compile_for_gpu(source: str, constants: dict[str, int], *, includes=(), limi
 
         threads = '"amdgpu-flat-work-group-size"="256,256"'
         free, tight = attributed(threads), attributed(f'{threads} "amdgpu-num-vgpr"="{limit}"')
+        loops = _outermost_loops(tight)
         return Compiled(
             registers=figure(free, "vgpr_count"),
             spilled=figure(tight, "vgpr_spill_count"),
             arrays=re.findall(r"alloca .*|(?:extract|insert)element .*, i\d+ %[\w.]+$", ir, re.M),
-            instructions=len(re.findall(r"^\t(?:[vs]|ds|global|flat|buffer|scratch)_\w+", tight, re.M)),
+            instructions=sum(_INSTRUCTION.match(line) is not None for line in tight.splitlines()),
+            loops=[n for n, _ in loops],
+            memory=loops[0][1] if loops else 0,
         )
 
 

@@ -24,6 +24,18 @@ void write(std::ostringstream& out, const Dispatch& d) {
   out << "]}";
 }
 
+const char* listed(const std::vector<Dispatch>& all) {
+  std::ostringstream out;
+  out << "[";
+  for (size_t i = 0; i < all.size(); i++) {
+    if (i) out << ",";
+    write(out, all[i]);
+  }
+  out << "]";
+  text = out.str();
+  return text.c_str();
+}
+
 template <class Params>
 const char* finish(std::ostringstream& out, const Params& params, unsigned char* bytes) {
   std::memcpy(bytes, &params, sizeof(params));
@@ -66,16 +78,11 @@ const char* tq_plan_attention(const AttentionShape* shape, unsigned char* params
 }
 
 const char* tq_pipelines_of_a_generation(const AttentionShape* shape, int has_means) {
-  std::ostringstream out;
-  const std::vector<Dispatch> all = pipelines_of_a_generation(*shape, has_means);
-  out << "[";
-  for (size_t i = 0; i < all.size(); i++) {
-    if (i) out << ",";
-    write(out, all[i]);
-  }
-  out << "]";
-  text = out.str();
-  return text.c_str();
+  return listed(pipelines_of_a_generation(*shape, has_means));
+}
+
+const char* tq_pipelines_of_a_layer(const AttentionShape* shape, int has_means, int token_type) {
+  return listed(pipelines_of_a_layer(*shape, has_means, Type(token_type)));
 }
 
 const char* tq_plan_encode(int op, const EncodeShape* shape, unsigned char* params) {

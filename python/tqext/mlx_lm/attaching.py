@@ -8,7 +8,7 @@ from typing import Any
 
 from mlx import nn
 
-from tqext.mlx_lm import hooks
+from tqext.mlx_lm import first_use, hooks
 from tqext.mlx_lm.caches import (
     KEY,
     Attached,
@@ -84,8 +84,8 @@ def uninstall() -> None:
 def attach(model: Any, preset: str | Policy = DEFAULT_PRESET, **overrides: Any) -> Any:
     """Let a loaded model make compressed caches; returns the model.
 
-    Which layers can be compressed is found out (`probe`) when the first cache is made. The model's class becomes a
-    subclass of its own, with another ``make_cache``; copies of the model are attached as well.
+    Which layers can be compressed is found out (`probe`) when the first cache is made; Metal compiles their kernels then.
+    The model's class becomes a subclass of its own, with another ``make_cache``; copies of the model are attached as well.
     """
     policy = get_policy(preset, **overrides)
     with hooks.lock:
@@ -115,6 +115,7 @@ class _CompressedCaches(Attached):
         with hooks.lock:
             if attachment.report is None:
                 attachment.report = judged(self, attachment.policy)
+                first_use.prepare(attachment.report)
         return attachment.report
 
 
@@ -199,7 +200,9 @@ def make_prompt_cache(
     """
     check_model("make_prompt_cache", model)
     hooks.hook()
-    return compressed(stock_cache(model), judged(model, get_policy(preset, **overrides)), max_kv_size)
+    report = judged(model, get_policy(preset, **overrides))
+    first_use.prepare(report)
+    return compressed(stock_cache(model), report, max_kv_size)
 
 
 def report(model: Any) -> Report:

@@ -11,7 +11,7 @@ from tqext.kv.cache import TurboQuantKVCache
 from tqext.kv.snapshot import AttendsItself
 from tqext.mlx_lm import hooks
 from tqext.mlx_lm.caches import check_model, layer_range, members, replaced, stock_cache
-from tqext.mlx_lm.reports import Layer, Report
+from tqext.mlx_lm.reports import Layer, Queries, Report
 from tqext.presets import DEFAULT_PRESET, Policy, Recipe, get_policy
 
 MAX_HEAD_DIM = 512
@@ -20,13 +20,14 @@ MAX_HEAD_DIM = 512
 class _ProbeTokens(AttendsItself):
     """Stands in for the keys and values of a layer, and notes whether they reach the hook."""
 
-    __slots__ = ("dtype", "hits", "shape", "value_dim")
+    __slots__ = ("dtype", "hits", "queries", "shape", "value_dim")
 
     def __init__(self, keys: mx.array, values: mx.array, n_tokens: int) -> None:
         self.shape = (*keys.shape[:2], n_tokens, keys.shape[3])
         self.dtype = keys.dtype
         self.value_dim = values.shape[3]
         self.hits = 0
+        self.queries: list[Queries] = []
 
     @property
     def ndim(self) -> int:
@@ -39,6 +40,7 @@ class _ProbeTokens(AttendsItself):
         if values is not self:
             raise TypeError("attention got other values than the cache's")
         self.hits += 1
+        self.queries.append(Queries(queries.shape[1], queries.dtype, options.get("sinks") is not None))
         return mx.zeros((*queries.shape[:3], self.value_dim), queries.dtype)
 
 
@@ -159,4 +161,5 @@ def _judge(path: str, stock: Any, recipe: Recipe | None, reason: str | None, tri
     if any(dim % 8 or not 8 <= dim <= MAX_HEAD_DIM for dim in shape[1:3]):
         why = f"head dimensions {shape[1:3]} are not multiples of 8 up to {MAX_HEAD_DIM}"
         return Layer(path, cache, None, why, *shape)
-    return Layer(path, cache, recipe, "", *shape, shared=tried.asked)
+    queries = tuple(dict.fromkeys(q for t in tried.tokens for q in t.queries))
+    return Layer(path, cache, recipe, "", *shape, shared=tried.asked, dtype=tokens.dtype, queries=queries)
