@@ -1,4 +1,6 @@
-"""GGUF files as mlx-lm folders: Q1_0 tensors (ggml type 41) as native 1-bit layers, all others dequantised.
+"""GGUF files as mlx-lm folders: Q1_0 tensors (ggml type 41) as native 1-bit layers, ternary ones as MLX's affine 2-bit layers.
+
+Tensors of all other types are dequantised, and in a file with Q1_0 tensors the ternary ones too.
 
 Needs the package ``gguf``: ``mx.load`` drops tensors of the types it does not know without a word.
 """
@@ -15,7 +17,7 @@ import mlx.core as mx
 import numpy as np
 
 from tqext import disk
-from tqext.one_bit import checkpoint, gguf_file
+from tqext.one_bit import checkpoint, gguf_file, ternary
 from tqext.one_bit.nn import GROUP_SIZE
 
 _BLOCK_BYTES = 2 + GROUP_SIZE // 8  # fp16 scale, then sign bits, low bit first
@@ -105,13 +107,13 @@ def folder_of(path: str | Path, cache: Path) -> Path:
 
 
 def convert(path: str | Path, folder: str | Path, dtype: mx.Dtype = mx.float16, *, dense: bool = False) -> None:
-    """Write a GGUF file of a llama, qwen2, qwen3 or gemma3 model as an mlx-lm folder, what is not 1-bit in `dtype`.
+    """Write a GGUF file of a llama, qwen2, qwen3 or gemma3 model as an mlx-lm folder, what is not 1-bit or ternary in `dtype`.
 
     Args:
         path: The file.
         folder: Must not exist.
         dtype: Of the dequantised weights.
-        dense: Also take a file without any 1-bit tensor. All its weights are dequantised, which makes them larger.
+        dense: Also take a file without any 1-bit or ternary tensor. All its weights are dequantised, which makes them larger.
 
     Raises:
         ValueError: The file is not one that can be converted; the message says why.
@@ -133,15 +135,22 @@ def _convert(
         tensors = _tied(tensors)
     config = {**_config(metadata, tensors), "torch_dtype": str(dtype).rpartition(".")[2]}
     weights: dict[str, mx.array] = {}
+    # One config names one form of packed weights; a file of both is not known.
+    packed_kinds = {tensor.tensor_type.name for tensor in tensors.values()}
+    keep_ternary = "Q1_0" not in packed_kinds
     for name, tensor in tensors.items():
-        made = _convert_tensor(name, tensor, config, dtype)
+        made = _convert_tensor(name, tensor, config, dtype, keep_ternary)
         mx.eval(made)  # or the fp32 values of all tensors are held until the end
         weights.update(made)
     _check_layers(tensors, config["num_hidden_layers"])
-    native = bool(checkpoint.one_bit_paths(weights))
-    if not native and not dense:
-        raise ValueError(f"[gguf] {path}: expected Q1_0 tensors (type 41), got none")
-    checkpoint.check_tensors(weights)
+    native = "Q1_0" in packed_kinds
+    groups = {tensor.tensor_type.group for tensor in tensors.values() if isinstance(tensor.tensor_type, ternary.Type)}
+    if not native and not groups and not dense:
+        raise ValueError(f"[gguf] {path}: expected tensors of Q1_0 (type 41) or a ternary type, got none")
+    if native:
+        checkpoint.check_tensors(weights)
+    elif groups:
+        config["quantization"] = {"group_size": max(groups), "bits": ternary.BITS, "mode": "affine"}
     folder.mkdir(parents=True)
     mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
     _write_tokenizer(metadata, folder)
@@ -181,7 +190,7 @@ def read(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return tensors, metadata
 
 
-def _convert_tensor(name: str, tensor: Any, config: dict[str, Any], dtype: mx.Dtype) -> dict[str, mx.array]:
+def _convert_tensor(name: str, tensor: Any, config: dict[str, Any], dtype: mx.Dtype, keep_ternary: bool) -> dict[str, mx.array]:
     path = _mlx_name(name, config["model_type"])
     restore: Callable[[np.ndarray], np.ndarray] = lambda x: x  # noqa: E731
     if config["model_type"] == "llama" and path.endswith(("self_attn.q_proj", "self_attn.k_proj")):
@@ -191,6 +200,11 @@ def _convert_tensor(name: str, tensor: Any, config: dict[str, Any], dtype: mx.Dt
     if tensor.tensor_type.name == "Q1_0" and suffix == "weight":
         words, scales = unpack_blocks(np.asarray(tensor.data), name)
         return {f"{path}.weight": mx.array(restore(words)), f"{path}.scales": mx.array(restore(scales))}
+    if isinstance(tensor.tensor_type, ternary.Type) and suffix == "weight" and keep_ternary:
+        codes, scales = ternary.unpack(np.asarray(tensor.data), tensor.tensor_type, name)
+        # float16's scales are exact in float32 and not in bfloat16, where they round as every other weight does.
+        scale = mx.array(restore(scales)).astype(dtype)
+        return {f"{path}.weight": mx.array(ternary.pack(restore(codes))), f"{path}.scales": scale, f"{path}.biases": -scale}
     plain = _plain(tensor, name)
     if suffix == "weight" and plain.ndim == 2:
         plain = restore(plain)
@@ -218,6 +232,8 @@ def _plain(tensor: Any, name: str, n_rows: int | None = None) -> np.ndarray:
     from gguf import quants
 
     data = np.asarray(tensor.data)[:n_rows]
+    if isinstance(tensor.tensor_type, ternary.Type):
+        return ternary.dequantize(*ternary.unpack(data, tensor.tensor_type, name))
     if tensor.tensor_type.name in ("F32", "F16"):
         return data.astype(np.float32)
     try:
