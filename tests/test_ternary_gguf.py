@@ -121,7 +121,7 @@ def patch(path, tensors):
     data = bytearray(path.read_bytes())
     for name, (columns, number) in tensors.items():
         begin = len(name).to_bytes(8, "little") + name.encode()
-        at = data.find(begin) + len(begin) + 4
+        at = data.rfind(begin) + len(begin) + 4  # metadata may have the name too
         data[at : at + 8] = columns.to_bytes(8, "little")
         data[at + 16 : at + 20] = number.to_bytes(4, "little")
     path.write_bytes(data)
