@@ -396,9 +396,7 @@ def test_gguf_of_another_architecture_is_refused(tmp_path):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(
-        ValueError, match=r"general\.architecture: expected one of \['gemma3', 'llama', 'qwen2', 'qwen3'\], got 'gemma2'"
-    ):
+    with pytest.raises(ValueError, match=r"general\.architecture: expected one of .+'qwen3', 'qwen35'\], got 'gemma2'"):
         tqext.load(str(tmp_path / "a.gguf"))
 
 

@@ -114,7 +114,7 @@ def convert(path: str | Path, folder: str | Path, dtype: mx.Dtype = mx.float16, 
     Args:
         path: The file.
         folder: Must not exist.
-        dtype: Of the dequantised weights; Hadamard-folded models have float16 whatever it is.
+        dtype: Of the dequantised weights and of ternary weights' scales.
         dense: Also take a file without any 1-bit or ternary tensor. All its weights are dequantised, which makes them larger.
 
     Raises:
@@ -134,9 +134,7 @@ def _convert(
     path: str | Path, folder: Path, tensors: dict[str, Any], metadata: dict[str, Any], dtype: mx.Dtype, dense: bool
 ) -> None:
     fold = qwen35.read_fold(metadata, tensors)
-    if fold is not None:
-        dtype = mx.float16  # mlx-lm's folded layers know no other
-    elif dense:
+    if dense and fold is None:
         tensors = _tied(tensors)
     config = {**_config(metadata, tensors), "torch_dtype": str(dtype).rpartition(".")[2]}
     weights: dict[str, mx.array] = {}
@@ -173,7 +171,7 @@ def _modules(weights: dict[str, mx.array], fold: qwen35.Fold | None) -> list[dic
         {
             "path": path,
             "embedding": path == OUTER_NAMES["token_embd"],
-            "dtype": "float16",
+            "dtype": "float16",  # the only name that mlx-lm takes; it computes in the dtype of the input
             "block": fold.block_size if fold is not None and f"{path}.signs" in weights else 0,
         }
         for path in sorted(checkpoint.one_bit_paths(weights))
