@@ -13,7 +13,6 @@ from mlx.utils import tree_flatten
 import q1_models
 import tqext
 from support import assert_close, to_numpy
-from test_ternary_gguf import patch
 from tqext import gguf as loader
 from tqext import one_bit
 from tqext.one_bit import gguf_file
@@ -219,7 +218,7 @@ def write(path, *, folded, tied=False):
     writer.write_tensors_to_file()
     writer.close()
     model.load_weights(weights)
-    return patch(path, patches), model
+    return q1_models.set_types(path, patches), model
 
 
 def logits(model):

@@ -9,7 +9,6 @@ import pytest
 import q1_models
 import tqext
 from support import assert_close, to_numpy
-from test_q1_gguf import gguf_name, interleave
 from tqext import gguf as loader
 from tqext import one_bit
 from tqext.one_bit import gguf_file, ternary
@@ -116,20 +115,8 @@ def test_unpack_refuses_other_sizes():
         ternary.unpack(np.zeros((3, 29), np.uint8), ternary.TYPES[143])
 
 
-def patch(path, tensors):
-    """Give tensors of bytes their type and width: the gguf package does not know these types."""
-    data = bytearray(path.read_bytes())
-    for name, (columns, number) in tensors.items():
-        begin = len(name).to_bytes(8, "little") + name.encode()
-        at = data.rfind(begin) + len(begin) + 4  # metadata may have the name too
-        data[at : at + 8] = columns.to_bytes(8, "little")
-        data[at + 16 : at + 20] = number.to_bytes(4, "little")
-    path.write_bytes(data)
-    return path
-
-
 def add_matrix(writer, target, name, rows, columns, rng, order=lambda rows: rows):
-    """A random ternary tensor of a file; its values, and what `patch` needs."""
+    """A random ternary tensor of a file; its values, and what `q1_models.set_types` needs."""
     data, values = random_matrix(name, rows, columns, rng)
     writer.add_tensor(target, order(data).view(np.int8), raw_dtype=gguf.GGMLQuantizationType.I8)
     return values.astype(np.float32), (columns, NUMBERS[name])
@@ -168,14 +155,14 @@ def write(path, name, arch, *, number=None, metadata=None, q1=()):
     rng, patches, weights = np.random.default_rng(7), {}, []
     for i, (path_of, value) in enumerate(q1_models.parameters(model)):
         layer, _, suffix = path_of.rpartition(".")
-        target = f"{gguf_name(layer)}.{suffix}"
+        target = f"{q1_models.gguf_name(layer)}.{suffix}"
         if value.ndim == 1:
             writer.add_tensor(target, to_numpy(value))
             continue
         heads = {"q_proj": 4, "k_proj": 2}.get(layer.rpartition(".")[2])
 
         def order(rows, heads=heads):
-            return interleave(rows, heads) if arch == "llama" and heads else rows
+            return q1_models.interleave(rows, heads) if arch == "llama" and heads else rows
 
         if target in q1:
             words, scales = one_bit_values(value)
@@ -192,7 +179,7 @@ def write(path, name, arch, *, number=None, metadata=None, q1=()):
     writer.write_tensors_to_file()
     writer.close()
     model.load_weights(weights, strict=False)
-    return patch(path, patches), model
+    return q1_models.set_types(path, patches), model
 
 
 def one_bit_values(value):
