@@ -234,3 +234,15 @@ def make(arch, **changes):
             model.load_weights([(name, value.astype(dtype()))], strict=False)
     model.model.embed_tokens.dtype = dtype()
     return model, settings
+
+
+def set_types(path, tensors):
+    """Give tensors of bytes their type and width: the gguf package does not know these types."""
+    data = bytearray(path.read_bytes())
+    for name, (columns, number) in tensors.items():
+        begin = len(name).to_bytes(8, "little") + name.encode()
+        at = data.rfind(begin) + len(begin) + 4  # metadata may have the name too
+        data[at : at + 8] = columns.to_bytes(8, "little")
+        data[at + 16 : at + 20] = number.to_bytes(4, "little")
+    path.write_bytes(data)
+    return path

@@ -396,16 +396,14 @@ def test_gguf_of_another_architecture_is_refused(tmp_path):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(
-        ValueError, match=r"general\.architecture: expected one of \['gemma3', 'llama', 'qwen2', 'qwen3'\], got 'gemma2'"
-    ):
+    with pytest.raises(ValueError, match=r"general\.architecture: expected one of .+'qwen3', 'qwen35'\], got 'gemma2'"):
         tqext.load(str(tmp_path / "a.gguf"))
 
 
 def test_gguf_without_q1_tensors_is_refused(tmp_path):
     settings = q1_models.config("qwen3")
     path = write_gguf(tmp_path / "plain.gguf", q1_models.make_model(settings), settings)
-    with pytest.raises(ValueError, match=r"expected Q1_0 tensors \(type 41\), got none"):
+    with pytest.raises(ValueError, match=r"expected tensors of Q1_0 \(type 41\) or a ternary type, got none"):
         tqext.load(str(path))
 
 
@@ -420,15 +418,15 @@ def test_gguf_truncated_or_foreign_files_are_value_errors(tmp_path):
 
 
 def test_gguf_with_an_unknown_type_is_a_value_error(tmp_path):
-    """Type 143 (PTQ1_0, of 'Bonsai 2') in the header of the first Q1_0 tensor."""
+    """Type 200 in the header of the first Q1_0 tensor."""
     model, settings = make("qwen3")
     path = write_gguf(tmp_path / "model.gguf", model, settings)
     data = bytearray(path.read_bytes())
     at = data.find(b"token_embd.weight") + len(b"token_embd.weight") + 4 + 16
     assert int.from_bytes(data[at : at + 4], "little") == 41
-    data[at : at + 4] = (143).to_bytes(4, "little")
+    data[at : at + 4] = (200).to_bytes(4, "little")
     path.write_bytes(data)
-    with pytest.raises(ValueError, match=r"Bonsai 2"):
+    with pytest.raises(ValueError, match=r"expected a type of token_embd\.weight that the gguf package knows, got 200"):
         tqext.load(str(path))
 
 

