@@ -6,8 +6,8 @@ mlx-lm, as the published checkpoints, has the value heads of one key head side b
 A folded matrix W is stored as W S H: H is the normalised Walsh-Hadamard matrix of consecutive blocks of the input, S a sign per
 input. The product needs H (S x) in the place of x. A folded embedding stores rows H (S e), and S (H z) gives them back.
 
-Sources: conversion/qwen.py of ggml-org/llama.cpp for the order, src/llama-model.cpp and src/llama-graph.cpp of
-PrismML-Eng/llama.cpp for the metadata prism.hadamard.*, and mlx-lm's models/prism_hadamard_qwen35.py, which computes it.
+Sources: mlx-lm's models/prism_hadamard_qwen35.py, which computes it; independent readers of such files that cite llama.cpp's
+conversion/qwen.py for the order, and PrismML-Eng/llama.cpp's llama-model.cpp for the metadata prism.hadamard.*.
 """
 
 from __future__ import annotations
