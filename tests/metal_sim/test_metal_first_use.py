@@ -121,7 +121,7 @@ def test_a_generation_launches_what_its_first_cache_prepared(monkeypatch, used, 
 def test_nothing_is_prepared_on_the_cpu():
     model = tqext.attach(make_llama(), "tq3", guard=False, balance=False)
     report = tqext.mlx_lm.report(model)
-    assert report.compressed and all(x.queries == ((4, mx.float32, False),) for x in report.compressed)
+    assert report.compressed and all(x.queries == ((4, "float32", False),) for x in report.compressed)
     with mx.stream(mx.cpu):
         assert first_use.prepare(report) == 0
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import mlx.core as mx
+
 from tqext._ext import prepare_pipelines
 from tqext.mlx_lm.reports import Report
 
@@ -29,8 +31,8 @@ def _shapes(report: Report) -> list[tuple[tuple[str, Any], ...]]:
                 "n_kv_heads": layer.n_kv_heads,
                 "head_dim": layer.head_dim,
                 "value_dim": layer.value_dim,
-                "query_dtype": queries.dtype,
-                "token_dtype": layer.dtype,
+                "query_dtype": getattr(mx, queries.dtype),
+                "token_dtype": getattr(mx, str(layer.dtype)),
                 "key_bits": recipe.key_bits,
                 "value_bits": recipe.value_bits,
                 "value_coding": recipe.value_coding,

@@ -17,6 +17,10 @@ from tqext.presets import DEFAULT_PRESET, Policy, Recipe, get_policy
 MAX_HEAD_DIM = 512
 
 
+def _name(dtype: mx.Dtype) -> str:
+    return str(dtype).removeprefix("mlx.core.")
+
+
 class _ProbeTokens(AttendsItself):
     """Stands in for the keys and values of a layer, and notes whether they reach the hook."""
 
@@ -40,7 +44,7 @@ class _ProbeTokens(AttendsItself):
         if values is not self:
             raise TypeError("attention got other values than the cache's")
         self.hits += 1
-        self.queries.append(Queries(queries.shape[1], queries.dtype, options.get("sinks") is not None))
+        self.queries.append(Queries(queries.shape[1], _name(queries.dtype), options.get("sinks") is not None))
         return mx.zeros((*queries.shape[:3], self.value_dim), queries.dtype)
 
 
@@ -162,4 +166,4 @@ def _judge(path: str, stock: Any, recipe: Recipe | None, reason: str | None, tri
         why = f"head dimensions {shape[1:3]} are not multiples of 8 up to {MAX_HEAD_DIM}"
         return Layer(path, cache, None, why, *shape)
     queries = tuple(dict.fromkeys(q for t in tried.tokens for q in t.queries))
-    return Layer(path, cache, recipe, "", *shape, shared=tried.asked, dtype=tokens.dtype, queries=queries)
+    return Layer(path, cache, recipe, "", *shape, shared=tried.asked, dtype=_name(tokens.dtype), queries=queries)

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import mlx.core as mx
-
 from tqext._ext import format as packed_format
 from tqext.calibration import LayerCalibration
 from tqext.presets import Policy, Recipe
@@ -18,7 +16,7 @@ class Queries(NamedTuple):
     """Whose attention goes to a cache, as the probe saw it."""
 
     n_heads: int
-    dtype: mx.Dtype
+    dtype: str  # as in `Layer.dtype`
     has_sinks: bool
 
 
@@ -36,7 +34,8 @@ class Layer:
         shared: Whether other layers attend to its tokens.
         calibration: Its balance and errors under `recipe`, None before the calibration (`probe`) or without a need for one.
         note: Why the guard chose another recipe than the policy's, empty if it did not.
-        dtype: Of the keys, None for a cache that the probe could not look into. `dtype_size` are the bytes of it.
+        dtype: Of the keys, as ``"float16"``: a type of MLX cannot be copied. None for a cache that the probe could not look
+            into. `dtype_size` are the bytes of it.
         queries: What attends to it; more than one kind where layers share it.
     """
 
@@ -51,7 +50,7 @@ class Layer:
     shared: bool = False
     calibration: LayerCalibration | None = None
     note: str = ""
-    dtype: mx.Dtype | None = None
+    dtype: str | None = None
     queries: tuple[Queries, ...] = ()
 
     @property

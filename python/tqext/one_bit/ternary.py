@@ -3,8 +3,8 @@
 Every type here stores codes 0 to 3 for -scale, 0, +scale and 2 * scale (which no ternary model uses) and one float16 scale per
 group. MLX's affine form computes scale * code + bias, which is the same number for bias = -scale.
 
-Sources of the layouts: ggml-common.h of ggml-org/llama.cpp (TQ1_0, TQ2_0, Q2_0) and of PrismML-Eng/llama.cpp (PQ2_0), independent
-readers that cite the latter's sources (PTQ1_0); MODEL-FORMATS.md of PrismML-Eng/Bonsai-demo (Q2_0 of older files).
+Sources of the layouts: ggml-common.h of ggml-org/llama.cpp (TQ1_0, TQ2_0, Q2_0) and of PrismML-Eng/llama.cpp (PQ2_0),
+independent readers that cite the latter's sources (PTQ1_0); MODEL-FORMATS.md of PrismML-Eng/Bonsai-demo (Q2_0 of older files).
 """
 
 from __future__ import annotations
