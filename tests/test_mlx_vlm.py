@@ -1,8 +1,13 @@
 """Compressed caches in the models of mlx-vlm, where it is installed: pip install mlx-vlm."""
 
+import json
+import socket
 import subprocess
 import sys
+import time
 import types
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 
 import mlx.core as mx
 import pytest
@@ -17,7 +22,7 @@ from mlx_vlm.models.base import LanguageModelOutput
 
 import tqext
 import tqext.mlx_lm
-from tiny import prompt
+from tiny import make_llama, prompt, save_chat_folder
 from tqext.mlx_lm import hooks
 from vlm_models import CONFIGS, make, with_image
 
@@ -146,8 +151,6 @@ def test_attach_and_detach(vlm):
 
 
 def save(kind, folder):
-    import json
-
     model = make(kind)
     mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(model.parameters())), {"format": "mlx"})
     (folder / "config.json").write_text(json.dumps(CONFIGS[kind]))
@@ -265,3 +268,50 @@ def test_the_quantisation_of_mlx_vlm_and_ours_are_not_mixed_in_a_batch(vlm):
     tqext.attach(vlm.model, "tq3")
     with pytest.raises(NotImplementedError, match="TurboQuantKVCache does not support quantized"):
         batch(vlm, [(text(20), None, {})] * 2, 2, prefill_batch_size=2, kv_bits=4)
+
+
+# Its server
+
+SERVE = """
+import sys
+import tqext, tqext.mlx_lm
+tqext.install("tq3")
+tqext.mlx_lm.on_cache(lambda report, cache: print("made:", {type(c).__name__ for c in cache}, flush=True))
+from mlx_vlm.server import main
+main()
+"""
+
+
+def test_the_server_answers_together_as_one_by_one(tmp_path):
+    """Text only: the model has no processor of images."""
+    folder, log = save_chat_folder(make_llama(), tmp_path / "model"), tmp_path / "log"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+
+    def ask(i):
+        messages = [{"role": "user", "content": "abc " * (20 + 30 * i)}]
+        body = {"model": str(folder), "max_tokens": 30, "temperature": 0, "messages": messages}
+        request = urllib.request.Request(
+            f"{url}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return json.load(answer)["choices"][0]["message"]["content"]
+
+    command = [sys.executable, "-c", SERVE, "--model", str(folder), "--host", "127.0.0.1", "--port", str(port)]
+    with log.open("w") as out, subprocess.Popen(command, stdout=out, stderr=out) as server:
+        try:
+            for _ in range(120):
+                try:
+                    urllib.request.urlopen(f"{url}/health", timeout=2).close()
+                    break
+                except OSError:
+                    assert server.poll() is None, log.read_text()
+                    time.sleep(0.5)
+            one_by_one = [ask(i) for i in range(3)]
+            with ThreadPoolExecutor(3) as pool:
+                assert list(pool.map(ask, range(3))) == one_by_one
+        finally:
+            server.kill()
+    assert "made: {'TurboQuantKVCache'}" in log.read_text()
