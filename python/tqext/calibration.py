@@ -33,6 +33,7 @@ from tqext.disk import cache_dir
 from tqext.fp16_range import fits_fp16
 from tqext.kv.snapshot import AttendsItself, create_mask
 from tqext.mlx_lm import hooks
+from tqext.mlx_lm.packages import logits
 from tqext.ops import dequantize, quantize_keys, quantize_values
 from tqext.presets import Recipe
 
@@ -118,9 +119,14 @@ def ladder(recipe: Recipe) -> tuple[Recipe, ...]:
 # The prompt and its places
 
 
+def _arguments(model: Any) -> Any:
+    """What the model was made with; some of mlx-vlm's call it ``config``."""
+    return getattr(model, "args", None) or getattr(model, "config", None)
+
+
 def _setting(model: Any, *names: str) -> Any:
     """The first of these names that the model's arguments have, or those of its text model."""
-    args = getattr(model, "args", None)
+    args = _arguments(model)
     text = args.get("text_config") if isinstance(args, dict) else getattr(args, "text_config", None)
     for name in names:
         for holder in (args, text):
@@ -513,7 +519,7 @@ def observe(model: Any, make_cache: MakeCache, recipes: Mapping[str, Recipe], ra
 
     def run(shift: int, with_view: bool = True) -> dict[str, _Observed]:
         cache, observing = make_cache(lambda: ObservingCache(shift, turns))
-        out = model(tokens, cache=cache)
+        out = logits(model, tokens, cache)
         step = {path: _Observed.of(observing[path].seen, r.means, with_view=with_view) for path, r in recipes.items()}
         # Parts of a model wait for each other up to its end; alone, nobody needs the logits.
         mx.eval([o.arrays() for o in step.values()], out[:, -1:, :1] if ranks.n > 1 else [])
@@ -592,7 +598,7 @@ class Ranks:
 def fingerprint(model: Any) -> str:
     """A hash of the model's arguments and parameters: names, shapes, types, and 32 numbers of each."""
     digest = hashlib.sha256()
-    args = getattr(model, "args", None)
+    args = _arguments(model)
     if dataclasses.is_dataclass(args):
         digest.update(repr(args).encode())
     samples = []

@@ -451,6 +451,19 @@ class TurboQuantKVCache(Buffers):
 
     # Batches
 
+    def to_batch(self, left_padding: Sequence[int]) -> Buffers:
+        """An empty batch with this cache's recipe, for prompts that are padded on their left: mlx-vlm asks for one.
+
+        Raises:
+            ValueError: The cache holds tokens; `merge` makes a batch that continues it.
+        """
+        if not self.empty():
+            raise ValueError(f"[to_batch] cache: expected an empty cache, got {self.size()} tokens")
+        batch: Buffers = self.batch_class(
+            left_padding, self.recipe, balance=self._balance, shared=self.shared, max_size=self.max_size
+        )
+        return batch
+
     @classmethod
     def merge(cls, caches: Sequence[TurboQuantKVCache]) -> Buffers:
         """A batch, a `BatchTurboQuantKVCache`, whose sequences continue these caches."""

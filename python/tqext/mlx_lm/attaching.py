@@ -21,6 +21,7 @@ from tqext.mlx_lm.caches import (
     stock_make_cache,
 )
 from tqext.mlx_lm.guard import judged
+from tqext.mlx_lm.packages import text_model
 from tqext.mlx_lm.reports import Report
 from tqext.presets import DEFAULT_PRESET, Policy, get_policy
 
@@ -47,6 +48,7 @@ def install(preset: str | Policy = DEFAULT_PRESET, **overrides: Any) -> Policy:
     with hooks.lock:
         hooks.hook()
         hooks.add_load_step(_LOAD_STEP, _load_attached)
+        hooks.vlm_load_model.put()
         _load_policy = policy
         for model in _attached_models():
             if vars(model)[KEY].installed:
@@ -56,10 +58,26 @@ def install(preset: str | Policy = DEFAULT_PRESET, **overrides: Any) -> Policy:
 
 def _load_attached(load: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     loaded = load(*args, **kwargs)
+    _attach_installed(loaded[0])
+    return loaded
+
+
+def _attach_installed(model: Any) -> None:
     with hooks.lock:
         if _load_policy is not None:
-            _attach(loaded[0], Attachment(_load_policy, installed=True))
-    return loaded
+            _attach(model, Attachment(_load_policy, installed=True))
+
+
+def _load_vlm_model(previous: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """mlx-vlm's ``load_model``; what it loads besides may also be a model without a text model, such as an encoder."""
+    model = previous(*args, **kwargs)
+    text = text_model(model)
+    if isinstance(text, nn.Module) and hasattr(text, "layers"):
+        _attach_installed(text)
+    return model
+
+
+hooks.load_vlm_models_with(_load_vlm_model)
 
 
 def uninstall() -> None:
@@ -73,7 +91,9 @@ def uninstall() -> None:
     global _load_policy
     with hooks.lock:
         hooks.check()
+        hooks.vlm_load_model.check()
         hooks.remove_load_step(_LOAD_STEP)
+        hooks.vlm_load_model.take_back()
         hooks.take_back()
         for model in _attached_models():
             _detach(model)
@@ -90,7 +110,8 @@ def attach(model: Any, preset: str | Policy = DEFAULT_PRESET, **overrides: Any) 
     policy = get_policy(preset, **overrides)
     with hooks.lock:
         hooks.hook()
-        return _attach(model, Attachment(policy))
+        _attach(text_model(model), Attachment(policy))
+    return model
 
 
 class _CompressedCaches(Attached):
@@ -138,8 +159,8 @@ def _attach(model: Any, attachment: Attachment) -> Any:
     return model
 
 
-def _make_mlx_lm_cache(previous: Callable[..., Any], model: Any, max_kv_size: int | None = None) -> Any:
-    """mlx-lm's own ``make_prompt_cache``, where `install` finds the models that were loaded before it."""
+def _make_prompt_cache(previous: Callable[..., Any], model: Any, max_kv_size: int | None = None) -> Any:
+    """mlx-lm's or mlx-vlm's own ``make_prompt_cache``, where `install` finds the models that were loaded before it."""
     if _load_policy is not None:
         with hooks.lock:
             if _load_policy is not None and isinstance(model, nn.Module) and KEY not in vars(model):
@@ -152,7 +173,7 @@ def _make_mlx_lm_cache(previous: Callable[..., Any], model: Any, max_kv_size: in
     return previous(model, max_kv_size)
 
 
-hooks.make_prompt_caches_with(_make_mlx_lm_cache)
+hooks.make_prompt_caches_with(_make_prompt_cache)
 
 
 def _attached_models() -> list[Any]:
@@ -178,8 +199,8 @@ def detach(model: Any) -> Any:
     if not isinstance(model, nn.Module):
         raise ValueError(f"[detach] model: expected a model of mlx.nn, got {kind(model)}")
     with hooks.lock:
-        _detach(model)
-        vars(model)[KEY] = None
+        _detach(text_model(model))
+        vars(text_model(model))[KEY] = None
     return model
 
 
@@ -199,6 +220,7 @@ def make_prompt_cache(
         ValueError: A bound that leaves no room for codes, or one for a model in which other layers keep all tokens.
     """
     check_model("make_prompt_cache", model)
+    model = text_model(model)
     hooks.hook()
     report = judged(model, get_policy(preset, **overrides))
     first_use.prepare(report)
@@ -211,6 +233,7 @@ def report(model: Any) -> Report:
     Raises:
         ValueError: The model is not attached.
     """
+    model = text_model(model)
     if not isinstance(model, _CompressedCaches):
         raise ValueError(f"[report] model: expected an attached model, got {type(model).__name__}")
     return model._tqext_report()

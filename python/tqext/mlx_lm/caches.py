@@ -7,10 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import mlx_lm.models.cache as mlx_lm_cache
-
 from tqext.kv.cache import TurboQuantKVCache
 from tqext.mlx_lm import hooks
+from tqext.mlx_lm.packages import is_stock, of_mlx_vlm
 from tqext.mlx_lm.reports import Report
 from tqext.presets import Policy
 
@@ -42,9 +41,12 @@ class Attached:
 
 
 def stock_cache(model: Any) -> list[Any]:
-    """The cache mlx-lm would make for the model without tqext."""
+    """The cache mlx-lm, or mlx-vlm for its own models, would make for the model without tqext."""
     make = stock_make_cache(model)
-    return list(hooks.make_prompt_cache.unhooked()(layers_of(model)) if make is None else make())
+    if make is not None:
+        return list(make())
+    hook = hooks.vlm_make_prompt_cache if of_mlx_vlm(model) else hooks.make_prompt_cache
+    return list(hook.unhooked()(layers_of(model)))
 
 
 def stock_make_cache(model: Any) -> Callable[[], Any] | None:
@@ -63,23 +65,18 @@ def layers_of(model: Any) -> Any:
 def members(caches: Sequence[Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Every cache of a model with its place, as `Layer` has it."""
     for i, cache in enumerate(caches):
-        if type(cache) is mlx_lm_cache.CacheList:
+        if is_stock(cache, "CacheList"):
             yield from members(cache.caches, f"{prefix}{i}.")
         else:
             yield f"{prefix}{i}", cache
-
-
-def _cache_list(*members: Any) -> Any:
-    new: Any = mlx_lm_cache.CacheList
-    return new(*members)
 
 
 def replaced(caches: Sequence[Any], new: Callable[[str, Any], Any], prefix: str = "") -> list[Any]:
     """The caches with ``new(place, cache)`` instead of each."""
     out = []
     for i, cache in enumerate(caches):
-        if type(cache) is mlx_lm_cache.CacheList:
-            out.append(_cache_list(*replaced(cache.caches, new, f"{prefix}{i}.")))
+        if is_stock(cache, "CacheList"):
+            out.append(type(cache)(*replaced(cache.caches, new, f"{prefix}{i}.")))
         else:
             out.append(new(f"{prefix}{i}", cache))
     return out

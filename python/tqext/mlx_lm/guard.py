@@ -8,6 +8,7 @@ from typing import Any
 
 from tqext.calibration import Calibration, calibrate_layers, ladder
 from tqext.mlx_lm.caches import replaced, stock_cache
+from tqext.mlx_lm.packages import text_model
 from tqext.mlx_lm.probing import probe
 from tqext.mlx_lm.reports import Layer, Report
 from tqext.presets import DEFAULT_PRESET, Policy
@@ -28,7 +29,7 @@ def calibrate(model: Any, preset: str | Policy = DEFAULT_PRESET, **overrides: An
     Raises:
         RuntimeError: The model cannot be run on the prompt.
     """
-    return _calibrate(model, probe(model, preset, **overrides).compressed)
+    return _calibrate(text_model(model), probe(model, preset, **overrides).compressed)
 
 
 def _calibrate(model: Any, layers: Sequence[Layer]) -> Calibration:
@@ -55,6 +56,7 @@ def judged(model: Any, policy: Policy, *, always: bool = False) -> Report:
         policy: What to look for.
         always: Calibrate also without a balance and a guard.
     """
+    model = text_model(model)
     probed = probe(model, policy)
     need = [x for x in probed.compressed if always or policy.guard or (x.recipe is not None and x.recipe.balance)]
     calibration = _calibrate(model, need)

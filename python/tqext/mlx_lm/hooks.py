@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import functools
+import importlib
+import importlib.abc
+import importlib.machinery
 import sys
 import threading
-from collections.abc import Callable, Iterator
+import types
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +27,15 @@ class Hook:
     """A function of another package, with a wrapper in its place.
 
     Args:
-        owner: The module that holds the function.
+        owner: The module that holds the function, or its name if it is of a package that need not be there: the function is
+            replaced once somebody imports it.
         name: The function's name there.
         call: ``call(previous, *args, **kwargs)``, which is run instead.
         everywhere: Also replace the function in the modules that imported it by name.
     """
 
     def __init__(self, owner: Any, name: str, call: Callable[..., Any], *, everywhere: bool = False) -> None:
-        self.owner = owner
+        self._owner = owner
         self.name = name
         self.call = call
         self.everywhere = everywhere
@@ -42,6 +47,9 @@ class Hook:
         with lock:
             if self.previous is not None:
                 return
+            if self.owner is None:
+                _imports.wait_for(self._owner, self)
+                return
             previous, call = getattr(self.owner, self.name), self.call
 
             # A partial, not a function: every call of MLX's attention goes through it.
@@ -49,6 +57,11 @@ class Hook:
 
             self.previous, self._wrapper = previous, wrapper
             self._replace(previous, wrapper)
+
+    @property
+    def owner(self) -> Any:
+        """The module; None if it has a name and is not imported."""
+        return sys.modules.get(self._owner) if isinstance(self._owner, str) else self._owner
 
     def check(self) -> None:
         """Raise a RuntimeError if the function cannot be given back, because somebody else has replaced ours."""
@@ -60,6 +73,7 @@ class Hook:
         """Give the function back; nothing happens if it is not replaced."""
         with lock:
             self.check()
+            _imports.forget(self)
             if self.previous is not None:
                 self._replace(self._wrapper, self.previous)
                 self.previous = self._wrapper = None
@@ -67,7 +81,7 @@ class Hook:
     def unhooked(self) -> Callable[..., Any]:
         """The function as it is without this hook."""
         with lock:
-            return self.previous or getattr(self.owner, self.name)
+            return self.previous or getattr(self.owner or importlib.import_module(self._owner), self.name)
 
     def _replace(self, old: Any, new: Any) -> None:
         for module in self._modules(old):
@@ -79,6 +93,51 @@ class Hook:
             names = getattr(module, "__dict__", None)
             if module is not self.owner and isinstance(names, dict) and names.get(self.name) is function:
                 yield module
+
+
+class _Imports(importlib.abc.MetaPathFinder):
+    """Puts hooks into modules right after they were imported. It finds no module itself."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[str, list[Hook]] = {}
+
+    def wait_for(self, module: str, hook: Hook) -> None:
+        hooks = self._waiting.setdefault(module, [])
+        if hook not in hooks:
+            hooks.append(hook)
+        if self not in sys.meta_path:
+            sys.meta_path.insert(0, self)
+
+    def forget(self, hook: Hook) -> None:
+        for module in [module for module, hooks in self._waiting.items() if hook in hooks]:
+            self._waiting[module].remove(hook)
+            if not self._waiting[module]:
+                del self._waiting[module]
+        if not self._waiting and self in sys.meta_path:
+            sys.meta_path.remove(self)
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname not in self._waiting:
+            return None
+        others = (finder for finder in list(sys.meta_path) if finder is not self)
+        spec = next(filter(None, (finder.find_spec(fullname, path, target) for finder in others)), None)
+        if spec is not None and spec.loader is not None:
+            # Of this very loader, which belongs to this very module.
+            vars(spec.loader)["exec_module"] = functools.partial(self._run, spec.loader.exec_module)
+        return spec
+
+    def _run(self, execute: Callable[[types.ModuleType], None], module: types.ModuleType) -> None:
+        execute(module)
+        with lock:
+            for hook in self._waiting.pop(module.__name__, []):
+                hook.put()
+            if not self._waiting and self in sys.meta_path:
+                sys.meta_path.remove(self)
+
+
+_imports = _Imports()
 
 
 # By name: ``step(load, path, *args, **kwargs)`` runs ``load(path, *args, **kwargs)``, which is mlx-lm's load_model or the step
@@ -198,16 +257,32 @@ def _make_prompt_cache(previous: Callable[..., Any], model: Any, max_kv_size: in
     return previous(model, max_kv_size) if _make is None else _make(previous, model, max_kv_size)
 
 
+_load_vlm: Callable[..., Any] | None = None
+
+
+def load_vlm_models_with(load: Callable[..., Any]) -> None:
+    """Let ``load(previous, path, ...)`` do what mlx-vlm's ``load_model`` does, while `vlm_load_model` is put."""
+    global _load_vlm
+    _load_vlm = load
+
+
+def _load_vlm_model(previous: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return previous(*args, **kwargs) if _load_vlm is None else _load_vlm(previous, *args, **kwargs)
+
+
 attention = Hook(mx.fast, "scaled_dot_product_attention", _attention)
 make_prompt_cache = Hook(mlx_lm_cache, "make_prompt_cache", _make_prompt_cache, everywhere=True)
 cache_classes = CacheClasses(TurboQuantKVCache, BatchTurboQuantKVCache)
-_parts = (attention, make_prompt_cache, cache_classes)
+# mlx-vlm has its own caches and its own loader.
+vlm_make_prompt_cache = Hook("mlx_vlm.models.cache", "make_prompt_cache", _make_prompt_cache, everywhere=True)
+vlm_load_model = Hook("mlx_vlm.utils", "load_model", _load_vlm_model, everywhere=True)
+_parts = (attention, make_prompt_cache, vlm_make_prompt_cache, cache_classes)
 
 
 def hook() -> None:
     """Route ``mx.fast.scaled_dot_product_attention`` over a snapshot to the snapshot; all other calls go on as before.
 
-    Also make mlx-lm's ``make_prompt_cache`` see `install` and refuse what compressed caches cannot do.
+    Also make ``make_prompt_cache`` of mlx-lm and of mlx-vlm see `install` and refuse what compressed caches cannot do.
     """
     with lock:
         for part in _parts:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import mlx.core as mx
-import mlx_lm.models.cache as mlx_lm_cache
 
 from tqext.kv.cache import TurboQuantKVCache
 from tqext.kv.snapshot import AttendsItself
 from tqext.mlx_lm import hooks
 from tqext.mlx_lm.caches import check_model, layer_range, members, replaced, stock_cache
+from tqext.mlx_lm.packages import is_stock, logits, text_model
 from tqext.mlx_lm.reports import Layer, Queries, Report
 from tqext.presets import DEFAULT_PRESET, Policy, Recipe, get_policy
 
@@ -96,6 +96,7 @@ def probe(model: Any, preset: str | Policy = DEFAULT_PRESET, **overrides: Any) -
     """
     policy = get_policy(preset, **overrides)
     check_model("probe", model)
+    model = text_model(model)
     hooks.hook()
     stock = stock_cache(model)
     first, n_layers = layer_range(model, len(stock))
@@ -119,9 +120,9 @@ def probe(model: Any, preset: str | Policy = DEFAULT_PRESET, **overrides: Any) -
 def why_not(cache: Any, recipe: Recipe | None) -> str:
     """Why a cache cannot be replaced by a compressed one, as far as its class and the policy tell; empty if it can."""
     kind = type(cache)
-    if kind is mlx_lm_cache.KVCache:
+    if is_stock(cache, "KVCache"):
         return "left out by the policy" if recipe is None else ""
-    if not kind.__module__.startswith("mlx_lm."):
+    if kind.__module__.partition(".")[0] not in ("mlx_lm", "mlx_vlm"):
         return f"a class of {kind.__module__}, not mlx-lm's own KVCache"
     return _WHY_NOT.get(kind.__name__, "not a plain KV cache")
 
@@ -141,7 +142,7 @@ def _dry_run(model: Any, reasons: dict[str, str]) -> tuple[dict[str, Any], tuple
     tried = dict(members(caches))
     try:
         for tokens in ([[0, 0]], [[0]]):
-            model(mx.array(tokens), cache=caches)
+            logits(model, mx.array(tokens), caches)
     except Exception as error:  # whatever a model does with keys that are not an array
         if not seen or seen[-1] in reasons:
             raise

@@ -11,6 +11,7 @@ import mlx.core as mx
 from tqext._ext import format as packed_format
 from tqext.mlx_lm.caches import compressed, members, stock_cache
 from tqext.mlx_lm.guard import judged
+from tqext.mlx_lm.packages import logits, text_model
 from tqext.mlx_lm.reports import Report
 from tqext.presets import DEFAULT_PRESET, Policy, Recipe, get_policy
 
@@ -40,6 +41,7 @@ def verify(model: Any, preset: str | Policy = DEFAULT_PRESET, *, n_tokens: int |
         PathError: A layer fails; the message names it.
     """
     policy = get_policy(preset, **overrides)
+    model = text_model(model)
     report = judged(model, policy, always=True)
     for layer in report.compressed:
         if layer.calibration is not None and not layer.calibration.accurate:
@@ -49,7 +51,7 @@ def verify(model: Any, preset: str | Policy = DEFAULT_PRESET, *, n_tokens: int |
     cache = compressed(stock_cache(model), report)
     # A fixed linear congruence: a proof should not depend on a random state, nor change one. No model has so few tokens.
     prompt = mx.array([[(7919 * i + 13) % 61 + 1 for i in range(n_tokens)]])
-    model(prompt, cache=cache)
+    logits(model, prompt, cache)
     mx.eval([c.state for c in cache])
     expected = _next_logits(model, cache)
     paths = [layer.path for layer in report.compressed]
@@ -84,6 +86,6 @@ def _next_logits(model: Any, cache: Sequence[Any], corrupt: Sequence[str] = (), 
     trial = copy.deepcopy(cache)
     for path in corrupt:
         _at(trial, path).overwrite(attended=attended)
-    logits: mx.array = model(mx.array([[1]]), cache=trial)[0, -1]
-    mx.eval(logits)
-    return logits
+    found = logits(model, mx.array([[1]]), trial)[0, -1]
+    mx.eval(found)
+    return found

@@ -12,6 +12,7 @@ from tqext.kv.tokens import Exact
 from tqext.mlx_lm import hooks
 from tqext.mlx_lm.caches import layer_range, members, replaced
 from tqext.mlx_lm.guard import judged
+from tqext.mlx_lm.packages import text_model
 from tqext.mlx_lm.probing import why_not
 from tqext.presets import DEFAULT_PRESET, Policy, Recipe, get_policy
 
@@ -38,6 +39,7 @@ def upgrade(cache: list[Any], preset: str | Policy = DEFAULT_PRESET, *, model: A
     if not isinstance(cache, list):
         raise ValueError(f"[upgrade] cache: expected a list of caches, got {type(cache).__name__}")
     hooks.hook()
+    model = text_model(model)
     layers = {} if model is None else {layer.path: layer for layer in judged(model, policy).layers}
     first, n_layers = (0, len(cache)) if model is None else layer_range(model, len(cache))
     reasons: dict[tuple[str, str], list[str]] = {}
