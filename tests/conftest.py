@@ -1,5 +1,6 @@
 import os
 import random
+import signal
 from collections import Counter
 
 # MLX multiplies fp32 matrices in TF32 on NVIDIA GPUs: too coarse for a test of fp32.
@@ -16,6 +17,10 @@ from locking import locked
 from tqext import calibration, models, one_bit
 
 HAS_GPU = mx.is_available(mx.gpu)
+
+# A shell without job control has commands in the background ignore SIGINT, and so would the programs that tests interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(tryfirst=True)
