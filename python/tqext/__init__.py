@@ -41,6 +41,7 @@ _LAZY = {
     "BatchTurboQuantKVCache": "tqext.kv.batch",
     "PRESETS": "tqext.presets",
     "Policy": "tqext.presets",
+    "PrefixStore": "tqext.mlx_lm.prefix_store",
     "Recipe": "tqext.presets",
     "TurboQuantKVCache": "tqext.kv.cache",
     "attach": "tqext.mlx_lm",
@@ -60,6 +61,7 @@ if TYPE_CHECKING:
     from tqext.kv.batch import BatchTurboQuantKVCache
     from tqext.kv.cache import TurboQuantKVCache
     from tqext.mlx_lm import attach, calibrate, detach, install, make_prompt_cache, probe, uninstall, upgrade, verify
+    from tqext.mlx_lm.prefix_store import PrefixStore
     from tqext.models import load
     from tqext.presets import PRESETS, Policy, Recipe, get_policy
 
@@ -78,6 +80,7 @@ __all__ = [
     "PackedKeys",
     "PackedValues",
     "Policy",
+    "PrefixStore",
     "Recipe",
     "TurboQuantKVCache",
     "__version__",

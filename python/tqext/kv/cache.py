@@ -449,6 +449,44 @@ class TurboQuantKVCache(Buffers):
         cache.state = state
         return cache
 
+    def coded_parts(self, begin: int, end: int) -> list[mx.array]:
+        """The packed arrays of the coded tokens `begin` to `end`, counted from the first coded one; whole blocks."""
+        assert self._codec is not None and 0 <= begin <= end <= self.n_coded
+        return self._codec.cut(self._packed, begin, end)
+
+    def exact_parts(self) -> tuple[Exact | None, Exact]:
+        """The first tokens, None if there are none, and the recent ones, once there are codes between them."""
+        assert self._tail is not None and self.n_coded
+        return self._first, self._tail.cut(0, self.n_tail)
+
+    def fill(self, packed: Sequence[mx.array], first: Exact | None, tail: Exact) -> None:
+        """Hold these tokens, in a cache that is empty: as many exact first ones as the recipe says, and then whole blocks.
+
+        Args:
+            packed: As `coded_parts` gave them, of a cache with the same recipe and balance; at least one block.
+            first: As `exact_parts`. ``tail``: likewise, perhaps of no token.
+
+        Raises:
+            ValueError: Arrays that do not fit the recipe or each other.
+        """
+        assert self.size() == 0
+        head_dim, value_dim = tail.keys.shape[3], tail.values.shape[3]
+        codec = Codec(self.recipe, head_dim, value_dim, self._balance)
+        n_coded = packed[0].shape[2]
+        n_first = 0 if first is None else first.n_tokens
+        batch, n_kv_heads = tail.keys.shape[:2]
+        counts = (n_first, n_coded, tail.n_tokens)
+        numbers = (head_dim, value_dim, batch, n_kv_heads, counts, False, self.max_size, 0)
+        header = saved.Header(self.recipe, *numbers)
+        saved.check_counts(counts, self.recipe)
+        exact = [*(first or tail.cut(0, 0)), *tail]
+        saved.check_arrays([*packed, *exact], header, Codec(self.recipe, head_dim, value_dim))
+        if self._balance is not None and self._balance.shape != (n_kv_heads, head_dim):
+            raise ValueError(f"[fill] first: expected {self._balance.shape} as the balance has, got {(n_kv_heads, head_dim)}")
+        vars(self).update(n_first=n_first, n_coded=n_coded, n_tail=tail.n_tokens)
+        self._codec, self._packed = codec, codec.resized(packed, coded_room(n_coded))
+        self._first, self._tail = first, tail
+
     # Batches
 
     def to_batch(self, left_padding: Sequence[int]) -> Buffers:

@@ -106,7 +106,7 @@ def read_header(arrays: Any) -> Header:
         tail=tail,
         first=n_first,
     )
-    _check_counts(counts, recipe)
+    check_counts(counts, recipe)
     check(recipe.balance or not has_balance, "no balance with a recipe without", has_balance)
     head_dim, value_dim, batch, n_kv_heads = sizes
     least = recipe.first + recipe.tail + 2 * BLOCK
@@ -128,7 +128,8 @@ def read_header(arrays: Any) -> Header:
     )
 
 
-def _check_counts(counts: Sequence[int], recipe: Recipe) -> None:
+def check_counts(counts: Sequence[int], recipe: Recipe) -> None:
+    """A cache of the recipe may have so many first, coded and recent tokens."""
     check(min(counts) >= 0, "counts of tokens", counts)
     n_first, n_coded, n_tail = counts
     check(n_coded % BLOCK == 0, f"whole blocks of {BLOCK} coded tokens", n_coded)
