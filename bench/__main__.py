@@ -26,6 +26,7 @@ BENCHES = {
     "key_bias": "bench_key_bias.py",
     "agents": "bench_agents.py",
     "server": "bench_server.py",
+    "prefix-store": "bench_prefix_store.py",
     "peers": "bench_peers.py",
     "prompts": "bench_prompts.py",
     "cuda": "bench_cuda.py",

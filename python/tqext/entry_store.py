@@ -23,7 +23,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 VERSION = 1
 MAGIC = b"tqextpfx"
@@ -124,7 +124,7 @@ class EntryStore:
         self.max_bytes = max_bytes
         self.counts = dict.fromkeys(self.COUNTERS, 0)
         self._count_lock = threading.Lock()
-        self._local = threading.local()
+        self._read_lock, self._write_lock = threading.Lock(), threading.Lock()
         self._connections: list[sqlite3.Connection] = []
         self._numbers = itertools.count()
         self._home = _private(folder, f"v{VERSION}")
@@ -136,7 +136,7 @@ class EntryStore:
             if _locked(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB):
                 self._repair()
             _locked(self._lock, fcntl.LOCK_SH)
-            self._connection()
+            self._open_index()
         except sqlite3.DatabaseError as error:
             self.close()
             raise ValueError(
@@ -150,39 +150,47 @@ class EntryStore:
     def close(self) -> None:
         """Give the files back; the store cannot be used any more."""
         self._readers.shutdown()
-        for connection in self._connections:
-            connection.close()
-        self._connections.clear()
+        self._close_index()
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
 
     # Index
 
-    def _connection(self) -> sqlite3.Connection:
-        """This thread's."""
-        known: sqlite3.Connection | None = getattr(self._local, "connection", None)
-        if known is None:
-            os.close(os.open(self._index, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))  # SQLite's own would be readable
-            known = sqlite3.connect(self._index, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
-            self._connections.append(known)
-            known.execute("PRAGMA journal_mode = WAL")
-            known.execute("PRAGMA synchronous = NORMAL")
-            known.executescript(_SCHEMA)
-            self._local.connection = known
-        return known
+    def _connect(self) -> sqlite3.Connection:
+        os.close(os.open(self._index, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))  # SQLite's own would be readable
+        connection = sqlite3.connect(self._index, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
+        self._connections.append(connection)
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA synchronous = NORMAL")
+        connection.executescript(_SCHEMA)
+        return connection
+
+    def _open_index(self) -> None:
+        """One connection to read, which waits for no transaction, and one to write."""
+        self._close_index()
+        self._reading, self._writing = self._connect(), self._connect()
+
+    def _close_index(self) -> None:
+        while self._connections:
+            self._connections.pop().close()
+
+    def _rows(self, query: str, values: Sequence[object] = ()) -> list[Any]:
+        with self._read_lock:
+            return self._reading.execute(query, values).fetchall()
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
-        connection = self._connection()
-        connection.execute("BEGIN IMMEDIATE")
-        try:
-            yield connection
-            connection.execute("COMMIT")
-        except BaseException:
-            with contextlib.suppress(sqlite3.Error):
-                connection.execute("ROLLBACK")
-            raise
+        with self._write_lock:
+            connection = self._writing
+            connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield connection
+                connection.execute("COMMIT")
+            except BaseException:
+                with contextlib.suppress(sqlite3.Error):
+                    connection.execute("ROLLBACK")
+                raise
 
     @contextlib.contextmanager
     def _tolerant(self) -> Iterator[None]:
@@ -201,7 +209,7 @@ class EntryStore:
     def totals(self) -> tuple[int, int]:
         """Bytes and number of all entries, of every process."""
         with self._tolerant():
-            size, n = self._connection().execute("SELECT size, n FROM total").fetchone()
+            ((size, n),) = self._rows("SELECT size, n FROM total")
             return int(size), int(n)
         return 0, 0
 
@@ -211,8 +219,7 @@ class EntryStore:
         with self._tolerant():
             for some in _chunks(keys):
                 marks = ",".join("?" * len(some))
-                rows = self._connection().execute(f"SELECT key FROM entry WHERE key IN ({marks})", some)
-                found.update(key for (key,) in rows)
+                found.update(key for (key,) in self._rows(f"SELECT key FROM entry WHERE key IN ({marks})", some))
         return found
 
     def ends(self, parents: Sequence[bytes]) -> list[tuple[bytes, bytes, int]]:
@@ -222,7 +229,7 @@ class EntryStore:
             for some in _chunks(parents):
                 marks = ",".join("?" * len(some))
                 query = f"SELECT key, parent, n_tokens FROM entry WHERE kind = {END_KIND} AND parent IN ({marks})"
-                found += self._connection().execute(query, some).fetchall()
+                found += self._rows(query, some)
         return found
 
     def touch(self, keys: Iterable[bytes], stamp: int) -> None:
@@ -340,12 +347,13 @@ class EntryStore:
         for left in self._new.iterdir():
             left.unlink()
         try:
-            ok = self._connection().execute("PRAGMA quick_check(1)").fetchone()[0] == "ok"
+            self._open_index()
+            ok = self._rows("PRAGMA quick_check(1)") == [("ok",)]
         except sqlite3.DatabaseError:
             ok = False
         if not ok:
             self._forget_index()
-        rows = {key for (key,) in self._connection().execute("SELECT key FROM entry")}
+        rows = {key for (key,) in self._rows("SELECT key FROM entry")}
         files = {bytes.fromhex(file.name): file for file in self._home.glob("??/*") if _is_name(file.name)}
         found = []
         for key in files.keys() - rows:
@@ -368,10 +376,10 @@ class EntryStore:
 
     def _forget_index(self) -> None:
         logging.warning("prefix store: the index was damaged and is made again from the entries")
-        self._connections.pop().close() if self._connections else None
-        self._local = threading.local()
+        self._close_index()
         for suffix in ("", "-wal", "-shm"):
             Path(f"{self._index}{suffix}").unlink(missing_ok=True)
+        self._open_index()
 
 
 class _NoRoom(Exception):

@@ -17,7 +17,15 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import tqext
-from tqext.commands.options import MODEL_HELP, SHOWN_PRESETS, UNCOMPRESSED, ArgumentParser, add_kv_options, policy_of
+from tqext.commands.options import (
+    MODEL_HELP,
+    SHOWN_PRESETS,
+    UNCOMPRESSED,
+    ArgumentParser,
+    add_kv_options,
+    add_store_options,
+    policy_of,
+)
 
 MLX_LM_COMMANDS = ("generate", "chat", "server", "cache_prompt", "benchmark", "evaluate")
 OWN_COMMANDS = {
@@ -76,6 +84,14 @@ class _MlxLmParser(ArgumentParser):
         elif "--model" in names:
             options["help"] = MODEL_HELP
         return super().add_argument(*names, **options)
+
+
+class _ServerParser(_MlxLmParser):
+    """The parser of ``tqext server``."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        add_store_options(self)
 
 
 # Commands
@@ -183,7 +199,11 @@ def _remedy(path: str) -> str:
 def _run_mlx_lm(command: str, args: list[str]) -> None:
     parser = ArgumentParser(prog=f"tqext {command}", add_help=False, allow_abbrev=False)
     add_kv_options(parser)
+    if command == "server":
+        add_store_options(parser)
     options, rest = parser.parse_known_args(args)
+    if command == "server":
+        _check_store_options(parser, options, rest)
     asks_for_help = any(arg in ("-h", "--help") for arg in rest)
     policy = policy_of(options)
     if policy is not None:
@@ -209,11 +229,14 @@ def _run_mlx_lm(command: str, args: list[str]) -> None:
         parser.error(
             f"mlx_lm.{command} needs the package {error.name}: pip install {_PACKAGES.get(str(error.name), error.name)}"
         )
-    module.argparse = types.SimpleNamespace(**{**vars(argparse), "ArgumentParser": _MlxLmParser})
+    parser_class = _ServerParser if command == "server" else _MlxLmParser
+    module.argparse = types.SimpleNamespace(**{**vars(argparse), "ArgumentParser": parser_class})
     if command == "server":
         from tqext.commands import server
 
         server.guard(module, named)
+        if options.prefix_store is not None:
+            server.keep_prefixes(options.prefix_store, options.prefix_store_size)
     if command == "chat":
         module.stream_generate = _stoppable(module.stream_generate)
         if hasattr(module, "ChatUI"):
@@ -222,6 +245,15 @@ def _run_mlx_lm(command: str, args: list[str]) -> None:
         _treat_loaded_caches(module, policy, witness)
     module.main()
     witness.finish()
+
+
+def _check_store_options(parser: ArgumentParser, options: argparse.Namespace, rest: Sequence[str]) -> None:
+    if options.prefix_store is None:
+        if options.prefix_store_size is not None:
+            parser.error("--prefix-store-size needs --prefix-store, the folder")
+        return
+    if any(arg == "--draft-model" or arg.startswith("--draft-model=") for arg in rest):
+        parser.error("--prefix-store does not keep what a draft model holds: leave one of the two out")
 
 
 _PACKAGES = {"lm_eval": "lm-eval"}

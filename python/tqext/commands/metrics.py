@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -84,6 +84,7 @@ class Stats:
         self._recent: deque[tuple[float, int]] = deque()
         self._points: deque[tuple[float, int, int]] = deque(maxlen=N_POINTS)
         self.model = ""
+        self.prefix_store: Callable[[], dict[str, int]] | None = None
 
     def count(self, name: str, n: int = 1) -> None:
         """Add to one of `COUNTERS`."""
@@ -120,6 +121,7 @@ class Stats:
 
     def read(self) -> dict[str, Any]:
         """Everything at this moment."""
+        prefix_store = self.prefix_store and self.prefix_store()
         with self._lock:
             now = self._point()
             since = time.monotonic() - WINDOW
@@ -131,6 +133,7 @@ class Stats:
                 "running": asdict(self._running),
                 "kept": asdict(sum(self._kept.values(), Holding())),
                 "points": [*self._points, now],  # the curve ends now
+                "prefix_store": prefix_store,
             }
 
 
@@ -151,6 +154,22 @@ GAUGES = {
     "used": ("used_bytes", "Bytes of the tokens"),
     "reserved": ("reserved_bytes", "Bytes of the buffers, room for growth included"),
     "fp16": ("fp16_equivalent_bytes", "Bytes that the same tokens would take in fp16"),
+}
+STORE_COUNTERS = {
+    "hits": "Prompts of which the prefix store gave a part",
+    "misses": "Prompts of which nothing was kept, in memory or in the prefix store",
+    "restored_tokens": "Tokens of prompts that were read from the prefix store",
+    "skipped_tokens": "Tokens that were not stored yet because too much waited to be written",
+    "read_bytes": "Bytes that were read from the prefix store",
+    "written_bytes": "Bytes that were written to it",
+    "evicted": "Entries that were removed to make room",
+    "damaged": "Entries that were dropped because their checksum was wrong",
+    "errors": "Reads and writes of the prefix store that failed",
+}
+STORE_GAUGES = {
+    "bytes": "Bytes of the prefix store, of all processes",
+    "entries": "Its entries",
+    "max_bytes": "Bytes that it may take",
 }
 stats = Stats()
 
@@ -178,6 +197,11 @@ class _Collector:
         yield GaugeMetricFamily(
             "tqext_tokens_per_second", f"Generated in the last {WINDOW:.0f} s", value=now["tokens_per_second"]
         )
+        if (store := now["prefix_store"]) is not None:
+            for name, text in STORE_COUNTERS.items():
+                yield CounterMetricFamily(f"tqext_prefix_store_{name}", text, value=store[name])
+            for name, text in STORE_GAUGES.items():
+                yield GaugeMetricFamily(f"tqext_prefix_store_{name}", text, value=store[name])
         for key, (name, text) in GAUGES.items():
             gauge = GaugeMetricFamily(f"tqext_cache_{name}", f"{text}, by where they are", labels=["where"])
             for where in ("running", "kept"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from typing import Any, NoReturn
 
 UNCOMPRESSED = "none"
@@ -44,6 +45,17 @@ def _whole_number(text: str, least: int) -> int:
     if number < least:
         raise argparse.ArgumentTypeError(f"expected a whole number from {least} on, got {text!r}")
     return number
+
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30, "TI": 1 << 40}
+
+
+def n_bytes(text: str) -> int:
+    """A number of bytes: ``20GB``, ``512MiB``, ``1.5G``, or a bare number."""
+    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]*)?)\s*([KMGT]?I?)B?\s*", text.upper())
+    if found is None or found[2] not in _UNITS:
+        raise argparse.ArgumentTypeError(f"expected a size such as 20GB, got {text!r}")
+    return int(float(found[1]) * _UNITS[found[2]])
 
 
 def preset_name(text: str) -> str:
@@ -88,6 +100,15 @@ def add_kv_options(parser: argparse.ArgumentParser) -> None:
     guard = "compress layers also where the calibration finds them inaccurate"
     group.add_argument("--kv-no-guard", action="store_true", help=guard)
     group.add_argument("--kv-report", action="store_true", help="report for each layer whether it is compressed, and why not")
+
+
+def add_store_options(parser: argparse.ArgumentParser) -> None:
+    """The options of the server's prefix store."""
+    group = parser.add_argument_group("prefix store")
+    folder = "keep prompts in this folder, and begin with what is kept there of a prompt; also after a restart"
+    group.add_argument("--prefix-store", metavar="DIR", help=folder)
+    size = "how large the folder may grow; what was not used for the longest time goes first (default 20GB)"
+    group.add_argument("--prefix-store-size", type=n_bytes, metavar="SIZE", help=size)
 
 
 def policy_of(options: argparse.Namespace) -> Any:

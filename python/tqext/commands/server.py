@@ -22,7 +22,7 @@ import types
 from collections.abc import Callable, Iterator
 from http.server import ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import mlx.core as mx
 import mlx_lm.server as mlx_lm_server
@@ -30,6 +30,7 @@ from huggingface_hub.errors import CacheNotFound
 
 from tqext.commands import metrics
 from tqext.commands.metrics import Holding, holding, stats
+from tqext.mlx_lm.prefix_store import DEFAULT_BYTES, PrefixStore
 
 # Connections that wait to be taken; the system may allow fewer.
 BACKLOG = 128
@@ -41,6 +42,8 @@ CLIENT_SECONDS = 60.0
 MAX_REQUEST_BYTES = 128 << 20
 # Seconds between two looks at what the batch holds.
 LOOK_SECONDS = 1.0
+# Tokens, and the share of a prompt, that the prefix store must add to what is in memory: the whole prefix is read for them.
+STORE_GAIN, STORE_SHARE = 64, 32
 PAGE = Path(__file__).with_name("server.html")
 
 _NUMBERS = (
@@ -163,6 +166,11 @@ class Generator(mlx_lm_server.ResponseGenerator):
         of_model = getattr(getattr(self.model_provider.model, "args", None), "vocab_size", None)
         return min(known[1], of_model) if isinstance(of_model, int) else int(known[1])
 
+    def __init__(self, model_provider: Any, prompt_cache: Any) -> None:
+        if isinstance(prompt_cache, PromptCache):
+            prompt_cache.provider = model_provider
+        super().__init__(model_provider, prompt_cache)
+
     # As the command line names the model, which mlx-lm knows by its folder.
     model_names: frozenset[str] = frozenset()
 
@@ -185,6 +193,10 @@ class Generator(mlx_lm_server.ResponseGenerator):
         used, reserved, fp16 = (f"{kept[name] / 1e6:.1f} MB" for name in ("used", "reserved", "fp16"))
         text = f"{len(self.prompt_cache)} sequences, {used} of tokens in {reserved} of buffers, {fp16} in fp16"
         logging.info(f"Prompt cache: {text}")
+        if PromptCache.store is not None:
+            now = PromptCache.store.stats()
+            found = f"{now['hits']} prompts and {now['restored_tokens']} tokens were read"
+            logging.info(f"Prefix store: {now['bytes'] / 1e6:.1f} MB in {now['entries']} entries, {found}")
 
 
 def _counted(responses: Iterator[Any]) -> Iterator[Any]:
@@ -214,21 +226,50 @@ class _Order(mlx_lm_server.LRUPromptCache.CacheOrder):
 
 
 class PromptCache(mlx_lm_server.LRUPromptCache):
-    """mlx-lm's store of the caches of earlier requests, counted."""
+    """mlx-lm's store of the caches of earlier requests, counted, with a prefix store on disk behind it.
+
+    Attributes:
+        store: Where prefixes are kept, None for nowhere.
+        provider: mlx-lm's ModelProvider, which holds the model that is served.
+    """
+
+    store: ClassVar[PrefixStore | None] = None
+    provider: Any = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._lru = self._order = _Order()
+        self._refused: set[Any] = set()  # models whose caches cannot be stored
 
     def fetch_nearest_cache(self, model: Any, tokens: list[int]) -> Any:
         cache, rest = super().fetch_nearest_cache(model, tokens)
         stats.count("prompt_cache_misses" if cache is None else "prompt_cache_hits")
+        n_kept = len(tokens) - len(rest)
+        least = 0 if cache is None else max(STORE_GAIN, len(tokens) // STORE_SHARE)
+        found, n = self._with_store(model, (None, 0), lambda store, m: store.fetch(m, tokens, beyond=n_kept + least))
+        if found is not None:
+            cache, rest = found, tokens[n:]
         stats.count("reused_tokens", len(tokens) - len(rest))
         return cache, rest
 
     def insert_cache(self, model: Any, tokens: list[int], prompt_cache: list[Any], **kwargs: Any) -> None:
+        self._with_store(model, 0, lambda store, m: store.save(m, tokens, prompt_cache, end=None))
         self._order.incoming = holding(prompt_cache)
         super().insert_cache(model, tokens, prompt_cache, **kwargs)
+
+    def _with_store(self, model: Any, otherwise: Any, use: Callable[[PrefixStore, Any], Any]) -> Any:
+        """What the store does for the model that is served, if it can keep its caches."""
+        served = self.provider
+        if self.store is None or model in self._refused or served is None or served.model_key != model:
+            return otherwise
+        try:
+            if served.draft_model is not None:
+                raise ValueError("[server] --prefix-store: expected no draft model, got one, whose tokens are not kept")
+            return use(self.store, served.model)
+        except ValueError as error:
+            self._refused.add(model)
+            logging.warning(f"Prefix store: nothing is kept of this model: {error}")
+            return otherwise
 
 
 class Batch(mlx_lm_server.BatchGenerator):
@@ -443,3 +484,17 @@ def guard(module: Any, named: str | None = None) -> None:
     module.scan_cache_dir = functools.partial(_scan_cache_dir, module.scan_cache_dir)
     module.run = functools.partial(_run, module.run)
     module._run_http_server = functools.partial(module._run_http_server, server_class=Server, handler_class=Handler)
+
+
+def keep_prefixes(folder: str, max_bytes: int | None) -> None:
+    """Let the server keep prefixes of prompts in a folder.
+
+    Raises:
+        ValueError: The folder is of no use, or there is more than one process: their stores would differ.
+    """
+    n_ranks = mx.distributed.init().size()
+    if n_ranks > 1:
+        raise ValueError(f"[server] --prefix-store: expected one process, got {n_ranks}, which would not find the same tokens")
+    store = PrefixStore(folder, max_bytes=DEFAULT_BYTES if max_bytes is None else max_bytes)
+    PromptCache.store = store
+    stats.prefix_store = store.stats

@@ -254,13 +254,16 @@ class PrefixStore:
 
     # Reading
 
-    def fetch(self, model: Any, tokens: Sequence[int], *, like: Sequence[Any] | None = None) -> tuple[list[Any] | None, int]:
+    def fetch(
+        self, model: Any, tokens: Sequence[int], *, like: Sequence[Any] | None = None, beyond: int = 0
+    ) -> tuple[list[Any] | None, int]:
         """A cache that holds the beginning of a prompt.
 
         Args:
             model: The model that it is for.
             tokens: The prompt. At least its last token is left to be computed.
             like: A prompt cache without tokens, of the kind that is wanted. Default: what mlx-lm makes for the model.
+            beyond: Nothing that holds no more than so many tokens is of use.
 
         Returns:
             The cache and how many of the tokens it holds; None and 0 if nothing of use is stored.
@@ -279,14 +282,20 @@ class PrefixStore:
         n_known = next((i for i, key in enumerate(keys) if key not in known), len(keys))
         found = None
         for end in self._ends(keys[:n_known], begins, tokens, kinds.needs_end):
-            found = self._restored(empty, kinds, keys, begins, end)
+            if begins[end[0]] + end[2] > beyond:
+                found = self._restored(empty, kinds, keys, begins, end)
             if found is not None:
                 break
-        if found is None and not kinds.needs_end and begins[n_known] > kinds.first:
+        if found is None and not kinds.needs_end and begins[n_known] > max(kinds.first, beyond):
             found = self._restored(empty, kinds, keys[:n_known], begins, None)
+            if found is not None and found[1] <= beyond:  # what is damaged is not found
+                found = None
         with self._lock:
-            self._counts["hits" if found else "misses"] += 1
-            self._counts["restored_tokens"] += found[1] if found else 0
+            if found is not None:
+                self._counts["hits"] += 1
+                self._counts["restored_tokens"] += found[1]
+            elif beyond == 0:
+                self._counts["misses"] += 1
         return found or (None, 0)
 
     def _ends(
@@ -332,7 +341,7 @@ class PrefixStore:
 
     # Writing
 
-    def save(self, model: Any, tokens: Sequence[int], cache: Sequence[Any], *, end: bool = True) -> int:
+    def save(self, model: Any, tokens: Sequence[int], cache: Sequence[Any], *, end: bool | None = True) -> int:
         """Store what a cache holds of a prompt; nothing of it is kept, and what is stored already is not written again.
 
         Args:
@@ -341,7 +350,8 @@ class PrefixStore:
             cache: A prompt cache of one sequence.
             end: Also store the exact recent tokens, so that this very prompt goes on as if it had not been interrupted. They
                 take as much as some hundred coded tokens. Without them the last 64 to 191 tokens are computed again.
-                Layers that do not keep every token (recurrent ones, sliding windows) are restored at such ends alone.
+                Layers that do not keep every token (recurrent ones, sliding windows) are restored at such ends alone;
+                None stores an end where there are such layers.
 
         Returns:
             The number of tokens that are stored or wait for it.
@@ -379,7 +389,7 @@ class PrefixStore:
         if done < len(keys):
             with self._lock:
                 self._counts["skipped_tokens"] += n_stored - n_done
-        elif end and n == len(tokens):
+        elif (kinds.needs_end if end is None else end) and n == len(tokens):
             key = _link(keys[-1], plain[n_stored:], b"end")
             n_done = n
             if self._entries.known([key]) or key in self._pending:
