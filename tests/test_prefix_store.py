@@ -17,7 +17,7 @@ import pytest
 import tqext
 import zoo
 from tiny import greedy, make_llama, prompt
-from tqext import TurboQuantKVCache
+from tqext import TurboQuantKVCache, entry_store
 from tqext.mlx_lm import prefix_store
 from tqext.mlx_lm.caches import members
 
@@ -320,6 +320,54 @@ def test_damaged_files_shorten_what_is_found_and_change_no_answer(tmp_path):
             store.flush()
             assert store.fetch(model, [*tokens, 1], like=empty(model))[1] == 1000
     assert len(lengths) > 3
+
+
+@pytest.mark.parametrize("kind", ["empty", "text", "no description", "other layers", "short", "long", "types", "end"])
+def test_whole_files_with_other_contents_change_no_answer(store, kind):
+    """What a checksum cannot see: nothing is raised, what is found is right, and the next save mends it."""
+    model, tokens = make_llama(), prompt(700)
+    cache = computed(model, tokens)
+    store.save(model, tokens, cache)
+    store.flush()
+    entries = store._entries
+    for path in sorted(entries._home.glob("??/*")):
+        raw = path.read_bytes()
+        entry, _, _ = entry_store.unpack_header(raw)
+        if entry.start != (576 if kind == "end" else 128):
+            continue
+        payload = raw[144:]
+        n = int.from_bytes(payload[:4], "little")
+        description = json.loads(payload[4 : 4 + n])
+        if kind == "empty":
+            payload = b""
+        elif kind == "text":
+            payload = b"x" * len(payload)
+        elif kind == "no description":
+            payload = (2).to_bytes(4, "little") + b"{}" + payload[4 + n :]
+        elif kind == "short":
+            payload = payload[:-1]
+        elif kind == "long":
+            payload += b"x"
+        else:
+            if kind == "types":
+                description["layers"][0][5] = "no_type"
+            else:
+                description["layers"] = description["layers"][:2]
+            description.pop("states", None)
+            text = json.dumps(description).encode()
+            payload = len(text).to_bytes(4, "little") + text + payload[4 + n :]
+        assert entry.kind == (1 if kind == "end" else 0)
+        path.write_bytes(entry_store.pack(entry, [payload]) + payload)
+    got, n = store.fetch(model, [*tokens, 1], like=empty(model))
+    if got is not None:
+        for c in cache:
+            c.trim(700 - n)
+        assert_same(cache, got)
+        cache = computed(model, tokens)
+    assert n < 700 and store.stats()["damaged"] >= 1
+    store.save(model, tokens, cache)
+    store.flush()
+    assert store.fetch(model, [*tokens, 1], like=empty(model))[1] == 700
 
 
 def test_the_bound_holds_and_old_prompts_make_room(tmp_path):

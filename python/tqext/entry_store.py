@@ -237,6 +237,11 @@ class EntryStore:
         with self._tolerant(), self._transaction() as connection:
             connection.executemany("UPDATE entry SET used = ? WHERE key = ?", [(stamp, key) for key in keys])
 
+    def discard(self, keys: Sequence[bytes]) -> None:
+        """Drop entries whose contents are of no use."""
+        self.count("damaged", len(keys))
+        self._drop(keys)
+
     def _drop(self, keys: Iterable[bytes]) -> None:
         keys = list(keys)
         with self._tolerant():

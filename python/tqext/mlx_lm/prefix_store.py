@@ -324,20 +324,40 @@ class PrefixStore:
     ) -> tuple[list[Any], int] | None:
         """The cache of these parts and perhaps of an end; of fewer parts, if some are damaged and there is no end."""
         n_parts = end[0] if end else len(keys)
+        used = [*([end[1]] if end else []), *keys[:n_parts]]
+        try:
+            found = self._put_together(empty, kinds, used, begins[: n_parts + 1], end)
+        except (ValueError, LookupError, TypeError, AttributeError, struct.error):
+            # Whole files, but not what this version writes under these keys: nobody has a use for them.
+            logging.warning("prefix store: entries with other contents than their keys say were dropped")
+            self._entries.discard(used)
+            return None
+        if found is not None:
+            self._enqueue(_Job([], used[: len(used) - n_parts + found[2]], now(), 0))
+        return found and found[:2]
+
+    def _put_together(
+        self,
+        empty: Sequence[Any],
+        kinds: _Kinds,
+        keys: Sequence[bytes],
+        begins: Sequence[int],
+        end: tuple[int, bytes, int] | None,
+    ) -> tuple[list[Any], int, int] | None:
+        """The cache, its tokens, and the parts that it is made of; the key of the end comes first."""
         tail = None
         if end is not None:
-            tail = next(self._entries.read([end[1]]), None)
+            tail = next(self._entries.read(keys[:1]), None)
             if tail is None:
                 return None
-        reader = _Reader(kinds, begins[: n_parts + 1])
-        for payload in self._entries.read(keys[:n_parts]):
-            if not reader.take(payload):
-                break
-        if reader.n_coded == 0 or (end is not None and reader.n_taken < n_parts):
+            keys = keys[1:]
+        reader = _Reader(kinds, begins)
+        for payload in self._entries.read(keys):
+            reader.take(payload)
+        if reader.n_coded == 0 or (end is not None and reader.n_taken < len(keys)):
             return None
-        caches = reader.caches(empty, tail, end[2] if end else 0)
-        self._enqueue(_Job([], [*keys[: reader.n_taken], *([end[1]] if end else [])], now(), 0))
-        return caches, begins[reader.n_taken] + (end[2] if end else 0)
+        n_tail = end[2] if end else 0
+        return reader.caches(empty, tail, n_tail), begins[reader.n_taken] + n_tail, reader.n_taken
 
     # Writing
 
@@ -546,6 +566,11 @@ class _Arrays:
         self.at += n * numpy_dtype.itemsize
         return out.reshape(shape)
 
+    def finish(self) -> None:
+        """Nothing is left."""
+        if self.at != len(self.content):
+            raise ValueError(f"{len(self.content)} bytes of arrays, of which the description names {self.at}")
+
     def untree(self, x: Any) -> Any:
         if not isinstance(x, dict):
             return x
@@ -576,18 +601,22 @@ class _Reader:
     def n_coded(self) -> int:
         return max(0, self.begins[self.n_taken] - self.kinds.first)
 
-    def take(self, payload: memoryview) -> bool:
-        """Whether the next part fits those before."""
+    def take(self, payload: memoryview) -> None:
+        """The next part.
+
+        Raises:
+            ValueError: It does not fit those before, or the caches.
+        """
         description, content = _opened(payload)
         if not self.layers:
             found = json.loads(description)["layers"]
             self.layers, self._description = [_Layer(*layer) for layer in found], description
             if {layer.path: layer.kind for layer in self.layers} != self.kinds.kinds:
-                return False
+                raise ValueError("a description of other layers")
             n = self.begins[-1] - self.kinds.first
             self._whole = {x.path: [np.empty(s, _numpy_dtype(d)) for s, d in self._block_shapes(x, n)] for x in self.layers}
         if description != self._description:
-            return False
+            raise ValueError("another description than that of the parts before")
         arrays = _Arrays(content)
         begin, end = self.begins[self.n_taken], self.begins[self.n_taken + 1]
         if begin < self.kinds.first:
@@ -600,10 +629,8 @@ class _Reader:
                 for whole, (shape, dtype) in zip(self._whole[layer.path], self._block_shapes(layer, BLOCK), strict=True):
                     rows = shape[2]
                     whole[:, :, i * rows : (i + 1) * rows] = arrays.take(shape, dtype)
-        if arrays.at != len(content):
-            return False
+        arrays.finish()
         self.n_taken += 1
-        return True
 
     def _block_shapes(self, layer: _Layer, n: int) -> list[tuple[tuple[int, ...], str]]:
         if layer.kind == STATE:
@@ -641,7 +668,9 @@ class _Reader:
             out.fill(packed, first, self._exact(recent, names))
             return out
 
-        return replaced(empty, new)
+        caches = replaced(empty, new)
+        rest.finish()
+        return caches
 
     @staticmethod
     def _exact(arrays: Sequence[Array], names: Sequence[str]) -> Exact:
