@@ -4,11 +4,13 @@
 #include <cmath>
 #include <cstring>
 
+#include "attention_arguments.h"
 #include "codebook.h"
 #include "mlx/types/half_types.h"
 #include "once_map.h"
 #include "prompt_params.h"
 #include "runtime.h"
+#include "softmax.h"
 
 namespace tqext::cuda {
 
@@ -144,18 +146,9 @@ bool prompt_attention(const TurboQuantAttention::State& state, const AttentionIn
   const int device = stream.device.index;
   const mx::array& q = in.q;
   PromptParams p{};
-  p.n_kv_heads = in.n_kv_heads();
-  p.n_repeats = in.n_repeats();
-  p.n_queries = in.n_queries();
-  p.head_dim = state.head_dim;
-  p.value_dim = state.value_dim;
-  p.n_first = in.n_first();
-  p.n_coded = in.n_coded();
-  p.n_tail = in.n_tail();
-  p.causal = state.causal;
-  p.hadamard = state.hadamard;
+  set_inputs(p, state, in);
   p.sign = float((state.scale > 0) - (state.scale < 0));
-  p.scale = state.scale == 0 ? 1.0f : std::abs(state.scale) * float(M_LOG2E);
+  p.scale = state.scale == 0 ? 1.0f : std::abs(state.scale) * kLog2e;
 
   const int n_rows = p.n_repeats * p.n_queries;
   Variant variant{.key_dim = padded_dim(p.head_dim),
@@ -163,64 +156,17 @@ bool prompt_attention(const TurboQuantAttention::State& state, const AttentionIn
                   .key_bits = state.key_bits,
                   .value_bits = state.value_bits,
                   .lloyd = state.value_coding == kValueLloyd,
-                  .type = q.dtype() == mx::float32   ? int(kTypeFloat32)
-                          : q.dtype() == mx::float16 ? int(kTypeFloat16)
-                                                     : int(kTypeBFloat16),
-                  .mask = !in.mask                        ? int(kMaskNone)
-                          : in.mask->dtype() == mx::bool_ ? int(kMaskBool)
-                                                          : int(kMaskFloat)};
+                  .type = type_code(q.dtype()),
+                  .mask = mask_code(in.mask)};
   if (!variant.choose(n_rows, device_info(device))) return false;
   const Kernel kernel = find_kernel(variant, device);
 
-  p.q = device_pointer(q);
-  copy_strides(q, p.q_stride);
-  p.key_codes = static_cast<const uint32_t*>(device_pointer(in.key_codes));
-  copy_strides(in.key_codes, p.key_code_stride);
-  p.key_norms = static_cast<const uint16_t*>(device_pointer(in.key_norms));
-  copy_strides(in.key_norms, p.key_norm_stride);
-  p.value_codes = static_cast<const uint32_t*>(device_pointer(in.value_codes));
-  copy_strides(in.value_codes, p.value_code_stride);
-  p.value_params = static_cast<const uint16_t*>(device_pointer(in.value_params));
-  copy_strides(in.value_params, p.value_param_stride);
   p.wide_keys = rows_aligned(in.key_codes, alignment_of(4 * code_words(variant.key_dim, variant.key_bits)));
   p.wide_values = rows_aligned(in.value_codes, alignment_of(4 * code_words(variant.value_dim, variant.value_bits))) &&
                   (variant.lloyd || rows_aligned(in.value_params, 4));
-  if (in.means) {
-    p.means = device_pointer(*in.means);
-    copy_strides(*in.means, p.mean_stride);
-    p.means_kind = in.means->dtype() == mx::float16 ? kMeansFloat16 : kMeansFloat32;
-  }
-  if (in.balance) {
-    p.balance = static_cast<const float*>(device_pointer(*in.balance));
-    copy_strides(*in.balance, p.balance_stride);
-  }
   p.wide_exact = true;
-  auto set_exact = [&](const mx::array* keys, const mx::array* values, const void*& key_data, const void*& value_data,
-                       int64_t (&key_stride)[4], int64_t (&value_stride)[4]) {
-    if (!keys) return;
-    key_data = device_pointer(*keys);
-    value_data = device_pointer(*values);
-    copy_strides(*keys, key_stride);
-    copy_strides(*values, value_stride);
-    p.wide_exact = p.wide_exact && rows_aligned(*keys, 16) && rows_aligned(*values, 16);
-  };
-  set_exact(in.first_keys, in.first_values, p.first_keys, p.first_values, p.first_key_stride, p.first_value_stride);
-  set_exact(in.tail_keys, in.tail_values, p.tail_keys, p.tail_values, p.tail_key_stride, p.tail_value_stride);
-  if (in.mask) {
-    p.mask = device_pointer(*in.mask);
-    for (int axis = 0; axis < 4; axis++) p.mask_stride[axis] = in.mask->shape(axis) == 1 ? 0 : in.mask->strides(axis);
-  }
-  if (in.sinks) {
-    p.sinks = static_cast<const float*>(device_pointer(*in.sinks));
-    p.sinks_stride = in.sinks->strides(0);
-  }
-  if (in.left_padding) {
-    p.left_padding = static_cast<const int32_t*>(device_pointer(*in.left_padding));
-    p.left_padding_stride = in.left_padding->strides(0);
-  }
-  if (in.lengths) {
-    p.lengths = static_cast<const int32_t*>(device_pointer(*in.lengths));
-    copy_strides(*in.lengths, p.lengths_stride);
+  for (const mx::array* exact : {in.first_keys, in.first_values, in.tail_keys, in.tail_values}) {
+    p.wide_exact = p.wide_exact && (!exact || rows_aligned(*exact, 16));
   }
   pack_levels(codebook(state.key_bits, variant.key_dim), p.key_levels);
   if (variant.lloyd) pack_levels(codebook(state.value_bits, variant.value_dim), p.value_levels);

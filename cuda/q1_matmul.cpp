@@ -18,10 +18,6 @@ namespace {
 
 using namespace cuda;  // NOLINT: the backend's own names
 
-int type_code(mx::Dtype type) {
-  return type == mx::float32 ? int(kTypeFloat32) : type == mx::float16 ? int(kTypeFloat16) : int(kTypeBFloat16);
-}
-
 std::string build(int operation, mx::Dtype type, int row_tiles, int column_tiles, int device) {
   return compile(
       "q1_matmul.cu",

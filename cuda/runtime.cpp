@@ -17,6 +17,7 @@
 #include "mlx/primitives.h"
 #include "mlx_compat.h"
 #include "once_map.h"
+#include "params.h"
 #include "pipelines.h"
 #include "sources.h"
 #include "workspace_sizes.h"
@@ -352,6 +353,14 @@ Kernel load_kernel(const std::string& binary, const char* name, int shared_bytes
   check_driver(driver().func_set_attribute(kernel.function, kFunctionMaxDynamicShared, shared_bytes), "cuFuncSetAttribute");
   check_driver(driver().occupancy(&kernel.blocks_per_multiprocessor, kernel.function, threads, shared_bytes), "cuOccupancy");
   return kernel;
+}
+
+int type_code(mx::Dtype type) {
+  return type == mx::float32 ? int(kTypeFloat32) : type == mx::float16 ? int(kTypeFloat16) : int(kTypeBFloat16);
+}
+
+int means_code(const mx::array* means) {
+  return !means ? int(kMeansNone) : means->dtype() == mx::float16 ? int(kMeansFloat16) : int(kMeansFloat32);
 }
 
 void* device_pointer(const mx::array& x) {

@@ -62,6 +62,10 @@ struct Kernel {
 // threads: per block, for the occupancy.
 Kernel load_kernel(const std::string& binary, const char* name, int shared_bytes, int threads, int device);
 
+// TYPE and the kind of means in the kernels' terms (params.h).
+int type_code(mx::Dtype type);
+int means_code(const mx::array* means);
+
 // Address of an array's first element in device memory.
 void* device_pointer(const mx::array& x);
 

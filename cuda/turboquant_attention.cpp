@@ -4,12 +4,14 @@
 #include <algorithm>
 #include <cmath>
 
+#include "attention_arguments.h"
 #include "check_arrays.h"
 #include "codebook.h"
 #include "once_map.h"
 #include "params.h"
 #include "prompt_attention.h"
 #include "runtime.h"
+#include "softmax.h"
 
 namespace tqext {
 
@@ -130,23 +132,12 @@ void TurboQuantAttention::eval_gpu(const std::vector<mx::array>& inputs, mx::arr
     return;
   }
   const AttentionInputs in = named(inputs);
-  const auto& [q, key_codes, key_norms, value_codes, value_params, means, balance, signs, residual_norms, first_keys,
-               first_values, tail_keys, tail_values, mask, sinks, left_padding, lengths] = in;
   // Residual signs are decoded by the kernel for few rows alone; it takes any number of them.
-  if (!signs && in.n_repeats() * in.n_queries() > kMaxFewRows && prompt_attention(state_, in, inputs, out, stream())) return;
+  if (!in.signs && in.n_repeats() * in.n_queries() > kMaxFewRows && prompt_attention(state_, in, inputs, out, stream())) return;
   allocate_output(out, device);
   AttentionParams p{};
-  p.n_kv_heads = key_codes.shape(1);
-  p.n_repeats = q.shape(1) / p.n_kv_heads;
-  p.n_queries = q.shape(2);
-  p.head_dim = state_.head_dim;
-  p.value_dim = state_.value_dim;
-  p.n_first = first_keys ? first_keys->shape(2) : 0;
-  p.n_coded = key_codes.shape(2);
-  p.n_tail = tail_keys ? tail_keys->shape(2) : 0;
-  p.causal = state_.causal;
-  p.hadamard = state_.hadamard;
-  p.scale = state_.scale * float(M_LOG2E);
+  set_inputs(p, state_, in);
+  p.scale = state_.scale * kLog2e;
 
   Variant variant{padded_dim(p.head_dim),
                   padded_dim(p.value_dim),
@@ -154,75 +145,24 @@ void TurboQuantAttention::eval_gpu(const std::vector<mx::array>& inputs, mx::arr
                   state_.value_bits,
                   state_.value_coding == kValueLloyd,
                   8,
-                  q.dtype() == mx::float32   ? int(kTypeFloat32)
-                  : q.dtype() == mx::float16 ? int(kTypeFloat16)
-                                             : int(kTypeBFloat16),
-                  !mask                        ? int(kMaskNone)
-                  : mask->dtype() == mx::bool_ ? int(kMaskBool)
-                                               : int(kMaskFloat),
-                  signs != nullptr,
+                  type_code(in.q.dtype()),
+                  mask_code(in.mask),
+                  in.signs != nullptr,
                   false};
   const int n_rows = p.n_repeats * p.n_queries;
   if (n_rows <= 4) variant.rows = 4;
   if (n_rows > 8 && std::max(variant.key_dim, variant.value_dim) <= 128) variant.rows = 16;
-  variant.strided =
-      p.n_coded > 0 && !(rows_follow(key_codes) && rows_follow(key_norms) && rows_follow(value_codes) &&
-                         rows_follow(value_params) && (!signs || (rows_follow(*signs) && rows_follow(*residual_norms))));
+  variant.strided = p.n_coded > 0 && !(rows_follow(in.key_codes) && rows_follow(in.key_norms) && rows_follow(in.value_codes) &&
+                                       rows_follow(in.value_params) &&
+                                       (!in.signs || (rows_follow(*in.signs) && rows_follow(*in.residual_norms))));
   const Kernel kernel = find_kernel(variant, device);
 
-  p.q = device_pointer(q);
-  copy_strides(q, p.q_stride);
-  p.key_codes = static_cast<const uint32_t*>(device_pointer(key_codes));
-  copy_strides(key_codes, p.key_code_stride);
-  p.key_norms = static_cast<const uint16_t*>(device_pointer(key_norms));
-  copy_strides(key_norms, p.key_norm_stride);
-  p.value_codes = static_cast<const uint32_t*>(device_pointer(value_codes));
-  copy_strides(value_codes, p.value_code_stride);
-  p.value_params = static_cast<const uint16_t*>(device_pointer(value_params));
-  copy_strides(value_params, p.value_param_stride);
-  if (signs) {
-    p.signs = static_cast<const uint32_t*>(device_pointer(*signs));
-    copy_strides(*signs, p.sign_stride);
-    p.residual_norms = static_cast<const uint16_t*>(device_pointer(*residual_norms));
-    copy_strides(*residual_norms, p.residual_norm_stride);
-  }
-  if (means) {
-    p.means = device_pointer(*means);
-    copy_strides(*means, p.mean_stride);
-    p.means_kind = means->dtype() == mx::float16 ? kMeansFloat16 : kMeansFloat32;
-    p.means_aligned = p.means_kind == kMeansFloat16 && can_load_eight(*means);
-  }
-  if (balance) {
-    p.balance = static_cast<const float*>(device_pointer(*balance));
-    copy_strides(*balance, p.balance_stride);
-  }
+  set_input(in.signs, p.signs, p.sign_stride);
+  set_input(in.residual_norms, p.residual_norms, p.residual_norm_stride);
+  p.means_aligned = p.means_kind == kMeansFloat16 && can_load_eight(*in.means);
   p.exact_aligned = true;
-  auto set_exact = [&](const mx::array* keys, const mx::array* values, const void*& key_data, const void*& value_data,
-                       int64_t (&key_stride)[4], int64_t (&value_stride)[4]) {
-    if (!keys) return;
-    key_data = device_pointer(*keys);
-    value_data = device_pointer(*values);
-    copy_strides(*keys, key_stride);
-    copy_strides(*values, value_stride);
-    p.exact_aligned = p.exact_aligned && can_load_eight(*keys) && can_load_eight(*values);
-  };
-  set_exact(first_keys, first_values, p.first_keys, p.first_values, p.first_key_stride, p.first_value_stride);
-  set_exact(tail_keys, tail_values, p.tail_keys, p.tail_values, p.tail_key_stride, p.tail_value_stride);
-  if (mask) {
-    p.mask = device_pointer(*mask);
-    for (int axis = 0; axis < 4; axis++) p.mask_stride[axis] = mask->shape(axis) == 1 ? 0 : mask->strides(axis);
-  }
-  if (sinks) {
-    p.sinks = static_cast<const float*>(device_pointer(*sinks));
-    p.sinks_stride = sinks->strides(0);
-  }
-  if (left_padding) {
-    p.left_padding = static_cast<const int32_t*>(device_pointer(*left_padding));
-    p.left_padding_stride = left_padding->strides(0);
-  }
-  if (lengths) {
-    p.lengths = static_cast<const int32_t*>(device_pointer(*lengths));
-    copy_strides(*lengths, p.lengths_stride);
+  for (const mx::array* exact : {in.first_keys, in.first_values, in.tail_keys, in.tail_values}) {
+    p.exact_aligned = p.exact_aligned && (!exact || can_load_eight(*exact));
   }
   pack_levels(codebook(state_.key_bits, variant.key_dim), p.codebook);
   if (variant.lloyd) pack_levels(codebook(state_.value_bits, variant.value_dim), p.value_codebook);
@@ -230,7 +170,7 @@ void TurboQuantAttention::eval_gpu(const std::vector<mx::array>& inputs, mx::arr
   p.two_up = state_.value_bits == 2 ? 1u << 22 : 1u << 24;
   p.out = device_pointer(out);
 
-  const int n_heads = q.shape(0) * p.n_kv_heads, row_tiles = (n_rows + variant.rows - 1) / variant.rows;
+  const int n_heads = in.batch() * p.n_kv_heads, row_tiles = (n_rows + variant.rows - 1) / variant.rows;
   check(n_heads <= kMaxGrid && row_tiles <= kMaxGrid, "[turboquant_attention] q: expected at most ", int(kMaxGrid),
         " KV heads in all sequences and tiles of query rows on CUDA, got ", n_heads, " and ", row_tiles);
   const int n_tiles = (p.n_coded + kTileTokens - 1) / kTileTokens;

@@ -813,6 +813,89 @@ struct BlockMeans {
   }
 };
 
+// An empty state of row tile t.
+TQ_DEVICE void clear(Rows& x, int t) {
+  x.max[t] = kEmptyMax;
+#pragma unroll
+  for (int i = 0; i < kValueDim / 16; i++) {
+#pragma unroll
+    for (int k = 0; k < kAccColumns; k++) x.acc[t][i][k] = 0;
+  }
+  if constexpr (kLloyd) {
+    x.sum[t] = 0;
+  } else {
+#pragma unroll
+    for (int k = 0; k < 4; k++) x.bias[t][k] = 0;
+  }
+}
+
+// Multiplies what row tile t has added up by a factor of the lane's row.
+TQ_DEVICE void rescale(Rows& x, int t, float factor, int lane) {
+  const int j = lane & 3;
+  const float f0 = __shfl_sync(kAllLanes, factor, 8 * j), f1 = __shfl_sync(kAllLanes, factor, 8 * j + 4);
+#pragma unroll
+  for (int i = 0; i < kValueDim / 16; i++) {
+    if constexpr (kAccColumns == 2) {
+      x.acc[t][i][0] *= f0, x.acc[t][i][1] *= f0;
+    } else {
+      x.acc[t][i][0] *= f0, x.acc[t][i][2] *= f0;
+      x.acc[t][i][1] *= f1, x.acc[t][i][3] *= f1;
+    }
+  }
+  if constexpr (kLloyd) {
+    x.sum[t] *= factor;
+  } else {
+    x.bias[t][0] *= f0, x.bias[t][2] *= f0;
+    x.bias[t][1] *= f1, x.bias[t][3] *= f1;
+  }
+}
+
+// Zeroes the factors of values that no row attends to: weight zero times whatever lies there must be zero.
+TQ_DEVICE void hide_values(const Share& share, char* params, int token0, int lane) {
+  if (token0 + lane < share.first_token || token0 + lane >= share.last_token) {
+    if constexpr (kLloyd) {
+      reinterpret_cast<uint16_t*>(params)[lane] = 0;
+    } else {
+#pragma unroll
+      for (int group = 0; group < kGroups; group++) reinterpret_cast<uint32_t*>(params)[lane * kGroups + group] = 0;
+    }
+  }
+}
+
+// Masks a tile's scores, token0 its first token. row_end: the token that a row sees last, plus one.
+template <class RowEnd>
+TQ_DEVICE void mask_scores(const AttentionParams& p, const Share& share, RowEnd row_end, float (&score)[kRowTiles][2][2][2],
+                           int token0, int lane, int row0, int b, int h) {
+  const int j = lane & 3, row_of_lane = row_of_group(lane >> 2);
+#pragma unroll
+  for (int t = 0; t < kRowTiles; t++) {
+    const int row = row0 + 8 * t + row_of_lane;
+    const bool there = row < p.n_repeats * p.n_queries;
+    const int end = row_end(row);
+    int64_t mask_at = 0;
+    if (kMask != kMaskNone && there) {
+      mask_at = b * p.mask_stride[0] + (h * p.n_repeats + row / p.n_queries) * p.mask_stride[1] +
+                row % p.n_queries * p.mask_stride[2];
+    }
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+      const int token = token0 + 16 * (i >> 2) + 8 * (i >> 1 & 1) + 4 * (i & 1) + j;
+      float& s = score[t][i >> 2][i >> 1 & 1][i & 1];
+      if (token < share.first_token || token >= end) {
+        s = -INFINITY;
+      } else if (kMask != kMaskNone && there) {
+        const int64_t at = mask_at + (p.n_first + token) * p.mask_stride[3];
+        if constexpr (kMask == kMaskBool) {
+          if (!static_cast<const bool*>(p.mask)[at]) s = -INFINITY;
+        } else {
+          const float bias = static_cast<const float*>(p.mask)[at] * kLog2e;
+          s = bias == -INFINITY ? bias : s + bias;  // also where the score is no number
+        }
+      }
+    }
+  }
+}
+
 template <class RowEnd>
 TQ_DEVICE void attend_coded(const AttentionParams& p, const Head& head, const Share& share, const Ring& ring,
                             const BlockMeans& means, RowEnd row_end, float shift, Rows& x, int lane, int row0, int b, int h) {
@@ -837,18 +920,7 @@ TQ_DEVICE void attend_coded(const AttentionParams& p, const Head& head, const Sh
     residual_scale[t] = kSigns ? reinterpret_cast<const float*>(shared + kLayout.residual_scale_at)[row] : 0.0f;
     base[t] = 0;
     threshold[t] = kEmptyMax;
-    x.max[t] = kEmptyMax;
-#pragma unroll
-    for (int i = 0; i < kValueDim / 16; i++) {
-#pragma unroll
-      for (int k = 0; k < kAccColumns; k++) x.acc[t][i][k] = 0;
-    }
-    if constexpr (kLloyd) {
-      x.sum[t] = 0;
-    } else {
-#pragma unroll
-      for (int k = 0; k < 4; k++) x.bias[t][k] = 0;
-    }
+    clear(x, t);
   }
   if (!p.means) {
     for (int i = lane; i < kMeanSteps * kRows; i += 32) mean_scores[i] = 0;
@@ -892,15 +964,7 @@ TQ_DEVICE void attend_coded(const AttentionParams& p, const Head& head, const Sh
     const int token0 = tile * kTileTokens;
     const bool whole = uint32_t(tile - share.whole_begin) < uint32_t(share.n_whole);
     if (!whole) {
-      // Weight zero times whatever lies there must be zero.
-      if (token0 + lane < share.first_token || token0 + lane >= share.last_token) {
-        if constexpr (kLloyd) {
-          reinterpret_cast<uint16_t*>(params)[lane] = 0;
-        } else {
-#pragma unroll
-          for (int group = 0; group < kGroups; group++) reinterpret_cast<uint32_t*>(params)[lane * kGroups + group] = 0;
-        }
-      }
+      hide_values(share, params, token0, lane);
       if constexpr (kBulk) copy_engine_fence();
       __syncwarp();
     }
@@ -986,35 +1050,7 @@ TQ_DEVICE void attend_coded(const AttentionParams& p, const Head& head, const Sh
       }
     }
 
-    if (kMask != kMaskNone || !whole) {
-#pragma unroll
-      for (int t = 0; t < kRowTiles; t++) {
-        const int row = row0 + 8 * t + row_of_lane;
-        const bool there = row < p.n_repeats * p.n_queries;
-        const int end = row_end(row);
-        int64_t mask_at = 0;
-        if (kMask != kMaskNone && there) {
-          mask_at = b * p.mask_stride[0] + (h * p.n_repeats + row / p.n_queries) * p.mask_stride[1] +
-                    row % p.n_queries * p.mask_stride[2];
-        }
-#pragma unroll
-        for (int i = 0; i < 8; i++) {
-          const int token = token0 + 16 * (i >> 2) + 8 * (i >> 1 & 1) + 4 * (i & 1) + j;
-          float& s = score[t][i >> 2][i >> 1 & 1][i & 1];
-          if (token < share.first_token || token >= end) {
-            s = -INFINITY;
-          } else if (kMask != kMaskNone && there) {
-            const int64_t at = mask_at + (p.n_first + token) * p.mask_stride[3];
-            if constexpr (kMask == kMaskBool) {
-              if (!static_cast<const bool*>(p.mask)[at]) s = -INFINITY;
-            } else {
-              const float bias = static_cast<const float*>(p.mask)[at] * kLog2e;
-              s = bias == -INFINITY ? bias : s + bias;  // also where the score is no number
-            }
-          }
-        }
-      }
-    }
+    if (kMask != kMaskNone || !whole) mask_scores(p, share, row_end, score, token0, lane, row0, b, h);
 
     // Renew the maximum only when a weight has grown by 2^kGrowth: rarely after the first tile.
     bool grown = false;
@@ -1042,22 +1078,7 @@ TQ_DEVICE void attend_coded(const AttentionParams& p, const Head& head, const Sh
           threshold[t] = renew;
         }
         x.max[t] = renewed;
-        const float f0 = __shfl_sync(kAllLanes, factor, 8 * j), f1 = __shfl_sync(kAllLanes, factor, 8 * j + 4);
-#pragma unroll
-        for (int i = 0; i < kValueDim / 16; i++) {
-          if constexpr (kAccColumns == 2) {
-            x.acc[t][i][0] *= f0, x.acc[t][i][1] *= f0;
-          } else {
-            x.acc[t][i][0] *= f0, x.acc[t][i][2] *= f0;
-            x.acc[t][i][1] *= f1, x.acc[t][i][3] *= f1;
-          }
-        }
-        if constexpr (kLloyd) {
-          x.sum[t] *= factor;
-        } else {
-          x.bias[t][0] *= f0, x.bias[t][2] *= f0;
-          x.bias[t][1] *= f1, x.bias[t][3] *= f1;
-        }
+        rescale(x, t, factor, lane);
       }
     }
 
@@ -1388,6 +1409,162 @@ TQ_DEVICE void split_mean_query(const float (&x)[kKeyDim / 32], char* row, float
   if (lane == 0) *scale_out = scale * power_of_two(-up);
 }
 
+// A warp's maxima and sums, for the others: [warp][row][2].
+TQ_DEVICE void store_states(const Rows& x, float* state, int lane, int warp) {
+  const int g = lane >> 2, j = lane & 3;
+#pragma unroll
+  for (int t = 0; t < kRowTiles; t++) {
+    if (j == 0 && first_of_row(g)) {
+      float* to = state + (warp * kRows + 8 * t + row_of_group(g)) * 2;
+      to[0] = x.max[t];
+      if constexpr (kLloyd) to[1] = x.sum[t];
+    }
+    if (!kLloyd && g == 0 && (!kFour || j < 2)) {
+      state[(warp * kRows + 8 * t + 2 * j) * 2 + 1] = x.bias[t][2];
+      state[(warp * kRows + 8 * t + 2 * j + 1) * 2 + 1] = x.bias[t][3];
+    }
+  }
+}
+
+// Whether no product of the lane has overflowed.
+TQ_DEVICE bool is_finite(const Rows& x) {
+  bool finite = true;
+#pragma unroll
+  for (int t = 0; t < kRowTiles; t++) {
+#pragma unroll
+    for (int i = 0; i < kValueDim / 16; i++) {
+#pragma unroll
+      for (int k = 0; k < kAccColumns; k++) finite &= fabsf(x.acc[t][i][k]) < INFINITY;
+    }
+  }
+  return finite;
+}
+
+// Whether all other shares of the head are done: this block joins them.
+TQ_DEVICE bool is_last_block(uint32_t* counter, int n_splits, int tid) {
+  __shared__ bool is_last;
+  if (n_splits > 1) {
+    __threadfence();
+    __syncthreads();
+    if (tid == 0) {
+      is_last = atomicAdd(counter, 1u) == uint32_t(n_splits - 1);
+      if (is_last) *counter = 0;
+    }
+    __syncthreads();
+    if (!is_last) return false;
+    __threadfence();
+  } else {
+    __syncthreads();
+  }
+  return true;
+}
+
+// A warp's query rows, and the balance.
+TQ_DEVICE void load_query(const AttentionParams& p, float (&query_rows)[kRows / kWarps][kKeyDim / 32],
+                          float (&balance)[kKeyDim / 32], int n_rows, int row0, int b, int h, int lane, int warp) {
+  constexpr int kWarpRows = kRows / kWarps;
+#pragma unroll
+  for (int i = 0; i < kWarpRows; i++) {
+    const int r = warp + kWarps * i, row = row0 + r, q_head = h * p.n_repeats + head_of_row(p, row);
+    const int64_t at = b * p.q_stride[0] + q_head * p.q_stride[1] + position_of_row(p, row) * p.q_stride[2];
+#pragma unroll
+    for (int k = 0; k < kKeyDim / 32; k++) {
+      const int d = lane + 32 * k;
+      query_rows[i][k] = r < n_rows && d < p.head_dim ? load_element<kType>(p.q, at + d * p.q_stride[3]) : 0.0f;
+    }
+  }
+#pragma unroll
+  for (int k = 0; k < kKeyDim / 32; k++) {
+    const int d = lane + 32 * k;
+    balance[k] = p.balance && d < p.head_dim ? p.balance[h * p.balance_stride[0] + d * p.balance_stride[1]] : 1.0f;
+  }
+}
+
+// Adds the warps' states into the share's result.
+TQ_DEVICE void add_warps(const float* join, const float* state, float* partial_out, float* partial_state, int split, int tid) {
+  constexpr int kJoinStride = kValueDim + 4;
+  if (tid < kRows) {
+    float m = kEmptyMax, sum = 0;
+#pragma unroll
+    for (int w = 0; w < kWarps; w++) m = fmaxf(m, state[(w * kRows + tid) * 2]);
+#pragma unroll
+    for (int w = 0; w < kWarps; w++) sum += exp2_fast(state[(w * kRows + tid) * 2] - m) * state[(w * kRows + tid) * 2 + 1];
+    partial_state[(split * kRows + tid) * 2] = m;
+    partial_state[(split * kRows + tid) * 2 + 1] = sum;
+  }
+  for (int i = tid; i < kRows * kValueDim / 4; i += kThreads) {
+    const int r = i / (kValueDim / 4), d = i % (kValueDim / 4) * 4;
+    float4 sum = make_float4(0, 0, 0, 0);
+#pragma unroll
+    for (int w = 0; w < kWarps; w++) {
+      const float4 y = *reinterpret_cast<const float4*>(join + (w * kRows + r) * kJoinStride + d);
+      sum.x += y.x, sum.y += y.y, sum.z += y.z, sum.w += y.w;
+    }
+    *reinterpret_cast<float4*>(partial_out + (split * kRows + r) * kValueDim + d) = sum;
+  }
+}
+
+// Factors of a head's results, and one over the rows' sums. states: of the first 32 results.
+TQ_DEVICE void weigh_results(const AttentionParams& p, const float2 (&states)[kRows / kWarps], const float* partial_state,
+                             float* factors, float* inverse, int n_slots, int n_rows, int row0, int h, int lane, int warp) {
+  constexpr int kWarpRows = kRows / kWarps;
+#pragma unroll
+  for (int i = 0; i < kWarpRows; i++) {
+    const int r = warp + kWarps * i, row = row0 + r, q_head = h * p.n_repeats + head_of_row(p, row);
+    const float sink = p.sinks && r < n_rows ? p.sinks[q_head * p.sinks_stride] * kLog2e : kEmptyMax;
+    auto state = [&](int s) { return __ldcg(reinterpret_cast<const float2*>(partial_state + (s * kRows + r) * 2)); };
+    float m = fmaxf(sink, states[i].x);
+    for (int s = lane + 32; s < n_slots; s += 32) m = fmaxf(m, state(s).x);
+#pragma unroll
+    for (int o = 1; o < 32; o <<= 1) m = fmaxf(m, __shfl_xor_sync(kAllLanes, m, o));
+    float sum = 0;
+    for (int s = lane; s < n_slots; s += 32) {
+      const float2 y = s < 32 ? states[i] : state(s);
+      const float factor = exp2f(y.x - m);
+      factors[s * kRows + r] = factor;
+      sum = fmaf(factor, y.y, sum);
+    }
+#pragma unroll
+    for (int o = 1; o < 32; o <<= 1) sum += __shfl_xor_sync(kAllLanes, sum, o);
+    if (p.sinks) sum += exp2f(sink - m);
+    if (lane == 0) inverse[r] = sum == 0 ? 0.0f : 1.0f / sum;
+  }
+}
+
+// What block `split` of a head takes. column_end: the column that a row sees last, plus one.
+template <class ColumnEnd>
+TQ_DEVICE Share plan_share(const AttentionParams& p, int padding, int n_coded, ColumnEnd column_end, int split, int n_splits) {
+  Share share;
+  share.first_token = clamp(padding - p.n_first, 0, n_coded);
+  share.last_token = clamp(n_coded, 0, column_end(p.n_queries - 1) - p.n_first);
+  const int safe_last = min(share.last_token, column_end(0) - p.n_first);
+  share.whole_begin = (share.first_token + kTileTokens - 1) / kTileTokens;
+  share.n_whole = max(0, max(0, safe_last) / kTileTokens - share.whole_begin);
+  asm("" : "+r"(share.whole_begin), "+r"(share.n_whole));  // not to be computed again in every step
+  {
+    const int tile0 = share.first_token / kTileTokens;
+    const int n_tiles = max(0, (share.last_token + kTileTokens - 1) / kTileTokens - tile0);
+    const int n_exact = p.n_exact_blocks;
+    int per = (n_tiles + n_exact * p.exact_tiles + n_splits - 1) / n_splits, less = p.exact_tiles;
+    if (per < less) {  // the exact chunks are all that their blocks can take
+      if (n_splits > n_exact) {
+        per = (n_tiles + n_splits - n_exact - 1) / (n_splits - n_exact);
+        less = per;
+      } else {
+        per = (n_tiles + n_splits - 1) / n_splits;
+        less = 0;
+      }
+    }
+    const int before = min(split, n_exact) * (per - less) + max(0, split - n_exact) * per;
+    const int mine = split < n_exact ? per - less : per;
+    share.begin = tile0 + min(n_tiles, before);
+    share.end = tile0 + min(n_tiles, before + mine);
+    share.n_requests = max(0, share.steps() - kStages + 1);
+    asm("" : "+r"(share.n_requests));
+  }
+  return share;
+}
+
 extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM)
     turboquant_attention(const __grid_constant__ AttentionParams p) {
   extern __shared__ __align__(16) char shared[];
@@ -1414,53 +1591,12 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM)
   auto column_end = [&](int row) { return causal ? n_keys - p.n_queries + position_of_row(p, row) + 1 : n_keys; };
   auto row_end = [&](int row) { return min(lengths[1], column_end(row) - p.n_first); };
 
-  Share share;
-  share.first_token = clamp(padding - p.n_first, 0, lengths[1]);
-  share.last_token = clamp(lengths[1], 0, column_end(p.n_queries - 1) - p.n_first);
-  const int safe_last = min(share.last_token, column_end(0) - p.n_first);
-  share.whole_begin = (share.first_token + kTileTokens - 1) / kTileTokens;
-  share.n_whole = max(0, max(0, safe_last) / kTileTokens - share.whole_begin);
-  asm("" : "+r"(share.whole_begin), "+r"(share.n_whole));  // not to be computed again in every step
-  {
-    const int tile0 = share.first_token / kTileTokens;
-    const int n_tiles = max(0, (share.last_token + kTileTokens - 1) / kTileTokens - tile0);
-    const int n_exact = p.n_exact_blocks;
-    int per = (n_tiles + n_exact * p.exact_tiles + n_splits - 1) / n_splits, less = p.exact_tiles;
-    if (per < less) {  // the exact chunks are all that their blocks can take
-      if (n_splits > n_exact) {
-        per = (n_tiles + n_splits - n_exact - 1) / (n_splits - n_exact);
-        less = per;
-      } else {
-        per = (n_tiles + n_splits - 1) / n_splits;
-        less = 0;
-      }
-    }
-    const int before = min(split, n_exact) * (per - less) + max(0, split - n_exact) * per;
-    const int mine = split < n_exact ? per - less : per;
-    share.begin = tile0 + min(n_tiles, before);
-    share.end = tile0 + min(n_tiles, before + mine);
-    share.n_requests = max(0, share.steps() - kStages + 1);
-    asm("" : "+r"(share.n_requests));
-  }
+  const Share share = plan_share(p, padding, lengths[1], column_end, split, n_splits);
   // The first loads, ahead of the copies that will keep the memory busy: the query rows; the exact tokens, as far as L2.
   constexpr int kWarpRows = kRows / kWarps;
   float query_rows[kWarpRows][kKeyDim / 32];
-#pragma unroll
-  for (int i = 0; i < kWarpRows; i++) {
-    const int r = warp + kWarps * i, row = row0 + r, q_head = h * p.n_repeats + head_of_row(p, row);
-    const int64_t at = b * p.q_stride[0] + q_head * p.q_stride[1] + position_of_row(p, row) * p.q_stride[2];
-#pragma unroll
-    for (int k = 0; k < kKeyDim / 32; k++) {
-      const int d = lane + 32 * k;
-      query_rows[i][k] = r < n_rows && d < p.head_dim ? load_element<kType>(p.q, at + d * p.q_stride[3]) : 0.0f;
-    }
-  }
   float balance[kKeyDim / 32];
-#pragma unroll
-  for (int k = 0; k < kKeyDim / 32; k++) {
-    const int d = lane + 32 * k;
-    balance[k] = p.balance && d < p.head_dim ? p.balance[h * p.balance_stride[0] + d * p.balance_stride[1]] : 1.0f;
-  }
+  load_query(p, query_rows, balance, n_rows, row0, b, h, lane, warp);
   if (split < p.n_exact_blocks && row0 == 0) prefetch_exact(p, split * p.exact_tokens, tid, b, h);
   const Ring ring{shared, tid, lane, warp};
   const Head head = head_of(p, b, h);
@@ -1473,7 +1609,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM)
 
 #pragma unroll
   for (int k = 0; k < kKeyDim / 32; k++) balance[k] = 1.0f / balance[k];
-  // The query rows: scaled, divided by the balance, rotated, in fixed point.
   float* rotated = reinterpret_cast<float*>(shared + kLayout.rotated_at);
   char* exact_query = shared + kLayout.exact_query_at;  // rows of 16 bits for tensor cores, else of floats
   const bool exact_tensor = kType != kTypeFloat32 && p.exact_aligned;
@@ -1553,34 +1688,14 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM)
       __syncthreads();
       break;
     }
-    bool finite = true;
-#pragma unroll
-    for (int t = 0; t < kRowTiles; t++) {
-#pragma unroll
-      for (int i = 0; i < kValueDim / 16; i++) {
-#pragma unroll
-        for (int k = 0; k < kAccColumns; k++) finite &= fabsf(x.acc[t][i][k]) < INFINITY;
-      }
-    }
-    if (__syncthreads_and(finite)) break;
+    if (__syncthreads_and(is_finite(x))) break;
   }
 
   float* partial_out = p.partial_out + int64_t(head_rows) * kValueDim;
   float* partial_state = p.partial_state + int64_t(head_rows) * 2;
   // Join the warps.
   float* state = reinterpret_cast<float*>(shared + kLayout.state_at);
-#pragma unroll
-  for (int t = 0; t < kRowTiles; t++) {
-    if (j == 0 && first_of_row(g)) {
-      float* to = state + (warp * kRows + 8 * t + row_of_group(g)) * 2;
-      to[0] = x.max[t];
-      if constexpr (kLloyd) to[1] = x.sum[t];
-    }
-    if (!kLloyd && g == 0 && (!kFour || j < 2)) {
-      state[(warp * kRows + 8 * t + 2 * j) * 2 + 1] = x.bias[t][2];
-      state[(warp * kRows + 8 * t + 2 * j + 1) * 2 + 1] = x.bias[t][3];
-    }
-  }
+  store_states(x, state, lane, warp);
   __syncthreads();
   constexpr int kJoinStride = kValueDim + 4;
   float* join = reinterpret_cast<float*>(shared);  // [warp][row][kJoinStride]
@@ -1604,42 +1719,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM)
     }
   }
   __syncthreads();
-  if (tid < kRows) {
-    float m = kEmptyMax, sum = 0;
-#pragma unroll
-    for (int w = 0; w < kWarps; w++) m = fmaxf(m, state[(w * kRows + tid) * 2]);
-#pragma unroll
-    for (int w = 0; w < kWarps; w++) sum += exp2_fast(state[(w * kRows + tid) * 2] - m) * state[(w * kRows + tid) * 2 + 1];
-    partial_state[(split * kRows + tid) * 2] = m;
-    partial_state[(split * kRows + tid) * 2 + 1] = sum;
-  }
-  for (int i = tid; i < kRows * kValueDim / 4; i += kThreads) {
-    const int r = i / (kValueDim / 4), d = i % (kValueDim / 4) * 4;
-    float4 sum = make_float4(0, 0, 0, 0);
-#pragma unroll
-    for (int w = 0; w < kWarps; w++) {
-      const float4 y = *reinterpret_cast<const float4*>(join + (w * kRows + r) * kJoinStride + d);
-      sum.x += y.x, sum.y += y.y, sum.z += y.z, sum.w += y.w;
-    }
-    *reinterpret_cast<float4*>(partial_out + (split * kRows + r) * kValueDim + d) = sum;
-  }
+  add_warps(join, state, partial_out, partial_state, split, tid);
 
-  // The last block of the head joins the shares.
-  __shared__ bool is_last;
-  if (n_splits > 1) {
-    __threadfence();
-    __syncthreads();
-    if (tid == 0) {
-      uint32_t* counter = p.counters + head_index * gridDim.z + blockIdx.z;
-      is_last = atomicAdd(counter, 1u) == uint32_t(n_splits - 1);
-      if (is_last) *counter = 0;
-    }
-    __syncthreads();
-    if (!is_last) return;
-    __threadfence();
-  } else {
-    __syncthreads();
-  }
+  if (!is_last_block(p.counters + head_index * gridDim.z + blockIdx.z, n_splits, tid)) return;
 
   float* total = reinterpret_cast<float*>(shared);  // [kRows][kValueDim + 4], rotated space
   float* factors = total + kRows * kJoinStride;     // [kMaxSlots][kRows]
@@ -1672,27 +1754,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM)
           n_splits + s < n_slots ? __ldcg(partial_out + ((n_splits + s) * kRows + warp) * kValueDim + lane + 32 * k) : 0.0f;
     }
   }
-#pragma unroll
-  for (int i = 0; i < kWarpRows; i++) {
-    const int r = warp + kWarps * i, row = row0 + r, q_head = h * p.n_repeats + head_of_row(p, row);
-    const float sink = p.sinks && r < n_rows ? p.sinks[q_head * p.sinks_stride] * kLog2e : kEmptyMax;
-    auto state = [&](int s) { return __ldcg(reinterpret_cast<const float2*>(partial_state + (s * kRows + r) * 2)); };
-    float m = fmaxf(sink, states[i].x);
-    for (int s = lane + 32; s < n_slots; s += 32) m = fmaxf(m, state(s).x);
-#pragma unroll
-    for (int o = 1; o < 32; o <<= 1) m = fmaxf(m, __shfl_xor_sync(kAllLanes, m, o));
-    float sum = 0;
-    for (int s = lane; s < n_slots; s += 32) {
-      const float2 y = s < 32 ? states[i] : state(s);
-      const float factor = exp2f(y.x - m);
-      factors[s * kRows + r] = factor;
-      sum = fmaf(factor, y.y, sum);
-    }
-#pragma unroll
-    for (int o = 1; o < 32; o <<= 1) sum += __shfl_xor_sync(kAllLanes, sum, o);
-    if (p.sinks) sum += exp2f(sink - m);
-    if (lane == 0) inverse[r] = sum == 0 ? 0.0f : 1.0f / sum;
-  }
+  weigh_results(p, states, partial_state, factors, inverse, n_slots, n_rows, row0, h, lane, warp);
   __syncthreads();
 #pragma unroll 1
   for (int i = tid; i < kRows * kValueDim / 4; i += kThreads) {

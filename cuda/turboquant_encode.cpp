@@ -16,10 +16,6 @@ namespace {
 
 using namespace cuda;  // NOLINT: the backend's own names
 
-int type_code(mx::Dtype type) {
-  return type == mx::float32 ? int(kTypeFloat32) : type == mx::float16 ? int(kTypeFloat16) : int(kTypeBFloat16);
-}
-
 // What decides a kernel: the compile-time names of turboquant_encode.cu.
 struct Variant {
   int operation, dim, bits, type, hadamard = 0, means = 0, balance = 0, signs = 0;
@@ -69,7 +65,7 @@ void add_levels(std::vector<Scalar>& scalars, const Codebook& book) {
 // Means (where the kernel takes any) and balance of keys, as Centre in turboquant_encode.cu takes them.
 void add_centre(std::vector<Scalar>& scalars, Variant& variant, const mx::array* means, const mx::array* balance,
                 bool takes_means = true) {
-  variant.means = !means ? int(kMeansNone) : means->dtype() == mx::float16 ? int(kMeansFloat16) : int(kMeansFloat32);
+  variant.means = means_code(means);
   variant.balance = balance != nullptr;
   for (const auto& [x, n] : {std::pair(means, takes_means ? 4 : 0), std::pair(balance, 2)}) {
     if (x) {
