@@ -36,7 +36,7 @@ bool gpu_has_kernel(const TurboQuantAttention::State&, const mx::array&) { retur
 bool gpu_stores_tokens() { return false; }
 bool gpu_sums_words() { return false; }
 bool gpu_codes_blocks() { return false; }
-bool gpu_multiplies_bits(const mx::array&) { return true; }
+bool gpu_multiplies_bits(const mx::array&, mx::Stream) { return true; }
 size_t clear_gpu_memory() { return 0; }
 std::vector<Pipeline> pipelines() { return {}; }
 int prepare_pipelines(const LayerShapes&) { return 0; }

@@ -24,7 +24,7 @@ mx::array q1_matmul(const mx::array& x, const mx::array& weight, const mx::array
   check_product(x, weight, scales);
   const mx::Stream stream = mx::to_stream(s);
   cpu::check_environment(stream);
-  if (stream.device == mx::Device::gpu && x.size() > 0 && !gpu_multiplies_bits(x)) {
+  if (stream.device == mx::Device::gpu && x.size() > 0 && !gpu_multiplies_bits(x, stream)) {
     // bf16 could not hold the scales: fp32 (TF32, where MLX chooses that) holds them and bf16 x exactly.
     const mx::Dtype type = x.dtype() == mx::bfloat16 ? mx::float32 : x.dtype();
     const mx::array w = q1_dequantize(weight, scales, type, stream);

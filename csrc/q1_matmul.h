@@ -37,6 +37,6 @@ class Q1Matmul : public mx::UnaryPrimitive {
 };
 
 // Whether a GPU's kernels take this x; else the weights are dequantised for the call.
-bool gpu_multiplies_bits(const mx::array& x);
+bool gpu_multiplies_bits(const mx::array& x, mx::Stream stream);
 
 }  // namespace tqext

@@ -208,7 +208,7 @@ struct Q1MatvecLayout {
 
 // Many rows of x (q1_gemm.cu): groups of four warps of a block, threads, groups of a span, bytes of 64 results and what keeps
 // the next ones off their banks.
-enum : int { kGemmGroups = 4, kGemmThreads = 128 * kGemmGroups + 32, kGemmSpan = 4, kGemmResultRow = 144 };
+enum : int { kGemmGroups = 4, kGemmThreads = 128 * (kGemmGroups + 1), kGemmSpan = 4, kGemmResultRow = 144 };
 enum : int { kGemmPrepareThreads = 512 };
 
 struct Q1GemmParams {

@@ -1,18 +1,19 @@
 // Products of many rows of x with 1-bit weights (format.h) by fp16 tensor cores, in two launches.
 //
-// A weight is its group's scale, an fp16 number, with the sign bit of the weight. Two bits of a word, 16 apart, become two of
-// them by one shift and one three-input logic operation; nothing is rounded, and the products of all groups meet in one fp32
-// sum.
+// A weight is its group's scale, an fp16 number, with the sign bit of the weight: the operand in registers. Two bits of a word,
+// 16 apart, become two of them by one shift and one three-input logic operation; nothing is rounded, and the products of all
+// groups meet in one fp32 sum.
 //
 // A lane of a product multiplies four of 16 columns. It takes whole words of the weights, so the columns are in another order:
 // q1_gemm_prepare writes x in that order, as fp16 tiles that q1_gemm copies as they lie, swizzled as the tensor cores want
 // them. bf16 rows are scaled by a power of two, which the result is multiplied with.
 //
-// q1_gemm: four groups of four warps and a warp that copies. p.shares groups share 64 rows of the weight: each takes every
-// p.shares-th span of four groups of columns. A block stays on its multiprocessor and takes tile after tile: the copies of the
-// next are under way while results are written.
+// q1_gemm: four warpgroups and a warp that copies. p.shares warpgroups share 64 rows of the weight: each takes every
+// p.shares-th span of four groups. A block stays on its multiprocessor and takes tile after tile: the copies of the next are
+// under way while results are written.
 //
-// Compile-time: OPERATION (params.h), TYPE; of the product: COLUMNS (rows of x in a tile), BULK (copies by the copy engine).
+// Compile-time: OPERATION (params.h), TYPE; of the product: COLUMNS (rows of x in a tile), WGMMA, BULK (copies by the copy
+// engine).
 #include "device.cuh"
 #include "warpgroup.cuh"
 
@@ -81,8 +82,14 @@ extern "C" __global__ void __launch_bounds__(kGemmPrepareThreads) q1_gemm_prepar
 namespace {
 
 constexpr int kColumns = COLUMNS, kTiles = kColumns / 8;
-constexpr bool kBulk = BULK;
+constexpr bool kGroups = WGMMA, kBulk = BULK;
 constexpr int kStageBytes = kColumns * kRowBytes;
+// Steps whose factors are held in registers at a time.
+constexpr int kBatch = !kGroups ? 1 : kColumns > 64 ? 2 : 4;
+// Producers give registers to the warpgroups that multiply: five warps of one scheduler would have 96 each.
+constexpr int kProducerRegisters = 32, kConsumerRegisters = 112, kEntryRegisters = 96;
+static_assert(kProducerRegisters + kGemmGroups * kConsumerRegisters <= (kGemmGroups + 1) * kEntryRegisters,
+              "a block has no more than at its entry: who asks for more waits forever");
 
 // What a thread multiplies a span with: rows g and g + 8 of its warp, group j.
 struct Weights {
@@ -111,9 +118,56 @@ struct Weights {
   }
 };
 
+#if WGMMA
+#define TQ_FOUR(i) "+f"(c[i][0]), "+f"(c[i][1]), "+f"(c[i][2]), "+f"(c[i][3])
+#define TQ_SIXTEEN(i) TQ_FOUR(i), TQ_FOUR(i + 1), TQ_FOUR(i + 2), TQ_FOUR(i + 3)
+#define TQ_OPERANDS "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)
+// c += 64 x 16 (registers) times 16 x kColumns.
+TQ_DEVICE void multiply_group(float (&c)[kTiles][4], const uint32_t (&a)[4], uint64_t b) {
+#if COLUMNS == 16
+  asm volatile("wgmma.mma_async.sync.aligned.m64n16k16.f32.f16.f16 {%0,%1,%2,%3,%4,%5,%6,%7}, {%8,%9,%10,%11}, %12, 1, 1, 1, 0;"
+               : TQ_FOUR(0), TQ_FOUR(1)
+               : TQ_OPERANDS);
+#elif COLUMNS == 32
+  asm volatile(
+      "wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}, "
+      "{%16,%17,%18,%19}, %20, 1, 1, 1, 0;"
+      : TQ_SIXTEEN(0)
+      : TQ_OPERANDS);
+#elif COLUMNS == 64
+  asm volatile(
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
+      "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, {%32,%33,%34,%35}, %36, 1, 1, 1, 0;"
+      : TQ_SIXTEEN(0), TQ_SIXTEEN(4)
+      : TQ_OPERANDS);
+#elif COLUMNS == 96
+  asm volatile(
+      "wgmma.mma_async.sync.aligned.m64n96k16.f32.f16.f16 {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
+      "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,"
+      "%44,%45,%46,%47}, {%48,%49,%50,%51}, %52, 1, 1, 1, 0;"
+      : TQ_SIXTEEN(0), TQ_SIXTEEN(4), TQ_SIXTEEN(8)
+      : TQ_OPERANDS);
+#else
+  static_assert(kColumns == 128, "the sizes of products");
+  asm volatile(
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
+      "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,"
+      "%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}, {%64,%65,%66,%67}, %68, 1, 1, 1, 0;"
+      : TQ_SIXTEEN(0), TQ_SIXTEEN(4), TQ_SIXTEEN(8), TQ_SIXTEEN(12)
+      : TQ_OPERANDS);
+#endif
+}
+#undef TQ_FOUR
+#undef TQ_SIXTEEN
+#undef TQ_OPERANDS
+#endif
+
 // One step: 16 columns of the stage at this address.
 TQ_DEVICE void multiply_step(float (&c)[kTiles][4], const uint32_t (&a)[4], uint32_t stage, int step, int lane) {
   const uint32_t run = stage + step / 4 * kColumns * 128;
+#if WGMMA
+  multiply_group(c, a, operand(run + step % 4 * 32));
+#else
   const int row = lane % 8 + lane / 16 * 8, column = step % 4 * 2 + lane / 8 % 2;
   const uint32_t from = run + row * 128 + ((column ^ (row & 7)) << 4);
 #pragma unroll
@@ -122,6 +176,15 @@ TQ_DEVICE void multiply_step(float (&c)[kTiles][4], const uint32_t (&a)[4], uint
     load_matrices_shared(b, from + i * 8 * 128);
     multiply_half(c[i], a[0], a[1], a[2], a[3], b[0], b[1]);
     multiply_half(c[i + 1], a[0], a[1], a[2], a[3], b[2], b[3]);
+  }
+#endif
+}
+
+// The factors of a batch stay where they are until its products are done.
+TQ_DEVICE void hold_factors(uint32_t (&a)[kBatch][4]) {
+#pragma unroll
+  for (int i = 0; i < kBatch; i++) {
+    asm volatile("" : "+r"(a[i][0]), "+r"(a[i][1]), "+r"(a[i][2]), "+r"(a[i][3])::"memory");
   }
 }
 
@@ -150,6 +213,7 @@ TQ_DEVICE void consume(const Q1GemmParams& p, char* shared, uint32_t ring, const
   Weights next;
   int tile = blockIdx.x;
   if (tile < n_tiles) next.load(p, tile % p.row_tiles * 64 * row_blocks + row_in_tile, share * kSpan + j);
+  uint32_t a[2][kBatch][4] = {};
 
 #pragma unroll 1
   for (; tile < n_tiles; tile += gridDim.x) {
@@ -160,6 +224,7 @@ TQ_DEVICE void consume(const Q1GemmParams& p, char* shared, uint32_t ring, const
       for (int k = 0; k < 4; k++) sum[i][k] = 0;
     }
     const int row0 = tile % p.row_tiles * 64 * row_blocks;
+    int used = -1;  // the stage that products in flight may read
 #pragma unroll 1
     for (int round = 0; round < n_rounds; round++) {
       const Weights weights = next;
@@ -173,16 +238,32 @@ TQ_DEVICE void consume(const Q1GemmParams& p, char* shared, uint32_t ring, const
         slot_barrier_wait(filled + 8 * cursor.stage, cursor.parity);
         const uint32_t stage = ring + cursor.stage * kStageBytes;
 #pragma unroll
-        for (int step = 0; step < kSteps; step++) {
-          uint32_t a[4];
-          weights.decode(a, i, step);
-          multiply_step(sum, a, stage, step, lane);
+        for (int batch = 0; batch < kSteps / kBatch; batch++) {
+          uint32_t (&mine)[kBatch][4] = a[batch & 1];
+#pragma unroll
+          for (int s = 0; s < kBatch; s++) weights.decode(mine[s], i, batch * kBatch + s);
+#if WGMMA
+          products_begin();
+#endif
+#pragma unroll
+          for (int s = 0; s < kBatch; s++) multiply_step(sum, mine[s], stage, batch * kBatch + s, lane);
+#if WGMMA
+          products_commit();
+          products_wait<1>();
+          hold_factors(a[(batch & 1) ^ 1]);
+#endif
+          if (batch == 0 && used >= 0 && lane == 0) slot_barrier_arrive(emptied + 8 * used);
         }
-        __syncwarp();
-        if (lane == 0) slot_barrier_arrive(emptied + 8 * cursor.stage);
+        used = cursor.stage;
         cursor.advance(p.shares, p.n_stages);
       }
     }
+#if WGMMA
+    products_wait<0>();
+    hold(sum);
+#endif
+    __syncwarp();
+    if (lane == 0) slot_barrier_arrive(emptied + 8 * used);
 
     // Add up the shares.
     if (p.shares > 1) {
@@ -288,7 +369,11 @@ extern "C" __global__ void __launch_bounds__(kGemmThreads, 1) q1_gemm(const __gr
   __syncthreads();
   const int n_tiles = p.row_tiles * p.column_tiles, n_rounds = p.n_spans / p.shares;
 
-  if (warp == 4 * kGemmGroups) {
+  if (warp >= 4 * kGemmGroups) {
+#if WGMMA
+    set_registers_down<kProducerRegisters>();
+#endif
+    if (warp > 4 * kGemmGroups) return;
     Cursor to{0};
     for (int tile = blockIdx.x; tile < n_tiles; tile += gridDim.x) {
       const char* tile_from =
@@ -315,6 +400,9 @@ extern "C" __global__ void __launch_bounds__(kGemmThreads, 1) q1_gemm(const __gr
       }
     }
   } else {
+#if WGMMA
+    set_registers_up<kConsumerRegisters>();
+#endif
     consume(p, shared, ring, layout, tid, warp, lane);
   }
 #if !BULK

@@ -142,19 +142,20 @@ bool run_matvec(const Q1Params& q, mx::Dtype type, const std::vector<mx::array>&
 // The kernel for many rows of x, and its launch.
 struct Gemm {
   int columns = 0, column_tiles = 0, shares = 0, n_spans = 0, row_tiles = 0, n_stages = 0;
-  bool bulk = false;
+  bool warpgroups = false, bulk = false;
 
   // shares 0: none fits.
-  Gemm(int n_inputs, int n_rows, int n_groups, const DeviceInfo& device) : bulk(device.architecture >= 90) {
-    constexpr int kMost = 64;  // a warp's sums take half as many registers
-    column_tiles = (n_inputs + kMost - 1) / kMost;
-    for (int x : {16, 32, 64}) {
+  Gemm(int n_inputs, int n_rows, int n_groups, const DeviceInfo& device)
+      : warpgroups(device.architecture == 90), bulk(device.architecture >= 90) {
+    const int most = warpgroups ? 128 : 64;  // without warpgroups the products' other operand takes registers too
+    column_tiles = (n_inputs + most - 1) / most;
+    for (int x : {16, 32, 64, 96, 128}) {
       columns = x;
       if (x * column_tiles >= n_inputs) break;
     }
-    // In cycles: the products of a span for all groups of warps, at the rate of single warps' products (few columns: at that of
-    // making their factors); what joins shares and writes a tile. On the H200 the order of the choices is the measured one.
-    const int64_t product = 128 * std::max(columns, 20), join = 1000;
+    // In cycles: the products of a span for all groups of warps (few columns: the making of their factors); what joins shares
+    // and writes a tile.
+    const int64_t product = warpgroups ? 64 * std::max(columns, 40) : 128 * std::max(columns, 20), join = 1000;
     int64_t least = 0;
     for (int n = 1; n <= kGemmGroups; n *= 2) {
       const int spans = (n_groups + kGemmSpan * n - 1) / (kGemmSpan * n) * n, rows = 64 * kGemmGroups / n;
@@ -174,16 +175,16 @@ struct Gemm {
 };
 
 Kernel find_gemm(int operation, mx::Dtype type, const Gemm& m, int device) {
-  static OnceMap<std::array<int, 5>, Kernel> kernels;
+  static OnceMap<std::array<int, 6>, Kernel> kernels;
   const bool prepare = operation == kQ1GemmPrepare;
-  return kernels.get({operation, type_code(type), prepare ? 0 : m.columns, m.bulk, device}, [&] {
+  return kernels.get({operation, type_code(type), prepare ? 0 : m.columns, m.warpgroups, m.bulk, device}, [&] {
     std::vector<Define> defines{{"OPERATION", operation}, {"TYPE", type_code(type)}};
     if (prepare) {
       return load_kernel(compile("q1_gemm.cu", defines, true, device), "q1_gemm_prepare", 0, kGemmPrepareThreads, device);
     }
-    defines.insert(defines.end(), {{"COLUMNS", m.columns}, {"BULK", m.bulk}});
-    return load_kernel(compile("q1_gemm.cu", defines, true, device), "q1_gemm", device_info(device).shared_bytes, kGemmThreads,
-                       device);
+    defines.insert(defines.end(), {{"COLUMNS", m.columns}, {"WGMMA", m.warpgroups}, {"BULK", m.bulk}});
+    return load_kernel(compile("q1_gemm.cu", defines, true, device, m.warpgroups), "q1_gemm", device_info(device).shared_bytes,
+                       kGemmThreads, device);
   });
 }
 
@@ -313,11 +314,13 @@ void Q1Matmul::eval_gpu(const std::vector<mx::array>& inputs, mx::array& out) {
              32 * kQ1Warps, multiply.shared_bytes, arguments, inputs);
 }
 
-bool gpu_multiplies_bits(const mx::array& x) {
-  // From here on dequantising the weights for the call, and MLX's own product, take less time (H200: about as much at 512). Of
-  // fp32 rows they would lose bits: MLX multiplies them in TF32.
-  constexpr int64_t kManyRows = 384;
-  return x.dtype() == mx::float32 || int64_t(x.size()) < kManyRows * x.shape(-1);
+bool gpu_multiplies_bits(const mx::array& x, mx::Stream stream) {
+  // Of fp32 rows the other way would lose bits: MLX multiplies them in TF32.
+  if (x.dtype() == mx::float32) return true;
+  // From here on dequantising the weights for the call, and MLX's own product, take less time.
+  constexpr int64_t kManyRows = 384, kManyRowsOfWarpgroups = 4096;
+  const int64_t rows = device_info(stream.device.index).architecture == 90 ? kManyRowsOfWarpgroups : kManyRows;
+  return int64_t(x.size()) < rows * x.shape(-1);
 }
 
 void Q1Quantize::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {

@@ -28,7 +28,7 @@ void run(mx::Stream stream, Q1Op op, mx::Dtype type, const Q1MatmulParams& param
 
 }  // namespace
 
-bool gpu_multiplies_bits(const mx::array&) { return true; }
+bool gpu_multiplies_bits(const mx::array&, mx::Stream) { return true; }
 
 void Q1Matmul::eval_gpu(const std::vector<mx::array>& inputs, mx::array& out) {
   out.set_data(mx::allocator::malloc(out.nbytes()));
