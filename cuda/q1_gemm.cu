@@ -197,6 +197,14 @@ struct Cursor {
   }
 };
 
+// A warp has read a stage. Matrices that it loads itself may still be under way when it says so, and the copy engine does not
+// wait for them: without the fence it wrote over what was not read yet (H200).
+TQ_DEVICE void give_back(uint32_t emptied, int lane) {
+  if constexpr (kBulk && !kGroups) copy_engine_fence();
+  __syncwarp();
+  if (lane == 0) slot_barrier_arrive(emptied);
+}
+
 TQ_DEVICE void copy_arrive(uint32_t barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
 }
@@ -252,8 +260,9 @@ TQ_DEVICE void consume(const Q1GemmParams& p, char* shared, uint32_t ring, const
           products_wait<1>();
           hold_factors(a[(batch & 1) ^ 1]);
 #endif
-          if (batch == 0 && used >= 0 && lane == 0) slot_barrier_arrive(emptied + 8 * used);
+          if (kGroups && batch == 0 && used >= 0) give_back(emptied + 8 * used, lane);
         }
+        if constexpr (!kGroups) give_back(emptied + 8 * cursor.stage, lane);
         used = cursor.stage;
         cursor.advance(p.shares, p.n_stages);
       }
@@ -261,9 +270,8 @@ TQ_DEVICE void consume(const Q1GemmParams& p, char* shared, uint32_t ring, const
 #if WGMMA
     products_wait<0>();
     hold(sum);
+    if (used >= 0) give_back(emptied + 8 * used, lane);
 #endif
-    __syncwarp();
-    if (lane == 0) slot_barrier_arrive(emptied + 8 * used);
 
     // Add up the shares.
     if (p.shares > 1) {

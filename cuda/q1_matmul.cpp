@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <array>
+#include <iterator>
 #include <optional>
 #include <stdexcept>
 
@@ -148,30 +149,41 @@ struct Gemm {
   Gemm(int n_inputs, int n_rows, int n_groups, const DeviceInfo& device)
       : warpgroups(device.architecture == 90), bulk(device.architecture >= 90) {
     const int most = warpgroups ? 128 : 64;  // without warpgroups the products' other operand takes registers too
-    column_tiles = (n_inputs + most - 1) / most;
-    for (int x : {16, 32, 64, 96, 128}) {
-      columns = x;
-      if (x * column_tiles >= n_inputs) break;
-    }
-    // In cycles: the products of a span for all groups of warps (few columns: the making of their factors); what joins shares
-    // and writes a tile.
-    const int64_t product = warpgroups ? 64 * std::max(columns, 40) : 128 * std::max(columns, 20), join = 1000;
-    int64_t least = 0;
-    for (int n = 1; n <= kGemmGroups; n *= 2) {
-      const int spans = (n_groups + kGemmSpan * n - 1) / (kGemmSpan * n) * n, rows = 64 * kGemmGroups / n;
-      const int tiles = (n_rows + rows - 1) / rows;
-      const int stages = std::min(16, (device.shared_bytes - Q1GemmLayout(columns, n, 0).total) /
-                                          (Q1GemmLayout(columns, n, 1).total - Q1GemmLayout(columns, n, 0).total));
-      if (stages < 2 * n) continue;
-      const int64_t waves = (int64_t(tiles) * column_tiles + device.n_multiprocessors - 1) / device.n_multiprocessors;
-      const int64_t time = waves * (spans / n * product + join * n);
-      if (shares && time >= least) continue;
-      least = time;
-      shares = n, n_spans = spans, row_tiles = tiles, n_stages = stages;
+    const int fewest = (n_inputs + most - 1) / most;
+    constexpr int kWidths[] = {16, 32, 64, 96, 128};
+    const int widest = *std::find_if(std::begin(kWidths), std::end(kWidths), [&](int x) { return x * fewest >= n_inputs; });
+    choose(n_inputs, n_rows, n_groups, widest, false, device);
+    // Narrower tiles decode weights more often, which costs nothing where all tiles are in work at once.
+    for (int x : kWidths) {
+      if (x < widest) choose(n_inputs, n_rows, n_groups, x, true, device);
     }
   }
   int shared_bytes() const { return Q1GemmLayout(columns, shares, n_stages).total; }
   size_t prepared_bytes() const { return size_t(column_tiles) * n_spans * kGemmSpan * columns * 2 * kQ1Group; }
+
+ private:
+  int64_t least = 0;  // the choice's time, in cycles
+
+  // narrow: only if it saves an eighth.
+  void choose(int n_inputs, int n_rows, int n_groups, int width, bool narrow, const DeviceInfo& device) {
+    // The products of a span for all groups of warps (few columns: the making of their factors); what joins shares and writes a
+    // tile.
+    const int64_t product = warpgroups ? 64 * std::max(width, 40) : 128 * std::max(width, 20), join = 1000;
+    const int n_column_tiles = (n_inputs + width - 1) / width;
+    for (int n = 1; n <= kGemmGroups; n *= 2) {
+      const int spans = (n_groups + kGemmSpan * n - 1) / (kGemmSpan * n) * n, rows = 64 * kGemmGroups / n;
+      const int tiles = (n_rows + rows - 1) / rows;
+      const int stages = std::min(16, (device.shared_bytes - Q1GemmLayout(width, n, 0).total) /
+                                          (Q1GemmLayout(width, n, 1).total - Q1GemmLayout(width, n, 0).total));
+      if (stages < 2 * n) continue;
+      const int64_t waves = (int64_t(tiles) * n_column_tiles + device.n_multiprocessors - 1) / device.n_multiprocessors;
+      if (narrow && waves > 1) continue;
+      const int64_t time = waves * (spans / n * product + join * n);
+      if (shares && (narrow ? 8 * time >= 7 * least : time >= least)) continue;
+      least = time;
+      columns = width, column_tiles = n_column_tiles, shares = n, n_spans = spans, row_tiles = tiles, n_stages = stages;
+    }
+  }
 };
 
 Kernel find_gemm(int operation, mx::Dtype type, const Gemm& m, int device) {

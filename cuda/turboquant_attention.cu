@@ -697,6 +697,7 @@ struct Ring {
   }
   TQ_DEVICE void release(int i) const {
     if constexpr (kBulk) {
+      copy_engine_fence();  // the copy engine does not wait for loads that are under way
       __syncwarp();
       if (lane == 0) barrier_arrive(emptied(i));
     }
