@@ -24,6 +24,7 @@ BENCHES = {
     "decode-step": "bench_decode_step.py",
     "quality": "bench_quality.py",
     "key_bias": "bench_key_bias.py",
+    "exact-tokens": "bench_exact_tokens.py",
     "agents": "bench_agents.py",
     "server": "bench_server.py",
     "prefix-store": "bench_prefix_store.py",
@@ -33,7 +34,7 @@ BENCHES = {
     "report": "report.py",
 }
 # They need arguments, a GPU, a large download, or what other benches wrote.
-NOT_IN_ALL = ("agents", "cuda", "fetch-models", "texts", "report")
+NOT_IN_ALL = ("agents", "cuda", "exact-tokens", "fetch-models", "texts", "report")
 
 
 def title(path: Path) -> str:

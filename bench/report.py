@@ -385,6 +385,21 @@ def kl_and_bytes(rows: Rows, name: str) -> str:
     return save(figure, name, "Divergence from the uncompressed cache over the bytes of a stored token")
 
 
+def exact_tokens() -> str:
+    """KL by the numbers of first and recent tokens that stay exact: a table for each model, a column for each text."""
+    parts = []
+    for machine, run in runs("exact_tokens"):
+        rows: dict[tuple[int, int], dict[str, Any]] = {}
+        for r in run["rows"]:
+            row = rows.setdefault((r["first"], r["tail"]), {"first": r["first"], "tail": r["tail"]})
+            row[f"KL {r['text']}"] = r["kl"]
+        columns = {"first": "d", "tail": "d", **dict.fromkeys([f"KL {r['text']}" for r in run["rows"]], ".4f")}
+        s = run["settings"]
+        title = f"### {s['model']}, {s['preset']}, {s['tokens']} tokens in chunks of {s['chunk']}"
+        parts.append(f"{title}\n\n{source(machine, run)}\n\n{markdown(list(rows.values()), columns)}\n")
+    return "\n".join(parts)
+
+
 def long_passkeys() -> str:
     """One line for each context and number of hidden keys, one column for each cache."""
     parts = []
@@ -461,6 +476,7 @@ def main() -> None:
     real = {
         "Quality by position": by_position(),
         "Short windows": windows,
+        "First and recent tokens": exact_tokens(),
         "Passkeys": long_passkeys(),
         "Agents": agents(),
     }

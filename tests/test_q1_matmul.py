@@ -37,6 +37,7 @@ def check(x, weight, scales):
     out = tqext.q1_matmul(x, weight, scales)
     assert out.dtype == x.dtype
     assert_close(out, to_numpy(x).astype(np.float64) @ decode(weight, scales).T, TOLERANCE[x.dtype])
+    return out
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -69,6 +70,19 @@ def test_q1_matmul_many_tiles(n, dtype, rng):
     """More tiles than a GPU has multiprocessors: a block takes several, one after the other."""
     x = mx.array(rng.normal(size=(n, 640)).astype(np.float32)).astype(DTYPES[dtype])
     check(x, *problem(rng, 70000 if n == 20 else 40003, 640))
+
+
+@pytest.mark.parametrize("device", [pytest.param("gpu", marks=pytest.mark.gpu)], indirect=True)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize(("n", "rows", "cols"), [(40, 70000, 640), (64, 32000, 4096), (130, 40003, 640), (200, 4096, 12288)])
+def test_q1_matmul_of_many_tiles_is_the_same_every_time(device, n, rows, cols, dtype, rng):
+    """A tile of x in shared memory makes way for the next one: a warp that still reads the old one gets some of both."""
+    x = mx.array(rng.normal(size=(n, cols)).astype(np.float32)).astype(DTYPES[dtype])
+    weight, scales = problem(rng, rows, cols)
+    first = check(x, weight, scales)
+    for _ in range(20):
+        again = [tqext.q1_matmul(x, weight, scales) for _ in range(5)]
+        assert all(mx.all(out == first).item() for out in again)
 
 
 @pytest.mark.parametrize("shape", [(256,), (0, 256), (2, 0, 256), (2, 3, 256), (1, 1, 1, 256)])
