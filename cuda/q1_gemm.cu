@@ -12,7 +12,7 @@
 // p.shares-th span of four groups. A block stays on its multiprocessor and takes tile after tile: the copies of the next are
 // under way while results are written.
 //
-// Compile-time: OPERATION (params.h), TYPE; of the product: COLUMNS (rows of x in a tile), WGMMA, BULK (copies by the copy
+// Compile-time: OPERATION (params.h), TYPE; of the product: COLUMNS (rows of x in a tile), WGMMA (and copies by the copy
 // engine).
 #include "device.cuh"
 #include "warpgroup.cuh"
@@ -82,7 +82,7 @@ extern "C" __global__ void __launch_bounds__(kGemmPrepareThreads) q1_gemm_prepar
 namespace {
 
 constexpr int kColumns = COLUMNS, kTiles = kColumns / 8;
-constexpr bool kGroups = WGMMA, kBulk = BULK;
+constexpr bool kGroups = WGMMA;
 constexpr int kStageBytes = kColumns * kRowBytes;
 // Steps whose factors are held in registers at a time.
 constexpr int kBatch = !kGroups ? 1 : kColumns > 64 ? 2 : 4;
@@ -198,9 +198,9 @@ struct Cursor {
 };
 
 // A warp has read a stage. Matrices that it loads itself may still be under way when it says so, and the copy engine does not
-// wait for them: without the fence it wrote over what was not read yet (H200).
+// wait for them: it wrote over what was not read yet (H200). So it copies for warpgroups alone, whose products have ended here;
+// elsewhere `cp.async` does.
 TQ_DEVICE void give_back(uint32_t emptied, int lane) {
-  if constexpr (kBulk && !kGroups) copy_engine_fence();
   __syncwarp();
   if (lane == 0) slot_barrier_arrive(emptied);
 }
@@ -368,7 +368,7 @@ extern "C" __global__ void __launch_bounds__(kGemmThreads, 1) q1_gemm(const __gr
   const int warp = __shfl_sync(kAllLanes, tid >> 5, 0);
   const int row_blocks = kGemmGroups / p.shares;  // of 64 rows, in a tile
   if (tid < p.n_stages) {
-    slot_barrier_init(filled + 8 * tid, kBulk ? 1 : 32);
+    slot_barrier_init(filled + 8 * tid, kGroups ? 1 : 32);
     slot_barrier_init(emptied + 8 * tid, 4 * row_blocks);
 #if __CUDA_ARCH__ >= 900
     copy_engine_fence();
@@ -392,7 +392,7 @@ extern "C" __global__ void __launch_bounds__(kGemmThreads, 1) q1_gemm(const __gr
           const char* from = tile_from + int64_t(span * kSpan + i) * kStageBytes;
           slot_barrier_wait(emptied + 8 * to.stage, to.parity ^ 1);
           const uint32_t at = ring + to.stage * kStageBytes, barrier = filled + 8 * to.stage;
-#if BULK
+#if WGMMA
           if (lane == 0) {
             barrier_expect(barrier, kStageBytes);
             copy_bulk(at, from, kStageBytes, barrier);
@@ -413,7 +413,7 @@ extern "C" __global__ void __launch_bounds__(kGemmThreads, 1) q1_gemm(const __gr
 #endif
     consume(p, shared, ring, layout, tid, warp, lane);
   }
-#if !BULK
+#if !WGMMA
   copy_async_wait<0>();
 #endif
 }

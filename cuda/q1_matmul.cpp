@@ -143,11 +143,10 @@ bool run_matvec(const Q1Params& q, mx::Dtype type, const std::vector<mx::array>&
 // The kernel for many rows of x, and its launch.
 struct Gemm {
   int columns = 0, column_tiles = 0, shares = 0, n_spans = 0, row_tiles = 0, n_stages = 0;
-  bool warpgroups = false, bulk = false;
+  bool warpgroups = false;
 
   // shares 0: none fits.
-  Gemm(int n_inputs, int n_rows, int n_groups, const DeviceInfo& device)
-      : warpgroups(device.architecture == 90), bulk(device.architecture >= 90) {
+  Gemm(int n_inputs, int n_rows, int n_groups, const DeviceInfo& device) : warpgroups(device.architecture == 90) {
     const int most = warpgroups ? 128 : 64;  // without warpgroups the products' other operand takes registers too
     const int fewest = (n_inputs + most - 1) / most;
     constexpr int kWidths[] = {16, 32, 64, 96, 128};
@@ -187,14 +186,14 @@ struct Gemm {
 };
 
 Kernel find_gemm(int operation, mx::Dtype type, const Gemm& m, int device) {
-  static OnceMap<std::array<int, 6>, Kernel> kernels;
+  static OnceMap<std::array<int, 5>, Kernel> kernels;
   const bool prepare = operation == kQ1GemmPrepare;
-  return kernels.get({operation, type_code(type), prepare ? 0 : m.columns, m.warpgroups, m.bulk, device}, [&] {
+  return kernels.get({operation, type_code(type), prepare ? 0 : m.columns, m.warpgroups, device}, [&] {
     std::vector<Define> defines{{"OPERATION", operation}, {"TYPE", type_code(type)}};
     if (prepare) {
       return load_kernel(compile("q1_gemm.cu", defines, true, device), "q1_gemm_prepare", 0, kGemmPrepareThreads, device);
     }
-    defines.insert(defines.end(), {{"COLUMNS", m.columns}, {"WGMMA", m.warpgroups}, {"BULK", m.bulk}});
+    defines.insert(defines.end(), {{"COLUMNS", m.columns}, {"WGMMA", m.warpgroups}});
     return load_kernel(compile("q1_gemm.cu", defines, true, device, m.warpgroups), "q1_gemm", device_info(device).shared_bytes,
                        kGemmThreads, device);
   });

@@ -240,14 +240,13 @@ def test_one_bit_weights_compile_for_every_architecture(architecture):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_one_bit_weights_of_many_rows_compile_for_every_architecture(architecture):
-    bulk = int(architecture not in ("sm_80", "sm_86", "sm_89"))
     compile_kernel("q1_gemm.cu", architecture, OPERATION=4, TYPE=1)
-    compile_kernel("q1_gemm.cu", architecture, OPERATION=5, TYPE=2, COLUMNS=64, WGMMA=0, BULK=bulk)
+    compile_kernel("q1_gemm.cu", architecture, OPERATION=5, TYPE=2, COLUMNS=64, WGMMA=0)
 
 
 @pytest.mark.parametrize("columns", [16, 32, 64, 96, 128])
 def test_one_bit_weights_of_many_rows_fit_into_registers(columns):
-    log = compile_kernel("q1_gemm.cu", "sm_90a", OPERATION=5, TYPE=2, COLUMNS=columns, WGMMA=1, BULK=1)
+    log = compile_kernel("q1_gemm.cu", "sm_90a", OPERATION=5, TYPE=2, COLUMNS=columns, WGMMA=1)
     # A few words outside of the products.
     assert int(re.search(r"(\d+) bytes spill stores", log).group(1)) <= 16, log
     # What producers give back is what the others ask for (kEntryRegisters): of fewer they would wait forever.
