@@ -13,6 +13,7 @@
 #include "format.h"
 #include "gpu_memory.h"
 #include "history.h"
+#include "latent_attention.h"
 #include "pipelines.h"
 #include "q1_matmul.h"
 #include "q1_quantize.h"
@@ -190,6 +191,27 @@ Example:
       "value_coding"_a, "value_rotation"_a, "scale"_a.none(), "mask"_a.none(), "first"_a.none(), "tail"_a.none(),
       "sinks"_a.none(), "left_padding"_a.none(), "lengths"_a.none(), "stream"_a.none(), "composed_bytes"_a = nb::none());
 
+  m.def(
+      "latent_attention",
+      [](const mx::array& q, const mx::array& codes, const mx::array& norms, const OptionalArray& means,
+         const OptionalArray& balance, const OptionalArray& signs, const OptionalArray& residual_norms, int bits, int dim,
+         const std::string& rotation, float scale, const tqext::MaskArgument& mask, const OptionalArray& q_rope,
+         const OptionalArray& k_rope, const OptionalArray& first, const OptionalArray& tail, mx::StreamOrDevice stream,
+         std::optional<int64_t> composed_bytes) {
+        const tqext::LatentOptions options{.scale = scale,
+                                           .mask = mask,
+                                           .q_rope = q_rope,
+                                           .k_rope = k_rope,
+                                           .first = first,
+                                           .tail = tail,
+                                           .composed_bytes = composed_bytes};
+        const auto latents = packed_keys(codes, norms, means, balance, signs, residual_norms, bits, dim, rotation);
+        return tqext::latent_attention(q, latents, options, stream);
+      },
+      "q"_a, "codes"_a, "norms"_a, "means"_a.none(), "balance"_a.none(), "signs"_a.none(), "residual_norms"_a.none(), "bits"_a,
+      "dim"_a, "rotation"_a, "scale"_a, "mask"_a.none(), "q_rope"_a.none(), "k_rope"_a.none(), "first"_a.none(),
+      "tail"_a.none(), "stream"_a.none(), "composed_bytes"_a = nb::none());
+
   nb::class_<tqext::History>(m, "History",
                              "What attention reads besides the recent tokens: packed keys and values, exact first tokens.")
       .def(
@@ -197,14 +219,15 @@ Example:
           [](tqext::History* self, const mx::array& key_codes, const mx::array& key_norms, const OptionalArray& means,
              const OptionalArray& balance, const OptionalArray& signs, const OptionalArray& residual_norms, int key_bits,
              int head_dim, const std::string& rotation, const mx::array& value_codes, const mx::array& value_params,
-             int value_bits, int value_dim, const std::string& coding, const std::optional<tqext::ExactTokens>& first) {
+             int value_bits, int value_dim, const std::string& coding, const std::optional<tqext::ExactTokens>& first,
+             bool latent) {
             new (self) tqext::History(
                 packed_keys(key_codes, key_norms, means, balance, signs, residual_norms, key_bits, head_dim, rotation),
-                packed_values(value_codes, value_params, value_bits, value_dim, coding, rotation, "History"), first);
+                packed_values(value_codes, value_params, value_bits, value_dim, coding, rotation, "History"), first, latent);
           },
           "key_codes"_a, "key_norms"_a, "means"_a.none(), "balance"_a.none(), "signs"_a.none(), "residual_norms"_a.none(),
           "key_bits"_a, "head_dim"_a, "rotation"_a, "value_codes"_a, "value_params"_a, "value_bits"_a, "value_dim"_a,
-          "value_coding"_a, "first"_a.none())
+          "value_coding"_a, "first"_a.none(), "latent"_a = false)
       .def("attend", &tqext::History::attend, "q"_a, "tail_keys"_a, "tail_values"_a, "scale"_a, "mask"_a.none(),
            "sinks"_a.none(), "lengths"_a.none(), "As `tqext.turboquant_attention`, with the tail in two arguments.");
   m.def("word_sum", &tqext::word_sum, "arrays"_a, "begin"_a, "first"_a, "constant"_a, "previous"_a.none(),

@@ -41,6 +41,7 @@ mx::array History::attend(const mx::array& q, const mx::array& tail_keys, const 
                                  .lengths = lengths,
                                  .first = first_,
                                  .tail = ExactTokens(tail_keys, tail_values),
+                                 .latent = latent_,
                                  .of_cache = true};
   return turboquant_attention(q, keys_, values_, with_mask(options, mask), {});
 }

@@ -14,8 +14,9 @@ using MaskArgument = std::variant<std::monostate, std::string, mx::array>;  // n
 // What attention reads besides the recent tokens. It changes only when a block is encoded.
 class History {
  public:
-  History(PackedKeys keys, PackedValues values, std::optional<ExactTokens> first)
-      : keys_(std::move(keys)), values_(std::move(values)), first_(std::move(first)) {}
+  // latent: the values are the keys (latent_attention.h), which stand in both places, also among exact tokens.
+  History(PackedKeys keys, PackedValues values, std::optional<ExactTokens> first, bool latent)
+      : keys_(std::move(keys)), values_(std::move(values)), first_(std::move(first)), latent_(latent) {}
   mx::array attend(const mx::array& q, const mx::array& tail_keys, const mx::array& tail_values, float scale,
                    const MaskArgument& mask, const std::optional<mx::array>& sinks,
                    const std::optional<mx::array>& lengths) const;
@@ -24,6 +25,7 @@ class History {
   PackedKeys keys_;
   PackedValues values_;
   std::optional<ExactTokens> first_;
+  bool latent_;
 };
 
 AttentionOptions with_mask(AttentionOptions options, const MaskArgument& mask);

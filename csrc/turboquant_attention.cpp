@@ -262,8 +262,8 @@ mx::array composed_attention(const mx::array& queries, const PackedKeys& k, cons
     if (k.means) keys.means = tokens_of(*k.means, begin / kBlockTokens, n_blocks(end));
     values.codes = tokens_of(after(v.codes), begin, end);
     values.params = tokens_of(v.params, begin, end);
-    attend(n.n_first + begin, end - begin, dequantize_keys(keys, false, q.dtype(), s),
-           dequantize_values(values, false, q.dtype(), s));
+    const mx::array tokens = dequantize_keys(keys, false, q.dtype(), s);
+    attend(n.n_first + begin, end - begin, tokens, options.latent ? tokens : dequantize_values(values, false, q.dtype(), s));
   }
   attend_exact(options.tail, n.n_first + n.n_coded, n.n_tail);
 
@@ -355,7 +355,8 @@ mx::array turboquant_attention(const mx::array& q, const PackedKeys& k, const Pa
                                    .value_dim = n.value_dim,
                                    .present = k.signs ? 1u << kSigns : 0u,
                                    .of_cache = options.of_cache,
-                                   .cache_has_means = k.means.has_value()};
+                                   .cache_has_means = k.means.has_value(),
+                                   .latent = options.latent};
   const bool has_kernel = stream.device == mx::Device::cpu || gpu_has_kernel(state, q);
   if (!has_kernel || options.composed_bytes) {
     return composed_attention(q, k, v, options, n, scale, options.composed_bytes.value_or(kComposedBytes), stream);
@@ -412,7 +413,8 @@ std::vector<mx::Shape> TurboQuantAttention::output_shapes(const std::vector<mx::
                                  .left_padding = optional(x.left_padding),
                                  .lengths = optional(x.lengths),
                                  .first = tokens(x.first_keys, x.first_values),
-                                 .tail = tokens(x.tail_keys, x.tail_values)};
+                                 .tail = tokens(x.tail_keys, x.tail_values),
+                                 .latent = state_.latent};
   const Shapes n = check_inputs(x.q, k, v, options);
   if (x.means) {
     check_shape(*x.means, {n.batch, n.n_kv_heads, n_blocks(n.n_coded), n.head_dim}, kOp, "means");

@@ -7,6 +7,9 @@
 //   output       = rotate^-1(sum over coded p v̂) + sum over exact p v, divided by sum p + exp(sinks)
 // A row that attends to nothing is zero.
 //
+// Latent (latent_attention.h): the values are the keys. A coded token's value is rotate^-1(k̂) / balance + the mean of its
+// block, an exact one's is its key.
+//
 // Validity of column c for row i of sequence b:
 //   c >= left_padding[b]; inside each part, index < lengths[b][part]; mask
 //   "causal": c <= n_keys - L + i; with lengths, the last L tail columns are the rows' own tokens, always stored, and
@@ -34,6 +37,8 @@ struct AttentionOptions {
   std::string mask_mode;  // "" or "causal"
   std::optional<mx::array> mask, sinks, left_padding, lengths;
   std::optional<ExactTokens> first, tail;
+  // The values are the keys: packed_v and the second of exact tokens are those of the keys, and are not looked at.
+  bool latent = false;
   // The cache of a generation calls: Metal compiles with a prompt what its later steps need.
   bool of_cache = false;
   // Composes of MLX's operations within so many bytes what a kernel would do: for tests.
@@ -54,6 +59,7 @@ class TurboQuantAttention : public mx::UnaryPrimitive {
     int key_bits, value_bits, value_coding, head_dim, value_dim;
     uint32_t present;  // bit i: optional input i is there
     bool of_cache = false, cache_has_means = false;
+    bool latent = false;  // the values are the keys; their inputs stand there twice
     bool operator==(const State&) const = default;
   };
   TurboQuantAttention(mx::Stream stream, const State& state) : UnaryPrimitive(stream), state_(state) {}

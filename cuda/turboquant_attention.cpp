@@ -121,7 +121,7 @@ bool can_load_eight(const mx::array& x) {
 bool gpu_has_kernel(const TurboQuantAttention::State& state, const mx::array& q) {
   // As many heads in a batch as a grid can have only come with prompts of their size.
   const bool fits = int64_t(q.shape(0)) * q.shape(1) <= kMaxGrid || (state.present >> kSigns & 1);
-  return fits && padded_dim(state.head_dim) <= kMaxKernelDim && padded_dim(state.value_dim) <= kMaxKernelDim;
+  return !state.latent && fits && padded_dim(state.head_dim) <= kMaxKernelDim && padded_dim(state.value_dim) <= kMaxKernelDim;
 }
 
 void TurboQuantAttention::eval_gpu(const std::vector<mx::array>& inputs, mx::array& out) {

@@ -10,7 +10,7 @@
 namespace tqext {
 
 bool gpu_has_kernel(const TurboQuantAttention::State& state, const mx::array&) {
-  return metal::has_attention_kernel(state.head_dim, state.value_dim, state.hadamard);
+  return !state.latent && metal::has_attention_kernel(state.head_dim, state.value_dim, state.hadamard);
 }
 
 void TurboQuantAttention::eval_gpu(const std::vector<mx::array>& inputs, mx::array& out) {

@@ -120,6 +120,10 @@ struct Task {
   void add_masks(const Block& block, Rows& rows) const;
   States make_states(int n_runs, int n_rows) const;
   void attend(const Block& block, const Rows& rows, const Run& run, cpu::Partial* partials) const;
+  void attend_latents(const Block& block, const cpu::CodedHead& head, const cpu::CodecShape& shape, const cpu::QueryRows& rows,
+                      Range tokens, cpu::Partial* partials) const;
+  // Whether the states of a part's tokens are in the rotated space.
+  bool is_rotated(Part part) const { return part == kCoded && !state.latent; }
   void join(const Block& block, const std::vector<Run>& runs, const States& states) const;
   void decode() const;
   void prefill() const;
@@ -285,7 +289,11 @@ void Task::attend(const Block& block, const Rows& rows, const Run& run, cpu::Par
                                residual_norms ? residual_norms->token_stride() : 0,
                                value_codes.token_stride(),
                                value_params.token_stride()};
-    kernels.attend_coded(coded, shape, query, run.tokens.begin, end, partials);
+    if (state.latent) {
+      attend_latents(block, coded, shape, query, {run.tokens.begin, end}, partials);
+    } else {
+      kernels.attend_coded(coded, shape, query, run.tokens.begin, end, partials);
+    }
     return;
   }
   const Packed& keys = run.part == kFirst ? *first_keys : *tail_keys;
@@ -311,6 +319,49 @@ void add(const cpu::Partial& part, int dim, cpu::Partial& total) {
   for (int d = 0; d < dim; d++) total.out[d] = keep * total.out[d] + weight * part.out[d];
 }
 
+// Coded tokens whose values are their keys. A block's weights also weigh its mean, so blocks are attended to one by one. The
+// states are in the unrotated space.
+void Task::attend_latents(const Block& block, const cpu::CodedHead& head, const cpu::CodecShape& shape,
+                          const cpu::QueryRows& rows, Range tokens, cpu::Partial* partials) const {
+  const int n = rows.n_rows, dim = key_dim(), head_dim = state.head_dim;
+  std::vector<float> outs(size_t(n) * dim), of_means(means ? size_t(n) * head_dim : 0), mean(head_dim);
+  std::vector<cpu::Partial> one(n);
+  for (int r = 0; r < n; r++) one[r].out = &outs[size_t(r) * dim];
+  for (int r = 0; r < n; r++) {
+    partials[r].max = kNegInf;
+    partials[r].sum = 0;
+    std::fill_n(partials[r].out, dim, 0.0f);
+  }
+  for (int t = tokens.begin; t < tokens.end;) {
+    const int next = std::min((t / kBlockTokens + 1) * kBlockTokens, tokens.end);
+    cpu::attention_kernels().attend_coded(head, shape, rows, t, next, one.data());
+    if (means) {
+      const size_t row = (size_t(block.b) * n_kv_heads() + block.h) * means->view.shape[2] + t / kBlockTokens;
+      means->view.load(row, head_dim, mean.data());
+    }
+    for (int r = 0; r < n; r++) {
+      if (one[r].max == kNegInf) continue;
+      cpu::Partial& p = partials[r];
+      const float max = std::max(p.max, one[r].max), keep = rescale(p.max, max), weight = rescale(one[r].max, max);
+      const float sum = weight * one[r].sum;
+      p.max = max;
+      p.sum = keep * p.sum + sum;
+      for (int d = 0; d < dim; d++) p.out[d] = keep * p.out[d] + weight * one[r].out[d];
+      if (!means) continue;
+      float* to = &of_means[size_t(r) * head_dim];
+      for (int d = 0; d < head_dim; d++) to[d] = keep * to[d] + sum * mean[d];
+    }
+    t = next;
+  }
+  const float* factor = balance ? static_cast<const float*>(balance->view.data) + block.h * balance->view.strides[0] : nullptr;
+  for (int r = 0; r < n; r++) {
+    float* out = partials[r].out;
+    if (state.hadamard) cpu::rotate_row(out, dim, TQ_ROTATION_SEED, true);
+    for (int d = 0; d < head_dim && factor; d++) out[d] /= factor[d * balance->view.strides[1]];
+    for (int d = 0; d < head_dim && means; d++) out[d] += of_means[size_t(r) * head_dim + d];
+  }
+}
+
 // Joins the states of each row's runs, rotates the coded part back and writes the output.
 void Task::join(const Block& block, const std::vector<Run>& runs, const States& states) const {
   float coded[kMaxDim], exact[kMaxDim];
@@ -326,12 +377,12 @@ void Task::join(const Block& block, const std::vector<Run>& runs, const States& 
     for (size_t i = 0; i < runs.size(); i++) {
       const cpu::Partial& p = states.partials[i * n + r];
       const float weight = rescale(p.max, max);
-      const bool is_coded = runs[i].part == kCoded;
+      const bool is_coded = is_rotated(runs[i].part);
       float* to = is_coded ? coded : exact;
       sum += weight * p.sum;
       for (int d = 0; d < (is_coded ? value_dim() : state.value_dim); d++) to[d] += weight * p.out[d];
     }
-    if (state.hadamard) cpu::rotate_row(coded, value_dim(), TQ_ROTATION_SEED, true);
+    if (state.hadamard && !state.latent) cpu::rotate_row(coded, value_dim(), TQ_ROTATION_SEED, true);
     const float inverse = sum == 0 ? 0.0f : 1.0f / sum;
     for (int d = 0; d < state.value_dim; d++) exact[d] = (exact[d] + coded[d]) * inverse;
     cpu::store_row(exact, state.value_dim, out, type, q_row(block, r) * state.value_dim);
@@ -371,12 +422,14 @@ void Task::decode() const {
 
 // Many queries: the queries are split over the threads, and each block keeps only its own scratch.
 void Task::prefill() const {
-  constexpr int kQueries = 64;  // per block: a decoded tile of tokens serves 64 times n_repeats rows
-  const int n_query_blocks = (n_queries() + kQueries - 1) / kQueries;
+  // Per block: a decoded tile of tokens serves 64 times n_repeats rows, fewer where those would not stay in the caches.
+  constexpr int kMostQueries = 64, kMostRows = 1024;
+  const int n_each = std::clamp(kMostRows / n_repeats(), 1, kMostQueries);
+  const int n_query_blocks = (n_queries() + n_each - 1) / n_each;
   cpu::parallel_for(batch() * n_kv_heads() * n_query_blocks, [&](int i) {
     // The last queries have the most keys under a causal mask: they go first.
-    const int query = (n_query_blocks - 1 - i % n_query_blocks) * kQueries, head = i / n_query_blocks;
-    const Block block{head / n_kv_heads(), head % n_kv_heads(), {query, std::min(query + kQueries, n_queries())}};
+    const int query = (n_query_blocks - 1 - i % n_query_blocks) * n_each, head = i / n_query_blocks;
+    const Block block{head / n_kv_heads(), head % n_kv_heads(), {query, std::min(query + n_each, n_queries())}};
     const Rows rows = prepare(block);
     const int n = n_rows(block);
     // The state of all coded tokens, that of all exact ones, and that of the run at hand.
@@ -387,7 +440,7 @@ void Task::prefill() const {
       attend(block, rows, run, one.partials.data());
       const bool is_coded = run.part == kCoded;
       for (int r = 0; r < n; r++) {
-        add(one.partials[r], is_coded ? value_dim() : state.value_dim, states.partials[is_coded ? r : n + r]);
+        add(one.partials[r], is_rotated(run.part) ? value_dim() : state.value_dim, states.partials[is_coded ? r : n + r]);
       }
     }
     join(block, totals, states);

@@ -343,10 +343,66 @@ def turboquant_attention(
         raise _explained("turboquant_attention", error, q=q, **given) from None
 
 
+def latent_attention(
+    q: mx.array,
+    packed: PackedKeys,
+    *,
+    scale: float,
+    mask: mx.array | str | None = None,
+    q_rope: mx.array | None = None,
+    k_rope: mx.array | None = None,
+    tail: mx.array | None = None,
+    first: mx.array | None = None,
+    stream: Stream = None,
+) -> mx.array:
+    """Attention of ``q`` over packed latents, which are keys and values at once, in one pass over the packed bytes.
+
+    ``softmax(scale * (q @ X.T + q_rope @ k_rope.T) + mask) @ X`` with X the exact ``first`` latents, the packed ones and the
+    exact ``tail``, in this order: multi-head latent attention (DeepSeek-V2, arXiv:2405.04434) with the projections of keys and
+    values absorbed into the query and into what follows. A row that attends to nothing is zero.
+
+    Args:
+        q: float32, float16 or bfloat16 ``[batch, n_q_heads, n_queries, dim]``, in the latents' space, not rotated.
+        packed: packed latents of ``n_coded >= 0`` tokens, from `quantize_keys` without residual signs and without a dense
+            rotation. Models have one KV head.
+        scale: of the scores. There is no default: it belongs to the heads before the absorption.
+        mask: None, ``"causal"`` (row i of L sees latents up to ``n_keys - L + i``), or an array that broadcasts to
+            ``[batch, n_q_heads, n_queries, n_keys]``: bool (True attends) or added to the scores.
+        q_rope: the rotary part of the query, ``[batch, n_q_heads, n_queries, rope_dim]``; its scores are made in fp32 for all
+            keys at once. None where the mask has them already.
+        k_rope: the rotary keys of all latents, ``[batch, n_kv_heads, n_keys, rope_dim]``.
+        tail: exact latents behind the packed ones, ``[batch, n_kv_heads, n_tail, dim]``.
+        first: exact latents before the packed ones.
+        stream: stream or device.
+
+    Returns:
+        ``[batch, n_q_heads, n_queries, dim]`` in q's dtype.
+
+    Raises:
+        ValueError: shapes, dtypes or numbers that do not fit; ``[latent_attention] argument: expected X, got Y``.
+
+    Example:
+        >>> latents = mx.random.normal((1, 1, 128, 512))
+        >>> q, q_rope = mx.random.normal((1, 16, 1, 512)), mx.random.normal((1, 16, 1, 64))
+        >>> k_rope = mx.random.normal((1, 1, 128, 64))
+        >>> packed = tqext.quantize_keys(latents, means=tqext.block_means(latents))
+        >>> tqext.latent_attention(q, packed, scale=192**-0.5, q_rope=q_rope, k_rope=k_rope).shape
+        (1, 16, 1, 512)
+    """
+    if not isinstance(packed, PackedKeys):
+        packed = _rebuild(PackedKeys, packed, "packed", "latent_attention")
+    dim, arrays = _head_dim(packed), (*packed[:6], packed.bits)
+    try:
+        return _ext.latent_attention(q, *arrays, dim, packed.rotation, scale, mask, q_rope, k_rope, first, tail, stream)
+    except TypeError as error:
+        given = _given(mask=mask, q_rope=q_rope, k_rope=k_rope, tail=tail, first=first)
+        raise _explained("latent_attention", error, q=q, **given) from None
+
+
 Packed = TypeVar("Packed", PackedKeys, PackedValues)
 
 
-def _rebuild(kind: type[Packed], packed: object, name: str) -> Packed:
+def _rebuild(kind: type[Packed], packed: object, name: str, op: str = "turboquant_attention") -> Packed:
     if isinstance(packed, tuple) and len(packed) == len(kind._fields):
         return kind(*packed)
-    raise ValueError(f"[turboquant_attention] {name}: expected {kind.__name__}, got {type(packed).__name__}")
+    raise ValueError(f"[{op}] {name}: expected {kind.__name__}, got {type(packed).__name__}")
