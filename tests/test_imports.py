@@ -141,8 +141,9 @@ def test_hooks_load_no_calibration():
 
 # What users import, and what stands in saved files: names are added here, never taken away.
 PUBLIC = {
-    "tqext": "PRESETS BatchTurboQuantKVCache PackedKeys PackedValues Policy PrefixStore Recipe TurboQuantKVCache __version__ "
-    "attach available_isas block_means calibrate dequantize detach format get_policy install isa load make_prompt_cache "
+    "tqext": "PRESETS BatchTurboQuantKVCache PackedKeys PackedValues Policy PrefixStore Recipe TurboQuantKVCache "
+    "TurboQuantLatentCache __version__ attach available_isas block_means calibrate dequantize detach format get_policy install "
+    "isa latent_attention load make_prompt_cache "
     "num_threads probe q1_dequantize q1_matmul q1_quantize quantize_keys quantize_values rotate turboquant_attention uninstall "
     "upgrade verify",
     "tqext.mlx_lm": "Layer MAX_HEAD_DIM PathError Report UPGRADE_CHUNK VERIFY_CODED attach calibrate detach hook install "
@@ -151,7 +152,8 @@ PUBLIC = {
     "tqext.batch": "BatchTurboQuantKVCache",
     "tqext.presets": "DEFAULT_PRESET PRESETS Policy Recipe get_policy",
     "tqext.models": "cache_dir fetch_package load local_folder resolve smollm2",
-    "tqext.ops": "PackedKeys PackedValues dequantize quantize_keys quantize_values rotate turboquant_attention",
+    "tqext.ops": "PackedKeys PackedValues dequantize latent_attention quantize_keys quantize_values rotate "
+    "turboquant_attention",
     "tqext.nn": "GROUP_SIZE Q1AllToShardedLinear Q1Embedding Q1Linear Q1ShardedToAllLinear Swap from_quantized insert_empty "
     "q1_paths quantize",
     "tqext.one_bit": "CONFIG_KEY check_native check_tensors hook one_bit_paths refuse_hadamard save unhook write_config",

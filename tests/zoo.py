@@ -126,9 +126,44 @@ SPECIAL: dict[str, tuple[int, dict[str, Any]]] = {
     "youtu_llm": (4, {}),
     "mamba2": (0, {}),
     "gemma2": (0, {}),
-    "deepseek_v3": (0, MLA),
-    "glm4_moe_lite": (0, MLA),
 }
+# With latent attention: latents as long as two heads' keys and values, so that prompts make these.
+LINEAR = {"num_heads": 4, "head_dim": 32, "short_conv_kernel_size": 4, "kda_layers": [1, 3], "full_attn_layers": [2, 4]}
+YARN = {"rope_theta": 1e4, "original_max_position_embeddings": 1024, "llama_4_scaling_beta": 0.1}
+LATENT: dict[str, tuple[int, dict[str, Any]]] = {
+    "deepseek_v3": (4, MLA),
+    "deepseek_v32": (4, {**MLA, "index_n_heads": 4, "index_head_dim": 32, "index_topk": 1024}),
+    "glm4_moe_lite": (4, MLA),
+    "mistral4": (4, {**MLA, "rope_parameters": YARN}),
+    "longcat_flash": (
+        8,
+        {
+            "moe_topk": 2,
+            "expert_ffn_hidden_size": 32,
+            "zero_expert_num": 0,
+            "zero_expert_type": "identity",
+            "mla_scale_q_lora": True,
+            "mla_scale_kv_lora": True,
+            "attention_method": "MLA",
+        },
+    ),
+    "kimi_linear": (
+        2,
+        {
+            "linear_attn_config": LINEAR,
+            "moe_router_activation_func": "sigmoid",
+            "model_max_length": 1024,
+            "num_expert_group": 1,
+            "moe_renormalize": True,
+            "use_grouped_topk": True,
+            "num_experts_per_token": 2,
+        },
+    ),
+    "kimi_k3": (2, {"linear_attn_config": {**LINEAR, "gate_lower_bound": -5.0}, "num_experts_per_token": 2}),
+    "bailing_hybrid": (1, {**MLA, "layer_group_size": 4, "group_norm_size": 4}),
+    "bailing_moe_v3": (1, MLA),
+}
+LATENT = {kind: (n, {**changes, "kv_lora_rank": 64}) for kind, (n, changes) in LATENT.items()}
 
 
 def make(kind: str, changes: dict[str, Any]) -> nn.Module:

@@ -45,6 +45,7 @@ _LAZY = {
     "PrefixStore": "tqext.mlx_lm.prefix_store",
     "Recipe": "tqext.presets",
     "TurboQuantKVCache": "tqext.kv.cache",
+    "TurboQuantLatentCache": "tqext.kv.latent",
     "attach": "tqext.mlx_lm",
     "calibrate": "tqext.mlx_lm",
     "detach": "tqext.mlx_lm",
@@ -61,6 +62,7 @@ _LAZY = {
 if TYPE_CHECKING:
     from tqext.kv.batch import BatchTurboQuantKVCache
     from tqext.kv.cache import TurboQuantKVCache
+    from tqext.kv.latent import TurboQuantLatentCache
     from tqext.mlx_lm import attach, calibrate, detach, install, make_prompt_cache, probe, uninstall, upgrade, verify
     from tqext.mlx_lm.prefix_store import PrefixStore
     from tqext.models import load
@@ -84,6 +86,7 @@ __all__ = [
     "PrefixStore",
     "Recipe",
     "TurboQuantKVCache",
+    "TurboQuantLatentCache",
     "__version__",
     "attach",
     "available_isas",

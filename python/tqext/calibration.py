@@ -31,6 +31,7 @@ from tqext._ext import block_means
 from tqext._ext import format as packed_format
 from tqext.disk import cache_dir
 from tqext.fp16_range import fits_fp16
+from tqext.kv.latent import Projectable, ProjectedLatents
 from tqext.kv.snapshot import AttendsItself, create_mask
 from tqext.mlx_lm import hooks
 from tqext.mlx_lm.packages import logits
@@ -333,6 +334,65 @@ class ObservingCache:
         return create_mask(N, self.size(), return_array, window_size)
 
 
+class ObservingLatentCache(ObservingCache):
+    """The same for a layer of latents."""
+
+    seen: Any
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> Any:
+        if self.seen is not None:
+            raise ValueError("[calibrate] model: expected one call of the cache for one of the model, got another")
+        self.seen = ObservedLatents(keys)
+        return self.seen, values
+
+    def keys_and_values(self) -> Any:
+        raise ValueError("[calibrate] model: expected latents that one layer reads, got layers that share them")
+
+
+class ObservedLatents(Projectable):
+    """Latents on their way to attention, which is computed exactly while the queries are noted.
+
+    The rotary part of the scores, which is exact, depends on distances alone, and the latents do not turn: what is seen at one
+    position holds at all.
+    """
+
+    def __init__(self, keys: mx.array) -> None:
+        self.keys = keys
+        self.queries: list[tuple[mx.array, mx.array]] = []  # of the last tokens: queries times the scale, and the mask
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.keys.shape)
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        return self.keys.dtype
+
+    @property
+    def ndim(self) -> int:
+        return 4
+
+    def attend_projected(
+        self,
+        previous: Callable[..., mx.array],
+        queries: mx.array,
+        keys: ProjectedLatents,
+        values: ProjectedLatents,
+        *,
+        scale: float,
+        mask: mx.array | str | None = None,
+        **options: Any,
+    ) -> mx.array:
+        queries, mask = keys.split(queries, scale, mask)
+        last = keys.absorbed(queries[:1, :, -N_QUERIES:])[0].astype(mx.float32)
+        n_keys = self.keys.shape[2]
+        bias = mx.zeros((1, n_keys))
+        if isinstance(mask, mx.array) and mask.dtype != mx.bool_:
+            bias = mx.broadcast_to(mask, (*queries.shape[:3], n_keys))[0, :, -N_QUERIES:].reshape(-1, n_keys).astype(mx.float32)
+        self.queries.append((last.reshape(1, -1, last.shape[-1]) * scale, bias[:, N_LEFT_OUT:]))
+        return previous(queries, keys.of(self.keys), values.of(self.keys), scale=scale, mask=mask, **options)
+
+
 class ObservedTokens(AttendsItself):
     """Keys and values on their way to attention, which is computed exactly while the queries are noted."""
 
@@ -393,6 +453,7 @@ class _View(NamedTuple):
     keys: mx.array
     values: mx.array
     queries: list[mx.array]
+    biases: list[mx.array] | None = None  # of latents, which are keys and values: ``[rows, n_tokens]``, the rest of the scores
 
 
 @dataclass(frozen=True, slots=True)
@@ -414,9 +475,14 @@ class _Observed:
     turned: bool
 
     @classmethod
-    def of(cls, seen: ObservedTokens | None, means: bool, *, with_view: bool) -> _Observed:
+    def of(cls, seen: ObservedTokens | ObservedLatents | None, means: bool, *, with_view: bool) -> _Observed:
         if seen is None or not seen.queries:
             raise ValueError("[calibrate] model: expected attention over the cache's tokens, got none")
+        if isinstance(seen, ObservedLatents):
+            latents, nothing = seen.keys[:1, :, N_LEFT_OUT:], mx.zeros(1)
+            last, biases = [q for q, _ in seen.queries], [bias for _, bias in seen.queries]
+            view = _View(latents.astype(mx.float32), latents, last, biases)
+            return cls(nothing, nothing, [view], [latents, *last, *biases], True)
         queries, keys, values = seen.queries, seen.keys[:1, :, N_LEFT_OUT:], seen.values[:1, :, N_LEFT_OUT:]
         x = keys.astype(mx.float32)
         if means:
@@ -470,9 +536,13 @@ def _errors(view: _View, recipe: Recipe, balance: mx.array | None) -> mx.array:
     keys_fit, values_fit = fits_fp16(k, v, packed_k, packed_v)
     k, v = k[0], v[0].astype(mx.float32)
     coded_k, coded_v = dequantize(packed_k)[0], dequantize(packed_v)[0]
+    if view.biases is not None:
+        coded_v, values_fit = coded_k, keys_fit
     errors = []
-    for q in view.queries:
+    for i, q in enumerate(view.queries):
         scores = blas.matmul(q, k.swapaxes(-1, -2))
+        if view.biases is not None:
+            scores = scores + view.biases[i]
         # Products with the difference, not the difference of products: in TF32 those of large keys are off by nats.
         change = blas.matmul(q, (coded_k - k).swapaxes(-1, -2))
         exact, coded = (mx.softmax(s, axis=-1) for s in (scores, scores + change))
@@ -497,7 +567,7 @@ def _calibrated(runs: Sequence[_Observed], recipe: Recipe) -> LayerCalibration:
     return LayerCalibration(balance, output, scores)
 
 
-MakeCache = Callable[[Callable[[], ObservingCache]], tuple[list[Any], dict[str, Any]]]
+MakeCache = Callable[[Callable[[bool], ObservingCache]], tuple[list[Any], dict[str, Any]]]
 # By path: a layer under the recipes of its `ladder`, up to the first that is accurate.
 Steps = dict[str, tuple[LayerCalibration, ...]]
 
@@ -510,15 +580,16 @@ def observe(model: Any, make_cache: MakeCache, recipes: Mapping[str, Recipe], ra
 
     Args:
         model: An mlx-lm model.
-        make_cache: ``make_cache(new)`` makes the model's cache with ``new()`` for each layer of `recipes`, and returns it with
-            these by path.
+        make_cache: ``make_cache(new)`` makes the model's cache with ``new(is_latent)`` for each layer of `recipes`, and returns
+            it with these by path.
         recipes: The layers' recipes by path.
         ranks: The processes that run parts of the model.
     """
     tokens, turns = prompt(model), _Turns(offsets(model))
 
     def run(shift: int, with_view: bool = True) -> dict[str, _Observed]:
-        cache, observing = make_cache(lambda: ObservingCache(shift, turns))
+        kinds = (ObservingCache, ObservingLatentCache)
+        cache, observing = make_cache(lambda is_latent: kinds[is_latent](shift, turns))
         out = logits(model, tokens, cache)
         step = {path: _Observed.of(observing[path].seen, r.means, with_view=with_view) for path, r in recipes.items()}
         # Parts of a model wait for each other up to its end; alone, nobody needs the logits.

@@ -80,6 +80,11 @@ class Recipe:
         values = padded_value * self.value_bits // 8 + params
         return packed_format.BLOCK * (keys + values) + (2 * key_dim if self.means else 0)
 
+    def bytes_per_latent(self, dim: int) -> int:
+        """Packed bytes of one coded latent, with its share of the block's mean, rounded up; the rotary key is not in it."""
+        codes = packed_format.padded_dim(dim) * self.key_bits // 8 + 2
+        return codes + (-(-2 * dim // packed_format.BLOCK) if self.means else 0)
+
     def bytes_per_token(self, key_dim: int, value_dim: int | None = None) -> int:
         """Packed bytes of one coded token of one KV head, with its share of the block's mean, rounded up."""
         return -(-self.bytes_per_block(key_dim, value_dim) // packed_format.BLOCK)

@@ -35,10 +35,14 @@ class Buffers:
             expected = (keys.shape[1], keys.shape[3])
             if self._balance.shape != expected:
                 raise ValueError(f"[update_and_fetch] keys: expected {self._balance.shape} as the balance has, got {expected}")
-        self._codec = Codec(self.recipe, keys.shape[3], values.shape[3], self._balance)
+        self._codec = self._make_codec(keys.shape[3], values.shape[3], self._balance, values.dtype)
         self._packed = self._codec.empty(*keys.shape[:2])
         self._now = None
         self._tail = Exact(*(mx.zeros((*x.shape[:2], 0, x.shape[3]), x.dtype) for x in (keys, values)))
+
+    def _make_codec(self, head_dim: int, value_dim: int, balance: mx.array | None, value_dtype: mx.Dtype) -> Codec:
+        """The codec of the recipe; ``value_dtype`` is that of the exact values."""
+        return Codec(self.recipe, head_dim, value_dim, balance)
 
     @property
     def _most_coded(self) -> int:

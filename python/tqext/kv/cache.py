@@ -43,6 +43,7 @@ class TurboQuantKVCache(Buffers):
         n_dropped: Tokens that were dropped, all between the first and the coded ones.
     """
 
+    is_latent: ClassVar[bool] = False
     batch_class: ClassVar[Any]  # BatchTurboQuantKVCache, which is built on this class and sets it
 
     def __init__(
@@ -379,10 +380,22 @@ class TurboQuantKVCache(Buffers):
     @state.setter
     def state(self, arrays: Sequence[mx.array]) -> None:
         header = saved.read_header(arrays)
-        codec = Codec(header.recipe, header.head_dim, header.value_dim)
-        saved.check_arrays(arrays[1:], header, codec)
-        saved.check_checksum(arrays)
-        self.recipe, self.max_size = header.recipe, header.max_size
+        kinds = ("keys and values", "latents and rotary keys")
+        saved.check(
+            header.is_latent == self.is_latent, f"a cache of {kinds[self.is_latent]}", f"one of {kinds[header.is_latent]}"
+        )
+        before = self.recipe
+        self.recipe = header.recipe
+        try:
+            # The last array of tokens, if there are any, has the exact values.
+            value_dtype = arrays[max(-1 - header.has_balance, -len(arrays))].dtype
+            codec = self._make_codec(header.head_dim, header.value_dim, None, value_dtype)
+            saved.check_arrays(arrays[1:], header, codec)
+            saved.check_checksum(arrays)
+        except BaseException:
+            self.recipe = before
+            raise
+        self.max_size = header.max_size
         self._balance = None
         self._clear()
         rest = list(arrays[1:])
@@ -392,7 +405,7 @@ class TurboQuantKVCache(Buffers):
             saved.check(bool(good.item()), "a balance of positive numbers", "others")
         if not rest:
             return
-        self._codec = Codec(header.recipe, header.head_dim, header.value_dim, self._balance)
+        self._codec = self._make_codec(header.head_dim, header.value_dim, self._balance, value_dtype)
         *self._packed, first_keys, first_values, tail_keys, tail_values = rest
         self._first = Exact(first_keys, first_values) if header.n_exact[0] else None
         self._tail = Exact(tail_keys, tail_values)
@@ -427,7 +440,8 @@ class TurboQuantKVCache(Buffers):
         elif self._balance is not None:
             sizes = (self._balance.shape[1], 0, 0, self._balance.shape[0])
         counts = (self.n_first, self.n_coded, self.n_tail)
-        return saved.Header(self.recipe, *sizes, counts, self._balance is not None, self.max_size, self.n_dropped)
+        bound = (self.max_size, self.n_dropped)
+        return saved.Header(self.recipe, *sizes, counts, self._balance is not None, *bound, self.is_latent)
 
     @property
     def meta_state(self) -> str:
@@ -471,7 +485,7 @@ class TurboQuantKVCache(Buffers):
         """
         assert self.size() == 0
         head_dim, value_dim = tail.keys.shape[3], tail.values.shape[3]
-        codec = Codec(self.recipe, head_dim, value_dim, self._balance)
+        codec = self._make_codec(head_dim, value_dim, self._balance, tail.values.dtype)
         n_coded = packed[0].shape[2]
         n_first = 0 if first is None else first.n_tokens
         batch, n_kv_heads = tail.keys.shape[:2]
@@ -480,7 +494,7 @@ class TurboQuantKVCache(Buffers):
         header = saved.Header(self.recipe, *numbers)
         saved.check_counts(counts, self.recipe)
         exact = [*(first or tail.cut(0, 0)), *tail]
-        saved.check_arrays([*packed, *exact], header, Codec(self.recipe, head_dim, value_dim))
+        saved.check_arrays([*packed, *exact], header, self._make_codec(head_dim, value_dim, None, tail.values.dtype))
         if self._balance is not None and self._balance.shape != (n_kv_heads, head_dim):
             raise ValueError(f"[fill] first: expected {self._balance.shape} as the balance has, got {(n_kv_heads, head_dim)}")
         vars(self).update(n_first=n_first, n_coded=n_coded, n_tail=tail.n_tokens)

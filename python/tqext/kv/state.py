@@ -18,6 +18,7 @@ from tqext.kv.tokens import FLOATS
 from tqext.presets import ROTATIONS, VALUE_BITS, Recipe
 
 STATE_MAGIC = 0x54515854
+LATENT_MAGIC = 0x5451584C  # of a cache of latents, whose arrays are others
 STATE_VERSION = 2
 
 _CODINGS = tuple(VALUE_BITS)
@@ -37,6 +38,7 @@ class Header(NamedTuple):
         has_balance: Whether a balance is among the arrays.
         max_size: The bound of a bounded cache.
         n_dropped: Tokens that it dropped.
+        is_latent: Whether the keys are latents and the values rotary keys.
     """
 
     recipe: Recipe
@@ -48,6 +50,7 @@ class Header(NamedTuple):
     has_balance: bool
     max_size: int | None
     n_dropped: int
+    is_latent: bool = False
 
     def numbers(self) -> list[int]:
         """As they are saved, without the checksum."""
@@ -56,7 +59,8 @@ class Header(NamedTuple):
         recipe += [_CODINGS.index(r.value_coding)]
         sizes = [self.head_dim, self.value_dim, self.batch]
         more = [self.n_kv_heads, int(r.balance), int(self.has_balance), self.max_size or 0, self.n_dropped]
-        return [STATE_MAGIC, STATE_VERSION, packed_format.VERSION, *recipe, *sizes, *self.counts, *more]
+        magic = LATENT_MAGIC if self.is_latent else STATE_MAGIC
+        return [magic, STATE_VERSION, packed_format.VERSION, *recipe, *sizes, *self.counts, *more]
 
     @property
     def n_exact(self) -> tuple[int, int]:
@@ -83,7 +87,7 @@ def read_header(arrays: Any) -> Header:
     first = arrays[0]
     check(first.dtype == mx.int32 and first.ndim == 1, "an int32 header first", f"{first.shape} of {first.dtype}")
     ints: Any = first.tolist() if first.size <= 1 << 10 else []
-    check(len(ints) >= 3 and ints[0] == STATE_MAGIC, "a tqext cache", "arrays of something else")
+    check(len(ints) >= 3 and ints[0] in (STATE_MAGIC, LATENT_MAGIC), "a tqext cache", "arrays of something else")
     versions = (STATE_VERSION, packed_format.VERSION)
     check((ints[1], ints[2]) == versions, f"state and format versions {versions}", (ints[1], ints[2]))
     check(len(ints) == _HEADER_INTS, f"a header of {_HEADER_INTS} numbers", len(ints))
@@ -125,6 +129,7 @@ def read_header(arrays: Any) -> Header:
         bool(has_balance),
         max_size or None,
         n_dropped,
+        ints[0] == LATENT_MAGIC,
     )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tqext.kv.cache import TurboQuantKVCache
+from tqext.kv import TurboQuantKVCache, TurboQuantLatentCache
 from tqext.mlx_lm import hooks
 from tqext.mlx_lm.packages import is_stock, of_mlx_vlm
 from tqext.mlx_lm.reports import Report
@@ -92,10 +92,19 @@ def compressed(stock: Sequence[Any], report: Report, max_kv_size: int | None = N
             f"({report.policy.name}) and keep every token, got {max_kv_size}; tqext.detach(model) gives mlx-lm's bounded cache"
         )
 
+    latent = [layer.path for layer in report.compressed if layer.is_latent]
+    if max_kv_size is not None and latent:
+        raise ValueError(
+            f"[make_prompt_cache] max_kv_size: expected None, as the layers {', '.join(latent)} keep all latents, "
+            f"got {max_kv_size}; tqext.detach(model) gives mlx-lm's bounded cache"
+        )
+
     def new(path: str, cache: Any) -> Any:
         layer = layers[path]
         if layer.recipe is None:
             return cache
+        if layer.is_latent:
+            return TurboQuantLatentCache(layer.recipe, shared=layer.shared)
         balance = None if layer.calibration is None else layer.calibration.balance
         return TurboQuantKVCache(layer.recipe, balance=balance, shared=layer.shared, max_size=max_kv_size)
 

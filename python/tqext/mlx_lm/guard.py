@@ -34,13 +34,14 @@ def calibrate(model: Any, preset: str | Policy = DEFAULT_PRESET, **overrides: An
 
 def _calibrate(model: Any, layers: Sequence[Layer]) -> Calibration:
     wanted = {layer.path: layer.recipe for layer in layers if layer.recipe is not None}
+    latent = {layer.path for layer in layers if layer.is_latent}
 
-    def make_cache(new: Callable[[], Any]) -> tuple[list[Any], dict[str, Any]]:
+    def make_cache(new: Callable[[bool], Any]) -> tuple[list[Any], dict[str, Any]]:
         made: dict[str, Any] = {}
 
         def replace_wanted(path: str, cache: Any) -> Any:
             if path in wanted:
-                made[path] = cache = new()
+                made[path] = cache = new(path in latent)
             return cache
 
         return replaced(stock_cache(model), replace_wanted), made
@@ -67,14 +68,17 @@ def _guarded(layer: Layer, calibration: Calibration, guard: bool) -> Layer:
     if layer.recipe is None or (layer.path, layer.recipe) not in calibration.layers:
         return layer
     first = calibration.layers[layer.path, layer.recipe]
+    what = "latents" if layer.is_latent else "keys"
     for recipe in ladder(layer.recipe):
         found = calibration.layers[layer.path, recipe]
         if found.accurate or not guard:
             note = (
-                "" if found is first else f"stepped up to {recipe.key_bits}-bit keys: with {layer.recipe.key_bits} bits {first}"
+                ""
+                if found is first
+                else f"stepped up to {recipe.key_bits}-bit {what}: with {layer.recipe.key_bits} bits {first}"
             )
             return replace(layer, recipe=recipe, calibration=found, note=note)
     assert not found.accurate
     bits = recipe.key_bits
-    reason = f"compression is not accurate here: with {bits}-bit keys {found}"
+    reason = f"compression is not accurate here: with {bits}-bit {what} {found}"
     return replace(layer, recipe=None, reason=reason)

@@ -17,7 +17,8 @@ import mlx.core as mx
 import mlx_lm.models.cache as mlx_lm_cache
 import mlx_lm.utils
 
-from tqext.kv import BatchTurboQuantKVCache, TurboQuantKVCache
+from tqext.kv import BatchTurboQuantKVCache, TurboQuantKVCache, TurboQuantLatentCache
+from tqext.kv.latent import Projectable, ProjectedLatents
 from tqext.kv.snapshot import AttendsItself
 
 lock = threading.RLock()
@@ -27,8 +28,8 @@ class Hook:
     """A function of another package, with a wrapper in its place.
 
     Args:
-        owner: The module that holds the function, or its name if it is of a package that need not be there: the function is
-            replaced once somebody imports it.
+        owner: The module or the class that holds the function, or the module's name if it is of a package that need not be
+            there: the function is replaced once somebody imports it.
         name: The function's name there.
         call: ``call(previous, *args, **kwargs)``, which is run instead.
         everywhere: Also replace the function in the modules that imported it by name.
@@ -53,7 +54,9 @@ class Hook:
             previous, call = getattr(self.owner, self.name), self.call
 
             # A partial, not a function: every call of MLX's attention goes through it.
-            wrapper = functools.update_wrapper(functools.partial(call, previous), previous)
+            wrapper: Any = functools.update_wrapper(functools.partial(call, previous), previous)
+            if isinstance(self.owner, type):  # a partial is no method
+                wrapper = _method(call, previous)
 
             self.previous, self._wrapper = previous, wrapper
             self._replace(previous, wrapper)
@@ -93,6 +96,14 @@ class Hook:
             names = getattr(module, "__dict__", None)
             if module is not self.owner and isinstance(names, dict) and names.get(self.name) is function:
                 yield module
+
+
+def _method(call: Callable[..., Any], previous: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(previous)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return call(previous, self, *args, **kwargs)
+
+    return wrapper
 
 
 class _Imports(importlib.abc.MetaPathFinder):
@@ -244,6 +255,44 @@ def _attention(previous: Callable[..., Any], q: mx.array, k: Any, v: Any, *args:
     return previous(q, k, v, *args, **options)
 
 
+def _multi_linear(previous: Callable[..., Any], layer: Any, x: Any, transpose: bool = True) -> Any:
+    """``MultiLinear`` of mlx-lm, with which models make the keys and values of all heads of latents."""
+    if isinstance(x, Projectable):
+        return ProjectedLatents(x, functools.partial(previous, layer), transpose)
+    return previous(layer, x, transpose)
+
+
+def _take_along_axis(previous: Callable[..., Any], x: Any, *args: Any, **kwargs: Any) -> Any:
+    """MLX's function, with which models with sparse attention take some of their latents."""
+    if isinstance(x, Projectable):
+        return _gathered(x, *args, **kwargs)
+    return previous(x, *args, **kwargs)
+
+
+def _concatenate(previous: Callable[..., Any], arrays: Any, *args: Any, **kwargs: Any) -> Any:
+    """MLX's function, with which mistral4 joins rotary keys to the keys of a prompt."""
+    if isinstance(arrays, list) and arrays and isinstance(arrays[0], ProjectedLatents):
+        if len(arrays) != 2 or (args, kwargs) not in (((-1,), {}), ((), {"axis": -1}), ((3,), {}), ((), {"axis": 3})):
+            raise TypeError("concatenate: expected keys made of latents and their rotary keys along the last axis")
+        return arrays[0].joined(arrays[1])
+    return previous(arrays, *args, **kwargs)
+
+
+def _gathered(x: Projectable, indices: Any, axis: int | None = None, **options: Any) -> Any:
+    if axis not in (2, -2) or options:
+        raise TypeError(f"take_along_axis of latents: expected axis 2, got {axis}")
+    return x.gathered(indices)
+
+
+def _multi_linear_hooks() -> list[Hook]:
+    """None where mlx-lm has no such layers: its models then make keys and values of latents themselves."""
+    try:
+        mla = importlib.import_module("mlx_lm.models.mla")
+    except ImportError:
+        return []
+    return [Hook(getattr(mla, name), "__call__", _multi_linear) for name in ("MultiLinear", "QuantizedMultiLinear")]
+
+
 _make: Callable[..., Any] | None = None
 
 
@@ -272,11 +321,21 @@ def _load_vlm_model(previous: Callable[..., Any], *args: Any, **kwargs: Any) -> 
 
 attention = Hook(mx.fast, "scaled_dot_product_attention", _attention)
 make_prompt_cache = Hook(mlx_lm_cache, "make_prompt_cache", _make_prompt_cache, everywhere=True)
-cache_classes = CacheClasses(TurboQuantKVCache, BatchTurboQuantKVCache)
+take_along_axis = Hook(mx, "take_along_axis", _take_along_axis)
+concatenate = Hook(mx, "concatenate", _concatenate)
+cache_classes = CacheClasses(TurboQuantKVCache, BatchTurboQuantKVCache, TurboQuantLatentCache)
 # mlx-vlm has its own caches and its own loader.
 vlm_make_prompt_cache = Hook("mlx_vlm.models.cache", "make_prompt_cache", _make_prompt_cache, everywhere=True)
 vlm_load_model = Hook("mlx_vlm.utils", "load_model", _load_vlm_model, everywhere=True)
-_parts = (attention, make_prompt_cache, vlm_make_prompt_cache, cache_classes)
+_parts: tuple[Any, ...] = (
+    attention,
+    take_along_axis,
+    concatenate,
+    *_multi_linear_hooks(),
+    make_prompt_cache,
+    vlm_make_prompt_cache,
+    cache_classes,
+)
 
 
 def hook() -> None:

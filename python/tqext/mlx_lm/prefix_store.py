@@ -33,6 +33,7 @@ from tqext.calibration import fingerprint
 from tqext.entry_store import BLOCK_KIND, END_KIND, VERSION, Entry, EntryStore, now
 from tqext.kv.cache import TurboQuantKVCache
 from tqext.kv.codec import Codec
+from tqext.kv.latent import LatentCodec, TurboQuantLatentCache
 from tqext.kv.schedule import BLOCK
 from tqext.kv.state import STATE_VERSION
 from tqext.kv.tokens import Exact
@@ -66,9 +67,11 @@ class _Layer(NamedTuple):
 
 
 @functools.lru_cache(maxsize=64)
-def _row_shapes(recipe: Recipe, head_dim: int, value_dim: int) -> tuple[tuple[int, int, str], ...]:
-    """Tokens per row, width and type of each packed array."""
+def _row_shapes(recipe: Recipe, head_dim: int, value_dim: int, rope_dtype: str | None) -> tuple[tuple[int, int, str], ...]:
+    """Tokens per row, width and type of each packed array; ``rope_dtype``: of the rotary keys beside latents."""
     codec = Codec(recipe, head_dim, value_dim)
+    if rope_dtype is not None:
+        codec = LatentCodec(recipe, head_dim, value_dim, rope_dtype=getattr(mx, rope_dtype))
     empty = codec.empty(1, 1)
     return tuple((per, x.shape[-1], _dtype_name(x.dtype)) for per, x in zip(codec.per_row, empty, strict=True))
 
@@ -637,8 +640,8 @@ class _Reader:
             return []
         if layer.kind == PLAIN:
             return layer.exact(n)
-        recipe = self.kinds.of(COMPRESSED)[layer.path].recipe
-        rows = _row_shapes(recipe, layer.head_dim, layer.value_dim)
+        cache = self.kinds.of(COMPRESSED)[layer.path]
+        rows = _row_shapes(cache.recipe, layer.head_dim, layer.value_dim, layer.value_dtype if cache.is_latent else None)
         return [((1, layer.n_kv_heads, n // per, width), dtype) for per, width, dtype in rows]
 
     def caches(self, empty: Sequence[Any], tail: memoryview | None, n_tail: int) -> list[Any]:
@@ -661,6 +664,8 @@ class _Reader:
             if layer.kind == PLAIN:
                 return self._plain(layer, recent)
             out = TurboQuantKVCache(cache.recipe, balance=cache.balance, shared=cache.shared)
+            if cache.is_latent:
+                out = TurboQuantLatentCache(cache.recipe, shared=cache.shared)
             names = (layer.key_dtype, layer.value_dtype)
             first = self._exact(self._first[path], names) if self.kinds.first else None
             whole = zip(self._whole[path], self._block_shapes(layer, self.n_coded), strict=True)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
 
 from tqext.kv.cache import TurboQuantKVCache
+from tqext.kv.latent import Projectable, ProjectedLatents, latent_recipe, why_not_latent
 from tqext.kv.snapshot import AttendsItself
 from tqext.mlx_lm import hooks
 from tqext.mlx_lm.caches import check_model, layer_range, members, replaced, stock_cache
@@ -40,23 +42,50 @@ class _ProbeTokens(AttendsItself):
     def astype(self, dtype: mx.Dtype) -> _ProbeTokens:
         return self
 
+    def _note(self, queries: mx.array, options: dict[str, Any]) -> None:
+        self.hits += 1
+        self.queries.append(Queries(queries.shape[1], _name(queries.dtype), options.get("sinks") is not None))
+
     def attention(self, previous: Any, queries: mx.array, values: Any, **options: Any) -> mx.array:
         if values is not self:
             raise TypeError("attention got other values than the cache's")
-        self.hits += 1
-        self.queries.append(Queries(queries.shape[1], _name(queries.dtype), options.get("sinks") is not None))
+        self._note(queries, options)
         return mx.zeros((*queries.shape[:3], self.value_dim), queries.dtype)
+
+
+class _ProbeLatents(Projectable, _ProbeTokens):
+    """Stands in for the latents of a layer."""
+
+    __slots__ = ()
+
+    def attention(self, previous: Any, queries: mx.array, values: Any, **options: Any) -> mx.array:
+        if values is not self:
+            raise TypeError("attention got other values than the latents")
+        self._note(queries, options)
+        return mx.zeros_like(queries)
+
+    def attend_projected(
+        self, previous: Any, queries: mx.array, keys: ProjectedLatents, values: ProjectedLatents, **options: Any
+    ) -> mx.array:
+        self._note(keys.absorbed(keys.split(queries, 1.0, None)[0]), options)
+        return values.of(mx.zeros((*queries.shape[:3], self.shape[3]), queries.dtype))
 
 
 class _ProbeCache(TurboQuantKVCache):
     """Counts tokens instead of storing them."""
 
-    def __init__(self, path: str, seen: list[str]) -> None:
+    def __init__(self, path: str, seen: list[str], *, latent: bool = False) -> None:
         super().__init__()
+        self.latent = latent
         self.path = path
         self.seen = seen
         self.tokens: list[_ProbeTokens] = []
         self.asked = False
+
+    @property
+    def may_be_latent(self) -> bool:
+        """Whether what came has one head, and the values other dimensions than the keys."""
+        return bool(self.tokens) and self.tokens[0].shape[1] == 1 and self.tokens[0].value_dim != self.tokens[0].shape[3]
 
     @property
     def keys(self) -> mx.array:
@@ -72,12 +101,18 @@ class _ProbeCache(TurboQuantKVCache):
         if keys.ndim != 4 or values.ndim != 4:
             raise TypeError(f"the cache holds arrays of shape {keys.shape} and {values.shape}")
         self.n_tail += keys.shape[2]
-        self.tokens.append(_ProbeTokens(keys, values, self.offset))
-        return self.tokens[-1], self.tokens[-1]
+        self.tokens.append((_ProbeLatents if self.latent else _ProbeTokens)(keys, values, self.offset))
+        return self._fetched()
+
+    def _fetched(self) -> Any:
+        tokens = self.tokens[-1]
+        if not self.latent:
+            return tokens, tokens
+        return tokens, mx.zeros((*tokens.shape[:3], tokens.value_dim), tokens.dtype)
 
     def keys_and_values(self) -> Any:
         self.asked = True
-        return self.tokens[-1], self.tokens[-1]
+        return self._fetched()
 
 
 def probe(model: Any, preset: str | Policy = DEFAULT_PRESET, **overrides: Any) -> Report:
@@ -85,7 +120,7 @@ def probe(model: Any, preset: str | Policy = DEFAULT_PRESET, **overrides: Any) -
 
     The model is called on two tokens and then on one, with stand-ins for the keys and values, and the result is
     never evaluated. A layer can be compressed if its stand-ins come to ``mx.fast.scaled_dot_product_attention``
-    untouched.
+    untouched; or if what it stores as keys are latents, which come there as they are or through mlx-lm's ``MultiLinear``.
 
     Args:
         model: Any mlx-lm model.
@@ -105,11 +140,22 @@ def probe(model: Any, preset: str | Policy = DEFAULT_PRESET, **overrides: Any) -
     for path, cache in by_path.items():
         if reason := why_not(cache, policy.of_layer(first + int(path.split(".")[0]), n_layers)):
             reasons[path] = reason
+    latent: set[str] = set()
+    failures: dict[str, str] = {}
     while True:
-        tried, failure = _dry_run(model, reasons)
+        tried, failure = _dry_run(model, reasons, latent)
         if failure is None:
             break
-        reasons.update([failure])
+        path, reason = failure
+        if path not in latent and path not in failures and tried[path].may_be_latent:
+            # What one layer stores as latents, the others do most likely.
+            alike = {other for other in by_path if other.split(".")[1:] == path.split(".")[1:] and other not in failures}
+            latent |= alike - set(reasons)
+        else:
+            latent.discard(path)
+            if path in failures or not tried[path].latent:
+                reasons[path] = failures.get(path, reason)
+        failures.setdefault(path, reason)
     layers = []
     for path in by_path:
         recipe = policy.of_layer(first + int(path.split(".")[0]), n_layers)
@@ -135,10 +181,14 @@ _WHY_NOT = {
 }
 
 
-def _dry_run(model: Any, reasons: dict[str, str]) -> tuple[dict[str, Any], tuple[str, str] | None]:
+def _dry_run(model: Any, reasons: dict[str, str], latent: set[str]) -> tuple[dict[str, Any], tuple[str, str] | None]:
     """Call the model on stand-ins for every cache without a reason; if it fails, the layer at which it did, and how."""
     seen: list[str] = []
-    caches = replaced(stock_cache(model), lambda path, cache: cache if path in reasons else _ProbeCache(path, seen))
+
+    def stand_in(path: str, cache: Any) -> Any:
+        return cache if path in reasons else _ProbeCache(path, seen, latent=path in latent)
+
+    caches = replaced(stock_cache(model), stand_in)
     tried = dict(members(caches))
     try:
         for tokens in ([[0, 0]], [[0]]):
@@ -157,6 +207,7 @@ def _judge(path: str, stock: Any, recipe: Recipe | None, reason: str | None, tri
         if isinstance(keys, mx.array) and isinstance(values, mx.array) and keys.ndim == values.ndim == 4:
             return Layer(path, cache, None, reason, keys.shape[1], keys.shape[3], values.shape[3], keys.dtype.size)
         return Layer(path, cache, None, reason)
+    assert recipe is not None
     if not tried.tokens:
         return Layer(path, cache, None, "the model stored nothing in it")
     tokens = tried.tokens[0]
@@ -166,5 +217,10 @@ def _judge(path: str, stock: Any, recipe: Recipe | None, reason: str | None, tri
     if any(dim % 8 or not 8 <= dim <= MAX_HEAD_DIM for dim in shape[1:3]):
         why = f"head dimensions {shape[1:3]} are not multiples of 8 up to {MAX_HEAD_DIM}"
         return Layer(path, cache, None, why, *shape)
+    if tried.latent:
+        if why := why_not_latent(recipe, shape[1]):
+            return Layer(path, cache, None, why, *shape)
+        recipe = latent_recipe(recipe)
     queries = tuple(dict.fromkeys(q for t in tried.tokens for q in t.queries))
-    return Layer(path, cache, recipe, "", *shape, shared=tried.asked, dtype=_name(tokens.dtype), queries=queries)
+    found = Layer(path, cache, recipe, "", *shape, shared=tried.asked, dtype=_name(tokens.dtype), queries=queries)
+    return replace(found, is_latent=tried.latent)

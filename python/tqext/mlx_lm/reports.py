@@ -37,6 +37,7 @@ class Layer:
         dtype: Of the keys, as ``"float16"``: a type of MLX cannot be copied. None for a cache that the probe could not look
             into. `dtype_size` are the bytes of it.
         queries: What attends to it; more than one kind where layers share it.
+        is_latent: Whether its keys are latents, which are coded, and its values rotary keys, which stay exact.
     """
 
     path: str
@@ -52,11 +53,23 @@ class Layer:
     note: str = ""
     dtype: str | None = None
     queries: tuple[Queries, ...] = ()
+    is_latent: bool = False
 
     @property
     def bytes_per_token(self) -> int:
         """Bytes of a coded token in all heads."""
-        return self.n_kv_heads * self.recipe.bytes_per_token(self.head_dim, self.value_dim) if self.recipe else 0
+        if self.recipe is None:
+            return 0
+        if self.is_latent:
+            return self.n_kv_heads * (self.recipe.bytes_per_latent(self.head_dim) + self.value_dim * self.dtype_size)
+        return self.n_kv_heads * self.recipe.bytes_per_token(self.head_dim, self.value_dim)
+
+    @property
+    def label(self) -> str:
+        """How it is coded, in short; empty if it is not."""
+        if self.recipe is None:
+            return ""
+        return f"L{self.recipe.key_bits}" if self.is_latent else self.recipe.label
 
     @property
     def fp16_bytes_per_token(self) -> int:
@@ -110,8 +123,9 @@ class Report:
             r = layer.recipe
             how = f"{layer.cache} stays: {layer.reason}"
             if r is not None:
-                dims = f"{layer.n_kv_heads} heads of {layer.head_dim}/{layer.value_dim}"
-                how = f"{r.label}, tail {r.tail}, first {r.first}, {dims}, {layer.bytes_per_token} bytes per token"
+                kind = "latent" if layer.is_latent else "heads"
+                dims = f"{layer.n_kv_heads} {kind} of {layer.head_dim}/{layer.value_dim}"
+                how = f"{layer.label}, tail {r.tail}, first {r.first}, {dims}, {layer.bytes_per_token} bytes per token"
                 how += "".join(f", {x}" for x in (layer.calibration, layer.note) if x)
             lines.append(f"  {layer.path:>5}  {how}")
         return "\n".join(lines)
@@ -135,7 +149,7 @@ def _row(layer: Layer) -> tuple[str, ...]:
     if layer.recipe is None:
         return (layer.cache, "", "", "", layer.reason)
     error = "" if layer.calibration is None else f"{layer.calibration.output_error:.1f}"
-    return (layer.recipe.label, str(layer.bytes_per_token), str(layer.fp16_bytes_per_token), error, layer.note)
+    return (layer.label, str(layer.bytes_per_token), str(layer.fp16_bytes_per_token), error, layer.note)
 
 
 def _spans(paths: Sequence[str]) -> str:

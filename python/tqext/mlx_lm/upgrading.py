@@ -7,14 +7,14 @@ from typing import Any
 
 import mlx.core as mx
 
-from tqext.kv.cache import TurboQuantKVCache
+from tqext.kv import TurboQuantKVCache, TurboQuantLatentCache
 from tqext.kv.tokens import Exact
 from tqext.mlx_lm import hooks
 from tqext.mlx_lm.caches import layer_range, members, replaced
 from tqext.mlx_lm.guard import judged
 from tqext.mlx_lm.packages import text_model
 from tqext.mlx_lm.probing import why_not
-from tqext.presets import DEFAULT_PRESET, Policy, Recipe, get_policy
+from tqext.presets import DEFAULT_PRESET, Policy, get_policy
 
 UPGRADE_CHUNK = 2048
 
@@ -51,8 +51,11 @@ def upgrade(cache: list[Any], preset: str | Policy = DEFAULT_PRESET, *, model: A
             reason = "" if member.recipe == recipe else "it is compressed with another recipe"
         elif not (reason := layer.reason if layer is not None else why_not(member, recipe)):
             assert recipe is not None
+            if layer is not None and layer.is_latent:
+                return _encoded(member, TurboQuantLatentCache(recipe, shared=layer.shared))
             calibration = None if layer is None else layer.calibration
-            return _encoded(member, recipe, None if calibration is None else calibration.balance)
+            balance = None if calibration is None else calibration.balance
+            return _encoded(member, TurboQuantKVCache(recipe, balance=balance))
         reasons.setdefault((type(member).__name__, reason), []).append(path)
         return member
 
@@ -65,8 +68,7 @@ def upgrade(cache: list[Any], preset: str | Policy = DEFAULT_PRESET, *, model: A
     return cache
 
 
-def _encoded(member: Any, recipe: Recipe, balance: mx.array | None) -> TurboQuantKVCache:
-    out = TurboQuantKVCache(recipe, balance=balance)
+def _encoded(member: Any, out: TurboQuantKVCache) -> TurboQuantKVCache:
     for begin in range(0, member.offset, UPGRADE_CHUNK):
         end = min(member.offset, begin + UPGRADE_CHUNK)
         tokens = Exact(member.keys, member.values).cut(begin, end)
