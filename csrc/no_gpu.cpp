@@ -33,6 +33,7 @@ void Q1Dequantize::eval_gpu(const std::vector<mx::array>&, mx::array&) { no_gpu(
 void Q1Matmul::eval_gpu(const std::vector<mx::array>&, mx::array&) { no_gpu("q1_matmul"); }
 
 bool gpu_has_kernel(const TurboQuantAttention::State&, const mx::array&) { return true; }
+bool gpu_has_latent_kernel(int, int, int, mx::Stream) { return false; }
 bool gpu_stores_tokens() { return false; }
 bool gpu_sums_words() { return false; }
 bool gpu_codes_blocks() { return false; }

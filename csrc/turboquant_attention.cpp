@@ -295,7 +295,12 @@ mx::array turboquant_attention(const mx::array& q, const PackedKeys& k, const Pa
 
   // The kernels know only "Walsh-Hadamard inside" or "all in the rotated space"; the latter serves dense rotations. Products of
   // exact keys and queries are the same in that space, and with the balance on both sides.
-  if (key_rotation == Rotation::kOrthogonal || value_rotation != key_rotation) {
+  const bool turns_latents =
+      options.latent && !options.turned && !options.composed_bytes && stream.device == mx::Device::gpu &&
+      key_rotation == Rotation::kHadamard && is_half(q.dtype()) && !options.sinks && !options.lengths &&
+      !options.left_padding &&
+      gpu_has_latent_kernel(n.head_dim, n.n_q_heads / n.n_kv_heads * n.n_queries, n.batch * n.n_kv_heads, stream);
+  if (key_rotation == Rotation::kOrthogonal || value_rotation != key_rotation || turns_latents) {
     auto turn = [&](const mx::array& x, int padded, Rotation how) {
       if (how == Rotation::kOrthogonal) return apply_orthogonal(x, padded, x.shape(-1), false, stream);
       mx::array full = pad_last(x, padded, stream);
@@ -320,6 +325,10 @@ mx::array turboquant_attention(const mx::array& q, const PackedKeys& k, const Pa
     };
     auto turn_tokens = [&](const std::optional<ExactTokens>& tokens) -> std::optional<ExactTokens> {
       if (!tokens) return std::nullopt;
+      if (options.latent) {
+        const mx::array latents = turn_keys(tokens->first);
+        return ExactTokens{latents, latents};
+      }
       return ExactTokens{turn_keys(tokens->first), turn(tokens->second, value_dim, value_rotation)};
     };
     PackedKeys inner_k = k;
@@ -333,11 +342,16 @@ mx::array turboquant_attention(const mx::array& q, const PackedKeys& k, const Pa
     inner.first = turn_tokens(options.first);
     inner.tail = turn_tokens(options.tail);
     inner.scale = scale;
+    inner.turned = turns_latents;
     mx::array out = turboquant_attention(turn_queries(q), inner_k, inner_v, inner, stream);
     if (value_rotation == Rotation::kOrthogonal) {
       out = apply_orthogonal(out, value_dim, n.value_dim, true, stream);
     } else if (value_rotation == Rotation::kHadamard) {
       out = rotate(out, true, "hadamard", stream);
+    }
+    if (options.latent && k.balance) {
+      const mx::array balance = mx::repeat(mx::expand_dims(*k.balance, 1, stream), n.n_q_heads / n.n_kv_heads, 0, stream);
+      out = mx::divide(mx::slice(out, {0, 0, 0, 0}, {n.batch, n.n_q_heads, n.n_queries, n.head_dim}, stream), balance, stream);
     }
     if (out.shape(3) != n.value_dim) {
       out = mx::slice(out, {0, 0, 0, 0}, {n.batch, n.n_q_heads, n.n_queries, n.value_dim}, stream);
@@ -356,7 +370,8 @@ mx::array turboquant_attention(const mx::array& q, const PackedKeys& k, const Pa
                                    .present = k.signs ? 1u << kSigns : 0u,
                                    .of_cache = options.of_cache,
                                    .cache_has_means = k.means.has_value(),
-                                   .latent = options.latent};
+                                   .latent = options.latent,
+                                   .turned = options.turned};
   const bool has_kernel = stream.device == mx::Device::cpu || gpu_has_kernel(state, q);
   if (!has_kernel || options.composed_bytes) {
     return composed_attention(q, k, v, options, n, scale, options.composed_bytes.value_or(kComposedBytes), stream);
@@ -414,7 +429,8 @@ std::vector<mx::Shape> TurboQuantAttention::output_shapes(const std::vector<mx::
                                  .lengths = optional(x.lengths),
                                  .first = tokens(x.first_keys, x.first_values),
                                  .tail = tokens(x.tail_keys, x.tail_values),
-                                 .latent = state_.latent};
+                                 .latent = state_.latent,
+                                 .turned = state_.turned};
   const Shapes n = check_inputs(x.q, k, v, options);
   if (x.means) {
     check_shape(*x.means, {n.batch, n.n_kv_heads, n_blocks(n.n_coded), n.head_dim}, kOp, "means");

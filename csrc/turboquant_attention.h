@@ -39,6 +39,8 @@ struct AttentionOptions {
   std::optional<ExactTokens> first, tail;
   // The values are the keys: packed_v and the second of exact tokens are those of the keys, and are not looked at.
   bool latent = false;
+  // With latent: all is in the rotated space, for a kernel to which 16 bits of the query are enough.
+  bool turned = false;
   // The cache of a generation calls: Metal compiles with a prompt what its later steps need.
   bool of_cache = false;
   // Composes of MLX's operations within so many bytes what a kernel would do: for tests.
@@ -59,7 +61,7 @@ class TurboQuantAttention : public mx::UnaryPrimitive {
     int key_bits, value_bits, value_coding, head_dim, value_dim;
     uint32_t present;  // bit i: optional input i is there
     bool of_cache = false, cache_has_means = false;
-    bool latent = false;  // the values are the keys; their inputs stand there twice
+    bool latent = false, turned = false;  // as in AttentionOptions; the values' inputs are those of the keys
     bool operator==(const State&) const = default;
   };
   TurboQuantAttention(mx::Stream stream, const State& state) : UnaryPrimitive(stream), state_(state) {}
@@ -80,5 +82,8 @@ class TurboQuantAttention : public mx::UnaryPrimitive {
 // Whether the GPU backend of this build has a kernel for the shapes; otherwise the op is composed of MLX's own operations
 // on the dequantised tokens of this call.
 bool gpu_has_kernel(const TurboQuantAttention::State& state, const mx::array& q);
+
+// The same for latents that are turned: n_rows query rows of each of n_heads KV heads of all sequences.
+bool gpu_has_latent_kernel(int head_dim, int n_rows, int n_heads, mx::Stream stream);
 
 }  // namespace tqext

@@ -122,8 +122,9 @@ int alignment_of(int row_bytes) {
   return bytes;
 }
 
-// Levels / 128 as prompt_attention.cu wants them.
-void pack_levels(const Codebook& book, uint32_t (&words)[4]) {
+}  // namespace
+
+void pack_half_levels(const Codebook& book, uint32_t (&words)[4]) {
   uint8_t bytes[16] = {};
   for (int i = 0; i < book.n_levels; i++) {
     if (book.bits == 4) {
@@ -138,8 +139,6 @@ void pack_levels(const Codebook& book, uint32_t (&words)[4]) {
   }
   for (int i = 0; i < 16; i++) words[i / 4] |= uint32_t(bytes[i]) << (8 * (i % 4));
 }
-
-}  // namespace
 
 bool prompt_attention(const TurboQuantAttention::State& state, const AttentionInputs& in, const std::vector<mx::array>& inputs,
                       mx::array& out, mx::Stream stream) {
@@ -168,8 +167,8 @@ bool prompt_attention(const TurboQuantAttention::State& state, const AttentionIn
   for (const mx::array* exact : {in.first_keys, in.first_values, in.tail_keys, in.tail_values}) {
     p.wide_exact = p.wide_exact && (!exact || rows_aligned(*exact, 16));
   }
-  pack_levels(codebook(state.key_bits, variant.key_dim), p.key_levels);
-  if (variant.lloyd) pack_levels(codebook(state.value_bits, variant.value_dim), p.value_levels);
+  pack_half_levels(codebook(state.key_bits, variant.key_dim), p.key_levels);
+  if (variant.lloyd) pack_half_levels(codebook(state.value_bits, variant.value_dim), p.value_levels);
 
   const int n_heads = q.shape(0) * p.n_kv_heads, row_tiles = (n_rows + variant.rows - 1) / variant.rows;
   auto tiles_of = [](int n_tokens) { return (n_tokens + kPromptTile - 1) / kPromptTile; };

