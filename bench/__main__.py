@@ -16,6 +16,7 @@ BENCHES = {
     "fetch-models": "fetch_models.py",
     "texts": "texts.py",
     "attention": "bench_turboquant_attention.py",
+    "latent-attention": "bench_latent_attention.py",
     "threads": "bench_threads.py",
     "q1": "bench_q1_matmul.py",
     "bonsai": "bench_bonsai_shape.py",

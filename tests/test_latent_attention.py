@@ -136,7 +136,7 @@ def test_latent_attention_of_half_precision(dtype, dim, n_repeats, n_rows, mask)
 def test_latent_attention_of_half_precision_in_a_long_context(dtype):
     """Shares of the tokens, whose maxima differ by more than a weight's 16 bits hold; in several sequences and heads."""
     problem = Problem(dim=512, dtype=dtype, n_coded=64 * 40, n_tail=5, n_repeats=17)
-    problem.q *= 4
+    problem.q *= 3
     problem.check()
     Problem(dim=256, dtype=dtype, batch=2, n_kv_heads=3, n_coded=64 * 20, n_first=4, n_tail=9, n_repeats=6, n_rows=2).check()
     packed = poisoned_tokens(problem.packed._replace(means=None))

@@ -1,6 +1,8 @@
 """Models with latent attention: their latents are coded, their rotary keys are not, and prompts come in pieces."""
 
 import copy
+import re
+from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -14,6 +16,7 @@ import tqext
 import zoo
 from support import error_line, to_numpy
 from tiny import logits_after
+from tqext.commands.plan import plan, quality
 from tqext.kv import latent
 from tqext.kv.latent import LatentCodec, TurboQuantLatentCache, latent_recipe
 from tqext.mlx_lm import stock_cache
@@ -313,6 +316,23 @@ def test_what_latents_cannot_do_is_said():
 class _Words:
     eos_token_ids = ()
     detokenizer = None
+
+
+def test_plan_and_the_page_have_the_bytes():
+    """The plan of DeepSeek V3's attention in four layers, and the page's tables, from the sizes of published configurations."""
+    model = make(kv_lora_rank=512, qk_rope_head_dim=64, num_attention_heads=2)
+    model.set_dtype(mx.float16)
+    plans = {name: plan(model, name).bytes_per_token for name in (None, "tq2", "tq3", "tq33", "tq4")}
+    assert plans == {None: 4 * 1152, "tq2": 4 * 274, "tq3": 4 * 338, "tq33": 4 * 338, "tq4": 4 * 402}
+    assert quality("tq4", 512, latent=True) == "not measured"
+    text = (Path(__file__).parents[1] / "docs" / "latent_attention.md").read_text()
+    rows = re.findall(r"^\| (.+) \| (\d+) \| ([\d.]+) GB \| ([\d.]+) GB \| ([\d.]+) GB \|$", text, re.MULTILINE)
+    assert len(rows) == 5
+    for name, layers, *shown in rows:
+        dim = 256 if "256" in name else 512
+        coded = [tqext.get_policy(preset).recipe.bytes_per_latent(dim) + 128 for preset in ("tq3", "tq4")]
+        want = [int(layers) * n * 131072 / 1e9 for n in (2 * dim + 128, *coded)]
+        assert [float(x) for x in shown] == [round(x, 2) for x in want], name
 
 
 def test_hooks_are_given_back():

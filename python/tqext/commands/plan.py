@@ -110,11 +110,11 @@ def total_memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def quality(preset: str, head_dim: int) -> str:
-    """The measured error of a preset in words, for models of such a head dimension."""
+def quality(preset: str, head_dim: int, *, latent: bool = False) -> str:
+    """The measured error of a preset in words, for models of such a head dimension; `latent`: with latent attention."""
     if preset == "none":
         return "exact"
-    if preset not in QUALITY:
+    if preset not in QUALITY or latent:
         return "not measured"
     return f"KL {QUALITY[preset][head_dim < 128]:.4f}"
 
@@ -152,13 +152,18 @@ def main(argv: Sequence[str]) -> None:
     print(f"{'preset':<11} {'bytes/token':>11}  {f'at {context} tokens':>24}  {'longest context':>15}  quality")
     layers = probe(model).compressed
     head_dim = max((layer.head_dim for layer in layers), default=0)
+    latent = any(layer.is_latent for layer in layers)
     for p in plans:
         fits = "fits" if p.nbytes(context) <= memory else "does not fit"
         at = f"{p.nbytes(context) / 1e9:.2f} GB, {fits}"
         longest = p.longest(memory)
         shown = f"{min(longest, limit)} (limit)" if limit and longest >= limit else str(longest)
-        print(f"{p.preset:<11} {p.bytes_per_token:>11}  {at:>24}  {shown:>15}  {quality(p.preset, head_dim)}")
-    print("quality: KL of the next token in nats, of Qwen2.5-Coder with the same head dimension or the next smaller one, prose")
+        print(f"{p.preset:<11} {p.bytes_per_token:>11}  {at:>24}  {shown:>15}  {quality(p.preset, head_dim, latent=latent)}")
+    if latent:
+        print("quality: no model with latent attention was measured yet; tqext eval compares this one with its own cache.")
+    else:
+        like = "Qwen2.5-Coder with the same head dimension or the next smaller one"
+        print(f"quality: KL of the next token in nats, of {like}, prose")
     if any(layer.dtype_size == 4 for layer in layers):
         print("none: this model's own cache is in fp32; in fp16 it takes half.")
     if options.context and limit and options.context > limit:
