@@ -11,6 +11,7 @@ import pytest
 from mlx_lm.generate import batch_generate, generate_step
 from mlx_lm.models import cache as stock_caches
 from mlx_lm.models.cache import KVCache, load_prompt_cache, save_prompt_cache
+from mlx_lm.models.mla import MultiLinear
 
 import tqext
 import zoo
@@ -150,6 +151,32 @@ def test_gathered_latents_are_those_of_all_parts():
             got = tokens.gathered(mx.broadcast_to(at, (2, 1, at.shape[2], 64)))
             whole = mx.concatenate(list(tokens._pieces(64, lambda x: x)), axis=2)
             np.testing.assert_allclose(to_numpy(got), to_numpy(mx.take(whole, at[0, 0, :, 0], axis=2)), rtol=1e-6, atol=1e-6)
+
+
+def test_a_prompt_takes_memory_that_does_not_grow_with_the_history(monkeypatch):
+    """What the heads make of the history would be 4 and 17 MB, and as much again its scores."""
+    tqext.mlx_lm.hook()
+    monkeypatch.setattr(latent, "PIECE_BYTES", 1 << 20)
+    embed_q, unembed_out = MultiLinear(32, 64, 4), MultiLinear(64, 32, 4)
+    queries = mx.random.normal((1, 4, 96, 32))
+    taken = []
+    with mx.stream(mx.cpu):
+        for n_blocks in (64, 256):
+            cache = TurboQuantLatentCache()
+            for _ in range(n_blocks // 32):
+                cache.update_and_fetch(mx.random.normal((1, 1, 2048, 64)), mx.random.normal((1, 1, 2048, 8)))
+                mx.eval(cache.state)
+            x, _ = cache.update_and_fetch(mx.random.normal((1, 1, 96, 64)), mx.random.normal((1, 1, 96, 8)))
+            keys, values = embed_q(x, transpose=False), unembed_out(x)
+            out = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=0.1, mask="causal")
+            mx.eval(cache.state, embed_q.parameters(), unembed_out.parameters(), queries)
+            mx.synchronize()
+            mx.clear_cache()
+            mx.reset_peak_memory()
+            before = mx.get_active_memory()
+            mx.eval(out)
+            taken.append(mx.get_peak_memory() - before)
+    assert max(taken) <= 1 << 20 and taken[1] <= 1.1 * taken[0], taken
 
 
 def test_quantised_models_route_too():

@@ -325,11 +325,11 @@ def attend_in_pieces(
     n_most = max(n_most // BLOCK, 1) * BLOCK
     n_rows = max(1, PIECE_BYTES // 2 // (score_bytes * n_most))
     rows = [_Rows(begin, queries[:, :, begin : begin + n_rows] * scale) for begin in range(0, n_queries, n_rows)]
-    last: mx.array | None = None
+    last: list[mx.array] = []
 
     def after(x: mx.array) -> mx.array:
-        """MLX runs what does not depend on another piece as it likes: each one waits for the one before."""
-        return x if last is None else mx.depends(x, last)
+        """MLX runs what does not depend on another piece as it likes: each one waits for all of the one before."""
+        return mx.depends(x, last) if last else x
 
     column = 0
     for latents in pieces(n_most, after):
@@ -337,7 +337,7 @@ def attend_in_pieces(
         k, v = keys.at(x, column).swapaxes(-1, -2), values.of(x)
         n = x.shape[2]
         for row in rows:
-            last = row.attend(k, v, _mask_of(mask, row, column, n, n_queries, n_keys))
+            last = row.attend(after, k, v, _mask_of(mask, row, column, n, n_queries, n_keys))
         column += n
     outs = [row.output() for row in rows]
     return outs[0] if len(outs) == 1 else mx.concatenate(outs, axis=2)
@@ -366,8 +366,9 @@ class _Rows:
         self.sum = mx.zeros((*q.shape[:3], 1))
         self.out: mx.array | None = None
 
-    def attend(self, k: mx.array, v: mx.array, mask: mx.array | None) -> mx.array:
-        scores = (self.q @ k).astype(mx.float32)
+    def attend(self, after: Callable[[mx.array], mx.array], k: mx.array, v: mx.array, mask: mx.array | None) -> list[mx.array]:
+        """Adds a piece; returns the sums so far, on which nothing of the piece is left out."""
+        scores = (after(self.q) @ k).astype(mx.float32)
         if mask is not None:
             scores = mx.where(mask, scores, -mx.inf) if mask.dtype == mx.bool_ else scores + mask
         top = mx.maximum(self.max, scores.max(axis=-1, keepdims=True))
@@ -377,7 +378,7 @@ class _Rows:
         self.sum = self.sum * keep + weights.sum(axis=-1, keepdims=True)
         self.out = out if self.out is None else self.out * keep + out
         self.max = top
-        return self.out
+        return [self.out, self.sum]
 
     def output(self) -> mx.array:
         assert self.out is not None
