@@ -210,7 +210,7 @@ def test_kernels_without_variants_compile(name):
 # As the host chooses them: by the rows, and by the shared memory.
 @pytest.mark.parametrize(
     "architecture, dim, rows, buffers",
-    [("sm_80", 512, 64, 1), ("sm_80", 512, 16, 2), ("sm_86", 256, 32, 2), ("sm_90", 512, 64, 2), ("sm_90", 512, 32, 2),
+    [("sm_80", 512, 64, 1), ("sm_86", 512, 16, 1), ("sm_86", 256, 32, 2), ("sm_90", 512, 64, 2), ("sm_90", 512, 32, 2),
      ("sm_90", 256, 64, 2), ("sm_100", 512, 64, 2), ("sm_120", 256, 16, 2)],
 )  # fmt: skip
 def test_latent_attention_compiles(architecture, dim, rows, buffers):
