@@ -16,7 +16,7 @@ from mlx_lm.models.mla import MultiLinear
 import tqext
 import zoo
 from support import error_line, to_numpy
-from tiny import logits_after
+from tiny import Words, greedy, logits_after
 from tqext.commands.plan import plan, quality
 from tqext.kv import latent
 from tqext.kv.latent import LatentCodec, TurboQuantLatentCache, latent_recipe
@@ -322,7 +322,9 @@ def test_what_latents_cannot_do_is_said():
     for preset, why in (("tq3-qjl", "residual signs"), ("polarquant", "dense")):
         report = tqext.probe(model, preset)
         assert not report.compressed and all(why in layer.reason for layer in report.layers)
-    assert not hasattr(TurboQuantLatentCache(), "merge") and not hasattr(TurboQuantLatentCache(), "to_batch")
+    plain = tqext.TurboQuantKVCache(tqext.Recipe(balance=False, value_bits=3, value_coding="lloyd"))
+    with pytest.raises(ValueError, match="caches of one kind"):
+        TurboQuantLatentCache.merge([TurboQuantLatentCache(), plain])
     tokens, _ = TurboQuantLatentCache().update_and_fetch(mx.ones((1, 1, 3, 32)), mx.ones((1, 1, 3, 8)))
     q = mx.ones((1, 4, 1, 32))
     with pytest.raises(TypeError, match="the latents that are the keys"):
@@ -336,13 +338,49 @@ def test_what_latents_cannot_do_is_said():
         mx.concatenate([keys(tokens, transpose=False), q], axis=1)
     with pytest.raises(ValueError, match="Hadamard"):
         TurboQuantLatentCache().update_and_fetch(mx.ones((1, 1, 3, 288)), mx.ones((1, 1, 3, 8)))
-    with pytest.raises(ValueError, match="batching"):
-        batch_generate(tqext.attach(model, **SHORT), _Words(), [[1, 2, 3], [4, 5]], max_tokens=2)
 
 
-class _Words:
-    eos_token_ids = ()
-    detokenizer = None
+@pytest.mark.parametrize("kind", ["deepseek_v3", "deepseek_v32", "mistral4", "kimi_linear"])
+def test_batches_answer_as_alone(kind):
+    """Prompts of unlike lengths, some with coded tokens and some without, through single tokens that encode blocks."""
+    model = make(kind, **({"index_topk": 48} if kind == "deepseek_v32" else {}))
+    tqext.attach(model, "tq4", **SHORT)
+    prompts = [[(t * (i + 3)) % 127 + 1 for t in TOKENS[:n]] for i, n in enumerate((150, 7, 230, 90))]
+    alone = [greedy(model, p, 70) for p in prompts]
+    out = batch_generate(model, Words(), prompts, max_tokens=70, return_token_ids=True, return_prompt_caches=True)
+    assert out.token_ids == alone
+    for caches, p in zip(out.caches, prompts, strict=True):
+        cache = latents_of(caches)
+        assert cache and {c.offset for c in cache.values()} <= {len(p) + 69, len(p) + 70}
+
+
+def test_a_batch_is_its_sequences():
+    """Logits of drafts and follow-ups in a batch, after sequences left it and came to it, are those alone."""
+    model = make()
+    alone = [tqext.make_prompt_cache(model, "tq4", **SHORT) for _ in range(3)]
+    for cache, n in zip(alone, (130, 9, 200), strict=True):
+        logits_after(model, cache, TOKENS[:n])
+    layers = [layer[0].merge(layer) for layer in zip(*copy.deepcopy(alone), strict=True)]
+
+    def check(rows, span):
+        want = [logits_after(model, alone[row], [t + row for t in span]) for row in rows]
+        got = model(mx.array([[t + row for t in span] for row in rows]), cache=layers)
+        for x, y in zip(got, want, strict=True):
+            assert size(x - y) < SAME_BYTES * size(y)
+
+    check([0, 1, 2], TOKENS[300:301])
+    check([0, 1, 2], TOKENS[301:331])  # a block is encoded within it
+    for layer in layers:
+        layer.filter([2, 0])
+    check([2, 0], TOKENS[331:333])
+    others = [layer[0].merge(layer) for layer in zip(copy.deepcopy(alone[1]), strict=True)]
+    for layer, other in zip(layers, others, strict=True):
+        layer.extend(other)
+    check([2, 0, 1], TOKENS[333:334])
+    check([2, 0, 1], TOKENS[200:300])  # a prompt
+    check([2, 0, 1], TOKENS[334:335])
+    one = [layer.extract(1) for layer in layers]
+    assert {type(c) for c in one} == {TurboQuantLatentCache} and [repr(c) for c in one] == [repr(c) for c in alone[0]]
 
 
 def test_plan_and_the_page_have_the_bytes():

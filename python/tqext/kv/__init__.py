@@ -5,6 +5,6 @@ From the bottom up: tokens; schedule; codec; columns (of a batch); snapshot; buf
 
 from tqext.kv.batch import BatchTurboQuantKVCache
 from tqext.kv.cache import TurboQuantKVCache
-from tqext.kv.latent import TurboQuantLatentCache
+from tqext.kv.latent import BatchTurboQuantLatentCache, TurboQuantLatentCache
 
-__all__ = ["BatchTurboQuantKVCache", "TurboQuantKVCache", "TurboQuantLatentCache"]
+__all__ = ["BatchTurboQuantKVCache", "BatchTurboQuantLatentCache", "TurboQuantKVCache", "TurboQuantLatentCache"]

@@ -663,9 +663,13 @@ class BatchTurboQuantKVCache(Buffers):
             self._codec, self._first, self._tail, self._packed = parts
             self._now = None
 
+    def _single(self) -> TurboQuantKVCache:
+        """An empty cache of one sequence like these."""
+        return TurboQuantKVCache(self.recipe, balance=self._balance, shared=self.shared, max_size=self.max_size)
+
     def _view(self, idx: int) -> TurboQuantKVCache:
         """The cache of one sequence, on the arrays of the batch."""
-        out = TurboQuantKVCache(self.recipe, balance=self._balance, shared=self.shared, max_size=self.max_size)
+        out = self._single()
         if self._codec is None or self._tail is None or not self._counts[idx].any():
             return out
         row = slice(idx, idx + 1)
@@ -758,7 +762,8 @@ def put_tokens(x: mx.array, index: mx.array, new: mx.array) -> mx.array:
 
 
 def _batch_of_one(cache: TurboQuantKVCache) -> BatchTurboQuantKVCache:
-    out = BatchTurboQuantKVCache([0], cache.recipe, balance=cache._balance, shared=cache.shared, max_size=cache.max_size)
+    out = cache._empty_batch([0])
+    assert isinstance(out, BatchTurboQuantKVCache)
     if cache._codec is None or cache._tail is None:
         return out
     _check_rows(cache._tail.keys.shape[0] == 1, 1, cache._tail.keys.shape[0])
@@ -778,6 +783,8 @@ def _check_alike(caches: Sequence[BatchTurboQuantKVCache], what: str) -> None:
     one = caches[0]
     like = next((c._tail for c in caches if c._tail is not None), None)
     for other in caches[1:]:
+        if type(other) is not type(one):
+            raise ValueError(f"{what}: expected caches of one kind, got {type(one).__name__} and {type(other).__name__}")
         if other.recipe != one.recipe:
             raise ValueError(f"{what}: expected the recipe {one.recipe}, got {other.recipe}")
         if other.max_size != one.max_size:
@@ -810,7 +817,8 @@ def _joined(caches: Sequence[BatchTurboQuantKVCache]) -> _Parts | None:
     firsts, tails, packed = [], [], []
     for c in caches:
         if c._tail is None:
-            nothing = BatchTurboQuantKVCache([0] * len(c._counts), c.recipe, balance=c._balance)
+            nothing = c._single()._empty_batch([0] * len(c._counts))
+            assert isinstance(nothing, BatchTurboQuantKVCache)
             nothing._open(*(mx.zeros((len(c._counts), x.shape[1], 0, x.shape[3]), x.dtype) for x in model._tail))
             c = nothing
         assert c._tail is not None

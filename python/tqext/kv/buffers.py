@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, ClassVar
 
 import mlx.core as mx
 
@@ -20,6 +20,7 @@ class Buffers:
     tokens, the first ones as well; then the first ones get their own.
     """
 
+    is_latent: ClassVar[bool] = False
     recipe: Recipe
     max_size: int | None
     _balance: mx.array | None

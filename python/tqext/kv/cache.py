@@ -43,7 +43,6 @@ class TurboQuantKVCache(Buffers):
         n_dropped: Tokens that were dropped, all between the first and the coded ones.
     """
 
-    is_latent: ClassVar[bool] = False
     batch_class: ClassVar[Any]  # BatchTurboQuantKVCache, which is built on this class and sets it
 
     def __init__(
@@ -511,6 +510,9 @@ class TurboQuantKVCache(Buffers):
         """
         if not self.empty():
             raise ValueError(f"[to_batch] cache: expected an empty cache, got {self.size()} tokens")
+        return self._empty_batch(left_padding)
+
+    def _empty_batch(self, left_padding: Sequence[int]) -> Buffers:
         batch: Buffers = self.batch_class(
             left_padding, self.recipe, balance=self._balance, shared=self.shared, max_size=self.max_size
         )

@@ -22,12 +22,14 @@ class History(NamedTuple):
         packed_keys: Codes of the keys. ``packed_values``: the same for values.
         first: The exact first tokens, None if there are none.
         attend: ``attend(q, tail_keys, tail_values, scale, mask, sinks, lengths)``, as `turboquant_attention`.
+        rope: Of latents, the rotary keys of the coded tokens.
     """
 
     packed_keys: PackedKeys
     packed_values: PackedValues
     first: Exact | None
     attend: Callable[..., mx.array]
+    rope: mx.array | None = None
 
     def __deepcopy__(self, memo: object) -> History:
         """Itself: it never changes."""

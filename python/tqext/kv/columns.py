@@ -27,6 +27,12 @@ class _LastTranslation(threading.local):
     translated: mx.array | None = None
 
 
+class _LastPlaces(threading.local):
+    key: tuple[Any, ...] = ()
+    found: tuple[mx.array, mx.array] | None = None
+
+
+_last_places = _LastPlaces()
 _last_mask = _LastMask()
 _last_translation = _LastTranslation()
 
@@ -92,6 +98,8 @@ class Columns:
 
     def translate(self, mask: Mask, n_queries: int) -> tuple[Mask, mx.array | None]:
         """The mask and lengths for attention of a mask in mlx-lm's columns; the layers of a step share them."""
+        if isinstance(mask, mx.array) and mask.ndim == 4 and mask.shape[1] > 1:
+            return self._gather_columns(mask), None  # of each head: a layer's own scores, which no other layer shares
         memo = self._translated
         if memo is None or memo[0] is not mask or memo[1] != n_queries:
             self._translated = memo = mask, n_queries, self._translate(mask, n_queries)
@@ -116,22 +124,46 @@ class Columns:
         key = _mask_key(n_queries, self.n_stock, self.left_padding)
         return mask is _last_mask.mask and mask is not None and _last_mask.key == key
 
+    def _key(self) -> tuple[Any, ...]:
+        """All that the columns depend on."""
+        arrays = (self.counts, self.left_padding, self.n_dropped)
+        return (self.widths, self.n_new, self.n_stock, self.n_queries, *(x.tobytes() for x in arrays))
+
     def _gather(self, mask: mx.array) -> mx.array:
         """The mask in our columns; the layers of a step share it."""
-        memo = _last_translation
-        key = (
-            self.counts.tobytes(),
-            self.widths,
-            self.n_new,
-            self.n_stock,
-            *(x.tobytes() for x in (self.left_padding, self.n_dropped)),
-        )
+        memo, key = _last_translation, self._key()
         if memo.mask is not mask or memo.key != key or memo.translated is None:
             memo.translated = self._gather_columns(mask)
             memo.mask, memo.key = mask, key
         return memo.translated
 
     def _gather_columns(self, mask: mx.array) -> mx.array:
+        columns, is_valid = self._places()
+        index_array = mx.array(np.where(is_valid, columns, 0))[:, None, None]
+        mask = mask.reshape(*(1,) * (4 - mask.ndim), *mask.shape)
+        shape = (len(self.counts), *mask.shape[1:])
+        index_array = mx.broadcast_to(index_array, (*shape[:-1], index_array.shape[-1]))
+        taken = mx.take_along_axis(mx.broadcast_to(mask, shape), index_array, axis=-1)
+        masked = mx.array(False) if mask.dtype == mx.bool_ else mx.array(-float("inf"), mask.dtype)
+        return mx.where(mx.array(is_valid)[:, None, None], taken, masked)
+
+    def of_stock(self) -> tuple[mx.array, mx.array]:
+        """For each of mlx-lm's columns ``[B, 1, n, 1]``: ours, and whether it is a token's. The layers of a step share them."""
+        memo = _last_places
+        key = self._key()
+        if memo.key != key or memo.found is None:
+            columns, is_valid = self._places()
+            own = np.zeros((len(self.counts), self.n_stock + self.n_queries), np.int32)
+            there = np.zeros(own.shape, bool)
+            rows, ours = np.nonzero(is_valid)
+            own[rows, columns[rows, ours]] = ours
+            there[rows, columns[rows, ours]] = True
+            memo.found = mx.array(own)[:, None, :, None], mx.array(there)[:, None, :, None]
+            memo.key = key
+        return memo.found
+
+    def _places(self) -> tuple[Ints, npt.NDArray[np.bool_]]:
+        """For each of our columns ``[B, n]``: mlx-lm's, and whether it is a token's."""
         counts, valid, columns = self.counts, [], []
         start = self.left_padding.copy()
         for part, width in enumerate(self.widths):
@@ -144,14 +176,7 @@ class Columns:
         own = np.broadcast_to(np.arange(self.n_stock, self.n_stock + self.n_new, dtype=np.int32), (len(counts), self.n_new))
         columns.append(own)
         valid.append(np.ones(own.shape, dtype=bool))
-        is_valid = mx.array(np.concatenate(valid, axis=1))[:, None, None]
-        index_array = mx.array(np.where(np.concatenate(valid, axis=1), np.concatenate(columns, axis=1), 0))[:, None, None]
-        mask = mask.reshape(*(1,) * (4 - mask.ndim), *mask.shape)
-        shape = (len(counts), *mask.shape[1:])
-        index_array = mx.broadcast_to(index_array, (*shape[:-1], index_array.shape[-1]))
-        taken = mx.take_along_axis(mx.broadcast_to(mask, shape), index_array, axis=-1)
-        masked = mx.array(False) if mask.dtype == mx.bool_ else mx.array(-float("inf"), mask.dtype)
-        return mx.where(is_valid, taken, masked)
+        return np.concatenate(columns, axis=1), np.concatenate(valid, axis=1)
 
 
 class StreamColumns:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, NoReturn
+from typing import Any
 
 import mlx.core as mx
 
 from tqext._ext import History as ExtHistory
 from tqext._ext import format as packed_format
 from tqext._ext import quantize_blocks, quantize_keys
+from tqext.kv.batch import BatchTurboQuantKVCache
 from tqext.kv.cache import TurboQuantKVCache
 from tqext.kv.codec import Codec, History
 from tqext.kv.schedule import BLOCK
@@ -102,7 +103,7 @@ class LatentCodec(Codec):
         def attend(q: mx.array, tail: mx.array, _rope: mx.array, *options: Any) -> mx.array:
             return native.attend(q, tail, tail, *options)
 
-        return History(keys, values, first, attend)
+        return History(keys, values, first, attend, parts[2])
 
     def decode(self, parts: Sequence[mx.array], begin: int, end: int, key_dtype: mx.Dtype, value_dtype: mx.Dtype) -> Exact:
         whole = self.cut(parts, begin, -(-end // BLOCK) * BLOCK)
@@ -244,7 +245,7 @@ class Latents(Projectable):
     ) -> mx.array:
         # For every token either all heads' keys and values are made, or products are as long as the latent.
         n_queries, dim, latent_dim = queries.shape[2], queries.shape[3], self.shape[3]
-        if n_queries <= BLOCK or n_queries * (latent_dim - dim) <= latent_dim * dim:
+        if self.snapshot.columns is not None or n_queries <= BLOCK or n_queries * (latent_dim - dim) <= latent_dim * dim:
             queries, mask = keys.split(queries, scale, mask)
             absorbed = keys.absorbed(queries)
             out = self.snapshot.attention(previous, absorbed, self.snapshot, scale=scale, mask=mask, **options)
@@ -253,6 +254,18 @@ class Latents(Projectable):
             raise TypeError("[scaled_dot_product_attention] sinks: expected None for a prompt of latents")
         with mx.stream(options.get("stream") or mx.default_stream(mx.default_device())):
             return attend_in_pieces(queries, self._pieces, keys, values, scale, mask, n_keys=self.shape[2])
+
+    def rope(self) -> mx.array:
+        """The rotary keys of all tokens, in mlx-lm's columns; zero for padding."""
+        snapshot = self.snapshot
+        first, coded, tail = snapshot.first, snapshot.history.rope, snapshot.tail.values
+        parts = [x for x in (None if first is None else first.values, coded) if x is not None and x.shape[2]]
+        all_tokens = mx.concatenate([*parts, tail], axis=2) if parts else tail
+        if snapshot.columns is None:
+            return all_tokens
+        ours, is_token = snapshot.columns.of_stock()
+        ours = mx.broadcast_to(ours, (*ours.shape[:3], tail.shape[3]))
+        return mx.where(is_token, mx.take_along_axis(all_tokens, ours, axis=2), mx.array(0, tail.dtype))
 
     def _pieces(self, n_most: int, begins: Callable[[mx.array], mx.array]) -> Iterator[mx.array]:
         """All latents in order, at most `n_most` at a time, a multiple of a block; ``begins(x)``: x, but not yet."""
@@ -272,6 +285,8 @@ class Latents(Projectable):
         """The latents at ``indices [B, 1, k, latent dim]``, the same along the last axis, as an array."""
         packed, first, tail = self.snapshot.packed_keys, self.snapshot.first, self.snapshot.tail.keys
         at = indices[..., :1].astype(mx.int32)
+        if self.snapshot.columns is not None:
+            at = mx.take_along_axis(self.snapshot.columns.of_stock()[0], at, axis=2)
         n_first, n_coded = (0 if first is None else first.n_tokens), packed.codes.shape[2]
 
         def take(x: mx.array, rows: mx.array) -> mx.array:
@@ -418,29 +433,47 @@ class TurboQuantLatentCache(TurboQuantKVCache):
         """
         if self._codec is None and keys.ndim == 4 and (why := why_not_latent(self.recipe, keys.shape[3])):
             raise ValueError(f"[TurboQuantLatentCache] keys: expected latents that can be coded, got others: {why}")
-        snapshot, _ = super().update_and_fetch(keys, values)
-        return Latents(snapshot), self._rope()
+        latents = Latents(super().update_and_fetch(keys, values)[0])
+        return latents, latents.rope()
 
     def keys_and_values(self) -> Any:
         """What the last `update_and_fetch` returned."""
-        snapshot, _ = super().keys_and_values()
-        return Latents(snapshot), self._rope()
+        latents = Latents(super().keys_and_values()[0])
+        return latents, latents.rope()
 
-    def _rope(self) -> mx.array:
-        """The rotary keys of all tokens."""
-        assert self._tail is not None
-        tail = self._tail.values[:, :, : self._n_leading + self.n_tail]
-        if self.n_coded == 0:
-            return tail
-        first = [] if self._first is None else [self._first.values]
-        return mx.concatenate([*first, self._packed[2][:, :, : self.n_coded], tail], axis=2)
+    def _empty_batch(self, left_padding: Sequence[int]) -> BatchTurboQuantLatentCache:
+        return BatchTurboQuantLatentCache(left_padding, self.recipe, shared=self.shared)
 
-    @property
-    def merge(self) -> NoReturn:
-        """Nothing: mlx-lm's server asks whether there is one, and runs requests one after another."""
-        raise AttributeError("TurboQuantLatentCache: latents have no batch; requests run one after another")
 
-    @property
-    def to_batch(self) -> NoReturn:
-        """Nothing, as `merge`."""
-        raise AttributeError("TurboQuantLatentCache: latents have no batch; requests run one after another")
+class BatchTurboQuantLatentCache(BatchTurboQuantKVCache):
+    """The cache of one layer with latent attention for a batch: see `BatchTurboQuantKVCache`.
+
+    Args:
+        left_padding: Padding of each sequence of the prompt to come.
+        recipe: See `TurboQuantLatentCache`.
+        shared: See `TurboQuantLatentCache`.
+    """
+
+    is_latent = True
+
+    def __init__(self, left_padding: Sequence[int], recipe: Recipe | None = None, *, shared: bool = False) -> None:
+        super().__init__(left_padding, latent_recipe(recipe or Recipe()), shared=shared)
+
+    def _make_codec(self, head_dim: int, value_dim: int, balance: mx.array | None, value_dtype: mx.Dtype) -> Codec:
+        return LatentCodec(self.recipe, head_dim, value_dim, balance, rope_dtype=value_dtype)
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> Any:
+        """As `TurboQuantLatentCache.update_and_fetch`, in the columns of mlx-lm's left-padded batch."""
+        latents = Latents(super().update_and_fetch(keys, values)[0])
+        return latents, latents.rope()
+
+    def keys_and_values(self) -> Any:
+        """What the last `update_and_fetch` returned."""
+        latents = Latents(super().keys_and_values()[0])
+        return latents, latents.rope()
+
+    def _single(self) -> TurboQuantLatentCache:
+        return TurboQuantLatentCache(self.recipe, shared=self.shared)
+
+
+TurboQuantLatentCache.batch_class = BatchTurboQuantLatentCache

@@ -17,7 +17,12 @@ import mlx.core as mx
 import mlx_lm.models.cache as mlx_lm_cache
 import mlx_lm.utils
 
-from tqext.kv import BatchTurboQuantKVCache, TurboQuantKVCache, TurboQuantLatentCache
+from tqext.kv import (
+    BatchTurboQuantKVCache,
+    BatchTurboQuantLatentCache,
+    TurboQuantKVCache,
+    TurboQuantLatentCache,
+)
 from tqext.kv.latent import Projectable, ProjectedLatents
 from tqext.kv.snapshot import AttendsItself
 
@@ -323,7 +328,7 @@ attention = Hook(mx.fast, "scaled_dot_product_attention", _attention)
 make_prompt_cache = Hook(mlx_lm_cache, "make_prompt_cache", _make_prompt_cache, everywhere=True)
 take_along_axis = Hook(mx, "take_along_axis", _take_along_axis)
 concatenate = Hook(mx, "concatenate", _concatenate)
-cache_classes = CacheClasses(TurboQuantKVCache, BatchTurboQuantKVCache, TurboQuantLatentCache)
+cache_classes = CacheClasses(TurboQuantKVCache, BatchTurboQuantKVCache, TurboQuantLatentCache, BatchTurboQuantLatentCache)
 # mlx-vlm has its own caches and its own loader.
 vlm_make_prompt_cache = Hook("mlx_vlm.models.cache", "make_prompt_cache", _make_prompt_cache, everywhere=True)
 vlm_load_model = Hook("mlx_vlm.utils", "load_model", _load_vlm_model, everywhere=True)
