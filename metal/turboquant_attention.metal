@@ -12,7 +12,7 @@
 //   groups     1052 FMA, 600 integer and other fp32 operations, 31 shuffles, 1012 bytes of threadgroup memory: 13.4 core cycles
 //   Lloyd-Max  1036 FMA, 476 other operations, 31 shuffles, 856 bytes: 12.3 core cycles
 // The memory delivers 102 bytes in 12.0 (M4 Max) to 13.5 cycles (M2 Pro): both limits are near. 1 or 2 rows: the memory is the
-// limit. 8 rows by matrices: 24 cycles, the multiplications are the limit. Not measured on a GPU.
+// limit. 8 rows by matrices: 17 cycles for the products alone. What else is issued: docs/metal.md. Not measured on a GPU.
 //
 // Where the operations went:
 // - Codes are loaded as bytes: the load unit extracts them. A key byte is the index of its two levels in a table of 256

@@ -218,6 +218,14 @@ PROMPT_MUTATIONS = {
 }  # fmt: skip
 
 
+def kernel_for(problem, prompt=False):
+    """The kernel that a mutation is tried in, whatever the plan would choose."""
+    n_rows = problem.q.shape[1] // problem.packed_k.codes.shape[1] * problem.q.shape[2]
+    if prompt:
+        return "prompt64" if n_rows > 32 and problem.q.shape[3] <= metal_ops.ENUM["kPromptDim"] else "prompt32"
+    return "split" if n_rows <= 4 else "matrix"
+
+
 def make_problem(float_means=False, spoilt=False, **shape):
     """float_means: in fp32, as a dense rotation gives them. spoilt: NaN in values of tokens that a mask hides."""
     problem = Problem(rotation="none" if float_means else "hadamard", **shape)
@@ -267,14 +275,16 @@ def mutant():
 def test_mutation_of_attention_is_caught(name, mutant):
     kernel, old, new, nth, shape = MUTATIONS[name]
     problem, want = make_problem(**shape)
+    mutant.kernel = kernel_for(problem)
     mutant.sources = {"turboquant_attention": replace(ATTENTION, kernel, old, new, nth)}
     assert caught(mutant, lambda d: attention(d, problem), lambda out: assert_close(out, want(), KERNEL_TOLERANCE[mx.float32]))
 
 
 @pytest.mark.parametrize("shape", {str(shape): shape for *_, shape in MUTATIONS.values()}.values(), ids=str)
 def test_unmutated_kernels_pass_the_same_check(mutant, shape):
-    mutant.sources = {"turboquant_attention": ATTENTION}
     problem, want = make_problem(**shape)
+    mutant.kernel = kernel_for(problem)
+    mutant.sources = {"turboquant_attention": ATTENTION}
     assert not caught(mutant, lambda d: attention(d, problem), lambda out: assert_close(out, want(), 1e-5))
 
 
@@ -282,14 +292,16 @@ def test_unmutated_kernels_pass_the_same_check(mutant, shape):
 def test_mutation_of_prompts_is_caught(name, mutant):
     kernel, old, new, nth, shape = PROMPT_MUTATIONS[name]
     problem, want = make_problem(**shape)
+    mutant.kernel = kernel_for(problem, prompt=True)
     mutant.sources = {"turboquant_prompt": replace(PROMPT, kernel, old, new, nth)}
     assert caught(mutant, lambda d: attention(d, problem), lambda out: assert_close(out, want(), KERNEL_TOLERANCE[mx.float32]))
 
 
 @pytest.mark.parametrize("shape", {str(shape): shape for *_, shape in PROMPT_MUTATIONS.values()}.values(), ids=str)
 def test_unmutated_prompt_kernel_passes_the_same_check(mutant, shape):
-    mutant.sources = {"turboquant_prompt": PROMPT}
     problem, want = make_problem(**shape)
+    mutant.kernel = kernel_for(problem, prompt=True)
+    mutant.sources = {"turboquant_prompt": PROMPT}
     assert not caught(mutant, lambda d: attention(d, problem), lambda out: assert_close(out, want(), 1e-5))
     assert "prompt" in mutant.log[0][0]
 
