@@ -116,18 +116,15 @@ def split_figures(compiled, dim: int, rows: int) -> Figures:
     (values,) = main.loops
     passes = power_of_two(dim // 32) * (4 if rows > 2 else 2) // 2  # two steps each
     # A threadgroup with coded tokens does not run what attends to exact ones, up to the last barrier before the queries' loop.
-    # Of the eight steps in which sums are joined each simdgroup runs one: they lie between barriers 1 and 9 after the loop.
     queries = loops[loops.index(main) - 1]
-    before, after = ([n for n in compiled.code.barriers if (n > main.before) == x] for x in (False, True))
-    exact = max(n for n in before if n <= queries.before) - loops[0].before
-    joined = after[8] - after[0]
+    exact = max(n for n in compiled.code.barriers if n <= queries.before) - loops[0].before
     return Figures(
         registers=compiled.registers,
         tile=main.instructions + passes * values.instructions,
         staged=0,
         exact=_exact(*loops[:3], dim, rows),
         exact_staged=0,
-        around=compiled.code.instructions - exact - joined * 7 // 8,
+        around=compiled.code.instructions - exact,
         row=queries.all(),
         traffic=main.threadgroup_bytes + passes * values.threadgroup_bytes,
     )
