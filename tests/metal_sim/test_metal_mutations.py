@@ -81,7 +81,7 @@ MUTATIONS = {
     "accumulators not cleared": (SPLIT, "for (int i = 0; i < NA * R; i++) acc[i] = 0.0f;", ";", 1, SMALL),
     "matrices not cleared": (MATRIX, "put(acc[s], float2(0.0f));", ";", 1, ROWS),
     "wrong transposed reduction": (SPLIT, "const bool up = key_lane & h;", "const bool up = int(lane) & 1;", 1, SMALL),
-    "bias of another group": (SPLIT, "bias_sums[(s * R + r) * NG + d / 32]", "bias_sums[(s * R + r) * NG]", 1, SMALL),
+    "bias of another group": (SPLIT, "bias_sums[(int(sg) * R + r) * NG + d / 32]", "bias_sums[(int(sg) * R + r) * NG]", 1, SMALL),
     "output rows not all written": (SPLIT, "i < n_rows * V; i += NSG * 32", "i < n_rows * V - 1; i += NSG * 32", 1, SMALL),
     "write to a part of another range": (SPLIT, "p.n_parts + int(tg.x)) * n_rows;", "p.n_parts) * n_rows;", 2, SMALL),
     "threadgroup array one short": (SPLIT, "threadgroup float pool[POOL];", "threadgroup float pool[NSG * 32 * (R + 2) - 1];", 1, SMALL),
@@ -103,6 +103,8 @@ MUTATIONS = {
     "one part left out": (COMBINE, "p.n_parts, p.n_ranges", "p.n_parts - 1, p.n_ranges", 1, SMALL),
     "misaligned read": (SPLIT, "4 * KB * unit + NB * part_of_unit;", "4 * KB * unit + NB * part_of_unit + 1;", 1, SMALL),
     "write through an input": (SPLIT, "const int n_exact = p.n_first + p.n_tail;", "const int n_exact = p.n_first + p.n_tail; const_cast<device half*>(key_norms)[0] = 0;", 1, SMALL),
+    "tokens beyond the lengths of one row": ("coded_range", "clamp(b.coded_end, range.begin, limit)", "limit", 1, dict(SMALL, n_repeats=1, n_tail=3, beyond=200)),
+    "tokens beyond the lengths of eight rows": ("coded_range", "clamp(b.coded_end, range.begin, limit)", "limit", 1, dict(ROWS, n_coded=300, n_tail=3, beyond=200)),
     # Means, balance
     "mean of another block": (SPLIT, "block_offset<K, R>(p, means, my_block,", "block_offset<K, R>(p, means, my_block / 2,", 1, MEANS),
     "offset of the first block kept": (SPLIT, "base / kBlockTokens != my_block", "my_block < 0", 1, MEANS),
@@ -229,8 +231,15 @@ def kernel_for(problem, prompt=False):
     return "split" if n_rows <= 4 else "matrix"
 
 
-def make_problem(float_means=False, spoilt=False, **shape):
-    """float_means: in fp32, as a dense rotation gives them. spoilt: NaN in values of tokens that a mask hides."""
+def make_problem(float_means=False, spoilt=False, beyond=None, **shape):
+    """A problem and its answer.
+
+    Args:
+        float_means: in fp32, as a dense rotation gives them.
+        spoilt: NaN in values of tokens that a mask hides.
+        beyond: the number of coded tokens that are stored; those beyond hold NaN.
+        shape: of `Problem`.
+    """
     problem = Problem(rotation="none" if float_means else "hadamard", **shape)
     if float_means:
         means = problem.packed_k.means.astype(mx.float32) * 1.0001
@@ -247,6 +256,14 @@ def make_problem(float_means=False, spoilt=False, **shape):
             values = np.array(problem.tail[1])
             values[:, :, hidden[problem.n_coded :]] = np.nan
             problem.tail = problem.tail[0], mx.array(values)
+        want = lambda: answer  # noqa: E731
+    if beyond is not None:
+        problem.options["lengths"] = mx.array([[0, beyond, problem.n_tail]])
+        answer = problem.answer()
+        norms, params = np.array(problem.packed_k.norms), np.array(problem.packed_v.params)
+        norms[:, :, beyond:], params[:, :, beyond:] = np.nan, np.nan
+        problem.packed_k = problem.packed_k._replace(norms=mx.array(norms))
+        problem.packed_v = problem.packed_v._replace(params=mx.array(params))
         want = lambda: answer  # noqa: E731
     return problem, want
 
@@ -374,6 +391,38 @@ def test_unmutated_encode_passes_the_same_check(operation, mutant):
     assert not encode_is_caught(mutant, operation)
 
 
+# Other roundings than the CPU's: some parameters of a thousand change.
+ROTATION = (METAL / "rotate_row.h").read_text().replace("#pragma once", "")
+ROUNDING_MUTATIONS = {
+    "last place of the rotation": ("apply_signs", "? -scale : scale", "? -scale * 1.0000001f : scale * 1.0000001f"),
+    "butterflies from the farthest partner": ("sylvester", "ushort h = 1; h < 32 && h < n; h *= 2", "ushort h = 16; h >= 1; h /= 2"),
+    "sum in another order": ("sum_lanes", "ushort h = 8; h >= 1; h /= 2", "ushort h = 1; h <= 8; h *= 2"),
+    "quotient by a product": (KEYS, "coded.square / (coded.projection / float(kCodebookTop)) / coded.safe", "coded.square * (1.0f / (coded.projection / float(kCodebookTop)) / coded.safe)"),
+}  # fmt: skip
+
+
+def same_bytes_of_3000_tokens(device):
+    rng = np.random.default_rng(5)
+    x = mx.array((rng.normal(size=(1, 3, 1000, 128)) * np.exp(rng.normal(size=128))).astype(np.float32)).astype(mx.float16)
+    keys = dict(means=tqext.block_means(x))
+    values = dict(coding="groups", bits=4)
+    pairs = (
+        *zip(metal_ops.quantize_keys(device, x, **keys), tqext.quantize_keys(x, **keys)[:2], strict=True),
+        *zip(metal_ops.quantize_values(device, x, **values), tqext.quantize_values(x, **values)[:2], strict=True),
+    )
+    return all(mx.array_equal(a, b).item() for a, b in pairs)
+
+
+@pytest.mark.parametrize("name", ROUNDING_MUTATIONS)
+def test_mutation_of_a_rounding_is_caught_by_3000_tokens(name):
+    device = metal_ops.Device("fast")
+    text = ENCODE.replace('#include "rotate_row.h"\n', ROTATION)
+    device.sources = {"turboquant_encode": replace(text, *ROUNDING_MUTATIONS[name])}
+    assert not same_bytes_of_3000_tokens(device)
+    device.sources = {"turboquant_encode": text}
+    assert same_bytes_of_3000_tokens(device)
+
+
 Q1_MUTATIONS = {
     "columns of the next group": ("q1_matvec", "byte / 16]", "byte / 32]", 2),
     "rows beyond the last one": ("q1_matvec", "if (row0 + r >= p.n_rows || !mine) continue;", "if (!mine) continue;", 2),
@@ -407,6 +456,6 @@ def test_unmutated_q1_passes_the_same_check(n_inputs, mutant):
 
 
 def test_at_least_twelve_kinds_of_bugs_are_seeded():
-    mutations = (*MUTATIONS, *PROMPT_MUTATIONS, *ENCODE_MUTATIONS, *Q1_MUTATIONS)
+    mutations = (*MUTATIONS, *PROMPT_MUTATIONS, *ENCODE_MUTATIONS, *ROUNDING_MUTATIONS, *Q1_MUTATIONS)
     kinds = {re.sub(r"[^a-z ]", "", name) for name in mutations}
     assert len(kinds) >= 12
