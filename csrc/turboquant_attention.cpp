@@ -33,6 +33,14 @@ void check_exact(const ExactTokens& tokens, const Shapes& n, const char* name) {
   check_shape(v, {n.batch, n.n_kv_heads, k.shape(2), n.value_dim}, kOp, values.c_str());
 }
 
+void check_indices(const mx::array& x, const Shapes& n) {
+  check(x.dtype() == mx::int32 || x.dtype() == mx::uint32, "[", kOp, "] indices: expected int32 or uint32, got ", x.dtype());
+  const bool fits = x.ndim() == 4 && x.shape(0) == n.batch && (x.shape(1) == 1 || x.shape(1) == n.n_kv_heads) &&
+                    (x.shape(2) == 1 || x.shape(2) == n.n_queries);
+  check(fits, "[", kOp, "] indices: expected [", n.batch, ", ", n.n_kv_heads, " or 1, ", n.n_queries,
+        " or 1, n_listed], got shape ", x.shape());
+}
+
 Shapes check_inputs(const mx::array& q, const PackedKeys& k, const PackedValues& v, const AttentionOptions& options) {
   check_activation(q, kOp, "q");
   check(q.ndim() == 4, "[", kOp, "] q: expected 4 axes [batch, n_q_heads, n_queries, head_dim], got shape ", q.shape());
@@ -84,6 +92,7 @@ Shapes check_inputs(const mx::array& q, const PackedKeys& k, const PackedValues&
           "] lengths: expected the queries' own keys in the tail when the mask is \"causal\" (", n.n_queries,
           " tokens), got a tail of ", n.n_tail);
   }
+  if (options.indices) check_indices(*options.indices, n);
   return n;
 }
 
@@ -388,6 +397,7 @@ mx::array turboquant_attention(const mx::array& q, const PackedKeys& k, const Pa
   if (options.sinks) add(kSinks, mx::astype(*options.sinks, mx::float32, stream));
   if (options.left_padding) add(kLeftPadding, *options.left_padding);
   if (options.lengths) add(kLengths, *options.lengths);
+  if (options.indices) add(kIndices, *options.indices);
   auto primitive = std::make_shared<TurboQuantAttention>(stream, state);
   return mx::array({n.batch, n.n_q_heads, n.n_queries, n.value_dim}, q.dtype(), primitive, inputs);
 }
@@ -411,6 +421,7 @@ std::vector<mx::Shape> TurboQuantAttention::output_shapes(const std::vector<mx::
                                  .sinks = optional(x.sinks),
                                  .left_padding = optional(x.left_padding),
                                  .lengths = optional(x.lengths),
+                                 .indices = optional(x.indices),
                                  .first = tokens(x.first_keys, x.first_values),
                                  .tail = tokens(x.tail_keys, x.tail_values)};
   const Shapes n = check_inputs(x.q, k, v, options);

@@ -11,6 +11,10 @@
 //   c >= left_padding[b]; inside each part, index < lengths[b][part]; mask
 //   "causal": c <= n_keys - L + i; with lengths, the last L tail columns are the rows' own tokens, always stored, and
 //   lengths[b][2] counts the tail tokens before them.
+//
+// indices: of the coded tokens only those that the list names are attended to, each as often as it is named; ids count from the
+// first coded token. A slot whose id is none of [0, n_coded) is empty (uint32 as int32: 2^31 and above are negative). What is
+// valid is decided by a token's column as without a list. Exact tokens are not listed: they are attended to as without one.
 #pragma once
 
 #include <optional>
@@ -32,7 +36,7 @@ using ExactTokens = std::pair<mx::array, mx::array>;  // keys, values
 struct AttentionOptions {
   std::optional<float> scale;
   std::string mask_mode;  // "" or "causal"
-  std::optional<mx::array> mask, sinks, left_padding, lengths;
+  std::optional<mx::array> mask, sinks, left_padding, lengths, indices;
   std::optional<ExactTokens> first, tail;
   // The cache of a generation calls: Metal compiles with a prompt what its later steps need.
   bool of_cache = false;

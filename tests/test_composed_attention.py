@@ -98,7 +98,7 @@ def test_composed_attention_takes_memory_that_does_not_grow_with_the_context():
         before = mx.get_active_memory()
         out = tqext._ext.turboquant_attention(
             problem.q, codes, norms, None, None, None, None, 3, 320, "none", values, params, 2, 320, "groups", "none", None,
-            None, None, None, None, None, None, mx.cpu, composed_bytes=bytes,
+            None, None, None, None, None, None, None, mx.cpu, composed_bytes=bytes,
         )  # fmt: skip
         mx.eval(out)
         taken.append(mx.get_peak_memory() - before)

@@ -74,7 +74,7 @@ def test_isa_passes_the_operator_tests(isa):
     """Those that this process ran with the ISA in use."""
     names = "golden every_head_dim all_bits every_length lloyd_values not_finite like_tokens random_mixtures"
     chosen = " or ".join(names.split())
-    files = [f"tests/test_{name}.py" for name in ("format", "quantize", "turboquant_attention")]
+    files = [f"tests/test_{name}.py" for name in ("format", "quantize", "turboquant_attention", "turboquant_attention_indices")]
     out = run([sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", chosen, *files], isa=isa)
     assert " passed" in out
 

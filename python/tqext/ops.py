@@ -269,6 +269,7 @@ def turboquant_attention(
     first: tuple[mx.array, mx.array] | None = None,
     left_padding: mx.array | None = None,
     lengths: mx.array | None = None,
+    indices: mx.array | None = None,
     stream: Stream = None,
 ) -> mx.array:
     """Attention of ``q`` over packed keys and values, in one pass over the packed bytes.
@@ -291,6 +292,11 @@ def turboquant_attention(
         lengths: int32 ``[batch, 3]``: how many first, packed and tail tokens each sequence holds, counted from each part's
             start; the rest is not attended. With ``mask="causal"`` the last ``n_queries`` tail tokens are the queries' own, are
             always held, and are not counted.
+        indices: int32 or uint32 ``[batch, n_kv_heads or 1, n_queries or 1, n_listed]``: of the packed tokens a query attends to
+            those that its list names, in any order; heads or queries share a list where the axis is 1. Ids count from the
+            first packed token. An id outside ``0 ... n_coded - 1``, a negative one say, is an empty slot. A token that is
+            listed twice counts twice. Mask, padding and lengths restrict a listed token by its place in the history, as
+            without a list. Exact tokens have no ids: ``first`` and ``tail`` are attended to as without a list.
         stream: stream or device.
 
     Returns:
@@ -336,10 +342,13 @@ def turboquant_attention(
             sinks,
             left_padding,
             lengths,
+            indices,
             stream,
         )
     except TypeError as error:
-        given = _given(mask=mask, tail=tail, sinks=sinks, first=first, left_padding=left_padding, lengths=lengths)
+        given = _given(
+            mask=mask, tail=tail, sinks=sinks, first=first, left_padding=left_padding, lengths=lengths, indices=indices
+        )
         raise _explained("turboquant_attention", error, q=q, **given) from None
 
 
