@@ -285,6 +285,124 @@ mx::array composed_attention(const mx::array& queries, const PackedKeys& k, cons
   return outs.size() == 1 ? outs[0] : mx::concatenate(outs, 2, s);
 }
 
+// Listed tokens where no kernel reads lists: MLX's operations gather them, then they are attended to as any others, with what
+// their blocks' means add to the scores in a mask. A query with a list of its own becomes a sequence of its own.
+mx::array gathered_attention(const mx::array& queries, const PackedKeys& k, const PackedValues& v,
+                             const AttentionOptions& options, const Shapes& n, float scale, mx::Stream s) {
+  const mx::array& list = *options.indices;
+  std::vector<FixedArray> arrays{{"q", queries}, {"packed_k.codes", k.codes}, {"indices", list}};
+  if (options.first) arrays.push_back({"first[0]", options.first->first});
+  if (options.tail) arrays.push_back({"tail[0]", options.tail->first});
+  if (options.mask) arrays.push_back({"mask", *options.mask});
+  const mx::array q = fixed_shapes(queries, arrays, kOp, s);
+  const int n_repeats = n.n_q_heads / n.n_kv_heads, n_listed = list.shape(3), n_lists = list.shape(2);
+  const mx::Shape rows{n.batch, n.n_kv_heads, n_repeats, n.n_queries, n_listed};
+  const mx::Shape full{n.batch, n.n_q_heads, n.n_queries, n_listed};
+  // [B, n_kv_heads or 1, L or 1, n_listed] to `full`.
+  auto to_rows = [&](const mx::array& x) { return mx::reshape(mx::broadcast_to(mx::expand_dims(x, 2, s), rows, s), full, s); };
+  // [B, n_q_heads, L, ...]: one sequence for each list.
+  auto by_list = [&](const mx::array& x) {
+    if (n_lists == 1) return x;
+    return mx::reshape(mx::transpose(x, {0, 2, 1, 3}, s), {n.batch * n_lists, n.n_q_heads, 1, x.shape(3)}, s);
+  };
+
+  const mx::array ids = list.dtype() == mx::int32 ? list : mx::view(list, mx::int32, s);
+  mx::array attended = mx::logical_and(mx::greater_equal(ids, mx::array(0), s), mx::less(ids, mx::array(n.n_coded), s), s);
+  const mx::array tokens = mx::where(attended, ids, mx::array(0), s);
+  const mx::array columns = mx::add(tokens, mx::array(n.n_first), s);
+  auto restrict = [&](const mx::array& condition) { attended = mx::logical_and(attended, condition, s); };
+  auto of_sequence = [&](const mx::array& x) { return mx::reshape(x, {n.batch, 1, 1, 1}, s); };
+  if (options.mask_mode == "causal") {
+    const int seen = n.n_keys() - n.n_queries;
+    restrict(
+        mx::less_equal(columns, mx::reshape(mx::arange(seen, seen + n.n_queries, mx::int32, s), {1, 1, n.n_queries, 1}, s), s));
+  }
+  if (options.left_padding) restrict(mx::greater_equal(columns, of_sequence(*options.left_padding), s));
+  if (options.lengths) restrict(mx::less(tokens, of_sequence(mx::slice(*options.lengths, {0, 1}, {n.batch, 2}, s)), s));
+
+  mx::array bias = mx::zeros({1}, mx::float32, s);
+  if (k.means) {
+    const mx::array x = mx::reshape(mx::multiply(mx::astype(q, mx::float32, s), mx::array(scale), s),
+                                    {n.batch, n.n_kv_heads, n_repeats * n.n_queries, n.head_dim}, s);
+    const mx::array of_blocks = mx::matmul(x, mx::swapaxes(mx::astype(*k.means, mx::float32, s), 2, 3, s), s);
+    mx::Shape shape = rows;
+    shape[4] = of_blocks.shape(3);
+    const mx::array blocks = mx::expand_dims(mx::floor_divide(tokens, mx::array(int(kBlockTokens)), s), 2, s);
+    bias = mx::take_along_axis(mx::reshape(of_blocks, shape, s), mx::broadcast_to(blocks, rows, s), 4, s);
+    // Minus infinity would be a token that is not attended.
+    bias = mx::reshape(mx::add(bias, mx::multiply(bias, mx::array(0.0f), s), s), full, s);
+  }
+  std::vector<mx::array> parts;
+  std::optional<mx::array> given;
+  if (options.mask) given = check_mask(*options.mask, n, s);
+  // Adds a part of the given mask to scores, and minus infinity where a condition is not met.
+  auto add_part = [&](mx::array scores, std::optional<mx::array> condition, const std::optional<mx::array>& part,
+                      int n_columns) {
+    if (part && part->dtype() == mx::bool_) {
+      condition = condition ? mx::logical_and(*condition, *part, s) : *part;
+    } else if (part) {
+      scores = mx::add(scores, *part, s);
+    }
+    if (condition) scores = mx::where(*condition, scores, mx::array(-INFINITY), s);
+    parts.push_back(mx::broadcast_to(scores, {n.batch, n.n_q_heads, n.n_queries, n_columns}, s));
+  };
+  auto add_exact = [&](int column, int n_columns) {
+    if (n_columns == 0) return;
+    const Piece at{0, n.n_queries, column, n_columns};
+    std::optional<mx::array> part = given;
+    if (part && part->shape(3) != 1) {
+      mx::Shape first(4, 0), last = part->shape();
+      first[3] = column;
+      last[3] = column + n_columns;
+      part = mx::slice(*part, first, last, s);
+    }
+    add_part(mx::zeros({1}, mx::float32, s), column_mask(options, n, at, s), part, n_columns);
+  };
+  add_exact(0, n.n_first);
+  std::optional<mx::array> part = given;
+  if (part && part->shape(3) != 1) {
+    mx::Shape shape = full;
+    shape[3] = n.n_keys();
+    part = mx::take_along_axis(mx::broadcast_to(*part, shape, s), to_rows(columns), 3, s);
+  }
+  add_part(bias, to_rows(attended), part, n_listed);
+  add_exact(n.n_first + n.n_coded, n.n_tail);
+
+  const mx::array of_heads = mx::broadcast_to(tokens, {n.batch, n.n_kv_heads, n_lists, n_listed}, s);
+  auto gather = [&](const mx::array& x) {
+    const int width = x.shape(3);
+    const mx::array at = mx::broadcast_to(mx::reshape(of_heads, {n.batch, n.n_kv_heads, n_lists * n_listed, 1}, s),
+                                          {n.batch, n.n_kv_heads, n_lists * n_listed, width}, s);
+    const mx::array y = mx::reshape(mx::take_along_axis(x, at, 2, s), {n.batch, n.n_kv_heads, n_lists, n_listed, width}, s);
+    return mx::reshape(mx::transpose(y, {0, 2, 1, 3, 4}, s), {n.batch * n_lists, n.n_kv_heads, n_listed, width}, s);
+  };
+  PackedKeys keys = k;
+  PackedValues values = v;
+  keys.codes = gather(k.codes);
+  keys.norms = gather(k.norms);
+  keys.means = std::nullopt;
+  if (k.signs) {
+    keys.signs = gather(*k.signs);
+    keys.residual_norms = gather(*k.residual_norms);
+  }
+  values.codes = gather(v.codes);
+  values.params = gather(v.params);
+  auto repeat = [&](const std::optional<ExactTokens>& x) -> std::optional<ExactTokens> {
+    if (!x || n_lists == 1) return x;
+    return ExactTokens{mx::repeat(x->first, n_lists, 0, s), mx::repeat(x->second, n_lists, 0, s)};
+  };
+  AttentionOptions inner = options;
+  inner.scale = scale;
+  inner.mask_mode.clear();
+  inner.mask = by_list(mx::concatenate(parts, 3, s));
+  inner.indices = inner.left_padding = inner.lengths = std::nullopt;
+  inner.first = repeat(options.first);
+  inner.tail = repeat(options.tail);
+  const mx::array out = turboquant_attention(by_list(q), keys, values, inner, s);
+  if (n_lists == 1) return out;
+  return mx::transpose(mx::reshape(out, {n.batch, n_lists, n.n_q_heads, n.value_dim}, s), {0, 2, 1, 3}, s);
+}
+
 }  // namespace
 
 mx::array turboquant_attention(const mx::array& q, const PackedKeys& k, const PackedValues& v, const AttentionOptions& options,
@@ -362,10 +480,19 @@ mx::array turboquant_attention(const mx::array& q, const PackedKeys& k, const Pa
                                    .value_coding = v.coding,
                                    .head_dim = n.head_dim,
                                    .value_dim = n.value_dim,
-                                   .present = k.signs ? 1u << kSigns : 0u,
+                                   .present = uint32_t(k.signs.has_value()) << kSigns | uint32_t(options.indices.has_value())
+                                                                                            << kIndices,
                                    .of_cache = options.of_cache,
                                    .cache_has_means = k.means.has_value()};
   const bool has_kernel = stream.device == mx::Device::cpu || gpu_has_kernel(state, q);
+  if (options.indices && (!has_kernel || options.composed_bytes)) {
+    PackedKeys keys = k;
+    keys.means = means;
+    if (n.n_coded > 0 && q.size() > 0) return gathered_attention(q, keys, v, options, n, scale, stream);
+    AttentionOptions unlisted = options;  // there is nothing to list
+    unlisted.indices = std::nullopt;
+    return turboquant_attention(fixed_shapes(q, {{"packed_k.codes", k.codes}}, kOp, stream), k, v, unlisted, stream);
+  }
   if (!has_kernel || options.composed_bytes) {
     return composed_attention(q, k, v, options, n, scale, options.composed_bytes.value_or(kComposedBytes), stream);
   }

@@ -4,24 +4,14 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from support import DTYPES, KERNEL_TOLERANCE, Problem, assert_close, poisoned, poisoned_tokens, to_numpy
+from support import DTYPES, KERNEL_TOLERANCE, Problem, assert_close, poisoned, poisoned_tokens, to_numpy, token_lists
 
 pytestmark = pytest.mark.usefixtures("device")
 
 
-def lists(problem, n_listed, *, per_head=True, per_query=True, seed=0):
-    """Ids without repetition, in no order, with an eighth of the slots empty in one of the ways that a slot can be empty."""
-    rng = np.random.default_rng(seed)
-    shape = (problem.batch, problem.n_kv_heads if per_head else 1, problem.n_rows if per_query else 1)
-    n = problem.n_coded
-    ids = np.stack([rng.permutation(max(n, n_listed))[:n_listed] for _ in range(int(np.prod(shape)))]).reshape(*shape, n_listed)
-    empty = rng.choice([-1, -(2**31), n, n + 63, 2**31 - 1], ids.shape)
-    return mx.array(np.where(rng.random(ids.shape) < 0.125, empty, ids).astype(np.int32))
-
-
 def listed(n_listed=70, *, per_head=True, per_query=True, **problem):
     problem = Problem(**problem)
-    problem.options["indices"] = lists(problem, n_listed, per_head=per_head, per_query=per_query)
+    problem.options["indices"] = token_lists(problem, n_listed, per_head=per_head, per_query=per_query)
     return problem
 
 
@@ -147,7 +137,9 @@ def test_indices_random_mixtures(case):
         balance=one_of(True, False), n_first=one_of(0, 5), n_tail=one_of(0, 20), sinks=one_of(True, False), seed=case,
     )  # fmt: skip
     options, batch, n_rows = problem.options, problem.batch, problem.n_rows
-    options["indices"] = lists(problem, one_of(1, 40, 64, 200), per_head=one_of(True, False), per_query=one_of(True, False))
+    options["indices"] = token_lists(
+        problem, one_of(1, 40, 64, 200), per_head=one_of(True, False), per_query=one_of(True, False)
+    )
     kind = one_of(None, "causal", "bool", "float32")
     if kind == "causal":
         options["mask"] = kind
