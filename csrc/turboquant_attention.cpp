@@ -181,7 +181,9 @@ mx::array composed_attention(const mx::array& queries, const PackedKeys& k, cons
   const mx::array q = fixed_shapes(queries, arrays, kOp, s);  // the pieces depend on the numbers of tokens
   std::optional<mx::array> given;
   if (options.mask) given = check_mask(*options.mask, n, s);
-  if (q.size() == 0) return mx::zeros({n.batch, n.n_q_heads, n.n_queries, n.value_dim}, q.dtype(), s);
+  if (q.size() == 0) {
+    return mx::zeros({n.batch, n.n_q_heads, n.n_queries, n.value_dim + options.lse}, options.lse ? mx::float32 : q.dtype(), s);
+  }
 
   // Half of the bytes for tokens, half for scores (in q's type, in fp32, and as weights).
   const int64_t token_bytes = int64_t(n.batch) * n.n_kv_heads * (n.head_dim + n.value_dim) * q.itemsize();
@@ -280,7 +282,12 @@ mx::array composed_attention(const mx::array& queries, const PackedKeys& k, cons
   for (const Softmax& row : rows) {
     const mx::array none = mx::equal(row.sum, mx::array(0.0f), s);
     const mx::array out = mx::divide(row.out, mx::where(none, mx::array(1.0f), row.sum, s), s);
-    outs.push_back(mx::astype(mx::where(none, mx::array(0.0f), out, s), q.dtype(), s));
+    const mx::array result = mx::where(none, mx::array(0.0f), out, s);
+    if (options.lse) {
+      outs.push_back(mx::concatenate({result, mx::add(row.max, mx::log(row.sum, s), s)}, 3, s));
+    } else {
+      outs.push_back(mx::astype(result, q.dtype(), s));
+    }
   }
   return outs.size() == 1 ? outs[0] : mx::concatenate(outs, 2, s);
 }
@@ -400,7 +407,7 @@ mx::array gathered_attention(const mx::array& queries, const PackedKeys& k, cons
   inner.tail = repeat(options.tail);
   const mx::array out = turboquant_attention(by_list(q), keys, values, inner, s);
   if (n_lists == 1) return out;
-  return mx::transpose(mx::reshape(out, {n.batch, n_lists, n.n_q_heads, n.value_dim}, s), {0, 2, 1, 3}, s);
+  return mx::transpose(mx::reshape(out, {n.batch, n_lists, n.n_q_heads, out.shape(3)}, s), {0, 2, 1, 3}, s);
 }
 
 }  // namespace
@@ -460,7 +467,10 @@ mx::array turboquant_attention(const mx::array& q, const PackedKeys& k, const Pa
     inner.first = turn_tokens(options.first);
     inner.tail = turn_tokens(options.tail);
     inner.scale = scale;
-    mx::array out = turboquant_attention(turn_queries(q), inner_k, inner_v, inner, stream);
+    const mx::array whole = turboquant_attention(turn_queries(q), inner_k, inner_v, inner, stream);
+    mx::Shape values_end = whole.shape();
+    values_end[3] = value_dim;
+    mx::array out = options.lse ? mx::slice(whole, {0, 0, 0, 0}, values_end, stream) : whole;
     if (value_rotation == Rotation::kOrthogonal) {
       out = apply_orthogonal(out, value_dim, n.value_dim, true, stream);
     } else if (value_rotation == Rotation::kHadamard) {
@@ -469,7 +479,9 @@ mx::array turboquant_attention(const mx::array& q, const PackedKeys& k, const Pa
     if (out.shape(3) != n.value_dim) {
       out = mx::slice(out, {0, 0, 0, 0}, {n.batch, n.n_q_heads, n.n_queries, n.value_dim}, stream);
     }
-    return mx::astype(out, q.dtype(), stream);
+    if (!options.lse) return mx::astype(out, q.dtype(), stream);
+    const mx::array lse = mx::slice(whole, {0, 0, 0, value_dim}, whole.shape(), stream);
+    return mx::concatenate({mx::astype(out, mx::float32, stream), lse}, 3, stream);
   }
 
   TurboQuantAttention::State state{.scale = scale,
@@ -483,7 +495,8 @@ mx::array turboquant_attention(const mx::array& q, const PackedKeys& k, const Pa
                                    .present = uint32_t(k.signs.has_value()) << kSigns | uint32_t(options.indices.has_value())
                                                                                             << kIndices,
                                    .of_cache = options.of_cache,
-                                   .cache_has_means = k.means.has_value()};
+                                   .cache_has_means = k.means.has_value(),
+                                   .lse = options.lse};
   const bool has_kernel = stream.device == mx::Device::cpu || gpu_has_kernel(state, q);
   if (options.indices && (!has_kernel || options.composed_bytes)) {
     PackedKeys keys = k;
@@ -526,7 +539,8 @@ mx::array turboquant_attention(const mx::array& q, const PackedKeys& k, const Pa
   if (options.lengths) add(kLengths, *options.lengths);
   if (options.indices) add(kIndices, *options.indices);
   auto primitive = std::make_shared<TurboQuantAttention>(stream, state);
-  return mx::array({n.batch, n.n_q_heads, n.n_queries, n.value_dim}, q.dtype(), primitive, inputs);
+  return mx::array({n.batch, n.n_q_heads, n.n_queries, state.out_columns()}, options.lse ? mx::float32 : q.dtype(), primitive,
+                   inputs);
 }
 
 std::vector<mx::Shape> TurboQuantAttention::output_shapes(const std::vector<mx::array>& inputs) {
@@ -564,7 +578,7 @@ std::vector<mx::Shape> TurboQuantAttention::output_shapes(const std::vector<mx::
         "] q: expected a shape that this GPU's kernels take, as the function was compiled for, got shape ", x.q.shape(),
         "; compile it without shapeless");
   mx::Shape shape = inputs[0].shape();
-  shape.back() = state_.value_dim;
+  shape.back() = state_.out_columns();
   return {shape};
 }
 

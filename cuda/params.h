@@ -70,7 +70,7 @@ struct AttentionLayout {
         means_copied(key_dim <= 128),
         int8_at(larger(larger(n_stages * stage, exact_query_at + rows * query_stride * 4),
                        larger(kAttentionWarps * rows * (value_dim + 4) * 4,              // the warps' sums, joined
-                              (rows * (value_dim + 4) + (kMaxSlots + 1) * rows) * 4))),  // the blocks' sums and factors
+                              (rows * (value_dim + 4) + (kMaxSlots + 2) * rows) * 4))),  // the blocks' sums and factors
         residual_int8_at(int8_at + rows * 2 * key_dim),
         row_scale_at(residual_int8_at + (signs ? rows * 2 * key_dim : 0)),
         mean_scale_at(row_scale_at + rows * 4),
@@ -128,6 +128,8 @@ struct AttentionParams {
   uint32_t two_16, two_up;
   // Slots of a list; lists of a head, one or one for each query; row tiles of a list.
   int32_t n_listed, n_lists, row_tiles;
+  // The output is fp32, with one column more: the log of the row's sum of weights.
+  int32_t lse;
 };
 
 // word_sum. Arrays and numbers of a call at most; threads of a block.

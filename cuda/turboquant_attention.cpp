@@ -138,13 +138,14 @@ void TurboQuantAttention::eval_gpu(const std::vector<mx::array>& inputs, mx::arr
   }
   const AttentionInputs in = named(inputs);
   // Residual signs are decoded by the kernel for few rows alone; it takes any number of them.
-  if (!in.signs && !in.indices && in.n_repeats() * in.n_queries() > kMaxFewRows &&
+  if (!in.signs && !in.indices && !state_.lse && in.n_repeats() * in.n_queries() > kMaxFewRows &&
       prompt_attention(state_, in, inputs, out, stream()))
     return;
   allocate_output(out, device);
   AttentionParams p{};
   set_inputs(p, state_, in);
   p.scale = state_.scale * kLog2e;
+  p.lse = state_.lse;
 
   Variant variant{padded_dim(p.head_dim),
                   padded_dim(p.value_dim),

@@ -1657,7 +1657,8 @@ TQ_DEVICE void add_warps(const float* join, const float* state, float* partial_o
 
 // Factors of a head's results, and one over the rows' sums. states: of the first 32 results.
 TQ_DEVICE void weigh_results(const AttentionParams& p, const float2 (&states)[kRows / kWarps], const float* partial_state,
-                             float* factors, float* inverse, int n_slots, int n_rows, int row0, int h, int lane, int warp) {
+                             float* factors, float* inverse, float* lse, int n_slots, int n_rows, int row0, int h, int lane,
+                             int warp) {
   constexpr int kWarpRows = kRows / kWarps;
 #pragma unroll
   for (int i = 0; i < kWarpRows; i++) {
@@ -1678,7 +1679,10 @@ TQ_DEVICE void weigh_results(const AttentionParams& p, const float2 (&states)[kR
 #pragma unroll
     for (int o = 1; o < 32; o <<= 1) sum += __shfl_xor_sync(kAllLanes, sum, o);
     if (p.sinks) sum += exp2f(sink - m);
-    if (lane == 0) inverse[r] = sum == 0 ? 0.0f : 1.0f / sum;
+    if (lane == 0) {
+      inverse[r] = sum == 0 ? 0.0f : 1.0f / sum;
+      if (p.lse) lse[r] = sum == 0 ? -INFINITY : (m + log2f(sum)) / kLog2e;
+    }
   }
 }
 
@@ -1877,6 +1881,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM)
   float* total = reinterpret_cast<float*>(shared);  // [kRows][kValueDim + 4], rotated space
   float* factors = total + kRows * kJoinStride;     // [kMaxSlots][kRows]
   float* inverse = factors + kMaxSlots * kRows;     // [kRows]
+  float* lse = inverse + kRows;                     // [kRows]
   // All first loads together: each waits for the second-level cache.
   constexpr int kEarly = 8, kEarlyExact = 8;  // shares, exact results
   float2 states[kWarpRows];
@@ -1905,7 +1910,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM)
           n_splits + s < n_slots ? __ldcg(partial_out + ((n_splits + s) * kRows + warp) * kValueDim + lane + 32 * k) : 0.0f;
     }
   }
-  weigh_results(p, states, partial_state, factors, inverse, n_slots, n_rows, row0, h, lane, warp);
+  weigh_results(p, states, partial_state, factors, inverse, lse, n_slots, n_rows, row0, h, lane, warp);
   __syncthreads();
 #pragma unroll 1
   for (int i = tid; i < kRows * kValueDim / 4; i += kThreads) {
@@ -1938,7 +1943,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM)
     }
     const int row = row0 + r, q_head = h * p.n_repeats + head_of_row(p, row);
     const int64_t at =
-        ((int64_t(b) * p.n_kv_heads * p.n_repeats + q_head) * p.n_queries + position_of_row(p, row)) * p.value_dim;
+        ((int64_t(b) * p.n_kv_heads * p.n_repeats + q_head) * p.n_queries + position_of_row(p, row)) * (p.value_dim + p.lse);
     int s = n_splits;
     if (r == warp) {
 #pragma unroll
@@ -1961,8 +1966,15 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM)
 #pragma unroll
     for (int k = 0; k < kValueDim / 32; k++) {
       const int d = lane + 32 * k;
-      if (d < p.value_dim) store_element<kType>(p.out, at + d, y[k] * inverse[r]);
+      if (d < p.value_dim) {
+        if (p.lse) {
+          static_cast<float*>(p.out)[at + d] = y[k] * inverse[r];
+        } else {
+          store_element<kType>(p.out, at + d, y[k] * inverse[r]);
+        }
+      }
     }
+    if (p.lse && lane == 0) static_cast<float*>(p.out)[at + p.value_dim] = lse[r];
   }
 }
 

@@ -409,7 +409,7 @@ void Task::attend_listed(const Block& block, const Rows& rows, const Range& slot
 
 // Joins the states of each row's runs, rotates the coded part back and writes the output.
 void Task::join(const Block& block, const std::vector<Run>& runs, const States& states) const {
-  float coded[kMaxDim], exact[kMaxDim];
+  float coded[kMaxDim], exact[kMaxDim + 1];
   const int n = n_rows(block);
   for (int r = 0; r < n; r++) {
     float sink = kNegInf;
@@ -430,7 +430,8 @@ void Task::join(const Block& block, const std::vector<Run>& runs, const States& 
     if (state.hadamard) cpu::rotate_row(coded, value_dim(), TQ_ROTATION_SEED, true);
     const float inverse = sum == 0 ? 0.0f : 1.0f / sum;
     for (int d = 0; d < state.value_dim; d++) exact[d] = (exact[d] + coded[d]) * inverse;
-    cpu::store_row(exact, state.value_dim, out, type, q_row(block, r) * state.value_dim);
+    if (state.lse) exact[state.value_dim] = (max + std::log2(sum)) / kLog2e;
+    cpu::store_row(exact, state.out_columns(), out, state.lse ? mx::float32 : type, q_row(block, r) * state.out_columns());
   }
 }
 
@@ -539,7 +540,7 @@ void TurboQuantAttention::eval_cpu(const std::vector<mx::array>& inputs, mx::arr
                                           .lengths = optional(in.lengths),
                                           .indices = broadcast(in.indices),
                                           .out = out.data<void>(),
-                                          .type = out.dtype()});
+                                          .type = in.q.dtype()});
   encoder.dispatch([task] { task->run(); });
 }
 
