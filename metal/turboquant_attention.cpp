@@ -10,7 +10,8 @@
 namespace tqext {
 
 bool gpu_has_kernel(const TurboQuantAttention::State& state, const mx::array&) {
-  return metal::has_attention_kernel(state.head_dim, state.value_dim, state.hadamard);
+  const bool listed = state.present >> kIndices & 1;
+  return !listed && !state.lse && metal::has_attention_kernel(state.head_dim, state.value_dim, state.hadamard);
 }
 
 void TurboQuantAttention::eval_gpu(const std::vector<mx::array>& inputs, mx::array& out) {

@@ -79,6 +79,7 @@ ATTENTION = {
     "MASK": 0,
     "SIGNS": 0,
     "STRIDED": 0,
+    "LISTED": 0,
     "STAGES": 4,
     "BLOCKS_PER_SM": 3,
 }
@@ -124,6 +125,8 @@ def test_attention_of_lloyd_values_fits_into_registers(name, dim, rows):
         {"LLOYD": 1, "VALUE_BITS": 3, "ROWS": 16, "TYPE": 0, "BLOCKS_PER_SM": 2},
         {"LLOYD": 1, "VALUE_BITS": 4, "KEY_DIM": 96, "VALUE_DIM": 224, "ROWS": 8, "BLOCKS_PER_SM": 2},
         {"LLOYD": 1, "VALUE_BITS": 2, "VALUE_DIM": 32, "SIGNS": 1, "MASK": 1, "STRIDED": 1},
+        {"LISTED": 1, "KEY_DIM": 96, "VALUE_DIM": 64, "SIGNS": 1, "MASK": 2},
+        {"LISTED": 1, "STRIDED": 1, "ROWS": 16, "TYPE": 0, "LLOYD": 1, "VALUE_BITS": 3, "BLOCKS_PER_SM": 2},
     ],
 )
 def test_attention_variants_compile(changes):

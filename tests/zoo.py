@@ -127,6 +127,7 @@ SPECIAL: dict[str, tuple[int, dict[str, Any]]] = {
     "mamba2": (0, {}),
     "gemma2": (0, {}),
     "deepseek_v3": (0, MLA),
+    "deepseek_v32": (0, {**MLA, "index_head_dim": 32, "index_n_heads": 2, "index_topk": 8}),
     "glm4_moe_lite": (0, MLA),
 }
 

@@ -31,6 +31,7 @@ else:
         quantize_keys,
         quantize_values,
         rotate,
+        shared_prefix_attention,
         turboquant_attention,
     )
 
@@ -104,6 +105,7 @@ __all__ = [
     "quantize_keys",
     "quantize_values",
     "rotate",
+    "shared_prefix_attention",
     "turboquant_attention",
     "uninstall",
     "upgrade",
