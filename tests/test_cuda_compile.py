@@ -180,7 +180,8 @@ def test_prompt_attention_value_codings_compile(values, architecture):
         {"ROWS": 64, "BLOCKS_PER_SM": 2},
         {"ROWS": 64, "BLOCKS_PER_SM": 2, "VALUE_BITS": 3, "LLOYD": 1},
         {"ROWS": 64, "KEY_DIM": 256, "VALUE_DIM": 256, "KEY_BITS": 4, "VALUE_BITS": 4, "LLOYD": 1},
-        {"ROWS": 64, "KEY_DIM": 256, "VALUE_DIM": 256, "VALUE_BITS": 4, "TYPE": 0},
+        # The rows of larger fp32 heads do not fit into shared memory: test_prompt_attention_of_large_float32_heads_compiles.
+        {"ROWS": 64, "KEY_DIM": 192, "VALUE_DIM": 192, "VALUE_BITS": 4, "TYPE": 0},
         {"ROWS": 64, "KEY_DIM": 192, "VALUE_DIM": 128, "MASK": 2},
         {"ROWS": 64, "KEY_DIM": 224, "VALUE_DIM": 160, "TYPE": 2, "MASK": 1},
         {"KEY_DIM": 96, "VALUE_DIM": 64, "MASK": 1},
