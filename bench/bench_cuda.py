@@ -5,7 +5,7 @@ has a floor of about 25 us. As in a model each call of attention waits for the o
 a second figure is of calls that do not wait, which MLX may run side by side. The arrays rotate among several sets, together
 larger than the last-level cache.
 
-    python bench/bench_cuda.py --json bench/results/h100.json [--only attention presets shapes q1 scores model]
+    python bench/bench_cuda.py --json bench/results/h100.json [--only attention presets shapes lists q1 scores model]
 """
 
 import argparse
@@ -177,6 +177,27 @@ def shapes(copy, batch=8, keys=32768, queries=range(1, 9)):
                    "queries": n, "us": us, "spread": spread, "GB/s": gbs, "share": gbs / copy, "fp16 us": fp16,
                    "times": fp16 / us}  # fmt: skip
         del sets, plain
+
+
+def lists(copy, n_listed=2048):
+    """A list of 2048 tokens, in no order, beside all of them; 4 query heads per KV head."""
+    for batch, heads, keys in ((1, 8, 32768), (1, 8, 131072), (8, 8, 32768), (8, 8, 131072)):
+        q, both = halves(batch, 4 * heads, 1, DIM), [packed(batch, heads, keys) for _ in range(2)]
+        ids = [mx.argsort(mx.random.uniform(shape=(batch, heads, 1, keys)))[..., :n_listed].astype(mx.int32) for _ in range(8)]
+        mx.eval(q, ids)
+
+        def call(x, k, both=both, ids=ids, heads=heads):
+            return tqext.turboquant_attention(x, *both[k % 2], indices=ids[k % 8][:, :heads])
+
+        all_us, _ = timed(lambda x, k, both=both: tqext.turboquant_attention(x, *both[k % 2]), q)
+        us, spread = timed(call, q)
+        shared_us, _ = timed(lambda x, k, call=call: call(x, k, heads=1), q)
+        few = packed(batch, heads, n_listed)
+        few_us, _ = timed(lambda x, k, few=few: tqext.turboquant_attention(x, *few), q)
+        yield {"batch": batch, "KV heads": heads, "keys": keys, "listed": n_listed, "us": us, "spread": spread,
+               "us, one list for all heads": shared_us, "all keys us": all_us, "times": all_us / us,
+               "us of as many keys": few_us}  # fmt: skip
+        del both, few
 
 
 def stock_quantised(q, plain):
@@ -407,7 +428,8 @@ def end_to_end(_copy, weights=tuple(CASES), budget=math.inf):
 
 
 def main():
-    parts = {"attention": attention, "presets": presets, "shapes": shapes, "q1": q1, "scores": scores, "model": end_to_end}
+    parts = {"attention": attention, "presets": presets, "shapes": shapes, "lists": lists}
+    parts |= {"q1": q1, "scores": scores, "model": end_to_end}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--only", nargs="*", choices=list(parts), default=list(parts))

@@ -5,11 +5,14 @@
     python bench/bench_turboquant_attention.py --formats plain tq3 tq33 --only tqext
     python bench/bench_turboquant_attention.py --shapes today --formats tq3 --n-queries 4 --n-keys 8192
     python bench/bench_turboquant_attention.py --n-queries 512 --n-keys 8192 --formats tq3 tq33 --only tqext torch
+    python bench/bench_turboquant_attention.py --n-listed 2048 --n-keys 32768 131072 --formats tq3 --only tqext
 
 Lines: "tqext" is the plain call, without means and balance, with --key-bits and --value-bits; "tqext tq3" and the like are what
 a cache of that preset asks for, with the means of blocks and a balance, without its exact tokens. "torch" is there where
 PyTorch is installed (only this bench uses it): its attention on as many threads, a KV head's query heads as rows when decoding,
-an additive causal mask in the query's type for several query tokens.
+an additive causal mask in the query's type for several query tokens. "listed": a list of --n-listed tokens in no order, another
+for each KV head (`indices`); its bytes are theirs, and the means of as many blocks. "one copy for 8": --n-sequences sequences
+over keys that they share, with 64 packed tokens of their own each (`shared_prefix_attention`), beside as many copies.
 Every line reads the whole history once per call: bytes are those of the keys and values as stored, GB/s is bytes over the
 median time, share is GB/s over the read bandwidth measured by the same run on the same number of threads. With
 --processor-time, which is for a busy machine, there is no share: a bandwidth can only be measured by the wall.
@@ -48,6 +51,13 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--n-keys", type=int, nargs="+", default=[1024, 16384])
     parser.add_argument("--n-queries", type=int, default=1, help="query tokens at the end of the history (causal beyond 1)")
+    parser.add_argument("--n-listed", type=int, default=0, help="tokens of a list beside all of them (default: no such line)")
+    parser.add_argument(
+        "--n-sequences",
+        type=int,
+        default=0,
+        help="sequences that share all keys, beside as many copies (default: no such lines)",
+    )
     parser.add_argument("--n-q-heads", type=int, default=32)
     parser.add_argument("--n-kv-heads", type=int, default=8)
     parser.add_argument("--head-dim", type=int, default=128)
@@ -91,12 +101,27 @@ def lines(args: argparse.Namespace, n_keys: int) -> Iterator[tuple[str, str, int
         for name, dtype in dtypes.items():
             qd = q.astype(dtype)
             mx.eval(qd)
+            title = "tqext" if packing == "plain" else f"tqext {packing}"
             yield (
-                "tqext" if packing == "plain" else f"tqext {packing}", name, sum(x.nbytes for x in packed),
+                title, name, sum(x.nbytes for x in packed),
                 lambda qd=qd, keys=keys, values=values: mx.eval(
                     tqext.turboquant_attention(qd, keys, values, scale=scale, mask=mask)
                 ),
             )  # fmt: skip
+            if args.n_sequences:
+                yield from shared_lines(title, name, qd, keys, values, args.n_sequences, scale)
+            if 0 < args.n_listed <= n_keys:
+                order = mx.random.uniform(shape=(1, args.n_kv_heads, 1, n_keys))
+                ids = mx.argsort(order)[..., : args.n_listed].astype(mx.int32)
+                mx.eval(ids)
+                n_means = min(args.n_listed, tqext.format.n_blocks(n_keys)) if keys.means is not None else 0
+                n_bytes = sum(x.nbytes for x in (keys.codes, keys.norms, values.codes, values.params)) * args.n_listed // n_keys
+                yield (
+                    f"{title}, {args.n_listed} listed", name, n_bytes + n_means * args.n_kv_heads * dim * 2,
+                    lambda qd=qd, keys=keys, values=values, ids=ids: mx.eval(
+                        tqext.turboquant_attention(qd, keys, values, scale=scale, mask=mask, indices=ids)
+                    ),
+                )  # fmt: skip
     for name, dtype in dtypes.items():
         qd, kd, vd = (x.astype(dtype) for x in (q, k, v))
         mx.eval(qd, kd, vd)
@@ -120,6 +145,34 @@ def lines(args: argparse.Namespace, n_keys: int) -> Iterator[tuple[str, str, int
                 quantized_scaled_dot_product_attention(q + 0, qk, qv, scale, mask, group_size=64, bits=bits)
             ),
         )  # fmt: skip
+
+
+def shared_lines(
+    title: str, name: str, q: Any, keys: Any, values: Any, n: int, scale: float
+) -> Iterator[tuple[str, str, int, Callable[[], Any]]]:
+    """Sequences that share all keys but 64 of their own."""
+    import mlx.core as mx
+
+    import tqext
+
+    def arrays(*packed: Any) -> list[Any]:
+        return [x for p in packed for x in p if isinstance(x, mx.array)]
+
+    def change(packed: Any, how: Callable[[Any], Any], but: str = "balance") -> Any:
+        return packed._replace(**{f: how(x) for f, x in packed._asdict().items() if isinstance(x, mx.array) and f != but})
+
+    queries = mx.repeat(q, n, axis=0)
+    own = [change(p, lambda x: mx.repeat(x[:, :, : 1 if x is keys.means else 64], n, axis=0)) for p in (keys, values)]
+    copies = [change(p, lambda x: mx.contiguous(mx.repeat(x, n, axis=0))) for p in (keys, values)]
+    mx.eval(queries, *arrays(*own, *copies))
+    yield (
+        f"{title}, one copy for {n}", name, sum(x.nbytes for x in arrays(keys, values, *own)),
+        lambda: mx.eval(tqext.shared_prefix_attention(queries, keys, values, *own, scale=scale)),
+    )  # fmt: skip
+    yield (
+        f"{title}, {n} copies", name, sum(x.nbytes for x in arrays(*copies)),
+        lambda: mx.eval(tqext.turboquant_attention(queries, *copies, scale=scale)),
+    )  # fmt: skip
 
 
 def torch_lines(q: Any, k: Any, v: Any, scale: float) -> Iterator[tuple[str, str, int, Callable[[], Any]]]:
@@ -182,7 +235,18 @@ def measure(args: argparse.Namespace, measured: dict[str, float]) -> None:
     columns |= {"MB": ".1f", "GB/s": ".2f", "share": ".1%", "times": ".1f", "times least": ".1f", "times torch": ".1f"}
     print(table(rows, columns))
     if args.json:
-        names = ("n_keys", "n_queries", "n_q_heads", "n_kv_heads", "head_dim", "key_bits", "value_bits", "formats")
+        names = (
+            "n_keys",
+            "n_listed",
+            "n_sequences",
+            "n_queries",
+            "n_q_heads",
+            "n_kv_heads",
+            "head_dim",
+            "key_bits",
+            "value_bits",
+            "formats",
+        )
         settings = {"bench": "turboquant_attention", **{name: getattr(args, name) for name in names}}
         settings |= {"threads": n_threads, "isa": tqext.isa()}
         if args.processor_time:

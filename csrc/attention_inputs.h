@@ -24,6 +24,7 @@ enum OptionalInput : int {
   kSinks,        // [n_q_heads] fp32
   kLeftPadding,  // [B] int32
   kLengths,      // [B, 3] int32
+  kIndices,      // [B, n_kv_heads or 1, L or 1, n_listed] int32 or uint32
   kNumOptionalInputs,
 };
 enum : int { kNumRequiredInputs = 5 };
@@ -47,13 +48,14 @@ struct AttentionInputs {
   const mx::array* sinks = nullptr;
   const mx::array* left_padding = nullptr;
   const mx::array* lengths = nullptr;
+  const mx::array* indices = nullptr;
 
   // present: bit i: optional input i is there.
   AttentionInputs(const std::vector<mx::array>& inputs, uint32_t present)
       : q(inputs[0]), key_codes(inputs[1]), key_norms(inputs[2]), value_codes(inputs[3]), value_params(inputs[4]) {
-    const mx::array** const fields[kNumOptionalInputs] = {&means,      &balance,      &signs,        &residual_norms,
-                                                          &first_keys, &first_values, &tail_keys,    &tail_values,
-                                                          &mask,       &sinks,        &left_padding, &lengths};
+    const mx::array** const fields[kNumOptionalInputs] = {&means,        &balance,   &signs,       &residual_norms, &first_keys,
+                                                          &first_values, &tail_keys, &tail_values, &mask,           &sinks,
+                                                          &left_padding, &lengths,   &indices};
     size_t next = kNumRequiredInputs;
     for (int which = 0; which < kNumOptionalInputs; which++) {
       if (present >> which & 1) *fields[which] = &inputs[next++];
@@ -68,6 +70,8 @@ struct AttentionInputs {
   int n_first() const { return first_keys ? first_keys->shape(2) : 0; }
   int n_coded() const { return key_codes.shape(2); }
   int n_tail() const { return tail_keys ? tail_keys->shape(2) : 0; }
+  // Each query has a list of its own.
+  bool lists_per_query() const { return indices && indices->shape(2) > 1; }
 };
 
 }  // namespace tqext

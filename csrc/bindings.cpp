@@ -171,15 +171,18 @@ Example:
          int value_bits, int value_dim, const std::string& coding, const std::string& value_rotation,
          std::optional<float> scale, const tqext::MaskArgument& mask, const std::optional<tqext::ExactTokens>& first,
          const std::optional<tqext::ExactTokens>& tail, const OptionalArray& sinks, const OptionalArray& left_padding,
-         const OptionalArray& lengths, mx::StreamOrDevice stream, std::optional<int64_t> composed_bytes) {
+         const OptionalArray& lengths, const OptionalArray& indices, mx::StreamOrDevice stream, bool lse,
+         std::optional<int64_t> composed_bytes) {
         const tqext::AttentionOptions options{.scale = scale,
                                               .mask_mode = "",
                                               .mask = {},
                                               .sinks = sinks,
                                               .left_padding = left_padding,
                                               .lengths = lengths,
+                                              .indices = indices,
                                               .first = first,
                                               .tail = tail,
+                                              .lse = lse,
                                               .composed_bytes = composed_bytes};
         return tqext::turboquant_attention(
             q, packed_keys(key_codes, key_norms, means, balance, signs, residual_norms, key_bits, head_dim, key_rotation),
@@ -189,7 +192,8 @@ Example:
       "q"_a, "key_codes"_a, "key_norms"_a, "means"_a.none(), "balance"_a.none(), "signs"_a.none(), "residual_norms"_a.none(),
       "key_bits"_a, "head_dim"_a, "key_rotation"_a, "value_codes"_a, "value_params"_a, "value_bits"_a, "value_dim"_a,
       "value_coding"_a, "value_rotation"_a, "scale"_a.none(), "mask"_a.none(), "first"_a.none(), "tail"_a.none(),
-      "sinks"_a.none(), "left_padding"_a.none(), "lengths"_a.none(), "stream"_a.none(), "composed_bytes"_a = nb::none());
+      "sinks"_a.none(), "left_padding"_a.none(), "lengths"_a.none(), "indices"_a.none(), "stream"_a.none(), "lse"_a = false,
+      "composed_bytes"_a = nb::none());
 
   m.def(
       "latent_attention",

@@ -39,6 +39,7 @@ mx::array History::attend(const mx::array& q, const mx::array& tail_keys, const 
                                  .sinks = sinks,
                                  .left_padding = {},
                                  .lengths = lengths,
+                                 .indices = {},
                                  .first = first_,
                                  .tail = ExactTokens(tail_keys, tail_values),
                                  .latent = latent_,

@@ -101,6 +101,7 @@ mx::array latent_attention(const mx::array& q, const PackedKeys& latents, const 
                          .sinks = {},
                          .left_padding = {},
                          .lengths = {},
+                         .indices = {},
                          .first = {},
                          .tail = {},
                          .latent = true,

@@ -33,6 +33,14 @@ void check_exact(const ExactTokens& tokens, const Shapes& n, const char* name) {
   check_shape(v, {n.batch, n.n_kv_heads, k.shape(2), n.value_dim}, kOp, values.c_str());
 }
 
+void check_indices(const mx::array& x, const Shapes& n) {
+  check(x.dtype() == mx::int32 || x.dtype() == mx::uint32, "[", kOp, "] indices: expected int32 or uint32, got ", x.dtype());
+  const bool fits = x.ndim() == 4 && x.shape(0) == n.batch && (x.shape(1) == 1 || x.shape(1) == n.n_kv_heads) &&
+                    (x.shape(2) == 1 || x.shape(2) == n.n_queries);
+  check(fits, "[", kOp, "] indices: expected [", n.batch, ", ", n.n_kv_heads, " or 1, ", n.n_queries,
+        " or 1, n_listed], got shape ", x.shape());
+}
+
 Shapes check_inputs(const mx::array& q, const PackedKeys& k, const PackedValues& v, const AttentionOptions& options) {
   check_activation(q, kOp, "q");
   check(q.ndim() == 4, "[", kOp, "] q: expected 4 axes [batch, n_q_heads, n_queries, head_dim], got shape ", q.shape());
@@ -84,6 +92,7 @@ Shapes check_inputs(const mx::array& q, const PackedKeys& k, const PackedValues&
           "] lengths: expected the queries' own keys in the tail when the mask is \"causal\" (", n.n_queries,
           " tokens), got a tail of ", n.n_tail);
   }
+  if (options.indices) check_indices(*options.indices, n);
   return n;
 }
 
@@ -172,7 +181,9 @@ mx::array composed_attention(const mx::array& queries, const PackedKeys& k, cons
   const mx::array q = fixed_shapes(queries, arrays, kOp, s);  // the pieces depend on the numbers of tokens
   std::optional<mx::array> given;
   if (options.mask) given = check_mask(*options.mask, n, s);
-  if (q.size() == 0) return mx::zeros({n.batch, n.n_q_heads, n.n_queries, n.value_dim}, q.dtype(), s);
+  if (q.size() == 0) {
+    return mx::zeros({n.batch, n.n_q_heads, n.n_queries, n.value_dim + options.lse}, options.lse ? mx::float32 : q.dtype(), s);
+  }
 
   // Half of the bytes for tokens, half for scores (in q's type, in fp32, and as weights).
   const int64_t token_bytes = int64_t(n.batch) * n.n_kv_heads * (n.head_dim + n.value_dim) * q.itemsize();
@@ -271,9 +282,132 @@ mx::array composed_attention(const mx::array& queries, const PackedKeys& k, cons
   for (const Softmax& row : rows) {
     const mx::array none = mx::equal(row.sum, mx::array(0.0f), s);
     const mx::array out = mx::divide(row.out, mx::where(none, mx::array(1.0f), row.sum, s), s);
-    outs.push_back(mx::astype(mx::where(none, mx::array(0.0f), out, s), q.dtype(), s));
+    const mx::array result = mx::where(none, mx::array(0.0f), out, s);
+    if (options.lse) {
+      outs.push_back(mx::concatenate({result, mx::add(row.max, mx::log(row.sum, s), s)}, 3, s));
+    } else {
+      outs.push_back(mx::astype(result, q.dtype(), s));
+    }
   }
   return outs.size() == 1 ? outs[0] : mx::concatenate(outs, 2, s);
+}
+
+// Listed tokens where no kernel reads lists: MLX's operations gather them, then they are attended to as any others, with what
+// their blocks' means add to the scores in a mask. A query with a list of its own becomes a sequence of its own.
+mx::array gathered_attention(const mx::array& queries, const PackedKeys& k, const PackedValues& v,
+                             const AttentionOptions& options, const Shapes& n, float scale, mx::Stream s) {
+  const mx::array& list = *options.indices;
+  std::vector<FixedArray> arrays{{"q", queries}, {"packed_k.codes", k.codes}, {"indices", list}};
+  if (options.first) arrays.push_back({"first[0]", options.first->first});
+  if (options.tail) arrays.push_back({"tail[0]", options.tail->first});
+  if (options.mask) arrays.push_back({"mask", *options.mask});
+  const mx::array q = fixed_shapes(queries, arrays, kOp, s);
+  const int n_repeats = n.n_q_heads / n.n_kv_heads, n_listed = list.shape(3), n_lists = list.shape(2);
+  const mx::Shape rows{n.batch, n.n_kv_heads, n_repeats, n.n_queries, n_listed};
+  const mx::Shape full{n.batch, n.n_q_heads, n.n_queries, n_listed};
+  // [B, n_kv_heads or 1, L or 1, n_listed] to `full`.
+  auto to_rows = [&](const mx::array& x) { return mx::reshape(mx::broadcast_to(mx::expand_dims(x, 2, s), rows, s), full, s); };
+  // [B, n_q_heads, L, ...]: one sequence for each list.
+  auto by_list = [&](const mx::array& x) {
+    if (n_lists == 1) return x;
+    return mx::reshape(mx::transpose(x, {0, 2, 1, 3}, s), {n.batch * n_lists, n.n_q_heads, 1, x.shape(3)}, s);
+  };
+
+  const mx::array ids = list.dtype() == mx::int32 ? list : mx::view(list, mx::int32, s);
+  mx::array attended = mx::logical_and(mx::greater_equal(ids, mx::array(0), s), mx::less(ids, mx::array(n.n_coded), s), s);
+  const mx::array tokens = mx::where(attended, ids, mx::array(0), s);
+  const mx::array columns = mx::add(tokens, mx::array(n.n_first), s);
+  auto restrict = [&](const mx::array& condition) { attended = mx::logical_and(attended, condition, s); };
+  auto of_sequence = [&](const mx::array& x) { return mx::reshape(x, {n.batch, 1, 1, 1}, s); };
+  if (options.mask_mode == "causal") {
+    const int seen = n.n_keys() - n.n_queries;
+    restrict(
+        mx::less_equal(columns, mx::reshape(mx::arange(seen, seen + n.n_queries, mx::int32, s), {1, 1, n.n_queries, 1}, s), s));
+  }
+  if (options.left_padding) restrict(mx::greater_equal(columns, of_sequence(*options.left_padding), s));
+  if (options.lengths) restrict(mx::less(tokens, of_sequence(mx::slice(*options.lengths, {0, 1}, {n.batch, 2}, s)), s));
+
+  mx::array bias = mx::zeros({1}, mx::float32, s);
+  if (k.means) {
+    const mx::array x = mx::reshape(mx::multiply(mx::astype(q, mx::float32, s), mx::array(scale), s),
+                                    {n.batch, n.n_kv_heads, n_repeats * n.n_queries, n.head_dim}, s);
+    const mx::array of_blocks = mx::matmul(x, mx::swapaxes(mx::astype(*k.means, mx::float32, s), 2, 3, s), s);
+    mx::Shape shape = rows;
+    shape[4] = of_blocks.shape(3);
+    const mx::array blocks = mx::expand_dims(mx::floor_divide(tokens, mx::array(int(kBlockTokens)), s), 2, s);
+    bias = mx::take_along_axis(mx::reshape(of_blocks, shape, s), mx::broadcast_to(blocks, rows, s), 4, s);
+    // Minus infinity would be a token that is not attended.
+    bias = mx::reshape(mx::add(bias, mx::multiply(bias, mx::array(0.0f), s), s), full, s);
+  }
+  std::vector<mx::array> parts;
+  std::optional<mx::array> given;
+  if (options.mask) given = check_mask(*options.mask, n, s);
+  // Adds a part of the given mask to scores, and minus infinity where a condition is not met.
+  auto add_part = [&](mx::array scores, std::optional<mx::array> condition, const std::optional<mx::array>& part,
+                      int n_columns) {
+    if (part && part->dtype() == mx::bool_) {
+      condition = condition ? mx::logical_and(*condition, *part, s) : *part;
+    } else if (part) {
+      scores = mx::add(scores, *part, s);
+    }
+    if (condition) scores = mx::where(*condition, scores, mx::array(-INFINITY), s);
+    parts.push_back(mx::broadcast_to(scores, {n.batch, n.n_q_heads, n.n_queries, n_columns}, s));
+  };
+  auto add_exact = [&](int column, int n_columns) {
+    if (n_columns == 0) return;
+    const Piece at{0, n.n_queries, column, n_columns};
+    std::optional<mx::array> part = given;
+    if (part && part->shape(3) != 1) {
+      mx::Shape first(4, 0), last = part->shape();
+      first[3] = column;
+      last[3] = column + n_columns;
+      part = mx::slice(*part, first, last, s);
+    }
+    add_part(mx::zeros({1}, mx::float32, s), column_mask(options, n, at, s), part, n_columns);
+  };
+  add_exact(0, n.n_first);
+  std::optional<mx::array> part = given;
+  if (part && part->shape(3) != 1) {
+    mx::Shape shape = full;
+    shape[3] = n.n_keys();
+    part = mx::take_along_axis(mx::broadcast_to(*part, shape, s), to_rows(columns), 3, s);
+  }
+  add_part(bias, to_rows(attended), part, n_listed);
+  add_exact(n.n_first + n.n_coded, n.n_tail);
+
+  const mx::array of_heads = mx::broadcast_to(tokens, {n.batch, n.n_kv_heads, n_lists, n_listed}, s);
+  auto gather = [&](const mx::array& x) {
+    const int width = x.shape(3);
+    const mx::array at = mx::broadcast_to(mx::reshape(of_heads, {n.batch, n.n_kv_heads, n_lists * n_listed, 1}, s),
+                                          {n.batch, n.n_kv_heads, n_lists * n_listed, width}, s);
+    const mx::array y = mx::reshape(mx::take_along_axis(x, at, 2, s), {n.batch, n.n_kv_heads, n_lists, n_listed, width}, s);
+    return mx::reshape(mx::transpose(y, {0, 2, 1, 3, 4}, s), {n.batch * n_lists, n.n_kv_heads, n_listed, width}, s);
+  };
+  PackedKeys keys = k;
+  PackedValues values = v;
+  keys.codes = gather(k.codes);
+  keys.norms = gather(k.norms);
+  keys.means = std::nullopt;
+  if (k.signs) {
+    keys.signs = gather(*k.signs);
+    keys.residual_norms = gather(*k.residual_norms);
+  }
+  values.codes = gather(v.codes);
+  values.params = gather(v.params);
+  auto repeat = [&](const std::optional<ExactTokens>& x) -> std::optional<ExactTokens> {
+    if (!x || n_lists == 1) return x;
+    return ExactTokens{mx::repeat(x->first, n_lists, 0, s), mx::repeat(x->second, n_lists, 0, s)};
+  };
+  AttentionOptions inner = options;
+  inner.scale = scale;
+  inner.mask_mode.clear();
+  inner.mask = by_list(mx::concatenate(parts, 3, s));
+  inner.indices = inner.left_padding = inner.lengths = std::nullopt;
+  inner.first = repeat(options.first);
+  inner.tail = repeat(options.tail);
+  const mx::array out = turboquant_attention(by_list(q), keys, values, inner, s);
+  if (n_lists == 1) return out;
+  return mx::transpose(mx::reshape(out, {n.batch, n_lists, n.n_q_heads, out.shape(3)}, s), {0, 2, 1, 3}, s);
 }
 
 }  // namespace
@@ -343,7 +477,10 @@ mx::array turboquant_attention(const mx::array& q, const PackedKeys& k, const Pa
     inner.tail = turn_tokens(options.tail);
     inner.scale = scale;
     inner.turned = turns_latents;
-    mx::array out = turboquant_attention(turn_queries(q), inner_k, inner_v, inner, stream);
+    const mx::array whole = turboquant_attention(turn_queries(q), inner_k, inner_v, inner, stream);
+    mx::Shape values_end = whole.shape();
+    values_end[3] = value_dim;
+    mx::array out = options.lse ? mx::slice(whole, {0, 0, 0, 0}, values_end, stream) : whole;
     if (value_rotation == Rotation::kOrthogonal) {
       out = apply_orthogonal(out, value_dim, n.value_dim, true, stream);
     } else if (value_rotation == Rotation::kHadamard) {
@@ -356,7 +493,9 @@ mx::array turboquant_attention(const mx::array& q, const PackedKeys& k, const Pa
     if (out.shape(3) != n.value_dim) {
       out = mx::slice(out, {0, 0, 0, 0}, {n.batch, n.n_q_heads, n.n_queries, n.value_dim}, stream);
     }
-    return mx::astype(out, q.dtype(), stream);
+    if (!options.lse) return mx::astype(out, q.dtype(), stream);
+    const mx::array lse = mx::slice(whole, {0, 0, 0, value_dim}, whole.shape(), stream);
+    return mx::concatenate({mx::astype(out, mx::float32, stream), lse}, 3, stream);
   }
 
   TurboQuantAttention::State state{.scale = scale,
@@ -367,12 +506,22 @@ mx::array turboquant_attention(const mx::array& q, const PackedKeys& k, const Pa
                                    .value_coding = v.coding,
                                    .head_dim = n.head_dim,
                                    .value_dim = n.value_dim,
-                                   .present = k.signs ? 1u << kSigns : 0u,
+                                   .present = uint32_t(k.signs.has_value()) << kSigns | uint32_t(options.indices.has_value())
+                                                                                            << kIndices,
                                    .of_cache = options.of_cache,
                                    .cache_has_means = k.means.has_value(),
                                    .latent = options.latent,
-                                   .turned = options.turned};
+                                   .turned = options.turned,
+                                   .lse = options.lse};
   const bool has_kernel = stream.device == mx::Device::cpu || gpu_has_kernel(state, q);
+  if (options.indices && (!has_kernel || options.composed_bytes)) {
+    PackedKeys keys = k;
+    keys.means = means;
+    if (n.n_coded > 0 && q.size() > 0) return gathered_attention(q, keys, v, options, n, scale, stream);
+    AttentionOptions unlisted = options;  // there is nothing to list
+    unlisted.indices = std::nullopt;
+    return turboquant_attention(fixed_shapes(q, {{"packed_k.codes", k.codes}}, kOp, stream), k, v, unlisted, stream);
+  }
   if (!has_kernel || options.composed_bytes) {
     return composed_attention(q, k, v, options, n, scale, options.composed_bytes.value_or(kComposedBytes), stream);
   }
@@ -404,8 +553,10 @@ mx::array turboquant_attention(const mx::array& q, const PackedKeys& k, const Pa
   if (options.sinks) add(kSinks, mx::astype(*options.sinks, mx::float32, stream));
   if (options.left_padding) add(kLeftPadding, *options.left_padding);
   if (options.lengths) add(kLengths, *options.lengths);
+  if (options.indices) add(kIndices, *options.indices);
   auto primitive = std::make_shared<TurboQuantAttention>(stream, state);
-  return mx::array({n.batch, n.n_q_heads, n.n_queries, n.value_dim}, q.dtype(), primitive, inputs);
+  return mx::array({n.batch, n.n_q_heads, n.n_queries, state.out_columns()}, options.lse ? mx::float32 : q.dtype(), primitive,
+                   inputs);
 }
 
 std::vector<mx::Shape> TurboQuantAttention::output_shapes(const std::vector<mx::array>& inputs) {
@@ -427,6 +578,7 @@ std::vector<mx::Shape> TurboQuantAttention::output_shapes(const std::vector<mx::
                                  .sinks = optional(x.sinks),
                                  .left_padding = optional(x.left_padding),
                                  .lengths = optional(x.lengths),
+                                 .indices = optional(x.indices),
                                  .first = tokens(x.first_keys, x.first_values),
                                  .tail = tokens(x.tail_keys, x.tail_values),
                                  .latent = state_.latent,
@@ -444,7 +596,7 @@ std::vector<mx::Shape> TurboQuantAttention::output_shapes(const std::vector<mx::
         "] q: expected a shape that this GPU's kernels take, as the function was compiled for, got shape ", x.q.shape(),
         "; compile it without shapeless");
   mx::Shape shape = inputs[0].shape();
-  shape.back() = state_.value_dim;
+  shape.back() = state_.out_columns();
   return {shape};
 }
 

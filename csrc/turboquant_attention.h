@@ -14,6 +14,12 @@
 //   c >= left_padding[b]; inside each part, index < lengths[b][part]; mask
 //   "causal": c <= n_keys - L + i; with lengths, the last L tail columns are the rows' own tokens, always stored, and
 //   lengths[b][2] counts the tail tokens before them.
+//
+// lse: the output is fp32 with one column more: the log of sum p + exp(sinks), which joins results over parts of the tokens.
+//
+// indices: of the coded tokens only those that the list names are attended to, each as often as it is named; ids count from the
+// first coded token. A slot whose id is none of [0, n_coded) is empty (uint32 as int32: 2^31 and above are negative). What is
+// valid is decided by a token's column as without a list. Exact tokens are not listed: they are attended to as without one.
 #pragma once
 
 #include <optional>
@@ -35,12 +41,13 @@ using ExactTokens = std::pair<mx::array, mx::array>;  // keys, values
 struct AttentionOptions {
   std::optional<float> scale;
   std::string mask_mode;  // "" or "causal"
-  std::optional<mx::array> mask, sinks, left_padding, lengths;
+  std::optional<mx::array> mask, sinks, left_padding, lengths, indices;
   std::optional<ExactTokens> first, tail;
   // The values are the keys: packed_v and the second of exact tokens are those of the keys, and are not looked at.
   bool latent = false;
   // With latent: all is in the rotated space, for a kernel to which 16 bits of the query are enough.
   bool turned = false;
+  bool lse = false;
   // The cache of a generation calls: Metal compiles with a prompt what its later steps need.
   bool of_cache = false;
   // Composes of MLX's operations within so many bytes what a kernel would do: for tests.
@@ -62,6 +69,8 @@ class TurboQuantAttention : public mx::UnaryPrimitive {
     uint32_t present;  // bit i: optional input i is there
     bool of_cache = false, cache_has_means = false;
     bool latent = false, turned = false;  // as in AttentionOptions; the values' inputs are those of the keys
+    bool lse = false;
+    int out_columns() const { return value_dim + lse; }
     bool operator==(const State&) const = default;
   };
   TurboQuantAttention(mx::Stream stream, const State& state) : UnaryPrimitive(stream), state_(state) {}

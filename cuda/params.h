@@ -39,7 +39,7 @@ struct AttentionLayout {
   // One stage of the copy pipeline. Each array's part starts at a multiple of 16 bytes at or below its first byte, so
   // rows that are no multiple of 16 bytes need 16 more.
   int key_row, value_row, param_row, sign_row;  // bytes per token
-  int value_at, param_at, norm_at, sign_at, residual_at, stage;
+  int value_at, param_at, norm_at, sign_at, residual_at, id_at, stage;
   // Over the last stage, which the prologue's prefetch leaves free: what only the prologue needs.
   int query_stride;  // floats between rows; no multiple of 32 banks
   int half_stride;   // bytes between rows of 16 bits; an odd multiple of half the banks
@@ -51,7 +51,7 @@ struct AttentionLayout {
   int mean_score_at, barrier_at, total;
 
   constexpr AttentionLayout(int key_dim, int value_dim, int key_bits, int value_bits, bool lloyd, int rows, int type,
-                            bool signs, int n_stages)
+                            bool signs, bool listed, int n_stages)
       : key_row(key_dim / 8 * key_bits),
         value_row(value_dim / 8 * value_bits),
         param_row(lloyd ? 2 : value_dim / 8),
@@ -61,7 +61,8 @@ struct AttentionLayout {
         norm_at(param_at + tile(param_row)),
         sign_at(norm_at + tile(2)),
         residual_at(sign_at + (signs ? tile(sign_row) : 0)),
-        stage(residual_at + (signs ? tile(2) : 0)),
+        id_at(residual_at + (signs ? tile(2) : 0)),
+        stage(id_at + (listed ? tile(4) : 0)),
         query_stride(key_dim + 4),
         half_stride(2 * key_dim + (key_dim % 64 ? 0 : 64)),
         rotated_at((n_stages - 1) * stage),
@@ -69,7 +70,7 @@ struct AttentionLayout {
         means_copied(key_dim <= 128),
         int8_at(larger(larger(n_stages * stage, exact_query_at + rows * query_stride * 4),
                        larger(kAttentionWarps * rows * (value_dim + 4) * 4,              // the warps' sums, joined
-                              (rows * (value_dim + 4) + (kMaxSlots + 1) * rows) * 4))),  // the blocks' sums and factors
+                              (rows * (value_dim + 4) + (kMaxSlots + 2) * rows) * 4))),  // the blocks' sums and factors
         residual_int8_at(int8_at + rows * 2 * key_dim),
         row_scale_at(residual_int8_at + (signs ? rows * 2 * key_dim : 0)),
         mean_scale_at(row_scale_at + rows * 4),
@@ -103,6 +104,7 @@ struct AttentionParams {
   const float* sinks;                     // [n_q_heads], or null
   const int32_t* left_padding;            // [B], or null
   const int32_t* lengths;                 // [B, 3], or null
+  const int32_t* indices;                 // [B, n_kv_heads, L, n_listed], or null
   void* out;                              // [B, n_q_heads, L, value_dim], contiguous
   float* partial_out;                     // [heads, row tiles, slots, rows, padded value_dim]
   float* partial_state;                   // [heads, row tiles, slots, rows, 2]: max, sum
@@ -110,7 +112,7 @@ struct AttentionParams {
   int64_t q_stride[4], key_code_stride[4], key_norm_stride[3], value_code_stride[4], value_param_stride[4];
   int64_t sign_stride[4], residual_norm_stride[3], mean_stride[4], balance_stride[2];
   int64_t first_key_stride[4], first_value_stride[4], tail_key_stride[4], tail_value_stride[4], mask_stride[4];
-  int64_t sinks_stride, left_padding_stride, lengths_stride[2];
+  int64_t sinks_stride, left_padding_stride, lengths_stride[2], index_stride[4];
   int32_t n_kv_heads, n_repeats, n_queries, head_dim, value_dim, n_first, n_coded, n_tail;
   // kMeansNone, ...; means_aligned: fp16 that can be loaded 16 bytes at a time.
   int32_t means_kind, means_aligned;
@@ -124,6 +126,10 @@ struct AttentionParams {
   // 2^16 and 2^(32 - shift of value codes): shifts as multiplications, for which the compiler may not know the factor. They
   // run beside the logic and permutations that bound the kernel.
   uint32_t two_16, two_up;
+  // Slots of a list; lists of a head, one or one for each query; row tiles of a list.
+  int32_t n_listed, n_lists, row_tiles;
+  // The output is fp32, with one column more: the log of the row's sum of weights.
+  int32_t lse;
 };
 
 // word_sum. Arrays and numbers of a call at most; threads of a block.

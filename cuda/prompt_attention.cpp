@@ -163,6 +163,7 @@ bool prompt_attention(const TurboQuantAttention::State& state, const AttentionIn
   p.wide_keys = rows_aligned(in.key_codes, alignment_of(4 * code_words(variant.key_dim, variant.key_bits)));
   p.wide_values = rows_aligned(in.value_codes, alignment_of(4 * code_words(variant.value_dim, variant.value_bits))) &&
                   (variant.lloyd || rows_aligned(in.value_params, 4));
+  p.wide_means = p.means_kind == kMeansFloat16 && p.head_dim % 8 == 0 && rows_aligned(*in.means, 16);
   p.wide_exact = true;
   for (const mx::array* exact : {in.first_keys, in.first_values, in.tail_keys, in.tail_values}) {
     p.wide_exact = p.wide_exact && (!exact || rows_aligned(*exact, 16));

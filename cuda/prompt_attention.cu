@@ -39,11 +39,14 @@ constexpr bool kFloat32 = kType == kTypeFloat32;
 constexpr bool kQueryInRegisters = kKeyDim <= 128 && !kFloat32 && BLOCKS_PER_SM == 1 && (kGroups || kRows <= 64);
 // With several blocks in a multiprocessor or two warpgroups of consumers, producers give registers to consumers.
 constexpr bool kMoveRegisters = kGroups && (kRows == 128 || BLOCKS_PER_SM > 1);
-constexpr int kProducerRegisters = kTeams == 2 ? 64 : 88, kConsumerRegisters = kTeams == 2 ? 192 : kRows == 128 ? 208 : 168;
+constexpr int kProducerRegisters = kTeams == 2 ? 56 : 88, kConsumerRegisters = kTeams == 2 ? 200 : kRows == 128 ? 208 : 168;
 
 constexpr float kLog2e = 1.44269504f;
-// A weight may grow by 2^kGrowth before the running maximum is renewed.
-constexpr float kGrowth = 8.0f;
+// A weight may grow by 2^kGrowth before the running maximum is renewed, which is rare after the first tile. kMostSum: so much
+// can the weights of 16 tokens sum up to then.
+constexpr float kGrowth = 8.0f, kMostSum = 16 * 256.0f;
+// Registers hold the weights of two tiles beside the scores.
+constexpr bool kBeside = kGroups && kValueDim <= 128;
 // What levels / 128 lack.
 constexpr float kLevelFactor = 128.0f / 127.0f;
 constexpr int kRun = kPromptTile * 128;  // bytes of 64 dimensions of a tile
@@ -170,7 +173,7 @@ struct Memory {
 };
 
 // Byte of column c (16 bytes) of a row of 128 bytes that starts at a multiple of 128.
-TQ_DEVICE uint32_t swizzle(uint32_t row_address, int row, int c) { return row_address ^ ((c ^ (row & 7)) << 4); }
+TQ_DEVICE uint32_t swizzle(uint32_t row_address, int row, int c) { return (row_address ^ (row & 7) << 4) ^ c << 4; }
 
 // ---- Producers: a thread decodes half of the dimensions of one token of a tile ----
 
@@ -216,20 +219,21 @@ struct LevelCodes {
   uint32_t words[kWords];
   uint16_t norm;
 
-  TQ_DEVICE void load(const uint32_t* codes, const int64_t (&stride)[4], const uint16_t* norms, int64_t norm_stride, bool wide,
-                      int token, int half, bool valid) {
-    const uint32_t* row = codes + token * stride[2];
+  // row: of the token, from the words of this half on.
+  TQ_DEVICE void load(const uint32_t* row, int64_t stride, const uint16_t* norm_of_token, bool wide, int half) {
     if constexpr (kUnits % 2 == 0) {
       // Both halves are as long.
-      load_words<kWords, common_alignment(4 * kUnits * kBits, 4 * kWords)>(words, row + half * kWords * stride[3], stride[3],
-                                                                           wide);
+      load_words<kWords, common_alignment(4 * kUnits * kBits, 4 * kWords)>(words, row, stride, wide);
     } else {
 #pragma unroll
-      for (int i = 0; i < kWords; i++) {
-        words[i] = half * kWords + i < kUnits * kBits ? row[(half * kWords + i) * stride[3]] : 0;
-      }
+      for (int i = 0; i < kWords; i++) words[i] = half * kWords + i < kUnits * kBits ? row[i * stride] : 0;
     }
-    norm = valid ? norms[token * norm_stride] : uint16_t(0);
+    norm = *norm_of_token;
+  }
+  TQ_DEVICE void clear() {
+#pragma unroll
+    for (int i = 0; i < kWords; i++) words[i] = 0;
+    norm = 0;
   }
 };
 
@@ -263,22 +267,27 @@ struct GroupCodes {
   uint32_t words[kValueWords];
   uint32_t params[kFirst];  // scale, bias
 
-  TQ_DEVICE void load(const PromptParams& p, const uint32_t* codes, const uint16_t* params_of_head, int token, int half,
-                      bool valid) {
-    load_words<kValueWords, common_alignment(4 * kValueWords, 16)>(words, codes + token * p.value_code_stride[2],
-                                                                   p.value_code_stride[3], p.wide_values);
-    const uint16_t* row = params_of_head + token * p.value_param_stride[2];
+  // row, params_of_token: of the token.
+  TQ_DEVICE void load(const uint32_t* row, int64_t stride, const uint16_t* params_of_token, int64_t param_stride, bool wide,
+                      int half) {
+    load_words<kValueWords, common_alignment(4 * kValueWords, 16)>(words, row, stride, wide);
 #pragma unroll
     for (int u = 0; u < kFirst; u++) {
       const int unit = u + half * kFirst;
       params[u] = 0;
-      if (!valid || (kValueUnits % 2 != 0 && unit >= kValueUnits)) continue;
-      if (p.wide_values) {
-        params[u] = reinterpret_cast<const uint32_t*>(row)[unit];
+      if (kValueUnits % 2 != 0 && unit >= kValueUnits) continue;
+      if (wide) {
+        params[u] = reinterpret_cast<const uint32_t*>(params_of_token)[unit];
       } else {
-        params[u] = row[2 * unit * p.value_param_stride[3]] | uint32_t(row[(2 * unit + 1) * p.value_param_stride[3]]) << 16;
+        params[u] = params_of_token[2 * unit * param_stride] | uint32_t(params_of_token[(2 * unit + 1) * param_stride]) << 16;
       }
     }
+  }
+  TQ_DEVICE void clear() {
+#pragma unroll
+    for (int i = 0; i < kValueWords; i++) words[i] = 0;
+#pragma unroll
+    for (int u = 0; u < kFirst; u++) params[u] = 0;
   }
 };
 
@@ -383,39 +392,178 @@ TQ_DEVICE void copy_exact(const Element<kType>* row, int64_t stride, bool there,
   }
 }
 
-// Means of blocks block ... block + kPromptMeans - 1 on their way to rows of shared memory: a thread's pairs of dimensions.
-struct Means {
-  static constexpr int kPairs = kPromptMeans * kKeyDim / 2 / kProducers;
-  uint32_t high[kPairs], low[kPairs];
+// Means of blocks block ... block + kPromptMeans - 1 on their way to rows of shared memory: a thread's runs of eight halves.
+// For fp16 means whose rows 16-byte loads can read.
+struct WideMeans {
+  static constexpr int kRuns = (kPromptMeans * kKeyDim / 8 + kProducers - 1) / kProducers;
+  uint4 runs[kRuns];
 
+  static TQ_DEVICE int row_of(int run) { return run / (kKeyDim / 8); }
+  static TQ_DEVICE int dim_of(int run) { return run % (kKeyDim / 8) * 8; }
   TQ_DEVICE void load(const PromptParams& p, const Sequence& sequence, int block, int tid) {
     const int n_blocks = (p.n_coded + kBlockTokens - 1) / kBlockTokens;
-    const int64_t head = sequence.b * p.mean_stride[0] + sequence.h * p.mean_stride[1];
+    const uint16_t* head =
+        static_cast<const uint16_t*>(p.means) + sequence.b * p.mean_stride[0] + sequence.h * p.mean_stride[1];
 #pragma unroll
-    for (int i = 0; i < kPairs; i++) {
-      const int e = 2 * (tid + kProducers * i), row = e / kKeyDim, d = e % kKeyDim;
-      high[i] = low[i] = 0;
-      if (block + row >= n_blocks || d >= p.head_dim) continue;
-      const int64_t at = head + (block + row) * p.mean_stride[2] + d * p.mean_stride[3];
-      if (p.means_kind == kMeansFloat32) {
-        const float* x = static_cast<const float*>(p.means) + at;
-        const float a = x[0], b = x[p.mean_stride[3]];
-        high[i] = pack_halves(a, b);
-        low[i] = pack_halves(a - low_16bit<kTypeFloat16>(high[i]), b - high_16bit<kTypeFloat16>(high[i]));
-      } else {
-        const uint16_t* x = static_cast<const uint16_t*>(p.means) + at;
-        high[i] = x[0] | uint32_t(x[p.mean_stride[3]]) << 16;
+    for (int i = 0; i < kRuns; i++) {
+      const int run = tid + kProducers * i, row = block + row_of(run), d = dim_of(run);
+      runs[i] = make_uint4(0, 0, 0, 0);
+      if (row_of(run) < kPromptMeans && row < n_blocks && d < p.head_dim) {
+        runs[i] = *reinterpret_cast<const uint4*>(head + row * p.mean_stride[2] + d);
       }
     }
   }
-  TQ_DEVICE void store(const PromptParams& p, const Memory& memory, int tid) const {
+  TQ_DEVICE void store(const Memory& memory, int tid) const {
 #pragma unroll
-    for (int i = 0; i < kPairs; i++) {
-      const int e = 2 * (tid + kProducers * i);
-      const uint32_t to = memory.base + kLayout.mean_at + e / kKeyDim * kLayout.mean_row + e % kKeyDim * 2;
-      store_shared_word(to, high[i]);
-      if (p.means_kind == kMeansFloat32) store_shared_word(to + kPromptMeans * kLayout.mean_row, low[i]);
+    for (int i = 0; i < kRuns; i++) {
+      const int run = tid + kProducers * i;
+      if (row_of(run) < kPromptMeans) {
+        store_shared(memory.base + kLayout.mean_at + row_of(run) * kLayout.mean_row + 2 * dim_of(run), runs[i]);
+      }
     }
+  }
+};
+
+// The same of any means, a pair of dimensions after the other.
+TQ_DEVICE void copy_means(const PromptParams& p, const Sequence& sequence, const Memory& memory, int block, int tid) {
+  const int n_blocks = (p.n_coded + kBlockTokens - 1) / kBlockTokens;
+  const int64_t head = sequence.b * p.mean_stride[0] + sequence.h * p.mean_stride[1];
+#pragma unroll 1
+  for (int e = 2 * tid; e < kPromptMeans * kKeyDim; e += 2 * kProducers) {
+    const int row = e / kKeyDim, d = e % kKeyDim;
+    const bool there = block + row < n_blocks && d < p.head_dim;
+    const int64_t at = head + (block + row) * p.mean_stride[2] + d * p.mean_stride[3];
+    const uint32_t to = memory.base + kLayout.mean_at + row * kLayout.mean_row + 2 * d;
+    if (p.means_kind == kMeansFloat32) {
+      const float* x = static_cast<const float*>(p.means) + at;
+      const float a = there ? x[0] : 0.0f, b = there ? x[p.mean_stride[3]] : 0.0f;
+      const uint32_t high = pack_halves(a, b);
+      store_shared_word(to, high);
+      store_shared_word(to + kPromptMeans * kLayout.mean_row,
+                        pack_halves(a - low_16bit<kTypeFloat16>(high), b - high_16bit<kTypeFloat16>(high)));
+    } else {
+      const uint16_t* x = static_cast<const uint16_t*>(p.means) + at;
+      store_shared_word(to, there ? x[0] | uint32_t(x[p.mean_stride[3]]) << 16 : 0u);
+    }
+  }
+}
+
+// A thread's token of one tile after the other. What no row attends to is not read: weight zero times whatever lies there must
+// be zero.
+struct Tokens {
+  int at;
+  uint32_t n;
+  TQ_DEVICE Tokens(const Range& range, int token)
+      : at(range.coded_begin * kPromptTile + token - range.token_begin), n(range.token_end - range.token_begin) {}
+  TQ_DEVICE bool attended() const { return uint32_t(at) < n; }
+};
+
+// Registers suffice for the codes of two tiles: those of the next are on their way while those of a tile are decoded.
+template <class Codes>
+constexpr bool kEarly = sizeof(Codes) <= 40;
+
+struct KeySide {
+  Tokens tokens;
+  const uint32_t* row;
+  const uint16_t* norm;
+  LevelCodes<kKeyUnits, kKeyBits> next;
+  WideMeans means;
+  int token, half, tid;
+
+  TQ_DEVICE KeySide(const PromptParams& p, const Sequence& sequence, const Range& range, int token, int half, int tid)
+      : tokens(range, token), token(token), half(half), tid(tid) {
+    const int64_t first = range.coded_begin * kPromptTile + token;
+    row = p.key_codes + sequence.b * p.key_code_stride[0] + sequence.h * p.key_code_stride[1] + first * p.key_code_stride[2] +
+          half * decltype(next)::kWords * p.key_code_stride[3];
+    norm = p.key_norms + sequence.b * p.key_norm_stride[0] + sequence.h * p.key_norm_stride[1] + first * p.key_norm_stride[2];
+    if (p.wide_means) means.load(p, sequence, range.coded_begin, tid);
+    load(p);
+  }
+  TQ_DEVICE void load(const PromptParams& p) {
+    if (tokens.attended()) {
+      next.load(row, p.key_code_stride[3], norm, p.wide_keys, half);
+    } else {
+      next.clear();
+    }
+    tokens.at += kPromptTile;
+    row += kPromptTile * p.key_code_stride[2];
+    norm += kPromptTile * p.key_norm_stride[2];
+  }
+  template <class Acquire, class Publish>
+  TQ_DEVICE void put(const PromptParams& p, const Sequence& sequence, const Memory& memory, int tile, int begin, int end,
+                     const Cursor& cursor, Acquire acquire, Publish publish) {
+    const auto codes = next;
+    if (kEarly<decltype(next)> && tile + 1 < end) load(p);
+    const uint32_t slot = acquire();
+    if (kFloat32 && half == 0) store_shared_float(memory.norms(cursor) + 4 * token, half_to_float(codes.norm));
+    decode_levels<kKeyUnits, kKeyBits>(codes, p.key_levels, kFloat32 ? uint16_t(0x3c00) : codes.norm, slot, token, half);
+    if (p.means && (tile - begin) % kPromptMeans == 0) {
+      // The consumers have read the means before: they released the first keys that came with them.
+      if (p.wide_means) {
+        means.store(memory, tid);
+      } else {
+        copy_means(p, sequence, memory, tile, tid);
+      }
+    }
+    publish();
+    if (!kEarly<decltype(next)> && tile + 1 < end) load(p);
+    if (p.wide_means && (tile + 1 - begin) % kPromptMeans == 0) means.load(p, sequence, tile + 1, tid);
+  }
+};
+
+struct ValueSide {
+  Tokens tokens;
+  const uint32_t* row;
+  const uint16_t* params;
+#if LLOYD
+  LevelCodes<kValueUnits, kValueBits> next;
+#else
+  GroupCodes next;
+#endif
+  int token, half;
+
+  TQ_DEVICE ValueSide(const PromptParams& p, const Sequence& sequence, const Range& range, int token, int half)
+      : tokens(range, token), token(token), half(half) {
+    const int64_t first = range.coded_begin * kPromptTile + token;
+    row = p.value_codes + sequence.b * p.value_code_stride[0] + sequence.h * p.value_code_stride[1] +
+          first * p.value_code_stride[2];
+#if LLOYD
+    row += half * decltype(next)::kWords * p.value_code_stride[3];
+#endif
+    params = p.value_params + sequence.b * p.value_param_stride[0] + sequence.h * p.value_param_stride[1] +
+             first * p.value_param_stride[2];
+    load(p);
+  }
+  TQ_DEVICE void load(const PromptParams& p) {
+    if (tokens.attended()) {
+#if LLOYD
+      next.load(row, p.value_code_stride[3], params, p.wide_values, half);
+#else
+      next.load(row, p.value_code_stride[3], params, p.value_param_stride[3], p.wide_values, half);
+#endif
+    } else {
+      next.clear();
+    }
+    tokens.at += kPromptTile;
+    row += kPromptTile * p.value_code_stride[2];
+    params += kPromptTile * p.value_param_stride[2];
+  }
+  template <class Acquire, class Publish>
+  TQ_DEVICE void put(const PromptParams& p, int tile, int end, Acquire acquire, Publish publish) {
+    const auto codes = next;
+    if (kEarly<decltype(next)> && tile + 1 < end) load(p);
+    const uint32_t slot = acquire();
+#if LLOYD
+    decode_levels<kValueUnits, kValueBits>(codes, p.value_levels, codes.norm, slot, token, half);
+#else
+    if (half == 0) {
+      decode_groups<0>(codes, slot, token);
+    } else {
+      decode_groups<1>(codes, slot, token);
+    }
+#endif
+    publish();
+    if (!kEarly<decltype(next)> && tile + 1 < end) load(p);
   }
 };
 
@@ -466,95 +614,28 @@ TQ_DEVICE void produce(const PromptParams& p, const Sequence& sequence, const Ra
   }
 
   if (range.coded_begin >= range.coded_end) return;
-  const uint32_t* key_codes = p.key_codes + sequence.b * p.key_code_stride[0] + sequence.h * p.key_code_stride[1];
-  const uint16_t* key_norms = p.key_norms + sequence.b * p.key_norm_stride[0] + sequence.h * p.key_norm_stride[1];
-  const uint32_t* value_codes = p.value_codes + sequence.b * p.value_code_stride[0] + sequence.h * p.value_code_stride[1];
-  const uint16_t* value_params = p.value_params + sequence.b * p.value_param_stride[0] + sequence.h * p.value_param_stride[1];
-  // What no row attends to may not be read as a number: weight zero times whatever lies there must be zero.
-  auto valid = [&](int t) { return t >= range.token_begin && t < range.token_end; };
-  LevelCodes<kKeyUnits, kKeyBits> keys;
-#if LLOYD
-  LevelCodes<kValueUnits, kValueBits> values;
-#else
-  GroupCodes values;
-#endif
-  auto load_keys = [&](int tile) {
-    const int t = tile * kPromptTile + token;
-    keys.load(key_codes, p.key_code_stride, key_norms, p.key_norm_stride[2], p.wide_keys, min(t, p.n_coded - 1), half,
-              valid(t));
-  };
-  auto load_values = [&](int tile) {
-    const int t = tile * kPromptTile + token, stored = min(t, p.n_coded - 1);
-#if LLOYD
-    values.load(value_codes, p.value_code_stride, value_params, p.value_param_stride[2], p.wide_values, stored, half, valid(t));
-#else
-    values.load(p, value_codes, value_params, stored, half, valid(t));
-#endif
-  };
-  // Later tiles, as far as L2.
-  auto later = [&](int tile) {
-    constexpr int kAhead = 4;
-    return min((tile + kAhead) * kPromptTile + token, p.n_coded - 1);
-  };
-  auto put_keys = [&](int tile) {
-    // The consumers have read the means before: they released the first keys that came with them.
-    const bool with_means = p.means && (tile - range.coded_begin) % kPromptMeans == 0;
-    Means means;
-    if (with_means) means.load(p, sequence, tile, tid);
-    const uint32_t slot = acquire();
-    if (kFloat32 && half == 0) store_shared_float(memory.norms(cursor) + 4 * token, half_to_float(keys.norm));
-    decode_levels<kKeyUnits, kKeyBits>(keys, p.key_levels, kFloat32 ? uint16_t(0x3c00) : keys.norm, slot, token, half);
-    if (with_means) means.store(p, memory, tid);
-    publish();
-    if (tile + 1 < range.coded_end) load_keys(tile + 1);
-  };
-  auto put_values = [&] {
-    const uint32_t slot = acquire();
-#if LLOYD
-    decode_levels<kValueUnits, kValueBits>(values, p.value_levels, values.norm, slot, token, half);
-#else
-    if (half == 0) {
-      decode_groups<0>(values, slot, token);
-    } else {
-      decode_groups<1>(values, slot, token);
-    }
-#endif
-    publish();
-  };
+  const int begin = range.coded_begin, end = range.coded_end;
   if constexpr (kTeams == 1) {
-    load_keys(range.coded_begin);
+    KeySide keys(p, sequence, range, token, half, tid);
+    ValueSide values(p, sequence, range, token, half);
 #pragma unroll 1
-    for (int tile = range.coded_begin; tile < range.coded_end; tile++) {
-      if (half == 0) {
-        prefetch_line(key_codes + later(tile) * p.key_code_stride[2]);
-        prefetch_line(value_params + later(tile) * p.value_param_stride[2]);
-      } else {
-        prefetch_line(value_codes + later(tile) * p.value_code_stride[2]);
-      }
-      load_values(tile);
-      put_keys(tile);
-      put_values();
+    for (int tile = begin; tile < end; tile++) {
+      keys.put(p, sequence, memory, tile, begin, end, cursor, acquire, publish);
+      values.put(p, tile, end, acquire, publish);
     }
   } else if (team == 0) {
-    load_keys(range.coded_begin);
+    KeySide keys(p, sequence, range, token, half, tid);
 #pragma unroll 1
-    for (int tile = range.coded_begin; tile < range.coded_end; tile++) {
-      if (half == 0) prefetch_line(key_codes + later(tile) * p.key_code_stride[2]);
-      put_keys(tile);
+    for (int tile = begin; tile < end; tile++) {
+      keys.put(p, sequence, memory, tile, begin, end, cursor, acquire, publish);
       cursor.next();
     }
   } else {
-    load_values(range.coded_begin);
+    ValueSide values(p, sequence, range, token, half);
 #pragma unroll 1
-    for (int tile = range.coded_begin; tile < range.coded_end; tile++) {
-      if (half == 0) {
-        prefetch_line(value_codes + later(tile) * p.value_code_stride[2]);
-      } else {
-        prefetch_line(value_params + later(tile) * p.value_param_stride[2]);
-      }
+    for (int tile = begin; tile < end; tile++) {
       cursor.next();
-      put_values();
-      if (tile + 1 < range.coded_end) load_values(tile + 1);
+      values.put(p, tile, end, acquire, publish);
     }
   }
 }
@@ -736,14 +817,15 @@ template <int n>
 TQ_DEVICE void multiply_keys(float (&scores)[kTokenTiles][4], const uint32_t (&query)[n][4], uint32_t tile, uint32_t slot,
                              bool add, int warp, int lane) {
 #if WGMMA
+  const uint32_t place = slot >> 4, rows_place = (tile + warp / 4 * 64 * 128) >> 4;
 #pragma unroll
   for (int step = 0; step < kKeySteps; step++) {
-    const uint64_t keys = operand(slot + step / 4 * kRun + step % 4 * 32);
+    const uint64_t keys = operand_at(place + (step / 4 * kRun + step % 4 * 32) / 16);
     if constexpr (n > 1) {
       multiply_group_64<0, true>(scores, query[step], keys, add || step > 0);
     } else {
-      const uint32_t rows = tile + step / 4 * kRows * 128 + warp / 4 * 64 * 128 + step % 4 * 32;
-      multiply_group_shared(scores, operand(rows), keys, add || step > 0);
+      const uint32_t rows = rows_place + (step / 4 * kRows * 128 + step % 4 * 32) / 16;
+      multiply_group_shared(scores, operand_at(rows), keys, add || step > 0);
     }
   }
 #else
@@ -779,13 +861,13 @@ TQ_DEVICE void multiply_keys(float (&scores)[kTokenTiles][4], const uint32_t (&q
 template <int kAt>
 TQ_DEVICE void multiply_values_from(float (&acc)[kValueTiles][4], const uint32_t (&weights)[4], uint32_t tokens) {
   if constexpr (kAt + 16 <= kValueTiles) {
-    multiply_group_128<kAt, kRun>(acc, weights, tokens + kAt / 8 * kRun);
+    multiply_group_128<kAt, kRun>(acc, weights, tokens + kAt / 8 * kRun / 16);
     multiply_values_from<kAt + 16>(acc, weights, tokens);
   } else if constexpr (kAt + 8 <= kValueTiles) {
-    multiply_group_64<kAt, false>(acc, weights, operand(tokens + kAt / 8 * kRun), true);
+    multiply_group_64<kAt, false>(acc, weights, operand_at(tokens + kAt / 8 * kRun / 16), true);
     multiply_values_from<kAt + 8>(acc, weights, tokens);
   } else if constexpr (kAt < kValueTiles) {
-    multiply_group_32<kAt, false>(acc, weights, operand(tokens + kAt / 8 * kRun), true);
+    multiply_group_32<kAt, false>(acc, weights, operand_at(tokens + kAt / 8 * kRun / 16), true);
   }
 }
 #endif
@@ -796,7 +878,7 @@ TQ_DEVICE void multiply_values(float (&acc)[kValueTiles][4], const uint32_t (&we
 #pragma unroll
   for (int step = 0; step < kPromptTile / 16; step++) {
 #if WGMMA
-    multiply_values_from<0>(acc, weights[step], slot + step * 16 * 128);
+    multiply_values_from<0>(acc, weights[step], (slot >> 4) + step * 128);
 #else
     const int token = 16 * step + lane % 16;
 #pragma unroll
@@ -842,8 +924,8 @@ TQ_DEVICE void products_begin() {}
 TQ_DEVICE void products_commit() {}
 template <int kPending>
 TQ_DEVICE void products_wait() {}
-template <int n>
-TQ_DEVICE void hold(float (&)[n][4]) {}
+template <class T, int n>
+TQ_DEVICE void hold(T (&)[n][4]) {}
 #endif
 
 TQ_DEVICE void shrink_rows(float (&acc)[kValueTiles][4], const float (&factor)[2]) {
@@ -879,7 +961,6 @@ TQ_DEVICE void consume(const PromptParams& p, const Sequence& sequence, const Ra
     }
   }
   const float* scales = reinterpret_cast<const float*>(shared + kLayout.scale_at) + 16 * warp + g;
-  const float mean_scale[2] = {scales[0], scales[8]};
 
   Cursor cursor;
   auto wait = [&](const Cursor& c) {
@@ -909,6 +990,9 @@ TQ_DEVICE void consume(const PromptParams& p, const Sequence& sequence, const Ra
     const int begin = coded ? range.coded_begin : range.exact_begin, end = coded ? range.coded_end : range.exact_end;
     if (begin >= end) continue;
     const bool split_keys = kFloat32 && !coded;
+    // Coded tiles of which each row attends to every token.
+    const int whole_begin = (range.token_begin + kPromptTile - 1) / kPromptTile;
+    const int whole_end = max(0, sequence.coded_end(p, range.first_query)) / kPromptTile;
     const uint32_t rows_tile = memory.base + (coded ? kLayout.rotated_at : kLayout.query_at);
     const uint32_t low_tile = memory.base + (coded ? kLayout.rotated_low_at : kLayout.query_low_at);
     uint32_t rows[kQueryInRegisters ? kKeySteps : 1][4];
@@ -923,11 +1007,10 @@ TQ_DEVICE void consume(const PromptParams& p, const Sequence& sequence, const Ra
 
     // Scores of a tile, in flight until they are waited for.
     Cursor keys, rest;
-    auto start_scores = [&](int tile) {
+    auto start_scores = [&] {
       keys = cursor;
       const uint32_t slot = wait(cursor);
       cursor.next();
-      if (coded && p.means && (tile - begin) % kPromptMeans == 0) score_means(mean_scores, p, memory, warp, lane);
       products_begin();
       multiply_keys(s, rows, rows_tile, slot, false, warp, lane);
       if constexpr (kFloat32) multiply_keys(s, rows, low_tile, slot, true, warp, lane);
@@ -937,6 +1020,20 @@ TQ_DEVICE void consume(const PromptParams& p, const Sequence& sequence, const Ra
         cursor.next();
       }
       products_commit();
+    };
+    // A score is the product times factor plus offset. Here since the means that are read come with the first keys of eight
+    // tiles.
+    float factor[2], offset[2];
+    auto find_offsets = [&](int tile) {
+#pragma unroll
+      for (int r = 0; r < 2; r++) factor[r] = row_scale[r], offset[r] = 0;
+      if (coded && p.means) {
+        const int step = (tile - begin) % kPromptMeans;
+        if (step == 0) score_means(mean_scores, p, memory, warp, lane);
+        const float a = step & 1 ? mean_scores[1] : mean_scores[0], b = step & 1 ? mean_scores[3] : mean_scores[2];
+        offset[0] = __shfl_sync(kAllLanes, a, (lane & 28) | step >> 1) * scales[0];
+        offset[1] = __shfl_sync(kAllLanes, b, (lane & 28) | step >> 1) * scales[8];
+      }
     };
     auto end_scores = [&] {
       hold(s);
@@ -951,87 +1048,80 @@ TQ_DEVICE void consume(const PromptParams& p, const Sequence& sequence, const Ra
       release(keys);
       if (split_keys) release(rest);
     };
-    // Scores to weights, relative to the running maximum; renew: it has moved, and what is relative to it shrinks.
-    float shrink[2];
-    bool renew;
-    auto weigh = [&](int tile) {
-      float factor[2] = {row_scale[0], row_scale[1]}, offset[2] = {0, 0};
-      if (coded && p.means) {
-        const int step = (tile - begin) % kPromptMeans;
-        const float a = step & 1 ? mean_scores[1] : mean_scores[0], b = step & 1 ? mean_scores[3] : mean_scores[2];
-        offset[0] = __shfl_sync(kAllLanes, a, (lane & 28) | step >> 1) * mean_scale[0];
-        offset[1] = __shfl_sync(kAllLanes, b, (lane & 28) | step >> 1) * mean_scale[1];
-      }
+    // -inf for what a row does not attend to, where that is not so of any; biases of a mask.
+    auto mask_scores = [&](int tile) {
       const int first = tile * kPromptTile;
       bool whole;
       if (coded) {
-        whole = first >= range.token_begin && first + kPromptTile <= sequence.coded_end(p, range.first_query);
+        whole = tile >= whole_begin && tile < whole_end;
       } else {
         const ExactToken a(p, sequence, first), b(p, sequence, first + kPromptTile - 1);
         whole = !p.lengths && a.there && b.there && b.seen_from(p, sequence) <= range.first_query;
       }
-      if (kMask != kMaskNone || !whole) {
+      if (kMask == kMaskNone && whole) return;
 #pragma unroll
-        for (int i = 0; i < kTokenTiles; i++) {
+      for (int i = 0; i < kTokenTiles; i++) {
 #pragma unroll
-          for (int c = 0; c < 2; c++) {
-            const int token = first + 8 * i + 2 * j + c;
-            int column = p.n_first + token, seen_from;
-            if (coded) {
-              seen_from = sequence.coded_seen_from(p, token);
-            } else {
-              const ExactToken t(p, sequence, token);
-              column = t.column;
-              seen_from = t.seen_from(p, sequence);
-            }
+        for (int c = 0; c < 2; c++) {
+          const int token = first + 8 * i + 2 * j + c;
+          int column = p.n_first + token, seen_from;
+          if (coded) {
+            seen_from = sequence.coded_seen_from(p, token);
+          } else {
+            const ExactToken t(p, sequence, token);
+            column = t.column;
+            seen_from = t.seen_from(p, sequence);
+          }
 #pragma unroll
-            for (int r = 0; r < 2; r++) {
-              bool attended = query[r] >= seen_from;
-              float y = s[i][2 * r + c];
-              if constexpr (kMask != kMaskNone) {
-                const int64_t at = mask_at[r] + column * p.mask_stride[3];
-                const bool there = attended && row[r] < sequence.n_rows;
-                if constexpr (kMask == kMaskBool) {
-                  if (there) attended = static_cast<const bool*>(p.mask)[at];
-                } else {
-                  y = fmaf(y, factor[r], offset[r]);
-                  if (there) {
-                    const float bias = static_cast<const float*>(p.mask)[at] * kLog2e;
-                    attended = bias != -INFINITY;  // also where the score is no number
-                    y += bias;
-                  }
+          for (int r = 0; r < 2; r++) {
+            bool attended = query[r] >= seen_from;
+            float y = s[i][2 * r + c];
+            if constexpr (kMask != kMaskNone) {
+              const int64_t at = mask_at[r] + column * p.mask_stride[3];
+              const bool there = attended && row[r] < sequence.n_rows;
+              if constexpr (kMask == kMaskBool) {
+                if (there) attended = static_cast<const bool*>(p.mask)[at];
+              } else {
+                y = fmaf(y, factor[r], offset[r]);
+                if (there) {
+                  const float bias = static_cast<const float*>(p.mask)[at] * kLog2e;
+                  attended = bias != -INFINITY;  // also where the score is no number
+                  y += bias;
                 }
               }
-              s[i][2 * r + c] = attended ? y : -INFINITY;
             }
+            s[i][2 * r + c] = attended ? y : -INFINITY;
           }
         }
-        if constexpr (kMask == kMaskFloat) {
-#pragma unroll
-          for (int r = 0; r < 2; r++) factor[r] = 1, offset[r] = 0;
-        }
       }
-
-      // The running maximum is renewed only when a weight has grown by 2^kGrowth: rarely after the first tile.
-      float top[2];
+      if constexpr (kMask == kMaskFloat) {
 #pragma unroll
-      for (int r = 0; r < 2; r++) {
-        float y = s[0][2 * r];
-#pragma unroll
-        for (int i = 0; i < kTokenTiles; i++) y = fmaxf(y, fmaxf(s[i][2 * r], s[i][2 * r + 1]));
-        top[r] = fmaf(y, factor[r], offset[r]);
+        for (int r = 0; r < 2; r++) factor[r] = 1, offset[r] = 0;
       }
+    };
+    float shrink[2];  // of what is relative to a running maximum that has moved
+    bool renew;       // it has
+    auto find_top = [&](int r) {
+      float y = s[0][2 * r];
+#pragma unroll
+      for (int i = 0; i < kTokenTiles; i++) y = fmaxf(y, fmaxf(s[i][2 * r], s[i][2 * r + 1]));
+      return fmaf(y, factor[r], offset[r]);
+    };
+    auto move_maximum = [&](int r, float top) {
+      float y = fmaxf(x.max[r], top);
+      y = fmaxf(y, __shfl_xor_sync(kAllLanes, y, 1));
+      y = fmaxf(y, __shfl_xor_sync(kAllLanes, y, 2));
+      shrink[r] = exp2_fast(x.max[r] - y);
+      x.max[r] = y;
+      x.sum[r] *= shrink[r];
+    };
+    // Weights relative to the running maximum, in place of the scores.
+    auto weigh = [&] {
+      const float top[2] = {find_top(0), find_top(1)};
       renew = __any_sync(kAllLanes, top[0] > x.max[0] + kGrowth || top[1] > x.max[1] + kGrowth);
       if (renew) {
 #pragma unroll
-        for (int r = 0; r < 2; r++) {
-          float y = fmaxf(x.max[r], top[r]);
-          y = fmaxf(y, __shfl_xor_sync(kAllLanes, y, 1));
-          y = fmaxf(y, __shfl_xor_sync(kAllLanes, y, 2));
-          shrink[r] = exp2_fast(x.max[r] - y);
-          x.max[r] = y;
-          x.sum[r] *= shrink[r];
-        }
+        for (int r = 0; r < 2; r++) move_maximum(r, top[r]);
       }
 #pragma unroll
       for (int r = 0; r < 2; r++) {
@@ -1050,46 +1140,104 @@ TQ_DEVICE void consume(const PromptParams& p, const Sequence& sequence, const Ra
     };
     auto pack = [&] {
 #pragma unroll
-      for (int i = 0; i < kPromptTile / 16; i++) {
-        weights[i][0] = pack_halves(s[2 * i][0], s[2 * i][1]);
-        weights[i][1] = pack_halves(s[2 * i][2], s[2 * i][3]);
-        weights[i][2] = pack_halves(s[2 * i + 1][0], s[2 * i + 1][1]);
-        weights[i][3] = pack_halves(s[2 * i + 1][2], s[2 * i + 1][3]);
+      for (int i = 0; i < kTokenTiles; i++) {
+        weights[i / 2][i % 2 * 2] = pack_halves(s[i][0], s[i][1]);
+        weights[i / 2][i % 2 * 2 + 1] = pack_halves(s[i][2], s[i][3]);
       }
     };
-    start_scores(begin);
+    // The same beside the scores. Whether a weight may have grown is seen in their sums, so that most tiles need no maximum.
+    auto exponentials = [&](uint32_t (&to)[kPromptTile / 16][4], float (&sum)[2]) {
+      const float start[2] = {offset[0] - x.max[0], offset[1] - x.max[1]};
+      sum[0] = sum[1] = 0;
+#pragma unroll
+      for (int i = 0; i < kTokenTiles; i++) {
+        float y[4];
+#pragma unroll
+        for (int k = 0; k < 4; k++) {
+          y[k] = exp2_fast(fmaf(s[i][k], factor[k / 2], start[k / 2]));
+          sum[k / 2] += y[k];
+        }
+        to[i / 2][i % 2 * 2] = pack_halves(y[0], y[1]);
+        to[i / 2][i % 2 * 2 + 1] = pack_halves(y[2], y[3]);
+      }
+    };
+    auto weigh_beside = [&](uint32_t (&to)[kPromptTile / 16][4]) {
+      float sum[2];
+      exponentials(to, sum);
+      renew = __any_sync(kAllLanes, !(fmaxf(sum[0], sum[1]) <= kMostSum));
+      if (renew) {
+#pragma unroll
+        for (int r = 0; r < 2; r++) move_maximum(r, find_top(r));
+        exponentials(to, sum);
+      }
+#pragma unroll
+      for (int r = 0; r < 2; r++) x.sum[r] += sum[r];
+    };
+    // A zero that the compiler does not know: a mere copy of registers would be made one with its source, which is written
+    // while products read it.
+    uint32_t zero = 0;
+    asm volatile("" : "+r"(zero));
+    start_scores();
+    find_offsets(begin);
     products_wait<0>();
     end_scores();
-    weigh(begin);
+    mask_scores(begin);
+    if constexpr (kBeside) {
+      weigh_beside(weights);
+    } else {
+      weigh();
+      pack();
+    }
     // The sum of an earlier phase.
     if (renew) shrink_rows(x.acc, shrink);
-    pack();
     Cursor values = cursor;
     cursor.next();
 #pragma unroll 1
     for (int tile = begin + 1; tile < end; tile++) {
       if constexpr (kGroups) {
-        start_scores(tile);
+        start_scores();
         const uint32_t slot = wait(values);
         products_begin();
         multiply_values(x.acc, weights, slot, lane);
         products_commit();
+        find_offsets(tile);
         products_wait<1>();
         end_scores();
-        weigh(tile);
-        products_wait<0>();
-        hold(x.acc);
-        release(values);
+        mask_scores(tile);
+        if constexpr (kBeside) {
+          // The products in flight read the weights of the tile before.
+          uint32_t next[kPromptTile / 16][4];
+          weigh_beside(next);
+          products_wait<0>();
+          hold(x.acc);
+          hold(weights);
+          release(values);
+          if (renew) shrink_rows(x.acc, shrink);
+#pragma unroll
+          for (int i = 0; i < kPromptTile / 16; i++) {
+#pragma unroll
+            for (int k = 0; k < 4; k++) weights[i][k] = next[i][k] | zero;
+          }
+        } else {
+          weigh();
+          products_wait<0>();
+          hold(x.acc);
+          release(values);
+          if (renew) shrink_rows(x.acc, shrink);
+          pack();
+        }
       } else {
         // Nothing is in flight: in the order that takes fewest registers.
         multiply_values(x.acc, weights, wait(values), lane);
         release(values);
-        start_scores(tile);
+        start_scores();
+        find_offsets(tile);
         end_scores();
-        weigh(tile);
+        mask_scores(tile);
+        weigh();
+        if (renew) shrink_rows(x.acc, shrink);
+        pack();
       }
-      if (renew) shrink_rows(x.acc, shrink);
-      pack();
       values = cursor;
       cursor.next();
     }

@@ -81,7 +81,7 @@ struct PromptParams {
   int32_t n_kv_heads, n_repeats, n_queries, head_dim, value_dim, n_first, n_coded, n_tail;
   int32_t means_kind, causal, hadamard;
   // 16-byte loads are possible: of each array's rows.
-  int32_t wide_keys, wide_values, wide_exact;
+  int32_t wide_keys, wide_values, wide_exact, wide_means;
   float scale;  // of scores, times log2(e), not negative
   float sign;   // of the scale; 0 with a scale of 0
   // Levels / 128. Up to 3 bits: fp16, the high bytes of the eight levels and their low bytes. 4 bits: the sixteen levels as

@@ -27,17 +27,20 @@ struct Variant {
   int key_dim, value_dim, key_bits, value_bits;
   bool lloyd;
   int rows, type, mask;
-  bool signs, strided;
+  bool signs, strided, listed;
   int stages = 4;  // of the copy pipeline: choose_occupancy
 
   int blocks = 3;  // per multiprocessor, which bounds the registers of a thread: choose_occupancy
 
   uint64_t id() const {
     uint64_t x = key_dim / 32;
-    for (int y : {value_dim / 32, key_bits, value_bits, int(lloyd), rows, type, mask, int(signs), int(strided)}) x = x * 17 + y;
+    for (int y : {value_dim / 32, key_bits, value_bits, int(lloyd), rows, type, mask, int(signs), int(strided), int(listed)})
+      x = x * 17 + y;
     return x;
   }
-  AttentionLayout layout() const { return {key_dim, value_dim, key_bits, value_bits, lloyd, rows, type, signs, stages}; }
+  AttentionLayout layout() const {
+    return {key_dim, value_dim, key_bits, value_bits, lloyd, rows, type, signs, listed, stages};
+  }
   // Three blocks, two with 8 columns more or dimensions beyond 128; fewer where a multiprocessor's shared memory does not hold
   // so many (100 KB on 8.6, 8.9 and 12.0): the registers are then free for more. Four stages, or three where only then the
   // blocks fit; three, four and five were as fast (H200, 64 KV heads x 32768 keys).
@@ -63,6 +66,7 @@ struct Variant {
                                         {"MASK", mask},
                                         {"SIGNS", signs},
                                         {"STRIDED", strided},
+                                        {"LISTED", listed},
                                         {"STAGES", stages},
                                         {"BLOCKS_PER_SM", blocks}},
                                        true, device);
@@ -76,10 +80,11 @@ Kernel find_kernel(Variant variant, int device) {
 }
 
 // Shares of a head's tokens, so that the blocks fill the device in whole waves.
-int count_splits(int n_heads, int n_tiles, int n_exact_blocks, int resident_blocks) {
-  // A share of fewer tiles costs more in its joining than it saves (H200: 4 and 16 were slower at 8 heads x 4096 keys).
-  constexpr int kMinTiles = 8;
-  const int most = std::clamp((n_tiles + kMinTiles - 1) / kMinTiles + n_exact_blocks, 1, int(kMaxSplits));
+int count_splits(int n_heads, int n_tiles, int n_exact_blocks, int resident_blocks, bool listed) {
+  // A share of fewer tiles costs more in its joining than it saves (H200: 4 and 16 were slower at 8 heads x 4096 keys). Listed
+  // tokens take longer to come.
+  const int min_tiles = listed ? 4 : 8;
+  const int most = std::clamp((n_tiles + min_tiles - 1) / min_tiles + n_exact_blocks, 1, int(kMaxSplits));
   int splits = std::clamp(resident_blocks / n_heads, 1, most);
   if (n_heads > resident_blocks) {
     double best = 0;
@@ -139,11 +144,14 @@ void TurboQuantAttention::eval_gpu(const std::vector<mx::array>& inputs, mx::arr
     return;
   }
   // Residual signs are decoded by the kernel for few rows alone; it takes any number of them.
-  if (!in.signs && in.n_repeats() * in.n_queries() > kMaxFewRows && prompt_attention(state_, in, inputs, out, stream())) return;
+  if (!in.signs && !in.indices && !state_.lse && in.n_repeats() * in.n_queries() > kMaxFewRows &&
+      prompt_attention(state_, in, inputs, out, stream()))
+    return;
   allocate_output(out, device);
   AttentionParams p{};
   set_inputs(p, state_, in);
   p.scale = state_.scale * kLog2e;
+  p.lse = state_.lse;
 
   Variant variant{padded_dim(p.head_dim),
                   padded_dim(p.value_dim),
@@ -154,8 +162,10 @@ void TurboQuantAttention::eval_gpu(const std::vector<mx::array>& inputs, mx::arr
                   type_code(in.q.dtype()),
                   mask_code(in.mask),
                   in.signs != nullptr,
-                  false};
-  const int n_rows = p.n_repeats * p.n_queries;
+                  false,
+                  in.indices != nullptr};
+  p.n_lists = in.lists_per_query() ? p.n_queries : 1;
+  const int n_rows = p.n_repeats * p.n_queries / p.n_lists;
   if (n_rows <= 4) variant.rows = 4;
   if (n_rows > 8 && std::max(variant.key_dim, variant.value_dim) <= 128) variant.rows = 16;
   variant.strided = p.n_coded > 0 && !(rows_follow(in.key_codes) && rows_follow(in.key_norms) && rows_follow(in.value_codes) &&
@@ -176,17 +186,25 @@ void TurboQuantAttention::eval_gpu(const std::vector<mx::array>& inputs, mx::arr
   p.two_up = state_.value_bits == 2 ? 1u << 22 : 1u << 24;
   p.out = device_pointer(out);
 
-  const int n_heads = in.batch() * p.n_kv_heads, row_tiles = (n_rows + variant.rows - 1) / variant.rows;
+  if (in.indices) {
+    p.indices = static_cast<const int32_t*>(device_pointer(*in.indices));
+    for (int axis = 0; axis < 4; axis++) p.index_stride[axis] = in.indices->shape(axis) == 1 ? 0 : in.indices->strides(axis);
+    p.n_listed = p.n_coded > 0 ? in.indices->shape(3) : 0;
+  }
+  p.row_tiles = (n_rows + variant.rows - 1) / variant.rows;
+  const int n_heads = in.batch() * p.n_kv_heads, row_tiles = p.row_tiles * p.n_lists;
   check(n_heads <= kMaxGrid && row_tiles <= kMaxGrid, "[turboquant_attention] q: expected at most ", int(kMaxGrid),
         " KV heads in all sequences and tiles of query rows on CUDA, got ", n_heads, " and ", row_tiles);
-  const int n_tiles = (p.n_coded + kTileTokens - 1) / kTileTokens;
-  // Eight exact tokens for each warp, more where that would be too many blocks.
+  const int n_tiles = ((in.indices ? p.n_listed : p.n_coded) + kTileTokens - 1) / kTileTokens;
+  const int resident = device_info(device).n_multiprocessors * kernel.blocks_per_multiprocessor;
+  // Eight exact tokens for each warp, more where that would be too many blocks: every list has its own.
   const int n_exact = p.n_first + p.n_tail, exact_steps = (n_exact + kExactStep - 1) / kExactStep;
-  p.exact_tokens = kExactStep * std::max(1, (exact_steps + kMaxExactBlocks - 1) / kMaxExactBlocks);
+  const int most_exact =
+      p.n_lists > 1 ? std::clamp(resident / (n_heads * row_tiles), 1, int(kMaxExactBlocks)) : kMaxExactBlocks;
+  p.exact_tokens = kExactStep * std::max(1, (exact_steps + most_exact - 1) / most_exact);
   p.n_exact_blocks = (n_exact + p.exact_tokens - 1) / p.exact_tokens;
   p.exact_tiles = 8 * p.exact_tokens / kExactStep;
-  const int resident = device_info(device).n_multiprocessors * kernel.blocks_per_multiprocessor;
-  const int splits = count_splits(n_heads * row_tiles, n_tiles, p.n_exact_blocks, resident);
+  const int splits = count_splits(n_heads * row_tiles, n_tiles, p.n_exact_blocks, resident, variant.listed);
   const size_t results = size_t(n_heads) * row_tiles * (splits + p.n_exact_blocks * kAttentionWarps) * variant.rows;
   const Workspace scratch =
       workspace(stream(), sizeof(uint32_t) * n_heads * row_tiles, results * (variant.value_dim + 2) * sizeof(float));

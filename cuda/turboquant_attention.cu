@@ -16,8 +16,12 @@
 // multiply by the codes' levels, 32 tokens at a time; the sums are added up in fp32. With four query rows the eight columns of
 // a product are both halves of each.
 //
-// Compile-time: KEY_DIM, VALUE_DIM (padded), KEY_BITS, VALUE_BITS, LLOYD, ROWS (4, 8, 16), TYPE, MASK, SIGNS, STRIDED, STAGES,
-// BLOCKS_PER_SM.
+// A list of tokens: the tiles are those of its slots. A thread copies a slot's token; an empty slot is zeros with the id -1.
+// Each token has its own block's mean: one product for eight tokens, whose sums meet the scores in the lane that has them.
+// Where each query has a list, a block has the rows of one query.
+//
+// Compile-time: KEY_DIM, VALUE_DIM (padded), KEY_BITS, VALUE_BITS, LLOYD, ROWS (4, 8, 16), TYPE, MASK, SIGNS, STRIDED, LISTED,
+// STAGES, BLOCKS_PER_SM.
 #include "device.cuh"
 
 namespace tqext::cuda {
@@ -25,7 +29,7 @@ namespace {
 
 constexpr int kKeyDim = KEY_DIM, kValueDim = VALUE_DIM, kKeyBits = KEY_BITS, kValueBits = VALUE_BITS;
 constexpr int kRows = ROWS, kType = TYPE, kMask = MASK, kStages = STAGES;
-constexpr bool kSigns = SIGNS, kStrided = STRIDED, kLloyd = LLOYD;
+constexpr bool kSigns = SIGNS, kStrided = STRIDED, kListed = LISTED, kLloyd = LLOYD;
 constexpr int kWarps = kAttentionWarps, kThreads = 32 * kWarps;
 
 constexpr int kKeyWords = kKeyDim / 32 * kKeyBits, kValueWords = kValueDim / 32 * kValueBits;
@@ -40,7 +44,7 @@ constexpr int kRowTiles = kFour ? 1 : kRows / 8;  // of 8 columns
 // Scale fragments per row tile: with four rows, columns 4 ... 7 hold the groups from kScaleSets on.
 constexpr int kScaleSets = kFour ? (kGroups + 1) / 2 : kGroups;
 #if __CUDA_ARCH__ >= 900
-constexpr bool kBulk = !kStrided;
+constexpr bool kBulk = !kStrided && !kListed;
 #else
 constexpr bool kBulk = false;
 #endif
@@ -52,9 +56,19 @@ constexpr float kLog2e = 1.44269504f;
 constexpr uint32_t kOnes = 0x3c003c00u;  // fp16
 constexpr float kTop = 4.0f, kGrowth = 8.0f, kSafeShift = 13.0f;
 
-constexpr AttentionLayout kLayout(kKeyDim, kValueDim, kKeyBits, kValueBits, kLloyd, kRows, kType, kSigns, kStages);
+constexpr AttentionLayout kLayout(kKeyDim, kValueDim, kKeyBits, kValueBits, kLloyd, kRows, kType, kSigns, kListed, kStages);
 
 TQ_DEVICE int clamp(int x, int low, int high) { return min(max(x, low), high); }
+
+// Query rows of a block: those of all queries, or of one that has a list of its own.
+TQ_DEVICE int block_queries(const AttentionParams& p) { return kListed && p.n_lists > 1 ? 1 : p.n_queries; }
+TQ_DEVICE int first_query(const AttentionParams& p) { return kListed ? int(blockIdx.z) / p.row_tiles : 0; }
+TQ_DEVICE int row_tile(const AttentionParams& p) { return kListed ? int(blockIdx.z) % p.row_tiles : int(blockIdx.z); }
+// Query head and position of a row. One query at a time, the usual case, costs no division.
+TQ_DEVICE int head_of_row(const AttentionParams& p, int row) { return block_queries(p) == 1 ? row : row / p.n_queries; }
+TQ_DEVICE int position_of_row(const AttentionParams& p, int row) {
+  return first_query(p) + (block_queries(p) == 1 ? 0 : row % p.n_queries);
+}
 
 // ---- Copies of a stage, kWarps tiles of kTileTokens tokens, into shared memory ----
 
@@ -100,6 +114,7 @@ TQ_DEVICE void copy_halves_strided(char* to, const char* from, int64_t token_str
 struct Head {
   const char *keys, *norms, *values, *params, *signs, *residuals;  // rounded down to 16 bytes
   int key_lead, norm_lead, value_lead, param_lead, sign_lead, residual_lead;
+  const int32_t* list;
 
   TQ_DEVICE static void set(const char*& base, int& lead, const void* p) {
     lead = int(reinterpret_cast<uintptr_t>(p) & 15);
@@ -117,8 +132,11 @@ TQ_DEVICE Head head_of(const AttentionParams& p, int b, int h) {
     Head::set(x.signs, x.sign_lead, p.signs + b * p.sign_stride[0] + h * p.sign_stride[1]);
     Head::set(x.residuals, x.residual_lead, p.residual_norms + b * p.residual_norm_stride[0] + h * p.residual_norm_stride[1]);
   }
-  if constexpr (kStrided) {
-    // The strided copies start at the head's first element.
+  if constexpr (kListed) {
+    x.list = p.indices + b * p.index_stride[0] + h * p.index_stride[1] + first_query(p) * p.index_stride[2];
+  }
+  if constexpr (kStrided || kListed) {
+    // These copies start at the head's first element.
     x.keys += x.key_lead, x.norms += x.norm_lead, x.values += x.value_lead, x.params += x.param_lead;
     x.key_lead = x.norm_lead = x.value_lead = x.param_lead = 0;
     if constexpr (kSigns) {
@@ -151,6 +169,64 @@ TQ_DEVICE void copy_stage(const AttentionParams& p, const Head& head, char* stag
       copy_stage<kLayout.sign_row>(to + kLayout.sign_at, head.signs, head.sign_lead, first, n, tid);
       copy_stage<2>(to + kLayout.residual_at, head.residuals, head.residual_lead, first, n, tid);
     }
+  }
+}
+
+// One token's row of an array, by one thread. step: elements between the row's words, or halves.
+template <int kRowBytes>
+TQ_DEVICE void copy_row(uint32_t to, const char* from, int64_t step, bool there) {
+  if constexpr (!kStrided && kRowBytes % 16 == 0) {
+#pragma unroll
+    for (int i = 0; i < kRowBytes; i += 16) copy_async_part(to + i, from + i, there ? 16 : 0);
+  } else {
+    const uint32_t* words = reinterpret_cast<const uint32_t*>(from);
+#pragma unroll
+    for (int i = 0; i < kRowBytes / 4; i++) copy_async_word(to + 4 * i, words + i * step, there ? 4 : 0);
+  }
+}
+template <int kHalves>
+TQ_DEVICE void copy_halves(char* to, const char* from, int64_t step, bool there) {
+  const uint16_t* halves = reinterpret_cast<const uint16_t*>(from);
+#pragma unroll
+  for (int i = 0; i < kHalves; i++) reinterpret_cast<uint16_t*>(to)[i] = there ? halves[i * step] : uint16_t(0);
+}
+
+// The tokens of slots first ... first + n - 1 of the list whose ids are in [begin, end), one by each thread.
+TQ_DEVICE void copy_listed(const AttentionParams& p, const Head& head, char* stage, int first, int n, int begin, int end,
+                           int tid) {
+  static_assert(kStageTokens == kThreads);
+  const int id = tid < n ? head.list[(first + tid) * p.index_stride[3]] : -1;
+  const bool there = id >= begin && id < end;
+  const int64_t token = there ? id : 0;
+  reinterpret_cast<int32_t*>(stage + kLayout.id_at)[tid] = there ? id : -1;
+  const uint32_t to = shared_address(stage);
+  copy_row<kLayout.key_row>(to + tid * kLayout.key_row, head.keys + 4 * token * p.key_code_stride[2], p.key_code_stride[3],
+                            there);
+  copy_row<kLayout.value_row>(to + kLayout.value_at + tid * kLayout.value_row, head.values + 4 * token * p.value_code_stride[2],
+                              p.value_code_stride[3], there);
+  const char* params = head.params + 2 * token * p.value_param_stride[2];
+  if constexpr (!kStrided && kLayout.param_row % 16 == 0) {
+    copy_row<kLayout.param_row>(to + kLayout.param_at + tid * kLayout.param_row, params, 1, there);
+  }
+  if constexpr (kSigns) {
+    copy_row<kLayout.sign_row>(to + kLayout.sign_at + tid * kLayout.sign_row, head.signs + 4 * token * p.sign_stride[2],
+                               p.sign_stride[3], there);
+  }
+  if (p.means_aligned && there) {  // as far as L2
+    const uint16_t* mean = static_cast<const uint16_t*>(p.means) + blockIdx.y / p.n_kv_heads * p.mean_stride[0] +
+                           blockIdx.y % p.n_kv_heads * p.mean_stride[1] + id / kBlockTokens * p.mean_stride[2];
+#pragma unroll
+    for (int d = 0; d < kKeyDim; d += 64) {
+      if (d < p.head_dim) prefetch_line(mean + d);
+    }
+  }
+  // Through registers, when everything else is on its way.
+  if constexpr (kStrided || kLayout.param_row % 16 != 0) {
+    copy_halves<kParams>(stage + kLayout.param_at + tid * kLayout.param_row, params, p.value_param_stride[3], there);
+  }
+  copy_halves<1>(stage + kLayout.norm_at + 2 * tid, head.norms + 2 * token * p.key_norm_stride[2], 0, there);
+  if constexpr (kSigns) {
+    copy_halves<1>(stage + kLayout.residual_at + 2 * tid, head.residuals + 2 * token * p.residual_norm_stride[2], 0, there);
   }
 }
 
@@ -645,8 +721,11 @@ struct Ring {
 
   TQ_DEVICE void request(const AttentionParams& p, const Head& head, const Share& share, int i) const {
     const int first = (share.begin + i * kWarps) * kTileTokens;
-    const int n = min(min(kWarps, share.end - share.begin - i * kWarps) * kTileTokens, p.n_coded - first);
-    if constexpr (kBulk) {
+    const int n_tokens = kListed ? p.n_listed : p.n_coded;
+    const int n = min(min(kWarps, share.end - share.begin - i * kWarps) * kTileTokens, n_tokens - first);
+    if constexpr (kListed) {
+      copy_listed(p, head, stage(i), first, n, share.first_token, share.last_token, tid);
+    } else if constexpr (kBulk) {
       copy_stage_bulk(p, head, shared_address(stage(i)), filled(i), first, n);
     } else {
       copy_stage(p, head, stage(i), first, n, tid);
@@ -814,6 +893,70 @@ struct BlockMeans {
   }
 };
 
+// What the means of eight listed tokens' blocks add to the scores of the lane: of tokens j, j + 4 for its row of each row tile.
+// block: of token token_of_column(g) of the eight.
+TQ_DEVICE void score_listed_means(const AttentionParams& p, const char* shared, int block, int b, int h, int lane,
+                                  float (&scores)[kRowTiles][2]) {
+  constexpr bool kSplit = kType == kTypeFloat32;
+  const int g = lane >> 2, j = lane & 3, row_of_lane = row_of_group(g);
+  const char* query = shared + kLayout.mean_query_at;
+  const float* row_scale = reinterpret_cast<const float*>(shared + kLayout.mean_scale_at);
+  const int64_t head = b * p.mean_stride[0] + h * p.mean_stride[1];
+  if (p.means_aligned) {
+    const uint16_t* mean = static_cast<const uint16_t*>(p.means) + head + block * p.mean_stride[2];
+    float score[2][4] = {};  // as in BlockMeans::score
+#pragma unroll
+    for (int i = 0; i < kKeyDim / 32; i++) {
+      const int d = 8 * (j + 4 * i);
+      uint4 x = make_uint4(0, 0, 0, 0);
+      if (d < p.head_dim) x = *reinterpret_cast<const uint4*>(mean + d);
+#pragma unroll
+      for (int part = 0; part < (kSplit ? 2 : 1); part++) {
+        const char* from = query + part * kRows * kLayout.half_stride + 2 * d;
+        const uint4 low = *reinterpret_cast<const uint4*>(from + row_of_lane * kLayout.half_stride);
+        uint4 high = make_uint4(0, 0, 0, 0);
+        if constexpr (kRowTiles == 2) high = *reinterpret_cast<const uint4*>(from + (8 + g) * kLayout.half_stride);
+        multiply_half(score[0], low.x, high.x, low.y, high.y, x.x, x.y);
+        multiply_half(score[1], low.z, high.z, low.w, high.w, x.z, x.w);
+      }
+    }
+#pragma unroll
+    for (int t = 0; t < kRowTiles; t++) {
+      const float factor = row_scale[8 * t + row_of_lane];
+#pragma unroll
+      for (int c = 0; c < 2; c++) scores[t][c] = (score[0][2 * t + c] + score[1][2 * t + c]) * factor;
+    }
+    return;
+  }
+  // Any strides, and fp32.
+#pragma unroll 1
+  for (int i = 0; i < 8 * kRows; i++) {
+    const int column = i / kRows, r = i % kRows, token = token_of_column(column);
+    const int64_t at = head + __shfl_sync(kAllLanes, block, 4 * column) * p.mean_stride[2];
+    const uint16_t* row = reinterpret_cast<const uint16_t*>(query + r * kLayout.half_stride);
+    float sum = 0;
+#pragma unroll 1
+    for (int d = lane; d < p.head_dim; d += 32) {
+      float x = half_to_float(row[d]);
+      if constexpr (kSplit) x += half_to_float(row[kRows * kLayout.half_stride / 2 + d]);
+      const int64_t from = at + d * p.mean_stride[3];
+      const float mean =
+          p.means_kind == kMeansFloat32 ? load_element<kTypeFloat32>(p.means, from) : load_element<kTypeFloat16>(p.means, from);
+      sum = fmaf(x, mean, sum);
+    }
+#pragma unroll
+    for (int o = 1; o < 32; o <<= 1) sum += __shfl_xor_sync(kAllLanes, sum, o);
+    sum *= row_scale[r];
+#pragma unroll
+    for (int t = 0; t < kRowTiles; t++) {
+#pragma unroll
+      for (int c = 0; c < 2; c++) {
+        if (r == 8 * t + row_of_lane && token == j + 4 * c) scores[t][c] = sum;
+      }
+    }
+  }
+}
+
 // An empty state of row tile t.
 TQ_DEVICE void clear(Rows& x, int t) {
   x.max[t] = kEmptyMax;
@@ -863,24 +1006,26 @@ TQ_DEVICE void hide_values(const Share& share, char* params, int token0, int lan
   }
 }
 
-// Masks a tile's scores, token0 its first token. row_end: the token that a row sees last, plus one.
+// Masks a tile's scores, token0 its first token; ids: of its tokens where they are listed. row_end: the token that a row sees
+// last, plus one.
 template <class RowEnd>
 TQ_DEVICE void mask_scores(const AttentionParams& p, const Share& share, RowEnd row_end, float (&score)[kRowTiles][2][2][2],
-                           int token0, int lane, int row0, int b, int h) {
+                           int token0, const int32_t* ids, int lane, int row0, int b, int h) {
   const int j = lane & 3, row_of_lane = row_of_group(lane >> 2);
 #pragma unroll
   for (int t = 0; t < kRowTiles; t++) {
     const int row = row0 + 8 * t + row_of_lane;
-    const bool there = row < p.n_repeats * p.n_queries;
+    const bool there = row < p.n_repeats * block_queries(p);
     const int end = row_end(row);
     int64_t mask_at = 0;
     if (kMask != kMaskNone && there) {
-      mask_at = b * p.mask_stride[0] + (h * p.n_repeats + row / p.n_queries) * p.mask_stride[1] +
-                row % p.n_queries * p.mask_stride[2];
+      mask_at = b * p.mask_stride[0] + (h * p.n_repeats + head_of_row(p, row)) * p.mask_stride[1] +
+                position_of_row(p, row) * p.mask_stride[2];
     }
 #pragma unroll
     for (int i = 0; i < 8; i++) {
-      const int token = token0 + 16 * (i >> 2) + 8 * (i >> 1 & 1) + 4 * (i & 1) + j;
+      const int place = 16 * (i >> 2) + 8 * (i >> 1 & 1) + 4 * (i & 1) + j;
+      const int token = kListed ? ids[place] : token0 + place;
       float& s = score[t][i >> 2][i >> 1 & 1][i & 1];
       if (token < share.first_token || token >= end) {
         s = -INFINITY;
@@ -923,7 +1068,7 @@ TQ_DEVICE void attend_coded(const AttentionParams& p, const Head& head, const Sh
     threshold[t] = kEmptyMax;
     clear(x, t);
   }
-  if (!p.means) {
+  if (!kListed && !p.means) {
     for (int i = lane; i < kMeanSteps * kRows; i += 32) mean_scores[i] = 0;
     __syncwarp();
   }
@@ -954,7 +1099,7 @@ TQ_DEVICE void attend_coded(const AttentionParams& p, const Head& head, const Sh
       ring.release(i);
       continue;
     }
-    if (p.means && i % kMeanSteps == 0) means.score(tile, tile + kMeanSteps * kWarps < share.end);
+    if (!kListed && p.means && i % kMeanSteps == 0) means.score(tile, tile + kMeanSteps * kWarps < share.end);
     char* data = ring.stage(i);
     auto part = [&](int at, int row, int lead) { return data + at + (row % 16 ? lead : 0) + ring.warp * kTileTokens * row; };
     const uint32_t* keys = reinterpret_cast<const uint32_t*>(part(0, kLayout.key_row, head.key_lead));
@@ -963,8 +1108,9 @@ TQ_DEVICE void attend_coded(const AttentionParams& p, const Head& head, const Sh
     const uint16_t* norms = reinterpret_cast<const uint16_t*>(part(kLayout.norm_at, 2, head.norm_lead));
 
     const int token0 = tile * kTileTokens;
+    const int32_t* ids = kListed ? reinterpret_cast<const int32_t*>(data + kLayout.id_at) + ring.warp * kTileTokens : nullptr;
     const bool whole = uint32_t(tile - share.whole_begin) < uint32_t(share.n_whole);
-    if (!whole) {
+    if (!kListed && !whole) {
       hide_values(share, params, token0, lane);
       if constexpr (kBulk) copy_engine_fence();
       __syncwarp();
@@ -974,7 +1120,10 @@ TQ_DEVICE void attend_coded(const AttentionParams& p, const Head& head, const Sh
     float score[kRowTiles][2][2][2];
     float start[kRowTiles];
 #pragma unroll
-    for (int t = 0; t < kRowTiles; t++) start[t] = mean_scores[i % kMeanSteps * kRows + 8 * t + row_of_lane] + base[t];
+    for (int t = 0; t < kRowTiles; t++) {
+      start[t] = base[t];
+      if constexpr (!kListed) start[t] += mean_scores[i % kMeanSteps * kRows + 8 * t + row_of_lane];
+    }
 #pragma unroll
     for (int u = 0; u < 2; u++) {
       int sums[kRowTiles][2][4];  // [v]: high halves of columns 2 j, 2 j + 1, low halves of the same
@@ -1009,12 +1158,17 @@ TQ_DEVICE void attend_coded(const AttentionParams& p, const Head& head, const Sh
       }
 #pragma unroll
       for (int v = 0; v < 2; v++) {
+        float mean[kRowTiles][2] = {};
+        if (kListed && p.means) {
+          score_listed_means(p, shared, max(ids[16 * u + 8 * v + key_token], 0) / kBlockTokens, b, h, lane, mean);
+        }
 #pragma unroll
         for (int c = 0; c < 2; c++) {
           const float norm = half_to_float(norms[16 * u + 8 * v + 4 * c + j]);
 #pragma unroll
           for (int t = 0; t < kRowTiles; t++) {
-            score[t][u][v][c] = fmaf(float(sums[t][v][c] * 256 + sums[t][v][2 + c]), norm * row_scale[t], start[t]);
+            const float from = kListed ? start[t] + mean[t][c] : start[t];
+            score[t][u][v][c] = fmaf(float(sums[t][v][c] * 256 + sums[t][v][2 + c]), norm * row_scale[t], from);
           }
         }
       }
@@ -1051,7 +1205,7 @@ TQ_DEVICE void attend_coded(const AttentionParams& p, const Head& head, const Sh
       }
     }
 
-    if (kMask != kMaskNone || !whole) mask_scores(p, share, row_end, score, token0, lane, row0, b, h);
+    if (kMask != kMaskNone || !whole) mask_scores(p, share, row_end, score, token0, ids, lane, row0, b, h);
 
     // Renew the maximum only when a weight has grown by 2^kGrowth: rarely after the first tile.
     bool grown = false;
@@ -1109,10 +1263,6 @@ TQ_DEVICE void prefetch_exact(const AttentionParams& p, int begin, int tid, int 
   }
 }
 
-// Query head and position of a row. One query at a time, the usual case, costs no division.
-TQ_DEVICE int head_of_row(const AttentionParams& p, int row) { return p.n_queries == 1 ? row : row / p.n_queries; }
-TQ_DEVICE int position_of_row(const AttentionParams& p, int row) { return p.n_queries == 1 ? 0 : row % p.n_queries; }
-
 // One exact token, and who may attend to it.
 struct ExactToken {
   bool is_first, there;
@@ -1157,7 +1307,7 @@ struct ExactTokens {
   TQ_DEVICE float masked(float score, const ExactToken& t, int r) const {
     const int row = row0 + r, i = position_of_row(p, row);
     const int n_keys = p.n_first + p.n_coded + p.n_tail;
-    bool attended = t.there && row < p.n_repeats * p.n_queries;
+    bool attended = t.there && row < p.n_repeats * block_queries(p);
     if (p.causal && !own) attended = attended && t.column <= n_keys - p.n_queries + i;
     attended = attended && t.own_index <= i;
     if (!attended) return -INFINITY;
@@ -1507,7 +1657,8 @@ TQ_DEVICE void add_warps(const float* join, const float* state, float* partial_o
 
 // Factors of a head's results, and one over the rows' sums. states: of the first 32 results.
 TQ_DEVICE void weigh_results(const AttentionParams& p, const float2 (&states)[kRows / kWarps], const float* partial_state,
-                             float* factors, float* inverse, int n_slots, int n_rows, int row0, int h, int lane, int warp) {
+                             float* factors, float* inverse, float* lse, int n_slots, int n_rows, int row0, int h, int lane,
+                             int warp) {
   constexpr int kWarpRows = kRows / kWarps;
 #pragma unroll
   for (int i = 0; i < kWarpRows; i++) {
@@ -1528,7 +1679,10 @@ TQ_DEVICE void weigh_results(const AttentionParams& p, const float2 (&states)[kR
 #pragma unroll
     for (int o = 1; o < 32; o <<= 1) sum += __shfl_xor_sync(kAllLanes, sum, o);
     if (p.sinks) sum += exp2f(sink - m);
-    if (lane == 0) inverse[r] = sum == 0 ? 0.0f : 1.0f / sum;
+    if (lane == 0) {
+      inverse[r] = sum == 0 ? 0.0f : 1.0f / sum;
+      if (p.lse) lse[r] = sum == 0 ? -INFINITY : (m + log2f(sum)) / kLog2e;
+    }
   }
 }
 
@@ -1540,11 +1694,11 @@ TQ_DEVICE Share plan_share(const AttentionParams& p, int padding, int n_coded, C
   share.last_token = clamp(n_coded, 0, column_end(p.n_queries - 1) - p.n_first);
   const int safe_last = min(share.last_token, column_end(0) - p.n_first);
   share.whole_begin = (share.first_token + kTileTokens - 1) / kTileTokens;
-  share.n_whole = max(0, max(0, safe_last) / kTileTokens - share.whole_begin);
+  share.n_whole = kListed ? 0 : max(0, max(0, safe_last) / kTileTokens - share.whole_begin);
   asm("" : "+r"(share.whole_begin), "+r"(share.n_whole));  // not to be computed again in every step
   {
-    const int tile0 = share.first_token / kTileTokens;
-    const int n_tiles = max(0, (share.last_token + kTileTokens - 1) / kTileTokens - tile0);
+    const int tile0 = kListed ? 0 : share.first_token / kTileTokens;
+    const int n_tiles = max(0, ((kListed ? p.n_listed : share.last_token) + kTileTokens - 1) / kTileTokens - tile0);
     const int n_exact = p.n_exact_blocks;
     int per = (n_tiles + n_exact * p.exact_tiles + n_splits - 1) / n_splits, less = p.exact_tiles;
     if (per < less) {  // the exact chunks are all that their blocks can take
@@ -1572,8 +1726,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM)
   const int tid = threadIdx.x, lane = tid & 31, g = lane >> 2, j = lane & 3;
   const int warp = __shfl_sync(kAllLanes, tid >> 5, 0);  // tells the compiler that it is uniform
   const int head_index = blockIdx.y, b = head_index / p.n_kv_heads, h = head_index % p.n_kv_heads;
-  const int n_splits = gridDim.x, split = blockIdx.x, row0 = blockIdx.z * kRows;
-  const int n_rows = min(kRows, p.n_repeats * p.n_queries - row0);
+  const int n_splits = gridDim.x, split = blockIdx.x, row0 = row_tile(p) * kRows;
+  const int n_rows = min(kRows, p.n_repeats * block_queries(p) - row0);
   const int n_keys = p.n_first + p.n_coded + p.n_tail;
 
   // What each part holds for this sequence.
@@ -1603,7 +1757,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM)
   const Head head = head_of(p, b, h);
   const BlockMeans means{p, shared, b, h, lane, warp, (share.end - 1) / BlockMeans::kTilesPerBlock};
   auto start = [&] {
-    if (p.means_aligned && share.begin + warp < share.end) means.request(share.begin + warp);
+    if (!kListed && p.means_aligned && share.begin + warp < share.end) means.request(share.begin + warp);
     ring.start(p, head, share);
   };
   start();
@@ -1727,6 +1881,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM)
   float* total = reinterpret_cast<float*>(shared);  // [kRows][kValueDim + 4], rotated space
   float* factors = total + kRows * kJoinStride;     // [kMaxSlots][kRows]
   float* inverse = factors + kMaxSlots * kRows;     // [kRows]
+  float* lse = inverse + kRows;                     // [kRows]
   // All first loads together: each waits for the second-level cache.
   constexpr int kEarly = 8, kEarlyExact = 8;  // shares, exact results
   float2 states[kWarpRows];
@@ -1755,7 +1910,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM)
           n_splits + s < n_slots ? __ldcg(partial_out + ((n_splits + s) * kRows + warp) * kValueDim + lane + 32 * k) : 0.0f;
     }
   }
-  weigh_results(p, states, partial_state, factors, inverse, n_slots, n_rows, row0, h, lane, warp);
+  weigh_results(p, states, partial_state, factors, inverse, lse, n_slots, n_rows, row0, h, lane, warp);
   __syncthreads();
 #pragma unroll 1
   for (int i = tid; i < kRows * kValueDim / 4; i += kThreads) {
@@ -1788,7 +1943,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM)
     }
     const int row = row0 + r, q_head = h * p.n_repeats + head_of_row(p, row);
     const int64_t at =
-        ((int64_t(b) * p.n_kv_heads * p.n_repeats + q_head) * p.n_queries + position_of_row(p, row)) * p.value_dim;
+        ((int64_t(b) * p.n_kv_heads * p.n_repeats + q_head) * p.n_queries + position_of_row(p, row)) * (p.value_dim + p.lse);
     int s = n_splits;
     if (r == warp) {
 #pragma unroll
@@ -1811,8 +1966,15 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM)
 #pragma unroll
     for (int k = 0; k < kValueDim / 32; k++) {
       const int d = lane + 32 * k;
-      if (d < p.value_dim) store_element<kType>(p.out, at + d, y[k] * inverse[r]);
+      if (d < p.value_dim) {
+        if (p.lse) {
+          static_cast<float*>(p.out)[at + d] = y[k] * inverse[r];
+        } else {
+          store_element<kType>(p.out, at + d, y[k] * inverse[r]);
+        }
+      }
     }
+    if (p.lse && lane == 0) static_cast<float*>(p.out)[at + p.value_dim] = lse[r];
   }
 }
 

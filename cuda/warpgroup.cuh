@@ -108,11 +108,24 @@ TQ_DEVICE void hold(float (&x)[n][4]) {
 #pragma unroll
   for (int i = 0; i < n; i++) asm volatile("" : "+f"(x[i][0]), "+f"(x[i][1]), "+f"(x[i][2]), "+f"(x[i][3])::"memory");
 }
+// The same of operands in registers.
+template <int n>
+TQ_DEVICE void hold(uint32_t (&x)[n][4]) {
+#pragma unroll
+  for (int i = 0; i < n; i++) asm volatile("" : "+r"(x[i][0]), "+r"(x[i][1]), "+r"(x[i][2]), "+r"(x[i][3])::"memory");
+}
 
 // An operand in shared memory: rows of 128 bytes, swizzled, eight of them after 1024 bytes.
 TQ_DEVICE uint64_t operand(uint32_t address) {
   constexpr uint64_t kEight = 1024 >> 4, kSwizzle128 = 1;
   return uint64_t((address & 0x3ffff) >> 4) | kEight << 16 | kEight << 32 | kSwizzle128 << 62;
+}
+// The same of a place, an address / 16, in one addition: the upper word is a constant. kApart: bytes between halves of 64
+// columns, where it has two.
+template <int kApart = 1024>
+TQ_DEVICE uint64_t operand_at(uint32_t place) {
+  constexpr uint32_t kEight = 1024 >> 4, kSwizzle128 = 1;
+  return uint64_t(kEight | kSwizzle128 << 30) << 32 | (place + (uint32_t(kApart >> 4) << 16));
 }
 
 #define TQ_FOUR(x, i) "+f"(x[i][0]), "+f"(x[i][1]), "+f"(x[i][2]), "+f"(x[i][3])
@@ -127,13 +140,12 @@ TQ_DEVICE uint64_t operand(uint32_t address) {
   "%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,"    \
   "%59,%60,%61,%62,%63}"
 
-// c[kAt ...] += 64 x 16 (registers) times 16 x 128, its halves kApart bytes apart.
+// c[kAt ...] += 64 x 16 (registers) times 16 x 128 at b (a place), its halves kApart bytes apart.
 template <int kAt, int kApart, int n>
 TQ_DEVICE void multiply_group_128(float (&c)[n][4], const uint32_t (&a)[4], uint32_t b) {
-  constexpr uint64_t kLeading = uint64_t(0x3fff) << 16;
   asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 " TQ_REGISTERS_64 ", {%64,%65,%66,%67}, %68, 1, 1, 1, 1;"
                : TQ_SIXTEEN(c, kAt), TQ_SIXTEEN(c, kAt + 4), TQ_SIXTEEN(c, kAt + 8), TQ_SIXTEEN(c, kAt + 12)
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"((operand(b) & ~kLeading) | uint64_t(kApart >> 4) << 16));
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(operand_at<kApart>(b)));
 }
 // The same times 16 x 64 or 16 x 32. kColumns: b's rows are its columns (keys), else its 16 (values).
 template <int kAt, bool kColumns, int n>

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <initializer_list>
+#include <limits>
 #include <string>
 #include <type_traits>
 #include <vector>
@@ -179,40 +180,138 @@ inline bool has_attention_kernel(int head_dim, int value_dim, bool hadamard) {
   return k <= kMaxMetalDim && v <= kMaxMetalDim && (!hadamard || (hadamard_factor(k) && hadamard_factor(v)));
 }
 
-// Cost of the kernels for many rows: core cycles per KV head, by the operations in their loops and published throughputs. Two
-// threadgroups share the four schedulers of a core; a product of 8x8 matrices takes one of them 17 cycles (metal-benchmarks).
-// Instructions are per tile of 32 tokens and eight rows. Not measured.
+inline int divide_up(int a, int b) { return (a + b - 1) / b; }
+inline int power_of_two(int n) {
+  int p = 1;
+  while (p < n) p *= 2;
+  return p;
+}
+
+// What a compiler makes of an attention kernel: clang 19 for AMD's gfx1030 with 128 registers, 3-bit keys and 3-bit Lloyd-Max
+// values of one dimension, fp16, means and balance. Instructions are of simdgroups of 32 lanes, loads and stores among them,
+// products of matrices not. tests/metal_sim/test_metal_registers.py compiles the kernels and compares.
+struct KernelFigures {
+  int dims;          // of a key and a value together
+  int registers;     // that a lane would use
+  int tile;          // for 32 coded tokens, by a simdgroup with all its rows
+  int staged;        // to stage such a tile, by all simdgroups that share it
+  int exact;         // for 32 exact tokens; in the prompt kernel by a simdgroup, else by all, with all rows of the template
+  int exact_staged;  // to stage those
+  int around;   // in no loop: the beginning and the end, by each simdgroup; without those for exact tokens in the split kernel
+  int row;      // to prepare a query row, in the prompt kernel also to rotate its sums
+  int traffic;  // bytes of threadgroup memory that a lane reads and writes in a tile
+};
+
+constexpr int kFigureDims = 3;
+// For 1, 2 and 4 rows.
+constexpr KernelFigures kSplitFigures[3][kFigureDims] = {{{128, 105, 830, 0, 3327, 0, 936, 157, 304},
+                                                          {256, 133, 1478, 0, 5527, 0, 944, 273, 584},
+                                                          {512, 208, 3001, 0, 6711, 0, 1084, 502, 1144}},
+                                                         {{128, 129, 1035, 0, 4094, 0, 911, 157, 340},
+                                                          {256, 146, 1862, 0, 6478, 0, 1130, 274, 644},
+                                                          {512, 186, 3567, 0, 9758, 0, 1262, 502, 1252}},
+                                                         {{128, 159, 1516, 0, 7132, 0, 1137, 158, 476},
+                                                          {256, 175, 2845, 0, 11228, 0, 1143, 274, 892},
+                                                          {512, 196, 5777, 0, 17196, 0, 1420, 502, 1724}}};
+// For 8 rows.
+constexpr KernelFigures kMatrixFigures[kFigureDims] = {{128, 118, 769, 434, 14320, 0, 1186, 168, 680},
+                                                       {256, 155, 1215, 842, 22216, 0, 1369, 277, 1328},
+                                                       {512, 192, 2174, 1636, 37576, 0, 1725, 499, 2624}};
+// For blocks of 32 and 64 rows; above dimension 128 there are none of 64.
+constexpr KernelFigures kPromptFigures[2][kFigureDims] = {{{128, 125, 605, 744, 743, 8768, 1359, 313, 456},
+                                                           {256, 171, 910, 1400, 1075, 17536, 2057, 558, 840},
+                                                           {512, 150, 1374, 2800, 1382, 35072, 2186, 892, 912}},
+                                                          {{128, 118, 605, 744, 743, 8784, 1328, 313, 392},
+                                                           {256, 157, 910, 1400, 1083, 17536, 1985, 558, 712},
+                                                           {256, 157, 910, 1400, 1083, 17536, 1985, 558, 712}}};
+// Instructions of the joining kernel: for each row, and for each part of it.
+constexpr int kCombineAround = 288, kCombinePart = 51;
+
+// A kernel's figures at other dimensions, on straight lines through those that were compiled. Registers of fewer dimensions
+// than these are taken for as many: fewer of them might be below full occupancy, which nothing has compiled.
+inline KernelFigures figures_at(const KernelFigures (&known)[kFigureDims], int dims) {
+  const int i = dims > known[1].dims && known[2].dims > known[1].dims;
+  const KernelFigures &a = known[i], &b = known[i + 1];
+  KernelFigures f{};
+  f.dims = dims;
+  for (auto x : {&KernelFigures::registers, &KernelFigures::tile, &KernelFigures::staged, &KernelFigures::exact,
+                 &KernelFigures::exact_staged, &KernelFigures::around, &KernelFigures::row, &KernelFigures::traffic}) {
+    f.*x = a.*x + (b.*x - a.*x) * (dims - a.dims) / (b.dims - a.dims);
+  }
+  f.registers = std::max(f.registers, dims < known[0].dims ? known[0].registers : 0);
+  return f;
+}
+
+// Threadgroups of a kernel that share the tokens of a KV head, for each of its row blocks.
+struct Shares {
+  int coded, exact;  // those of coded tokens; those that take exact ones only
+  bool direct;       // one threadgroup does all and writes the result
+};
+
+// Cost of the kernels: cycles of a call, by the figures above and throughputs of philipturner/metal-benchmarks. Two
+// threadgroups share the four schedulers of a core; a product of 8x8 matrices takes one of them 17 cycles. Waiting for memory
+// is not in it. Not measured.
 struct AttentionCost {
   static constexpr double kProduct = 17;
-  static constexpr double kScores = 110;         // masks, maxima, exponentials, weights: 8 scores a lane
-  static constexpr double kMatrixOperand = 6.5;  // decoding an operand: bytes, addresses, look-ups
-  static constexpr double kPromptOperand = 4;    // two halves and their conversion, weights of groups
-  static constexpr double kDecode = 2.5;         // per dimension, for all rows: bytes, addresses, look-ups, stores
-  static constexpr double kExact = 27.0 / 256;   // per dimension, row and exact token of the matrix kernel, no products
-  static constexpr double kStage = 8;            // per dimension of exact tokens, for all rows
   static constexpr int kSchedulers = 4;
+  // A lane with more registers leaves a core 12 simdgroups: an instruction takes 1.6 cycles of a scheduler instead of 1.
+  static constexpr int kFullOccupancyRegisters = 104;
+  static constexpr double kFewSimdgroups = 1.6;
+  static constexpr double kThreadgroupBytes = 128;  // of threadgroup memory in a cycle, as other GPUs deliver; Apple's: unknown
+  static constexpr double kLaunch = 6500;           // for a launch that waits for the one before: some 5 us
 
-  int n_rows, dims, split;  // dims: of key and value; split: simdgroups that share rows in the prompt kernel
-  double coded, exact;      // tiles
+  int n_heads, n_cores;          // KV heads of all sequences
+  int n_rows, dims, split_dims;  // of a KV head; of key and value; those that the split kernel has lanes for, powers of two
+  int sharing;                   // simdgroups that share rows in the prompt kernel
+  double coded, exact;           // tiles of 32 tokens
 
-  static int divide_up(int a, int b) { return (a + b - 1) / b; }
   // Simdgroups of a threadgroup that a scheduler runs.
   static double turns(int simdgroups) { return divide_up(2 * simdgroups, kSchedulers) / 2.0; }
+  // Cycles of a scheduler for an instruction that is no product.
+  static double slower(const KernelFigures& f) { return f.registers > kFullOccupancyRegisters ? kFewSimdgroups : 1.0; }
+  static double issue(const KernelFigures& f, double instructions) { return slower(f) * instructions / kSchedulers; }
+  static double traffic(const KernelFigures& f, double simdgroups) { return simdgroups * 32 * f.traffic / kThreadgroupBytes; }
 
-  // row_blocks: simdgroups that share a staged tile. groups: of them in a threadgroup.
-  double matrix(int row_blocks, int groups) const {
-    const double eight_rows = dims / 2 * (kProduct + kMatrixOperand) + kScores;
-    const double n_blocks = divide_up(n_rows, 8 * row_blocks) * turns(row_blocks * groups) / groups;
-    return n_blocks * eight_rows * coded + n_rows * kExact * dims * 32 * exact / kSchedulers;
+  // Of core cycles per KV head that so many threadgroups share, and of joining n_parts of them.
+  double time(double cycles, int n_threadgroups, bool direct, int n_parts) const {
+    const double heads_per_core = double(n_heads) / n_cores;
+    const double joined = kLaunch + n_rows * (kCombineAround + double(kCombinePart) * n_parts) / kSchedulers * heads_per_core;
+    return cycles * std::max(heads_per_core, 1.0 / std::max(1, n_threadgroups)) + (direct ? 0.0 : joined);
   }
-  double prompt(int block_rows) const {
-    const double share = dims / 2 * (kProduct + kPromptOperand) / split + kScores;  // of a simdgroup
-    double cycles = 0;
-    for (int first = 0; first < n_rows; first += block_rows) {
-      const int working = divide_up(std::min(block_rows, n_rows - first), 8) * split;
-      cycles += turns(working) * share * (coded + exact) + dims * (kDecode * coded + kStage * exact) / kSchedulers;
-    }
-    return cycles;
+
+  // rows: of the template.
+  double split_kernel(int rows, const Shares& shares) const {
+    const KernelFigures f = figures_at(kSplitFigures[rows / 2], split_dims);
+    const double tile = std::max(issue(f, f.tile), traffic(f, 1));
+    const double start = std::max(int(shares.direct), shares.coded) * issue(f, 8.0 * f.around + rows * f.row);
+    const int n = shares.coded + shares.exact;
+    return time(coded * tile + exact * issue(f, f.exact) + start, n, shares.direct, n);
+  }
+  // row_blocks: simdgroups that share a staged tile. groups: of them in a threadgroup.
+  double matrix_kernel(int row_blocks, int groups, const Shares& shares) const {
+    const KernelFigures f = figures_at(kMatrixFigures, dims);
+    const int n_blocks = divide_up(n_rows, 8 * row_blocks);
+    const double multiplied = dims / 2 * kProduct + slower(f) * (f.tile + double(f.staged) / row_blocks);
+    const double tile = std::max(turns(row_blocks * groups) / groups * multiplied, traffic(f, row_blocks));
+    const double start = shares.coded * issue(f, double(row_blocks) * (groups * f.around + 8 * f.row));
+    const double exact_rows = divide_up(n_rows, 8) * exact * issue(f, f.exact);
+    return time(n_blocks * (coded * tile + start) + exact_rows, n_blocks * (shares.coded + shares.exact), false,
+                shares.coded * groups + shares.exact);
+  }
+  double prompt_kernel(int block_rows, const Shares& shares) const {
+    const KernelFigures f = figures_at(kPromptFigures[block_rows == 64], dims);
+    const double products = dims / 2 / sharing * kProduct;
+    const int n = shares.direct ? 1 : shares.coded + shares.exact;
+    auto block = [&](int rows) {
+      const int working = divide_up(rows, 8) * sharing;
+      const double tile = turns(working) * (products + slower(f) * f.tile) + issue(f, f.staged);
+      const double exact_tile = turns(working) * (products + slower(f) * f.exact) + issue(f, f.exact_staged);
+      const double start = n * turns(block_rows / 8 * sharing) * slower(f) * (f.around + 8 * f.row);
+      return coded * std::max(tile, traffic(f, working)) + exact * exact_tile + start;
+    };
+    const int rest = n_rows % block_rows;
+    const double cycles = n_rows / block_rows * block(block_rows) + (rest ? block(rest) : 0.0);
+    return time(cycles, divide_up(n_rows, block_rows) * n, shares.direct, n);
   }
 };
 
@@ -221,9 +320,11 @@ struct MatrixShape {
   int row_blocks, groups, group_words, query_bytes;
 };
 
-inline MatrixShape matrix_shape(const AttentionShape& s, int k, int v, int n_rows, bool own_table) {
+inline MatrixShape matrix_shape(const AttentionShape& s, int k, int v, int n_rows) {
   MatrixShape m;
   const bool lloyd = s.value_coding == kValueLloyd;
+  // Values of the keys' dimension and bits are decoded by the keys' table.
+  const bool own_table = lloyd && (v != k || s.value_bits != s.key_bits);
   const int row_bytes = k * int(sizeof(float)) * (s.has_residual ? 2 : 1);
   m.row_blocks = std::min({(n_rows + 7) / 8, std::max(1, kQueryMemory / (8 * row_bytes)), int(kMaxRowBlocks)});
   const int tile_words = 32 * (code_words(k, s.key_bits) + code_words(v, s.value_bits) + (lloyd ? 1 : v / kGroup) + 1 +
@@ -238,7 +339,83 @@ inline MatrixShape matrix_shape(const AttentionShape& s, int k, int v, int n_row
   return m;
 }
 
-inline AttentionPlan plan_attention(const AttentionShape& s) {
+// Coded tokens of a KV head, and exact ones of the prompt kernel, shared out over threadgroups.
+struct CodedRanges {
+  int tokens, n;  // of a range; ranges
+  bool direct;    // one threadgroup does all and writes the result
+};
+
+enum class AttentionKernel : int32_t { kSplit, kMatrix, kPrompt32, kPrompt64 };
+enum : int { kNumAttentionKernels = 4 };
+constexpr double kCloseCosts = 1.1;  // times the least one; the model is not better than that
+
+struct AttentionChoice {
+  AttentionKernel kernel;
+  double cycles[kNumAttentionKernels];  // by AttentionCost; infinite for a kernel that does not take the shape
+  MatrixShape matrix;
+  CodedRanges split_ranges;      // also of the matrix kernel
+  CodedRanges prompt_ranges[2];  // for blocks of 32 and 64 rows
+
+  int prompt_rows() const { return kernel == AttentionKernel::kPrompt32 ? 32 : kernel == AttentionKernel::kPrompt64 ? 64 : 0; }
+};
+
+// Rows of the split kernel's template.
+inline int split_rows(int n_rows) { return n_rows <= 2 ? n_rows : int(kSplitRows); }
+
+// The kernel that costs least. Of those whose costs are close, the one that reads the packed bytes in fewer passes.
+inline AttentionChoice choose_attention(const AttentionShape& s) {
+  const int k = padded_dim(s.head_dim), v = padded_dim(s.value_dim), heads = s.batch * s.n_kv_heads;
+  const int n_rows = s.n_q_heads / s.n_kv_heads * s.n_queries, n_exact = s.n_first + s.n_tail;
+  AttentionChoice c{};
+  const int wanted = std::max(1, divide_up(kThreadgroupsPerCore * s.n_cores, heads));
+  const int tiles = divide_up(s.n_coded, kSplitTokens), tiles_per_range = std::max(1, divide_up(tiles, wanted));
+  c.split_ranges = {tiles_per_range * kSplitTokens, divide_up(tiles, tiles_per_range), false};
+  c.split_ranges.direct = c.split_ranges.n <= 1 && n_exact <= kExactTokens;
+  for (int wide : {0, 1}) {
+    // Ranges of coded tokens and of exact ones, equally long, where the row blocks alone do not fill the GPU.
+    const int row_blocks = std::max(1, heads * divide_up(n_rows, wide ? 64 : 32));
+    const int n_ranges = std::max(1, kPromptThreadgroupsPerCore * s.n_cores / row_blocks);
+    const int tokens =
+        std::max<int>(kPromptRange, divide_up(divide_up(s.n_coded + n_exact, n_ranges), kBlockTokens) * kBlockTokens);
+    c.prompt_ranges[wide] = {tokens, divide_up(s.n_coded, tokens), s.n_coded + n_exact <= tokens};
+  }
+  c.matrix = matrix_shape(s, k, v, n_rows);
+
+  const AttentionCost cost{heads,
+                           s.n_cores,
+                           n_rows,
+                           k + v,
+                           32 * (power_of_two(k / 32) + power_of_two(v / 32)),
+                           std::max(k, v) > kPromptDim ? 2 : 1,
+                           s.n_coded / 32.0,
+                           n_exact / 32.0};
+  const Shares shares{c.split_ranges.n, divide_up(n_exact, kExactRange), c.split_ranges.direct};
+  auto prompt = [&](int rows) {
+    const CodedRanges& r = c.prompt_ranges[rows == 64];
+    return cost.prompt_kernel(rows, {r.n, divide_up(n_exact, r.tokens), r.direct});
+  };
+  std::fill(c.cycles, c.cycles + kNumAttentionKernels, std::numeric_limits<double>::infinity());
+  auto cycles = [&](AttentionKernel kernel) -> double& { return c.cycles[int(kernel)]; };
+  if (n_rows <= kSplitRows) cycles(AttentionKernel::kSplit) = cost.split_kernel(split_rows(n_rows), shares);
+  cycles(AttentionKernel::kMatrix) = cost.matrix_kernel(c.matrix.row_blocks, c.matrix.groups, shares);
+  cycles(AttentionKernel::kPrompt32) = prompt(32);
+  if (std::max(k, v) <= kPromptDim) cycles(AttentionKernel::kPrompt64) = prompt(64);
+  // How often each packed byte is read.
+  const int passes[kNumAttentionKernels] = {1, divide_up(n_rows, 8 * c.matrix.row_blocks), divide_up(n_rows, 32),
+                                            divide_up(n_rows, 64)};
+  const double least = *std::min_element(c.cycles, c.cycles + kNumAttentionKernels);
+  int best = -1;
+  for (int i = 0; i < kNumAttentionKernels; i++) {
+    if (c.cycles[i] > kCloseCosts * least) continue;
+    const bool fewer = best < 0 || passes[i] < passes[best];
+    if (fewer || (passes[i] == passes[best] && c.cycles[i] < c.cycles[best])) best = i;
+  }
+  c.kernel = AttentionKernel(best);
+  return c;
+}
+
+// choice: as choose_attention() makes it; another kernel in it that takes the shape gives the same result.
+inline AttentionPlan plan_attention(const AttentionShape& s, const AttentionChoice& choice) {
   const int k = padded_dim(s.head_dim), v = padded_dim(s.value_dim);
   AttentionPlan plan{};
   AttentionParams& p = plan.params;
@@ -271,39 +448,15 @@ inline AttentionPlan plan_attention(const AttentionShape& s) {
   copy_levels(p.codebook, s.key_bits, k);
   const bool lloyd = s.value_coding == kValueLloyd;
   if (lloyd) copy_levels(p.value_codebook, s.value_bits, v);
-  // Values of the keys' dimension and bits are decoded by the keys' table.
-  const bool own_table = lloyd && (v != k || s.value_bits != s.key_bits);
 
   const int heads = s.batch * s.n_kv_heads;
-  const int wanted = std::max(1, (kThreadgroupsPerCore * s.n_cores + heads - 1) / heads);
-  auto divide_up = [](int a, int b) { return (a + b - 1) / b; };
-  const int tiles = divide_up(s.n_coded, kSplitTokens);
-  const int tiles_per_range = std::max(1, divide_up(tiles, wanted));
-  p.range_tokens = tiles_per_range * kSplitTokens;
-  int n_threadgroups = divide_up(tiles, tiles_per_range);  // over the coded tokens of a KV head
-  const int n_exact = s.n_first + s.n_tail;
-  const bool split = p.n_rows <= kSplitRows;
-  const MatrixShape matrix = matrix_shape(s, k, v, p.n_rows, own_table);
-  int prompt_rows = 0;  // of a threadgroup
-  if (!split) {
-    const AttentionCost cost{p.n_rows, k + v, std::max(k, v) > kPromptDim ? 2 : 1, s.n_coded / 32.0, n_exact / 32.0};
-    double least = cost.matrix(matrix.row_blocks, matrix.groups);
-    for (int rows : {32, 64}) {
-      if ((rows == 64 && std::max(k, v) > kPromptDim) || cost.prompt(rows) >= least) continue;
-      least = cost.prompt(rows);
-      prompt_rows = rows;
-    }
-  }
-  bool direct = split && n_threadgroups <= 1 && n_exact <= kExactTokens;
-  if (prompt_rows) {
-    // Ranges of coded tokens and of exact ones, equally long, where the row blocks alone do not fill the GPU.
-    const int row_blocks = heads * divide_up(p.n_rows, prompt_rows);
-    const int n_ranges = std::max(1, kPromptThreadgroupsPerCore * s.n_cores / row_blocks);
-    const int tokens = divide_up(s.n_coded + n_exact, n_ranges);
-    p.range_tokens = std::max<int>(kPromptRange, divide_up(tokens, kBlockTokens) * kBlockTokens);
-    direct = s.n_coded + n_exact <= p.range_tokens;
-    n_threadgroups = divide_up(s.n_coded, p.range_tokens);
-  }
+  const bool split = choice.kernel == AttentionKernel::kSplit;
+  const int prompt_rows = choice.prompt_rows(), n_exact = s.n_first + s.n_tail;
+  const MatrixShape& matrix = choice.matrix;
+  const CodedRanges& ranges = prompt_rows ? choice.prompt_ranges[prompt_rows == 64] : choice.split_ranges;
+  const bool direct = ranges.direct && choice.kernel != AttentionKernel::kMatrix;
+  const int n_threadgroups = ranges.n;
+  p.range_tokens = ranges.tokens;
   p.n_exact_ranges = direct ? n_exact > 0 : prompt_rows ? divide_up(n_exact, p.range_tokens) : divide_up(n_exact, kExactRange);
 
   const Few<Constant, kNumFunctionConstants> constants{{kConstHadamard, false, s.hadamard},
@@ -320,7 +473,7 @@ inline AttentionPlan plan_attention(const AttentionShape& s) {
 
   Dispatch attend;
   if (split) {
-    const int rows = p.n_rows <= 2 ? p.n_rows : kSplitRows;
+    const int rows = split_rows(p.n_rows);
     attend = make_dispatch("turboquant_attention_split", source, "TQ_SPLIT", s.type, Suffix::kDimsRows,
                            {k, v, s.key_bits, s.value_bits, s.value_coding, rows});
     attend.threads = 256;
@@ -370,6 +523,8 @@ inline AttentionPlan plan_attention(const AttentionShape& s) {
   return plan;
 }
 
+inline AttentionPlan plan_attention(const AttentionShape& s) { return plan_attention(s, choose_attention(s)); }
+
 // What a generation launches beside a chunk of its prompt of shape s: chunks and follow-ups of other lengths, decoding steps,
 // short and long contexts. Pipelines that are compiled with the prompt do not interrupt the generation.
 inline std::vector<Dispatch> pipelines_of_a_generation(AttentionShape s, bool has_means) {
@@ -381,7 +536,7 @@ inline std::vector<Dispatch> pipelines_of_a_generation(AttentionShape s, bool ha
   const auto rows = [&](int n) { return std::max(2, (n + n_repeats - 1) / n_repeats); };
   for (int n_queries : {1, 2, std::max(2, kSplitRows / n_repeats), rows(8), rows(12), rows(16), rows(17), rows(24), rows(40),
                         32, 64, s.n_queries}) {
-    for (int n_coded : {0, int(kBlockTokens), kLong}) {
+    for (int n_coded : {0, int(kBlockTokens), 512, 4096, kLong}) {
       for (int n_tail : {n_queries, n_queries + 2 * kBlockTokens}) {
         s.n_queries = n_queries;
         s.n_coded = n_coded;

@@ -10,7 +10,8 @@
 namespace tqext {
 
 bool gpu_has_kernel(const TurboQuantAttention::State& state, const mx::array&) {
-  return !state.latent && metal::has_attention_kernel(state.head_dim, state.value_dim, state.hadamard);
+  const bool listed = state.present >> kIndices & 1;
+  return !listed && !state.lse && !state.latent && metal::has_attention_kernel(state.head_dim, state.value_dim, state.hadamard);
 }
 
 bool gpu_has_latent_kernel(int, int, int, mx::Stream) { return false; }

@@ -12,7 +12,7 @@
 //   groups     1052 FMA, 600 integer and other fp32 operations, 31 shuffles, 1012 bytes of threadgroup memory: 13.4 core cycles
 //   Lloyd-Max  1036 FMA, 476 other operations, 31 shuffles, 856 bytes: 12.3 core cycles
 // The memory delivers 102 bytes in 12.0 (M4 Max) to 13.5 cycles (M2 Pro): both limits are near. 1 or 2 rows: the memory is the
-// limit. 8 rows by matrices: 24 cycles, the multiplications are the limit. Not measured on a GPU.
+// limit. 8 rows by matrices: 17 cycles for the products alone. What else is issued: docs/metal.md. Not measured on a GPU.
 //
 // Where the operations went:
 // - Codes are loaded as bytes: the load unit extracts them. A key byte is the index of its two levels in a table of 256
@@ -408,14 +408,19 @@ template <typename T, int K, int V, int KB, int VB, int VC, int R>
   typedef typename ChooseValues<VC, GroupValues<V, VB, R>, LloydValues<V, VB, R>>::type Values;
   constexpr int VL = Values::kLanes, NP = Values::kParams, NA = Values::kHeld;
   constexpr int M = largest(K, V);
+  constexpr int MR = M <= 128 ? R : 1;  // rows joined at a time, as far as the memory reaches
+  constexpr int POOL = largest(NSG * 32 * (R + 2), NSG * MR * V);
   static_assert(KL <= 32 && KL >= R, "a key fits a simdgroup");
+  static_assert(2048 * (OWN_TABLE ? 2 : 1) + 8 * R * M + 4 * POOL + 128 * NSG * NP + 4 * R * (NSG * (NG + 2) + 4) + 4 * R * K <=
+                    32768 - 16,
+                "threadgroup memory, with that of the residual queries");
 
   threadgroup uint table[512];  // half2 per byte of key codes, twice: odd and even lanes use different banks
   threadgroup uint value_table[OWN_TABLE ? 512 : 1];
   threadgroup float merged[2 * R * M];  // rotated queries, then unrotated ones; at the end the coded result, then the exact one
-  threadgroup float weights_all[NSG * 32 * R];
+  // Weights, norms and residual norms of the simdgroups' tiles; scratch for exact tokens; sums that are to be joined.
+  threadgroup float pool[POOL];
   threadgroup uint params_all[NSG * 32 * NP];  // (scale, bias) or norm of the tile's tokens
-  threadgroup float norms_all[NSG * 32], residual_norms_all[NSG * 32];
   threadgroup float maxima[NSG * R], sums[NSG * R], bias_sums[LLOYD ? 1 : NSG * R * NG], states_all[4 * R];
   TQ_ATTENTION_HEAD
   const int n_rows = p.n_rows;
@@ -425,8 +430,8 @@ template <typename T, int K, int V, int KB, int VB, int VC, int R>
     const int range = int(tg.x) - p.n_ranges, begin = range * kExactRange;
     const long part = (long(tg.y) * p.n_parts + int(tg.x)) * n_rows;
     attend_exact<T, K, V, R>(p, bounds, q, first_keys, first_values, tail_keys, tail_values, mask, batch, kv_head, 0, n_rows,
-                             begin, min(n_exact, begin + kExactRange), weights_all, parts + part * V, states + part * 2, tid,
-                             sg, lane, NSG);
+                             begin, min(n_exact, begin + kExactRange), pool, parts + part * V, states + part * 2, tid, sg, lane,
+                             NSG);
     return;
   }
 
@@ -477,10 +482,10 @@ template <typename T, int K, int V, int KB, int VB, int VC, int R>
   const uint bank = 4 * (lane & 1u);
   threadgroup const uchar* lookup = reinterpret_cast<threadgroup const uchar*>(table) + bank;
   threadgroup const uchar* value_lookup = OWN_TABLE ? reinterpret_cast<threadgroup const uchar*>(value_table) + bank : lookup;
-  threadgroup float* weights = weights_all + sg * (32 * R);
+  threadgroup float* weights = pool + sg * (32 * R);
   threadgroup uint* tile_params = params_all + sg * (32 * NP);
-  threadgroup float* norms = norms_all + sg * 32;
-  threadgroup float* tile_residual_norms = residual_norms_all + sg * 32;
+  threadgroup float* norms = pool + NSG * 32 * R + sg * 32;
+  threadgroup float* tile_residual_norms = norms + NSG * 32;
 
   // Byte addresses: one offset of the lane, the same step for all lanes.
   const int key_step = 4 * KT * int(p.key_codes.token), value_step = 4 * Values::kTokens * int(p.value_codes.token);
@@ -614,23 +619,6 @@ template <typename T, int K, int V, int KB, int VB, int VC, int R>
     bias_sums[(int(sg) * R + bias_row) * NG + Values::bias_group(value_lane)] = bias_acc;
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
-  for (int s = 0; s < NSG; s++) {
-    if (s == int(sg) && int(lane) < VL && Values::has_codes(value_lane)) {
-      for (int r = 0; r < R; r++) {
-        float all_max = -INFINITY;
-        for (int i = 0; i < NSG; i++) all_max = max(all_max, maxima[i * R + r]);
-        const float factor = rescale(maxima[s * R + r], all_max);
-#pragma clang loop unroll(full)
-        for (int i = 0; i < NA; i++) {
-          const int d = Values::dim(value_lane, i);
-          const float bias = LLOYD ? 0.0f : bias_sums[(s * R + r) * NG + d / 32];
-          const float y = factor * fma(acc[i * R + r], Values::unit(i), bias);
-          merged[r * V + d] = s == 0 ? y : merged[r * V + d] + y;
-        }
-      }
-    }
-    threadgroup_barrier(mem_flags::mem_threadgroup);
-  }
   if (int(tid) < R) {
     float all_max = -INFINITY, all_sum = 0.0f;
     for (int i = 0; i < NSG; i++) all_max = max(all_max, maxima[i * R + int(tid)]);
@@ -638,7 +626,29 @@ template <typename T, int K, int V, int KB, int VB, int VC, int R>
     states_all[2 * tid] = all_max;
     states_all[2 * tid + 1] = all_sum;
   }
-  threadgroup_barrier(mem_flags::mem_threadgroup);
+#pragma clang loop unroll(full)
+  for (int first = 0; first < R; first += MR) {
+    if (int(lane) < VL && Values::has_codes(value_lane)) {
+      for (int r = first; r < first + MR; r++) {
+        float all_max = -INFINITY;
+        for (int i = 0; i < NSG; i++) all_max = max(all_max, maxima[i * R + r]);
+        const float factor = rescale(maxima[int(sg) * R + r], all_max);
+#pragma clang loop unroll(full)
+        for (int i = 0; i < NA; i++) {
+          const int d = Values::dim(value_lane, i);
+          const float bias = LLOYD ? 0.0f : bias_sums[(int(sg) * R + r) * NG + d / 32];
+          pool[(int(sg) * MR + r - first) * V + d] = factor * fma(acc[i * R + r], Values::unit(i), bias);
+        }
+      }
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    for (int i = int(tid); i < MR * V; i += NSG * 32) {
+      float sum = pool[i];
+      for (int j = 1; j < NSG; j++) sum += pool[j * MR * V + i];
+      merged[first * V + i] = sum;
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+  }
   if (!is_direct) {
     const long part = (long(tg.y) * p.n_parts + int(tg.x)) * n_rows;
     for (int i = int(tid); i < n_rows * V; i += NSG * 32) parts[part * V + i] = merged[i];
@@ -647,7 +657,7 @@ template <typename T, int K, int V, int KB, int VB, int VC, int R>
   }
   if (n_exact > 0) {
     attend_exact<T, K, V, R>(p, bounds, q, first_keys, first_values, tail_keys, tail_values, mask, batch, kv_head, 0, n_rows, 0,
-                             n_exact, weights_all, merged + R * V, states_all + 2 * R, tid, sg, lane, NSG);
+                             n_exact, pool, merged + R * V, states_all + 2 * R, tid, sg, lane, NSG);
   }
   for (int r = int(sg); r < n_rows; r += NSG) {
     const int n_repeats = n_rows / p.n_queries, head = kv_head * n_repeats + r / p.n_queries;

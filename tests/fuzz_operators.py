@@ -194,6 +194,7 @@ def attention_call(rng):
         "mask": None,
         "left_padding": None,
         "lengths": None,
+        "indices": None,
     }
     for name, n in (("first", n_first), ("tail", n_tail)):
         if n or rng.integers(3) == 0:
@@ -221,6 +222,12 @@ def attention_call(rng):
         if extreme:
             numbers = rng.integers(-(2**31), 2**31, numbers.shape)
         call["lengths"] = mx.array(numbers.astype(np.int32))
+    if rng.integers(5) == 0:
+        shape = (batch, choose(rng, 1, n_kv_heads), choose(rng, 1, n_rows), choose(rng, 0, 1, 5, 64, int(rng.integers(0, 200))))
+        low, high = (-(2**31), 2**31) if extreme else (-2, n_coded + 2)
+        call["indices"] = mx.array(rng.integers(low, high, shape).astype(np.int32))
+        if rng.integers(3) == 0:
+            call["indices"] = call["indices"].view(mx.uint32)
     return call
 
 
@@ -289,6 +296,8 @@ def check_attention(rng):
             for name, x in call.items()
             if name not in ("q", "keys", "values")
         }
+        if plain["indices"] is not None:
+            plain["indices"] = plain["indices"].view(np.int32)
         # Exact tokens are taken in the query's type.
         for name in ("first", "tail"):
             if call[name] is not None:
@@ -390,6 +399,12 @@ def illegal(rng, call):
     add("parts of lengths", put(call, "lengths", mx.zeros((q.shape[0], 2), mx.int32)))
     add("padding's type", put(call, "left_padding", mx.zeros(q.shape[0], choose(rng, mx.int64, mx.float32))))
     add("padding's shape", put(call, "left_padding", mx.zeros(q.shape[0] + 1, mx.int32)))
+    lists = (q.shape[0], choose(rng, 1, keys["codes"].shape[1]), choose(rng, 1, q.shape[2]))
+    add("indices' type", put(call, "indices", mx.zeros((*lists, 4), choose(rng, mx.int64, mx.float32, mx.bool_))))
+    add("indices' rank", put(call, "indices", mx.zeros(lists, mx.int32)))
+    add("sequences of indices", put(call, "indices", mx.zeros((lists[0] + 1, *lists[1:], 4), mx.int32)))
+    add("heads of indices", put(call, "indices", mx.zeros((lists[0], keys["codes"].shape[1] + 1, lists[2], 4), mx.int32)))
+    add("queries of indices", put(call, "indices", mx.zeros((*lists[:2], q.shape[2] + 1, 4), mx.int32)))
     add("scale", put(call, "scale", choose(rng, float("nan"), float("inf"), -float("inf"), "x")))
     name, change = kinds[rng.integers(len(kinds))]
     change()

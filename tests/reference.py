@@ -436,10 +436,21 @@ def allowed_columns(n_rows, n_first, n_coded, n_tail, causal=False, left_padding
     return allowed
 
 
-def attention(q, k, v, *, scale=None, mask=None, tail=None, sinks=None, first=None, left_padding=None, lengths=None):
+def listed_columns(allowed, ids, n_first, n_coded):
+    """Numbers of the allowed columns, of the coded ones those that `ids` names, as often as it does."""
+    coded = [n_first + int(i) for i in ids if 0 <= i < n_coded and allowed[n_first + int(i)]]
+    exact = allowed.copy()
+    exact[n_first : n_first + n_coded] = False
+    return np.concatenate([np.flatnonzero(exact), np.array(coded, int)])
+
+
+def attention(
+    q, k, v, *, scale=None, mask=None, tail=None, sinks=None, first=None, left_padding=None, lengths=None, indices=None
+):
     """Softmax attention of q [B, Hq, L, D] over first ++ k ++ tail; columns that are not allowed are not read.
 
-    `k` and `v` are the decoded tokens [B, Hkv, N, D]; a row that attends to nothing is zero.
+    `k` and `v` are the decoded tokens [B, Hkv, N, D]; a row that attends to nothing is zero. `indices`: ids of the rows of k
+    that count, [B, Hkv or 1, L or 1, n]; others name no token.
     """
     q = np.asarray(q, np.float64)
     parts = [part for part in (first, (k, v), tail) if part is not None]
@@ -452,6 +463,8 @@ def attention(q, k, v, *, scale=None, mask=None, tail=None, sinks=None, first=No
     causal = isinstance(mask, str)
     if mask is not None and not causal:
         mask = np.broadcast_to(mask, (n_batch, n_heads, n_rows, keys.shape[2]))
+    if indices is not None:
+        lists = np.broadcast_to(np.asarray(indices).astype(np.int64), (n_batch, keys.shape[1], n_rows, indices.shape[3]))
     out = np.zeros((n_batch, n_heads, n_rows, values.shape[-1]))
     for b in range(n_batch):
         allowed = allowed_columns(
@@ -466,15 +479,14 @@ def attention(q, k, v, *, scale=None, mask=None, tail=None, sinks=None, first=No
         for h in range(n_heads):
             for i in range(n_rows):
                 columns = allowed[i]
-                bias = 0.0
+                row = np.zeros(keys.shape[2])
                 if mask is not None and not causal:
                     row = mask[b, h, i]
-                    if row.dtype == bool:
-                        columns = columns & row
-                    else:
-                        row = row.astype(np.float64)
-                        columns = columns & (row != -np.inf)
-                        bias = row[columns]
+                    row = np.where(row, 0.0, -np.inf) if row.dtype == bool else row.astype(np.float64)
+                    columns = columns & (row != -np.inf)
+                if indices is not None:
+                    columns = listed_columns(columns, lists[b, h // n_repeats, i], n_first, k.shape[2])
+                bias = row[columns]
                 score = scale * (keys[b, h // n_repeats][columns] @ q[b, h, i]) + bias
                 sink = -np.inf if sinks is None else float(sinks[h])
                 top = max(score.max(initial=-np.inf), sink) if not np.isnan(score).any() else np.nan

@@ -256,3 +256,13 @@ class Problem:
             rounded = self.answer(lambda x: to_numpy(mx.array(x.astype(np.float32)).astype(self.dtype)))
             tolerance += np.nanmax(np.abs(rounded - want)) / np.nanmax(np.abs(want))
         assert_close(self.run(**changes), want, tolerance)
+
+
+def token_lists(problem, n_listed, *, per_head=True, per_query=True, seed=0):
+    """`indices` for a Problem: ids without repetition, in no order. An eighth of the slots is empty, in every way there is."""
+    rng = np.random.default_rng(seed)
+    shape = (problem.batch, problem.n_kv_heads if per_head else 1, problem.n_rows if per_query else 1)
+    n = problem.n_coded
+    ids = np.stack([rng.permutation(max(n, n_listed))[:n_listed] for _ in range(int(np.prod(shape)))]).reshape(*shape, n_listed)
+    empty = rng.choice([-1, -(2**31), n, n + 63, 2**31 - 1], ids.shape)
+    return mx.array(np.where(rng.random(ids.shape) < 0.125, empty, ids).astype(np.int32))

@@ -40,6 +40,7 @@ def good():
         "sinks": zeros(8),
         "left_padding": mx.array([0, 1]),
         "lengths": mx.array([[1, 1, 1], [4, 40, 5]]),
+        "indices": mx.array([[[[3, -1, 39]]], [[[0, 40, 7]]]]),
     }
     return zeros(2, 8, 3, 64), keys, values, options
 
@@ -194,6 +195,15 @@ BAD = {
         "batch": dict(lengths=mx.array([[1, 1, 1]])),
         "no room for the causal rows": dict(mask="causal", tail=None),
     },
+    "indices": {
+        "dtype": dict(indices=mx.zeros((2, 1, 1, 5), mx.int64)),
+        "floats": dict(indices=zeros(2, 1, 1, 5)),
+        "rank": dict(indices=mx.zeros((2, 1, 5), mx.int32)),
+        "batch": dict(indices=mx.zeros((1, 1, 1, 5), mx.int32)),
+        "query heads": dict(indices=mx.zeros((2, 8, 1, 5), mx.int32)),
+        "queries": dict(indices=mx.zeros((2, 2, 2, 5), mx.int32)),
+        "scalar": dict(indices=mx.array(3)),
+    },
     "scale": {"NaN": dict(scale=float("nan")), "infinite": dict(scale=float("inf"))},
 }
 
@@ -296,6 +306,7 @@ fuzz = settings(max_examples=300, deadline=None, derandomize=True, suppress_heal
             "sinks": near,
             "left_padding": near,
             "lengths": near,
+            "indices": near,
             "scale": st.none() | st.floats(width=32),
         },
     )

@@ -326,7 +326,7 @@ def test_batch_of_another_recipe_is_refused():
 
 def test_batch_nbytes_shrink_with_the_sequences():
     batch = Batch(Recipe(), 2)
-    batch.step((5000, 20))
+    batch.step((2000, 20))
     large = batch.cache.nbytes
     batch.filter([1])
     assert batch.cache.nbytes < large / 4

@@ -11,7 +11,7 @@ import pytest
 
 import tqext
 import tqext.ops
-from support import KERNEL_TOLERANCE, Problem, assert_close, decoded_keys, to_numpy
+from support import KERNEL_TOLERANCE, Problem, assert_close, decoded_keys, to_numpy, token_lists
 
 SMALL = 1 << 14  # bytes: 64 columns at a time, few rows
 
@@ -85,6 +85,40 @@ def test_composed_attention_rounds_as_the_type_of_the_queries(composed):
     assert_close(problem.run(), rounded, KERNEL_TOLERANCE[mx.float16] + 2 * 2.0**-11 * largest_score)
 
 
+@pytest.mark.parametrize("case", range(24))
+def test_composed_attention_of_listed_tokens(composed, case):
+    """Gathered first: what Metal does, and every backend for large heads."""
+    rng = np.random.default_rng(case)
+
+    def one_of(*choices):
+        return choices[rng.integers(len(choices))]
+
+    n_rows, batch, n_coded = one_of(1, 2, 5), one_of(1, 3), one_of(0, 1, 130, 300)
+    problem = Problem(
+        n_coded=n_coded, n_rows=n_rows, batch=batch, n_repeats=one_of(1, 3), head_dim=one_of(64, 80), n_first=one_of(0, 4),
+        n_tail=5 + one_of(0, 9), means=one_of(True, True, False), balance=one_of(True, False), sinks=one_of(True, False),
+        value_coding=one_of("groups", "lloyd"), rotation=one_of("hadamard", "hadamard", "orthogonal", "none"), seed=case,
+    )  # fmt: skip
+    problem.options["indices"] = ids = token_lists(
+        problem, one_of(0, 1, 70), per_head=one_of(True, False), per_query=one_of(True, False)
+    )
+    kind = one_of(None, "causal", "bool", "float32")
+    problem.options["mask"] = kind
+    if kind not in (None, "causal"):
+        shape = (one_of(1, batch), one_of(1, problem.n_q_heads), one_of(1, n_rows), one_of(1, problem.n_keys))
+        allowed = rng.random(shape) < 0.6
+        numbers = np.where(allowed, rng.normal(size=shape), -np.inf).astype(np.float32)
+        problem.options["mask"] = mx.array(allowed if kind == "bool" else numbers)
+    if case % 3 == 1:
+        problem.options["left_padding"] = mx.array(rng.integers(0, problem.n_keys, batch).astype(np.int32))
+    if case % 3 == 2:
+        tops = (problem.n_first, n_coded, problem.n_tail - 5)
+        problem.options["lengths"] = mx.array(np.stack([rng.integers(0, n + 1, batch) for n in tops], 1).astype(np.int32))
+    problem.check()
+    if case % 4 == 0:
+        assert_close(problem.run(indices=ids.view(mx.uint32)), problem.answer(), KERNEL_TOLERANCE[mx.float32])
+
+
 def test_composed_attention_takes_memory_that_does_not_grow_with_the_context():
     """Two pieces at most, within some copies that MLX makes, beside the output; the history would be 168 and 671 MB."""
     bytes, taken = 1 << 25, []
@@ -98,7 +132,7 @@ def test_composed_attention_takes_memory_that_does_not_grow_with_the_context():
         before = mx.get_active_memory()
         out = tqext._ext.turboquant_attention(
             problem.q, codes, norms, None, None, None, None, 3, 320, "none", values, params, 2, 320, "groups", "none", None,
-            None, None, None, None, None, None, mx.cpu, composed_bytes=bytes,
+            None, None, None, None, None, None, None, mx.cpu, composed_bytes=bytes,
         )  # fmt: skip
         mx.eval(out)
         taken.append(mx.get_peak_memory() - before)

@@ -1,6 +1,6 @@
 """One package for several releases of MLX: what is built, what is depended on, what is loaded, and what is said.
 
-`scripts/mlx_releases.py test` installs one wheel beside each release and runs the operators' tests there; `.ci/run` does so.
+`scripts/mlx_releases.py test` installs one wheel beside each release and runs tests of the operators there; `.ci/run` does so.
 """
 
 import importlib.metadata

@@ -9,6 +9,7 @@
 #include "attention_kernels.h"
 #include "codec.h"
 #include "eval.h"
+#include "listed_tokens.h"
 #include "softmax.h"
 
 namespace tqext {
@@ -61,7 +62,7 @@ struct Task {
   TurboQuantAttention::State state;
   Packed q, key_codes, key_norms, value_codes, value_params;
   std::optional<Packed> means, balance, signs, residual_norms, first_keys, first_values, tail_keys, tail_values, mask, sinks,
-      left_padding, lengths;
+      left_padding, lengths, indices;
   void* out;
   mx::Dtype type;
 
@@ -73,7 +74,8 @@ struct Task {
     int b, h;  // sequence, KV head
     Range queries;
   };
-  // A run of valid tokens of one part. own: the queries' own keys, which lengths set apart from the rest of the tail.
+  // A run of valid tokens of one part; where coded tokens are listed, of slots of a list. own: the queries' own keys, which
+  // lengths set apart from the rest of the tail.
   struct Run {
     Part part;
     Range tokens;
@@ -114,44 +116,63 @@ struct Task {
   int key_dim() const { return padded_dim(state.head_dim); }
   int value_dim() const { return padded_dim(state.value_dim); }
 
+  // Queries that a block may have: those that share a list.
+  int most_queries() const { return indices && indices->view.shape[2] > 1 ? 1 : n_queries(); }
+  int n_own() const { return own_tokens() ? n_queries() : 0; }
+
+  int padding(int b) const;
+  Range valid(Part part, int b) const;
   std::vector<Run> runs(int b) const;
   static std::vector<Run> cut(const std::vector<Run>& runs, int step);
   Rows prepare(const Block& block) const;
   void add_masks(const Block& block, Rows& rows) const;
   States make_states(int n_runs, int n_rows) const;
+  cpu::CodecShape codec_shape() const;
+  cpu::CodedHead coded_head(int b, int h) const;
+  cpu::BlockMeans block_means(int b, int h) const;
   void attend(const Block& block, const Rows& rows, const Run& run, cpu::Partial* partials) const;
   void attend_latents(const Block& block, const cpu::CodedHead& head, const cpu::CodecShape& shape, const cpu::QueryRows& rows,
                       Range tokens, cpu::Partial* partials) const;
   // Whether the states of a part's tokens are in the rotated space.
   bool is_rotated(Part part) const { return part == kCoded && !state.latent; }
+  void attend_listed(const Block& block, const Rows& rows, const Range& slots, cpu::Partial* partials) const;
   void join(const Block& block, const std::vector<Run>& runs, const States& states) const;
   void decode() const;
   void prefill() const;
 };
 
-std::vector<Task::Run> Task::runs(int b) const {
-  int padding = 0;
-  if (left_padding) {
-    // Clamped first: the differences below must not overflow whatever the array holds.
-    const View& v = left_padding->view;
-    padding = std::clamp(int(static_cast<const int32_t*>(v.data)[b * v.strides[0]]), 0, n_keys());
+int Task::padding(int b) const {
+  if (!left_padding) return 0;
+  // Clamped: differences must not overflow whatever the array holds.
+  const View& v = left_padding->view;
+  return std::clamp(int(static_cast<const int32_t*>(v.data)[b * v.strides[0]]), 0, n_keys());
+}
+
+// The tokens of a part that padding and lengths leave, without the queries' own.
+Range Task::valid(Part part, int b) const {
+  const int stored = size(part) - (part == kTail ? n_own() : 0);
+  int end = stored;
+  if (lengths) {
+    const View& v = lengths->view;
+    end = std::clamp(int(static_cast<const int32_t*>(v.data)[b * v.strides[0] + part * v.strides[1]]), 0, stored);
   }
-  const int n_own = own_tokens() ? n_queries() : 0;
+  return {std::clamp(padding(b) - start(part), 0, end), end};
+}
+
+std::vector<Task::Run> Task::runs(int b) const {
   std::vector<Run> runs;
   for (Part part : {kCoded, kFirst, kTail}) {  // the longest first, so that no thread is left with it at the end
-    const int stored = size(part) - (part == kTail ? n_own : 0);
-    int end = stored;
-    if (lengths) {
-      const View& v = lengths->view;
-      end = std::clamp(int(static_cast<const int32_t*>(v.data)[b * v.strides[0] + part * v.strides[1]]), 0, stored);
+    const Range range = valid(part, b);
+    if (part == kCoded && indices) {
+      if (range.size() && indices->view.shape[3]) runs.push_back({part, {0, indices->view.shape[3]}});
+      continue;
     }
-    const Range range{std::clamp(padding - start(part), 0, end), end};
     // Coded tokens' runs begin with a block, but for a first one within a block.
     const int aligned = part == kCoded ? std::clamp(n_blocks(range.begin) * kBlockTokens, range.begin, range.end) : range.begin;
     if (range.begin < aligned) runs.push_back({part, {range.begin, aligned}});
     if (aligned < range.end) runs.push_back({part, {aligned, range.end}});
   }
-  const Range own{std::max(size(kTail) - n_own, padding - start(kTail)), size(kTail)};
+  const Range own{std::max(size(kTail) - n_own(), padding(b) - start(kTail)), size(kTail)};
   if (own.size()) runs.push_back({kTail, own, true});
   return runs;
 }
@@ -237,6 +258,52 @@ Task::States Task::make_states(int n_runs, int n_rows) const {
   return states;
 }
 
+// The state of both parts' tokens.
+void add(const cpu::Partial& part, int dim, cpu::Partial& total) {
+  if (part.max == kNegInf) return;
+  const float max = std::max(total.max, part.max), keep = rescale(total.max, max), weight = rescale(part.max, max);
+  total.max = max;
+  total.sum = keep * total.sum + weight * part.sum;
+  for (int d = 0; d < dim; d++) total.out[d] = keep * total.out[d] + weight * part.out[d];
+}
+
+cpu::CodecShape Task::codec_shape() const {
+  cpu::CodecShape shape{.key_dim = key_dim(),
+                        .value_dim = value_dim(),
+                        .key_bits = state.key_bits,
+                        .value_bits = state.value_bits,
+                        .value_coding = ValueCoding(state.value_coding),
+                        .codebook = {},
+                        .value_codebook = {},
+                        .half_query = type != mx::float32};
+  std::copy_n(codebook(state.key_bits, key_dim()).levels, kMaxKeyLevels, shape.codebook);
+  if (state.value_coding == kValueLloyd) {
+    std::copy_n(codebook(state.value_bits, value_dim()).levels, kMaxKeyLevels, shape.value_codebook);
+  }
+  return shape;
+}
+
+cpu::CodedHead Task::coded_head(int b, int h) const {
+  return {key_codes.head<uint32_t>(b, h),
+          key_norms.head<uint16_t>(b, h),
+          signs ? signs->head<uint32_t>(b, h) : nullptr,
+          residual_norms ? residual_norms->head<uint16_t>(b, h) : nullptr,
+          value_codes.head<uint32_t>(b, h),
+          value_params.head<uint16_t>(b, h),
+          key_codes.token_stride(),
+          key_norms.token_stride(),
+          signs ? signs->token_stride() : 0,
+          residual_norms ? residual_norms->token_stride() : 0,
+          value_codes.token_stride(),
+          value_params.token_stride()};
+}
+
+cpu::BlockMeans Task::block_means(int b, int h) const {
+  const bool half = means->view.type == mx::float16;
+  const void* data = half ? static_cast<const void*>(means->head<uint16_t>(b, h)) : means->head<float>(b, h);
+  return {data, half, state.head_dim, means->token_stride()};
+}
+
 void Task::attend(const Block& block, const Rows& rows, const Run& run, cpu::Partial* partials) const {
   const cpu::AttentionKernels& kernels = cpu::attention_kernels();
   const auto [b, h, queries] = block;
@@ -250,49 +317,24 @@ void Task::attend(const Block& block, const Rows& rows, const Run& run, cpu::Par
                        .end = ends.data(),
                        .bias = mask ? rows.bias[run.part].data() : nullptr};
   const int end = std::min(run.tokens.end, *std::max_element(ends.begin(), ends.end()));
+  if (run.part == kCoded && indices) return attend_listed(block, rows, run.tokens, partials);
   if (run.part == kCoded) {
     query.q = rows.coded.data();
     query.residual_q = signs ? rows.residual.data() : nullptr;
     if (run.tokens.begin >= end) return;  // partials begin as states of nothing
     std::vector<float> offsets;
     if (means) {
-      const bool half = means->view.type == mx::float16;
-      const void* data = half ? static_cast<const void*>(means->head<uint16_t>(b, h)) : means->head<float>(b, h);
       query.first_block = run.tokens.begin / kBlockTokens;
       query.offset_stride = n_blocks(end) - query.first_block;
       offsets.resize(size_t(query.n_rows) * query.offset_stride);
-      kernels.score_means(rows.exact.data(), query.n_rows, {data, half, state.head_dim, means->token_stride()},
-                          query.first_block, int(query.offset_stride), offsets.data());
+      kernels.score_means(rows.exact.data(), query.n_rows, block_means(b, h), query.first_block, int(query.offset_stride),
+                          offsets.data());
       query.offset = offsets.data();
     }
-    cpu::CodecShape shape{.key_dim = key_dim(),
-                          .value_dim = value_dim(),
-                          .key_bits = state.key_bits,
-                          .value_bits = state.value_bits,
-                          .value_coding = ValueCoding(state.value_coding),
-                          .codebook = {},
-                          .value_codebook = {},
-                          .half_query = type != mx::float32};
-    std::copy_n(codebook(state.key_bits, key_dim()).levels, kMaxKeyLevels, shape.codebook);
-    if (state.value_coding == kValueLloyd) {
-      std::copy_n(codebook(state.value_bits, value_dim()).levels, kMaxKeyLevels, shape.value_codebook);
-    }
-    const cpu::CodedHead coded{key_codes.head<uint32_t>(b, h),
-                               key_norms.head<uint16_t>(b, h),
-                               signs ? signs->head<uint32_t>(b, h) : nullptr,
-                               residual_norms ? residual_norms->head<uint16_t>(b, h) : nullptr,
-                               value_codes.head<uint32_t>(b, h),
-                               value_params.head<uint16_t>(b, h),
-                               key_codes.token_stride(),
-                               key_norms.token_stride(),
-                               signs ? signs->token_stride() : 0,
-                               residual_norms ? residual_norms->token_stride() : 0,
-                               value_codes.token_stride(),
-                               value_params.token_stride()};
     if (state.latent) {
-      attend_latents(block, coded, shape, query, {run.tokens.begin, end}, partials);
+      attend_latents(block, coded_head(b, h), codec_shape(), query, {run.tokens.begin, end}, partials);
     } else {
-      kernels.attend_coded(coded, shape, query, run.tokens.begin, end, partials);
+      kernels.attend_coded(coded_head(b, h), codec_shape(), query, run.tokens.begin, end, partials);
     }
     return;
   }
@@ -310,13 +352,67 @@ void Task::attend(const Block& block, const Rows& rows, const Run& run, cpu::Par
   kernels.attend_exact(exact, query, run.tokens.begin, end, partials);
 }
 
-// The state of both parts' tokens.
-void add(const cpu::Partial& part, int dim, cpu::Partial& total) {
-  if (part.max == kNegInf) return;
-  const float max = std::max(total.max, part.max), keep = rescale(total.max, max), weight = rescale(part.max, max);
-  total.max = max;
-  total.sum = keep * total.sum + weight * part.sum;
-  for (int d = 0; d < dim; d++) total.out[d] = keep * total.out[d] + weight * part.out[d];
+// The coded tokens in slots of the block's list.
+void Task::attend_listed(const Block& block, const Rows& rows, const Range& slots, cpu::Partial* partials) const {
+  constexpr int kPiece = 512;  // tokens whose copies stay in a second-level cache
+  const cpu::AttentionKernels& kernels = cpu::attention_kernels();
+  const auto [b, h, queries] = block;
+  const int n = n_rows(block);
+  const cpu::CodecShape shape = codec_shape();
+  const cpu::CodedHead head = coded_head(b, h);
+  const View& list = indices->view;
+  const int32_t* ids_of_list =
+      static_cast<const int32_t*>(list.data) + b * list.strides[0] + h * list.strides[1] + queries.begin * list.strides[2];
+  const std::vector<int>& ends = rows.end[kCoded];
+  Range range = valid(kCoded, b);
+  range.end = std::min(range.end, *std::max_element(ends.begin(), ends.end()));
+  const bool all_rows = *std::min_element(ends.begin(), ends.end()) >= range.end;  // attend to all of them
+  const bool biased = means || mask || !all_rows;
+
+  cpu::ListedTokens tokens;
+  std::vector<int> ids, all(n);
+  std::vector<float> bias;
+  std::vector<const float*> bias_rows(n);
+  std::optional<States> more;  // of the pieces after the first
+  bool first = true;
+  for (int slot = slots.begin; slot < slots.end;) {
+    ids.clear();
+    for (; slot < slots.end && int(ids.size()) < kPiece; slot++) {
+      const int id = ids_of_list[slot * list.strides[3]];
+      if (id >= range.begin && id < range.end) ids.push_back(id);
+    }
+    const int n_ids = int(ids.size());
+    if (n_ids == 0) break;
+    if (biased) {
+      bias.assign(size_t(n) * n_ids, 0.0f);
+      if (means) {
+        tokens.add_means(kernels.score_means, rows.exact.data(), n, block_means(b, h), ids.data(), n_ids, bias.data());
+      }
+      for (int r = 0; r < n; r++) {
+        float* to = &bias[size_t(r) * n_ids];
+        bias_rows[r] = to;
+        for (int i = 0; mask && i < n_ids; i++) {
+          const float x = rows.bias[kCoded][r][ids[i]];
+          to[i] = x == kNegInf ? x : to[i] + x;
+        }
+        for (int i = 0; !all_rows && i < n_ids; i++) to[i] = ids[i] < ends[r] ? to[i] : kNegInf;
+      }
+    }
+    std::fill(all.begin(), all.end(), n_ids);
+    const cpu::QueryRows query{.n_rows = n,
+                               .q = rows.coded.data(),
+                               .residual_q = signs ? rows.residual.data() : nullptr,
+                               .offset = nullptr,
+                               .offset_stride = 0,
+                               .first_block = 0,
+                               .end = all.data(),
+                               .bias = biased ? bias_rows.data() : nullptr};
+    if (!first && !more) more = make_states(1, n);
+    cpu::Partial* states = first ? partials : more->partials.data();
+    kernels.attend_coded(tokens.gather(head, shape, ids.data(), n_ids), shape, query, 0, n_ids, states);
+    for (int r = 0; !first && r < n; r++) add(states[r], value_dim(), partials[r]);
+    first = false;
+  }
 }
 
 // Coded tokens whose values are their keys. A block's weights also weigh its mean, so blocks are attended to one by one. The
@@ -364,7 +460,7 @@ void Task::attend_latents(const Block& block, const cpu::CodedHead& head, const 
 
 // Joins the states of each row's runs, rotates the coded part back and writes the output.
 void Task::join(const Block& block, const std::vector<Run>& runs, const States& states) const {
-  float coded[kMaxDim], exact[kMaxDim];
+  float coded[kMaxDim], exact[kMaxDim + 1];
   const int n = n_rows(block);
   for (int r = 0; r < n; r++) {
     float sink = kNegInf;
@@ -385,7 +481,8 @@ void Task::join(const Block& block, const std::vector<Run>& runs, const States& 
     if (state.hadamard && !state.latent) cpu::rotate_row(coded, value_dim(), TQ_ROTATION_SEED, true);
     const float inverse = sum == 0 ? 0.0f : 1.0f / sum;
     for (int d = 0; d < state.value_dim; d++) exact[d] = (exact[d] + coded[d]) * inverse;
-    cpu::store_row(exact, state.value_dim, out, type, q_row(block, r) * state.value_dim);
+    if (state.lse) exact[state.value_dim] = (max + std::log2(sum)) / kLog2e;
+    cpu::store_row(exact, state.out_columns(), out, state.lse ? mx::float32 : type, q_row(block, r) * state.out_columns());
   }
 }
 
@@ -393,13 +490,15 @@ void Task::join(const Block& block, const std::vector<Run>& runs, const States& 
 void Task::decode() const {
   // Long enough that an item's overhead does not show, enough items for every thread to share the work evenly.
   constexpr int kMinTokens = 1024, kItemsPerThread = 4;
-  const int n_blocks = batch() * n_kv_heads();
+  const int n_lists = n_queries() / most_queries();  // of a head
+  const int n_blocks = batch() * n_kv_heads() * n_lists;
   const int n_ranges = std::max(1, kItemsPerThread * cpu::num_threads() / n_blocks);
   std::vector<Block> blocks;
   std::vector<std::vector<Run>> block_runs(n_blocks);
   std::vector<std::pair<int, int>> items;  // block, run
   for (int i = 0; i < n_blocks; i++) {
-    blocks.push_back({i / n_kv_heads(), i % n_kv_heads(), {0, n_queries()}});
+    const int head = i / n_lists, query = i % n_lists * most_queries();
+    blocks.push_back({head / n_kv_heads(), head % n_kv_heads(), {query, query + most_queries()}});
     const std::vector<Run> whole = runs(blocks[i].b);
     int n_tokens = 0;
     for (const Run& run : whole) n_tokens += run.tokens.size();
@@ -424,12 +523,12 @@ void Task::decode() const {
 void Task::prefill() const {
   // Per block: a decoded tile of tokens serves 64 times n_repeats rows, fewer where those would not stay in the caches.
   constexpr int kMostQueries = 64, kMostRows = 1024;
-  const int n_each = std::clamp(kMostRows / n_repeats(), 1, kMostQueries);
-  const int n_query_blocks = (n_queries() + n_each - 1) / n_each;
+  const int n_block_queries = std::min(most_queries(), std::clamp(kMostRows / n_repeats(), 1, kMostQueries));
+  const int n_query_blocks = (n_queries() + n_block_queries - 1) / n_block_queries;
   cpu::parallel_for(batch() * n_kv_heads() * n_query_blocks, [&](int i) {
     // The last queries have the most keys under a causal mask: they go first.
-    const int query = (n_query_blocks - 1 - i % n_query_blocks) * n_each, head = i / n_query_blocks;
-    const Block block{head / n_kv_heads(), head % n_kv_heads(), {query, std::min(query + n_each, n_queries())}};
+    const int query = (n_query_blocks - 1 - i % n_query_blocks) * n_block_queries, head = i / n_query_blocks;
+    const Block block{head / n_kv_heads(), head % n_kv_heads(), {query, std::min(query + n_block_queries, n_queries())}};
     const Rows rows = prepare(block);
     const int n = n_rows(block);
     // The state of all coded tokens, that of all exact ones, and that of the run at hand.
@@ -464,12 +563,15 @@ void TurboQuantAttention::eval_cpu(const std::vector<mx::array>& inputs, mx::arr
   auto encoder =
       cpu::prepare(decodes ? "turboquant_attention of a step" : "turboquant_attention of a prompt", stream(), inputs, {out});
   auto optional = [](const mx::array* x) { return x ? std::optional<Packed>(*x) : std::nullopt; };
-  std::optional<Packed> mask = optional(in.mask);
-  if (mask) {
+  auto broadcast = [](const mx::array* x) {
+    std::optional<Packed> packed;
+    if (!x) return packed;
+    packed.emplace(*x);
     for (int axis = 0; axis < 4; axis++) {
-      if (mask->view.shape[axis] == 1) mask->view.strides[axis] = 0;
+      if (packed->view.shape[axis] == 1) packed->view.strides[axis] = 0;
     }
-  }
+    return packed;
+  };
   auto task = std::make_shared<Task>(Task{.state = state_,
                                           .q = in.q,
                                           .key_codes = in.key_codes,
@@ -484,12 +586,13 @@ void TurboQuantAttention::eval_cpu(const std::vector<mx::array>& inputs, mx::arr
                                           .first_values = optional(in.first_values),
                                           .tail_keys = optional(in.tail_keys),
                                           .tail_values = optional(in.tail_values),
-                                          .mask = mask,
+                                          .mask = broadcast(in.mask),
                                           .sinks = optional(in.sinks),
                                           .left_padding = optional(in.left_padding),
                                           .lengths = optional(in.lengths),
+                                          .indices = broadcast(in.indices),
                                           .out = out.data<void>(),
-                                          .type = out.dtype()});
+                                          .type = in.q.dtype()});
   encoder.dispatch([task] { task->run(); });
 }
 

@@ -32,6 +32,7 @@ else:
         quantize_keys,
         quantize_values,
         rotate,
+        shared_prefix_attention,
         turboquant_attention,
     )
 
@@ -109,6 +110,7 @@ __all__ = [
     "quantize_keys",
     "quantize_values",
     "rotate",
+    "shared_prefix_attention",
     "turboquant_attention",
     "uninstall",
     "upgrade",

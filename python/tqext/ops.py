@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import NamedTuple, TypeVar
 
 import mlx.core as mx
@@ -269,6 +270,7 @@ def turboquant_attention(
     first: tuple[mx.array, mx.array] | None = None,
     left_padding: mx.array | None = None,
     lengths: mx.array | None = None,
+    indices: mx.array | None = None,
     stream: Stream = None,
 ) -> mx.array:
     """Attention of ``q`` over packed keys and values, in one pass over the packed bytes.
@@ -291,6 +293,11 @@ def turboquant_attention(
         lengths: int32 ``[batch, 3]``: how many first, packed and tail tokens each sequence holds, counted from each part's
             start; the rest is not attended. With ``mask="causal"`` the last ``n_queries`` tail tokens are the queries' own, are
             always held, and are not counted.
+        indices: int32 or uint32 ``[batch, n_kv_heads or 1, n_queries or 1, n_listed]``: of the packed tokens a query attends to
+            those that its list names, in any order; heads or queries share a list where the axis is 1. Ids count from the
+            first packed token. An id outside ``0 ... n_coded - 1``, a negative one say, is an empty slot. A token that is
+            listed twice counts twice. Mask, padding and lengths restrict a listed token by its place in the history, as
+            without a list. Exact tokens have no ids: ``first`` and ``tail`` are attended to as without a list.
         stream: stream or device.
 
     Returns:
@@ -306,11 +313,31 @@ def turboquant_attention(
         >>> tqext.turboquant_attention(q, tqext.quantize_keys(k), tqext.quantize_values(v)).shape
         (1, 8, 1, 64)
     """
-    # mx.compile hands packed tuples on as plain tuples.
-    if not isinstance(packed_k, PackedKeys):
-        packed_k = _rebuild(PackedKeys, packed_k, "packed_k")
-    if not isinstance(packed_v, PackedValues):
-        packed_v = _rebuild(PackedValues, packed_v, "packed_v")
+    return _attend(
+        "turboquant_attention", q, packed_k, packed_v, scale=scale, mask=mask, tail=tail, sinks=sinks, first=first,
+        left_padding=left_padding, lengths=lengths, indices=indices, stream=stream,
+    )  # fmt: skip
+
+
+def _attend(
+    op: str,
+    q: mx.array,
+    packed_k: PackedKeys,
+    packed_v: PackedValues,
+    *,
+    scale: float | None,
+    mask: mx.array | str | None = None,
+    tail: tuple[mx.array, mx.array] | None = None,
+    sinks: mx.array | None = None,
+    first: tuple[mx.array, mx.array] | None = None,
+    left_padding: mx.array | None = None,
+    lengths: mx.array | None = None,
+    indices: mx.array | None = None,
+    stream: Stream = None,
+    lse: bool = False,
+) -> mx.array:
+    """`turboquant_attention`. lse: in fp32, with the log of the sum of weights as one column more."""
+    packed_k, packed_v = _rebuild(PackedKeys, packed_k, "packed_k", op), _rebuild(PackedValues, packed_v, "packed_v", op)
     try:
         return _ext.turboquant_attention(
             q,
@@ -336,11 +363,121 @@ def turboquant_attention(
             sinks,
             left_padding,
             lengths,
+            indices,
             stream,
+            lse,
         )
     except TypeError as error:
-        given = _given(mask=mask, tail=tail, sinks=sinks, first=first, left_padding=left_padding, lengths=lengths)
-        raise _explained("turboquant_attention", error, q=q, **given) from None
+        given = _given(
+            mask=mask, tail=tail, sinks=sinks, first=first, left_padding=left_padding, lengths=lengths, indices=indices
+        )
+        raise _explained(op, error, q=q, **given) from None
+
+
+def shared_prefix_attention(
+    q: mx.array,
+    prefix_k: PackedKeys,
+    prefix_v: PackedValues,
+    packed_k: PackedKeys,
+    packed_v: PackedValues,
+    *,
+    scale: float | None = None,
+    mask: mx.array | str | None = None,
+    tail: tuple[mx.array, mx.array] | None = None,
+    sinks: mx.array | None = None,
+    first: tuple[mx.array, mx.array] | None = None,
+    lengths: mx.array | None = None,
+    stream: Stream = None,
+) -> mx.array:
+    """Attention of sequences that begin with the same tokens, of which there is one copy.
+
+    The same, but for a few roundings of fp32, as `turboquant_attention` over ``first``, the prefix, a sequence's own packed
+    tokens and its ``tail``. The queries of all sequences read the prefix together. That result and the one over the own tokens
+    are joined by the logs of their sums of weights (log-sum-exp).
+
+    Args:
+        q: float32, float16 or bfloat16 ``[batch, n_q_heads, n_queries, head_dim]``, not rotated.
+        prefix_k: packed keys of the tokens that all sequences begin with, ``[1, n_kv_heads, n_prefix, ...]``.
+        prefix_v: packed values of as many tokens.
+        packed_k: packed keys of each sequence's own tokens, ``[batch, n_kv_heads, n_coded >= 0, ...]``.
+        packed_v: packed values of as many tokens.
+        scale: of the scores; None: ``head_dim ** -0.5``.
+        mask: as for `turboquant_attention`, over the own packed tokens and the tail. Every query sees the prefix.
+        tail: exact keys and values behind the own packed ones, ``[batch, n_kv_heads, n_tail, head_dim]``.
+        sinks: attention-sink logits ``[n_q_heads]``.
+        first: exact keys and values before the prefix, ``[1, n_kv_heads, n_first, head_dim]``.
+        lengths: int32 ``[batch, 2]``: how many own packed and tail tokens each sequence holds, as for `turboquant_attention`.
+        stream: stream or device.
+
+    Returns:
+        ``[batch, n_q_heads, n_queries, value_dim]`` in q's dtype.
+
+    Raises:
+        ValueError: shapes, dtypes or numbers that do not fit.
+
+    Example:
+        >>> k, v = mx.random.normal((1, 2, 640, 64)), mx.random.normal((1, 2, 640, 64))
+        >>> prefix = tqext.quantize_keys(k), tqext.quantize_values(v)
+        >>> own = mx.random.normal((8, 2, 64, 64))
+        >>> q = mx.random.normal((8, 4, 1, 64))
+        >>> tqext.shared_prefix_attention(q, *prefix, tqext.quantize_keys(own), tqext.quantize_values(own)).shape
+        (8, 4, 1, 64)
+    """
+    op = "shared_prefix_attention"
+    packs = [(prefix_k, prefix_v, "prefix"), (packed_k, packed_v, "packed")]
+    (prefix_k, prefix_v), (packed_k, packed_v) = (
+        (_rebuild(PackedKeys, k, f"{name}_k", op), _rebuild(PackedValues, v, f"{name}_v", op)) for k, v, name in packs
+    )
+    _check_shared(op, q, prefix_k, prefix_v, packed_k, packed_v, lengths)
+    batch, n_heads, n_queries, head_dim = q.shape
+    with nullcontext() if stream is None else mx.stream(stream):
+        rows = q.transpose(1, 0, 2, 3).reshape(1, n_heads, batch * n_queries, head_dim)
+        shared = _attend(op, rows, prefix_k, prefix_v, scale=scale, first=first, lse=True)
+        shared = shared.reshape(n_heads, batch, n_queries, shared.shape[3]).transpose(1, 0, 2, 3)
+        counts = None if lengths is None else mx.pad(lengths, [(0, 0), (1, 0)])
+        own = _attend(op, q, packed_k, packed_v, scale=scale, mask=mask, tail=tail, sinks=sinks, lengths=counts, lse=True)
+        parts = [mx.split(x, [x.shape[3] - 1], axis=3) for x in (shared, own)]
+        return _weigh(*parts[0], *parts[1]).astype(q.dtype)
+
+
+def _check_shared(
+    op: str,
+    q: mx.array,
+    prefix_k: PackedKeys,
+    prefix_v: PackedValues,
+    packed_k: PackedKeys,
+    packed_v: PackedValues,
+    lengths: mx.array | None,
+) -> None:
+    """What the two calls of attention do not see: that they fit together."""
+
+    def got(x: object) -> str:
+        return f"shape {x.shape}" if isinstance(x, mx.array) else type(x).__name__
+
+    if not isinstance(q, mx.array) or q.ndim != 4:
+        raise ValueError(f"[{op}] q: expected 4 axes [batch, n_q_heads, n_queries, head_dim], got {got(q)}")
+    for name, x in (("prefix_k", prefix_k), ("packed_k", packed_k)):
+        if not isinstance(x.codes, mx.array) or x.codes.ndim != 4:
+            raise ValueError(f"[{op}] {name}.codes: expected 4 axes [batch, n_kv_heads, n_tokens, words], got {got(x.codes)}")
+    if prefix_k.codes.shape[0] != 1:
+        raise ValueError(f"[{op}] prefix_k.codes: expected one sequence, which all share, got shape {prefix_k.codes.shape}")
+    if prefix_k.codes.shape[1] != packed_k.codes.shape[1]:
+        heads = packed_k.codes.shape[1]
+        raise ValueError(f"[{op}] prefix_k.codes: expected {heads} heads as in packed_k, got shape {prefix_k.codes.shape}")
+    if _head_dim(prefix_v) != _head_dim(packed_v):
+        dims = _head_dim(packed_v), _head_dim(prefix_v)
+        raise ValueError(f"[{op}] prefix_v: expected head dimension {dims[0]} as in packed_v, got {dims[1]}")
+    if lengths is not None and (not isinstance(lengths, mx.array) or lengths.shape != (q.shape[0], 2)):
+        raise ValueError(f"[{op}] lengths: expected shape {(q.shape[0], 2)}, got {got(lengths)}")
+
+
+@mx.compile
+def _weigh(a: mx.array, lse_a: mx.array, b: mx.array, lse_b: mx.array) -> mx.array:
+    top = mx.maximum(lse_a, lse_b)
+    top = mx.where(top == -mx.inf, 0.0, top)  # nothing is attended to
+    of_a, of_b = mx.exp(lse_a - top), mx.exp(lse_b - top)
+    total = of_a + of_b
+    return (a * of_a + b * of_b) / mx.where(total == 0, 1.0, total)
 
 
 def latent_attention(
@@ -389,8 +526,7 @@ def latent_attention(
         >>> tqext.latent_attention(q, packed, scale=192**-0.5, q_rope=q_rope, k_rope=k_rope).shape
         (1, 16, 1, 512)
     """
-    if not isinstance(packed, PackedKeys):
-        packed = _rebuild(PackedKeys, packed, "packed", "latent_attention")
+    packed = _rebuild(PackedKeys, packed, "packed", "latent_attention")
     dim, arrays = _head_dim(packed), (*packed[:6], packed.bits)
     try:
         return _ext.latent_attention(q, *arrays, dim, packed.rotation, scale, mask, q_rope, k_rope, first, tail, stream)
@@ -402,7 +538,10 @@ def latent_attention(
 Packed = TypeVar("Packed", PackedKeys, PackedValues)
 
 
-def _rebuild(kind: type[Packed], packed: object, name: str, op: str = "turboquant_attention") -> Packed:
+def _rebuild(kind: type[Packed], packed: object, name: str, op: str) -> Packed:
+    """What was packed; mx.compile hands packed tuples on as plain tuples."""
+    if isinstance(packed, kind):
+        return packed
     if isinstance(packed, tuple) and len(packed) == len(kind._fields):
         return kind(*packed)
     raise ValueError(f"[{op}] {name}: expected {kind.__name__}, got {type(packed).__name__}")

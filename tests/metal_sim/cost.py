@@ -1,4 +1,5 @@
-"""What the attention kernels cost on an Apple GPU: operations counted on the simulator, times published throughputs.
+"""What the attention kernels cost on an Apple GPU: operations counted on the simulator, and a compiler's code, times published
+throughputs.
 
 Throughputs in cycles per simdgroup instruction and scheduler, from philipturner/metal-benchmarks (M1, M2): FMA, add, AND,
 select, add with a shift by 1 to 4: 1; shuffle with one mask for all lanes: 2.04. Other shifts, conversions and exp2 take one
@@ -79,9 +80,131 @@ def core_cycles(counted: Counted, loop: Loop) -> float:
     return max(issued, slow * SLOW) / LANES_PER_CYCLE
 
 
+# --- what a compiler makes of the kernels ------------------------------------------------------------------------------
+
+
+@dataclass
+class Figures:
+    """KernelFigures of metal/dispatch_plan.h: instructions of simdgroups that are no product of matrices; see there."""
+
+    registers: int
+    tile: int
+    staged: int
+    exact: int
+    exact_staged: int
+    around: int
+    row: int
+    traffic: int
+
+
+def power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def _exact(score, softmax, add, dim: int, rows: int) -> int:
+    """Instructions of attend_exact() for 32 tokens: loops over parts, rows, and dimensions; see the kernel's source."""
+    tokens = score.loops[0]  # four at a time
+    (a_row,) = tokens.loops
+    values = max(loop.instructions for loop in add.innermost())  # four tokens, 32 dimensions
+    return 8 * (tokens.instructions + rows * a_row.instructions) + rows * softmax.all() + 8 * dim // 32 * values
+
+
+def split_figures(compiled, dim: int, rows: int) -> Figures:
+    """Of the split kernel for 3-bit Lloyd-Max values, `Compiled` with keys and values of `dim` dimensions."""
+    loops = compiled.code.loops
+    main = max(loops, key=lambda loop: loop.all())
+    (values,) = main.loops
+    passes = power_of_two(dim // 32) * (4 if rows > 2 else 2) // 2  # two steps each
+    # A threadgroup with coded tokens does not run what attends to exact ones, up to the last barrier before the queries' loop.
+    queries = loops[loops.index(main) - 1]
+    exact = max(n for n in compiled.code.barriers if n <= queries.before) - loops[0].before
+    return Figures(
+        registers=compiled.registers,
+        tile=main.instructions + passes * values.instructions,
+        staged=0,
+        exact=_exact(*loops[:3], dim, rows),
+        exact_staged=0,
+        around=compiled.code.instructions - exact,
+        row=queries.all(),
+        traffic=main.threadgroup_bytes + passes * values.threadgroup_bytes,
+    )
+
+
+def matrix_figures(compiled, dim: int) -> Figures:
+    """Of the matrix kernel: words of keys, of values, of parameters and norms are staged by a loop each."""
+    loops = compiled.code.loops
+    (main,) = (loop for loop in loops if loop.products)
+    keys, values, parameters, norms = main.loops[:4]
+    words = dim * 3 // 32
+    return Figures(
+        registers=compiled.registers,
+        tile=main.instructions - main.products,
+        staged=words * (keys.instructions + values.instructions) + parameters.instructions + norms.instructions,
+        exact=_exact(*loops[0].loops[:3], dim, 8),
+        exact_staged=0,
+        around=compiled.code.instructions,
+        row=loops[loops.index(main) - 1].all(),
+        traffic=main.threadgroup_bytes,
+    )
+
+
+def prompt_figures(compiled, dim: int, block_rows: int, staged: int) -> Figures:
+    """Of the prompt kernel.
+
+    Args:
+        staged: instructions of all simdgroups that decode a tile; they are in the loop. See `prompt_staged`.
+    """
+    loops = compiled.code.loops
+    coded, exact = (loop for loop in loops if loop.products)
+    split = 2 if dim > 128 else 1
+    simdgroups, tiles = block_rows // 8 * split, split  # tiles of 32 // split tokens
+    passes = 32 * dim // (4 * 32 * simdgroups)  # four elements a thread, keys and values
+    keys, values = exact.loops[1:3]
+    return Figures(
+        registers=compiled.registers,
+        tile=tiles * (coded.instructions - coded.products) - staged // simdgroups,
+        staged=staged,
+        exact=tiles * (exact.instructions - exact.products),
+        exact_staged=simdgroups * passes * (keys.instructions + values.instructions),
+        around=compiled.code.instructions,
+        row=sum(loop.all() for loop in loops if not loop.products and loop.all() > 100),
+        traffic=tiles * coded.threadgroup_bytes,
+    )
+
+
+def prompt_staged(rows32, rows64) -> int:
+    """Instructions that decode a tile of the prompt kernel: four simdgroups have twice the share that eight have."""
+    few, many = (next(loop for loop in x.code.loops if loop.products) for x in (rows32, rows64))
+    return 8 * (few.instructions - many.instructions)
+
+
+# --- the plan's model --------------------------------------------------------------------------------------------------
+
+PRODUCT, SCHEDULERS = 17, 4  # cycles of a scheduler for a product of 8x8 matrices; schedulers of a core
 # With more registers a core holds 12 simdgroups, one threadgroup of eight; an FMA then takes 1.6 cycles of a scheduler
 # instead of 1 (metal-benchmarks, eight simdgroups, four independent operations).
 FULL_OCCUPANCY_REGISTERS, FEW_SIMDGROUPS = 104, 1.6
+THREADGROUP_BYTES = 128  # a cycle
+LAUNCH = 6500  # cycles: 5 us
+
+
+@dataclass
+class Work:
+    """What a KV head's share of a call is: rows, tokens, and the threadgroups that share them."""
+
+    n_rows: int
+    dims: int  # of a key and a value together
+    n_coded: int
+    n_exact: int
+    threadgroups: int  # over coded tokens; in the prompt kernel over all, for a block of rows
+    exact_threadgroups: int  # of their own
+    parts: int  # that are joined; 0: one threadgroup writes the result
+    n_cores: int  # for one KV head
+
+    def time(self, cycles: float, threadgroups: int) -> float:
+        """Cycles for a call: of core cycles shared out to threadgroups, and of joining the parts."""
+        joined = LAUNCH + self.n_rows * (288 + 51 * self.parts) / SCHEDULERS / self.n_cores if self.parts else 0.0
+        return cycles / min(self.n_cores, max(1, threadgroups)) + joined
 
 
 def occupied(registers: int) -> float:
@@ -89,48 +212,40 @@ def occupied(registers: int) -> float:
     return FEW_SIMDGROUPS if registers > FULL_OCCUPANCY_REGISTERS else 1.0
 
 
-def split_cycles(counted: Counted, loop: Loop, registers: int, memory: int, *, n_tokens: int, outside: int) -> float:
-    """Core cycles per KV head of one threadgroup of the split kernel: its loop, loads and stores issued, what is around it.
-
-    Args:
-        counted: as for `core_cycles`. So is ``loop``.
-        registers: that a lane needs.
-        memory: loads and stores in the loop, which takes 32 tokens at a time.
-        n_tokens: coded ones.
-        outside: instructions that are not in the loop: rotation, exact tokens, joining. Each of eight simdgroups passes once.
-    """
-    per_token = core_cycles(counted, loop) + memory / LANES_PER_CYCLE
-    return occupied(registers) * (per_token * n_tokens + outside * 8 / 4)
-
-
-PRODUCT, SCHEDULERS = 17, 4  # cycles of a scheduler for a product of 8x8 matrices; schedulers of a core
-
-
 def _turns(simdgroups: int) -> float:
     """Simdgroups of a threadgroup that one scheduler runs, when two threadgroups share a core."""
     return -(-2 * simdgroups // SCHEDULERS) / 2
 
 
-def matrix_cycles(n_rows: int, dims: int, n_coded: int, n_exact: int, row_blocks: int, groups: int, slower: float = 1) -> float:
-    """Core cycles per KV head of the matrix kernel.
-
-    Args:
-        n_rows: query rows of the KV head.
-        dims: of a key and a value together.
-        n_coded: coded tokens. ``n_exact``: exact ones.
-        row_blocks: simdgroups that share a tile. ``groups``: of them in a threadgroup.
-        slower: cycles of an instruction that is no product (`occupied`).
-    """
-    # A tile of 32 tokens: dims / 8 * 32 / 8 products for 8 rows, each with an operand to decode, and the softmax of its scores.
-    tile = dims * 4 / 8 * (PRODUCT + 6.5 * slower) + 110 * slower
-    blocks = -(-n_rows // (8 * row_blocks))
-    return blocks * _turns(row_blocks * groups) / groups * tile * n_coded / 32 + slower * 27 / 256 * n_rows * dims * n_exact / 4
+def split_cycles(f: Figures, rows: int, work: Work) -> float:
+    """Cycles of the split kernel for `rows` rows."""
+    slower = occupied(f.registers) / SCHEDULERS
+    tile = max(slower * f.tile, 32 * f.traffic / THREADGROUP_BYTES)
+    start = 8 * f.around + rows * f.row
+    cycles = tile * work.n_coded / 32 + slower * (f.exact * work.n_exact / 32 + start * max(work.threadgroups, not work.parts))
+    return work.time(cycles, work.threadgroups + work.exact_threadgroups)
 
 
-def prompt_cycles(n_rows: int, dims: int, split: int, n_coded: int, n_exact: int, block_rows: int) -> float:
-    """Core cycles per KV head of the prompt kernel with blocks of `block_rows`; `split` simdgroups share 8 rows."""
-    full, rest = divmod(n_rows, block_rows)
-    simdgroups = [block_rows // 8 * split] * full + [-(-rest // 8) * split] * (rest > 0)
-    multiplied = dims * 4 / 8 / split * (PRODUCT + 4) + 110
-    staged = (2.5 * n_coded + 8 * n_exact) / 32 * dims / SCHEDULERS
-    return sum(_turns(n) * multiplied * (n_coded + n_exact) / 32 + staged for n in simdgroups)
+def matrix_cycles(f: Figures, row_blocks: int, groups: int, work: Work) -> float:
+    """Cycles of the matrix kernel: `groups` of `row_blocks` simdgroups that share a tile."""
+    slower, blocks = occupied(f.registers), -(-work.n_rows // (8 * row_blocks))
+    # A tile of 32 tokens: dims / 8 * 32 / 8 products for 8 rows.
+    tile = work.dims * 4 / 8 * PRODUCT + slower * (f.tile + f.staged / row_blocks)
+    tile = max(tile * _turns(row_blocks * groups) / groups, row_blocks * 32 * f.traffic / THREADGROUP_BYTES)
+    start = slower / SCHEDULERS * row_blocks * (groups * f.around + 8 * f.row) * work.threadgroups
+    exact = slower / SCHEDULERS * f.exact * -(-work.n_rows // 8) * work.n_exact / 32
+    cycles = blocks * (tile * work.n_coded / 32 + start) + exact
+    return work.time(cycles, blocks * (work.threadgroups + work.exact_threadgroups))
+
+
+def prompt_cycles(f: Figures, block_rows: int, split: int, work: Work) -> float:
+    """Cycles of the prompt kernel with blocks of `block_rows`; `split` simdgroups share 8 rows."""
+    full, rest = divmod(work.n_rows, block_rows)
+    slower, cycles = occupied(f.registers), 0.0
+    for n in [block_rows // 8 * split] * full + [-(-rest // 8) * split] * (rest > 0):
+        products = work.dims * 4 / 8 / split * PRODUCT
+        coded = _turns(n) * (products + slower * f.tile) + slower * f.staged / SCHEDULERS
+        exact = _turns(n) * (products + slower * f.exact) + slower * f.exact_staged / SCHEDULERS
+        cycles += max(coded, n * 32 * f.traffic / THREADGROUP_BYTES) * work.n_coded / 32 + exact * work.n_exact / 32
+        cycles += work.threadgroups * _turns(block_rows // 8 * split) * slower * (f.around + 8 * f.row)
+    return work.time(cycles, -(-work.n_rows // block_rows) * work.threadgroups)

@@ -14,6 +14,7 @@ import os
 import re
 import subprocess
 
+import cost
 import metal_simulator as sim
 import mlx.core as mx
 import numpy as np
@@ -124,11 +125,12 @@ class Device:
         schedule: order of threads and threadgroups (`metal_simulator`).
         seed: of random schedules.
         n_cores: GPU cores that the plan spreads the work over.
+        kernel: of attention (`KERNELS`) instead of the one that the plan chooses.
         log: (kernel name, counters) of each dispatch.
     """
 
-    def __init__(self, mode="fast", schedule=sim.IN_ORDER, seed=0, n_cores=10):
-        self.mode, self.schedule, self.seed, self.n_cores = mode, schedule, seed, n_cores
+    def __init__(self, mode="fast", schedule=sim.IN_ORDER, seed=0, n_cores=10, kernel=None):
+        self.mode, self.schedule, self.seed, self.n_cores, self.kernel = mode, schedule, seed, n_cores, kernel
         self.sources: dict[str, str] = {}  # texts that replace those of metal/*.metal, by name: for the mutation tests
         self.log: list[tuple[str, sim.Stats]] = []
 
@@ -189,6 +191,11 @@ def _to_mx(x: np.ndarray, dtype: mx.Dtype) -> mx.array:
     return mx.array(x).view(dtype) if dtype == mx.bfloat16 else mx.array(x)
 
 
+def _mx_type(x) -> mx.Dtype:
+    """Of an MLX array, or of a NumPy view that is float32 or float16."""
+    return x.dtype if isinstance(x, mx.array) else mx.float32 if x.dtype == np.float32 else mx.float16
+
+
 def _numpy_type(dtype: mx.Dtype):
     return {mx.float32: np.float32, mx.float16: np.float16, mx.bfloat16: np.uint16}[dtype]
 
@@ -211,11 +218,30 @@ def packed_input(device, x) -> np.ndarray:
     return out.array
 
 
-def plan_attention(lib, shape) -> tuple[dict, np.ndarray]:
-    """The plan, and the kernel's parameter struct as bytes."""
+KERNELS = "split", "matrix", "prompt32", "prompt64"  # in the order of AttentionKernel
+
+
+def plan_attention(lib, shape, kernel: str | None = None) -> tuple[dict, np.ndarray]:
+    """The plan, and the kernel's parameter struct as bytes. kernel: one of KERNELS instead of the chosen one."""
     params = np.zeros(lib.tq_sizeof_attention_params(), np.uint8)
-    plan = json.loads(lib.tq_plan_attention(ctypes.byref(shape), params.ctypes.data_as(ctypes.c_void_p)))
+    number = -1 if kernel is None else KERNELS.index(kernel)
+    plan = json.loads(lib.tq_plan_attention(ctypes.byref(shape), number, params.ctypes.data_as(ctypes.c_void_p)))
     return plan, params
+
+
+def attention_cycles(shape: AttentionShape) -> dict[str, float]:
+    """Core cycles of each kernel by the plan's cost model, infinite for one that does not take the shape."""
+    cycles = (ctypes.c_double * len(KERNELS))()
+    plans().tq_attention_cycles(ctypes.byref(shape), cycles)
+    return dict(zip(KERNELS, cycles, strict=True))
+
+
+def kernel_figures(kernel: str, dims: int, rows: int = 0) -> dict[str, int]:
+    """KernelFigures of dispatch_plan.h for keys and values of `dims` dimensions together."""
+    names = "dims", *cost.Figures.__dataclass_fields__
+    figures = (ctypes.c_int * len(names))()
+    plans().tq_kernel_figures(KERNELS.index(kernel), rows, dims, figures)
+    return dict(zip(names, figures, strict=True))
 
 
 def has_kernel(q, packed_k, packed_v) -> bool:
@@ -233,7 +259,7 @@ def turboquant_attention(
 
     Packed arrays may also be NumPy views of longer buffers; q may be one when it is float32 or float16.
     """
-    dtype = q.dtype if isinstance(q, mx.array) else mx.float32 if q.dtype == np.float32 else mx.float16
+    dtype = _mx_type(q)
     queries = as_numpy(q)
     batch, n_q_heads, n_queries, head_dim = queries.shape
     codes, values = as_numpy(packed_k.codes), as_numpy(packed_v.codes)
@@ -312,7 +338,7 @@ def turboquant_attention(
     out = sim.Output((batch, n_q_heads, n_queries, value_dim), _numpy_type(dtype))
     if out.array.size == 0:
         return _to_mx(out.array, dtype)
-    plan, params = plan_attention(lib, shape)
+    plan, params = plan_attention(lib, shape, device.kernel)
     parts, states = _empty(plan["part_numbers"]), _empty(plan["state_numbers"])
     buffers[ENUM["kAttentionParams"]] = params
     for step, dispatch in enumerate(plan["dispatches"]):
@@ -409,7 +435,7 @@ def quantize_keys(device, k, *, bits=3, means=None, balance=None, qjl=False, rot
         ]
     flags = _rotation_flag(rotation) | (ENUM["kEncodeResidual"] if qjl else 0)
     centre = dict(means=means, balance=balance)
-    _encode(device, "quantize_keys", k, k.dtype, k.shape[3], bits, **centre, flags=flags, outputs=outputs)
+    _encode(device, "quantize_keys", k, _mx_type(k), k.shape[3], bits, **centre, flags=flags, outputs=outputs)
     return [mx.array(out.array) for _, out in outputs]
 
 

@@ -7,9 +7,11 @@ accesses out of bounds, reads of uninitialised memory, divergence and unwritten 
 
 from __future__ import annotations
 
+import collections
 import ctypes
 import hashlib
 import os
+import pickle
 import re
 import shutil
 import subprocess
@@ -255,6 +257,30 @@ def _as_file(source: str | Path) -> Path:
 
 
 @dataclass
+class Loop:
+    """Instructions of a loop that are in no loop within it; of the whole kernel, those in no loop at all."""
+
+    instructions: int = 0
+    memory: int = 0  # loads and stores among them
+    threadgroup_bytes: int = 0  # that a lane reads and writes
+    products: int = 0  # of matrices
+    loops: list[Loop] = field(default_factory=list)  # within it, in the order of the code
+    before: int = 0  # instructions, of those that are in no loop, that come before it
+    barriers: list[int] = field(default_factory=list)  # of those of the whole kernel: how many come before each barrier
+
+    def all(self) -> int:
+        """Instructions, those of loops within it included."""
+        return self.instructions + sum(loop.all() for loop in self.loops)
+
+    def all_memory(self) -> int:
+        return self.memory + sum(loop.all_memory() for loop in self.loops)
+
+    def innermost(self) -> list[Loop]:
+        """The loops that have no loop within them."""
+        return [self] if not self.loops else [x for loop in self.loops for x in loop.innermost()]
+
+
+@dataclass
 class Compiled:
     """A kernel as clang compiles it for a GPU."""
 
@@ -264,33 +290,39 @@ class Compiled:
     instructions: int
     loops: list[int]  # instructions of each loop that is in no other one, those of loops within it included; the longest first
     memory: int  # loads and stores in the longest loop
+    code: Loop
 
 
-_INSTRUCTION = re.compile(r"\t(?:[vs]|ds|global|flat|buffer|scratch)_\w+")
+_INSTRUCTION = re.compile(r"\t((?:[vs]|ds|global|flat|buffer|scratch)_\w+)")
+# Widths of loads and stores of threadgroup memory: ds_read_u8, ds_write2_b32, ds_read_b128 ...
+_THREADGROUP = re.compile(r"ds_(?:read|write)(2?)(?:st64)?_(?:addtid_)?[bui](\d+)")
 
 
-def _outermost_loops(assembly: str) -> list[tuple[int, int]]:
-    """Instructions of the loops, and loads and stores among them, as LLVM's comments tell which loops a block is in."""
-    outer, counts = {}, {}  # header of a loop -> the one around it; -> both numbers of its own
-    loop = label = None
+def _loops(assembly: str) -> Loop:
+    """The loops of a kernel's code, as LLVM's comments tell which of them a block is in."""
+    code, found = Loop(), collections.defaultdict(Loop)
+    label, inside, around = None, code, code
     for line in assembly.splitlines():
         if block := re.match(r"(?:\.L(BB\d+_\d+)|; %bb\.\d+):", line):
-            loop, label, around = None, block.group(1), None
+            inside, label, around = code, block.group(1), code
         if parent := re.search(r";\s+Parent Loop (BB\d+_\d+) ", line):
-            around = parent.group(1)  # the innermost comes last
+            around = found[parent.group(1)]  # the innermost comes last
         if re.search(r"=>\s*This (?:Inner )?Loop Header", line):
-            loop, outer[label] = label, around
-        elif inside := re.search(r"in Loop: Header=(BB\d+_\d+) ", line):
-            loop = inside.group(1)
-        if loop and _INSTRUCTION.match(line):
-            n, n_memory = counts.get(loop, (0, 0))
-            counts[loop] = n + 1, n_memory + (line[1:3] in ("ds", "gl", "fl", "bu", "sc"))
-    totals = {header: (0, 0) for header, around in outer.items() if around is None}
-    for header, (n, n_memory) in counts.items():
-        while outer[header] is not None:
-            header = outer[header]
-        totals[header] = totals[header][0] + n, totals[header][1] + n_memory
-    return sorted(totals.values(), reverse=True)
+            inside = found[label]
+            inside.before = code.instructions
+            around.loops.append(inside)
+        elif header := re.search(r"in Loop: Header=(BB\d+_\d+) ", line):
+            inside = found[header.group(1)]
+        if instruction := _INSTRUCTION.match(line):
+            name = instruction.group(1)
+            inside.instructions += 1
+            inside.memory += name.startswith(("ds_", "global_", "flat_", "buffer_", "scratch_"))
+            inside.products += name == "v_matrix"
+            if name == "s_barrier" and inside is code:
+                code.barriers.append(code.instructions)
+            if access := _THREADGROUP.match(name):
+                inside.threadgroup_bytes += int(access.group(2)) // 8 * (2 if access.group(1) else 1)
+    return code
 
 
 def compile_for_gpu(source: str, constants: dict[str, int], *, includes=(), limit: int) -> Compiled:
@@ -317,6 +349,16 @@ def compile_for_gpu(source: str, constants: dict[str, int], *, includes=(), limi
     )
     if n != 1:
         raise ValueError(f"expected one kernel, got {n}")
+    kept = BUILD / f"gpu.{_digest(text, str(GPU_FLAGS), str(limit), Path(__file__).read_text())}.pickle"
+    with locked(kept.with_suffix(".lock")):
+        if not kept.exists():
+            part = kept.with_suffix(f".{os.getpid()}")
+            part.write_bytes(pickle.dumps(_compiled_for_gpu(text, limit)))
+            part.replace(kept)
+    return pickle.loads(kept.read_bytes())
+
+
+def _compiled_for_gpu(text: str, limit: int) -> Compiled:
     with tempfile.TemporaryDirectory(dir=BUILD) as folder:
         cpp, plain, limited, assembly = (Path(folder) / name for name in ("k.cpp", "k.ll", "limited.ll", "k.s"))
         cpp.write_text(text)
@@ -337,14 +379,16 @@ def compile_for_gpu(source: str, constants: dict[str, int], *, includes=(), limi
 
         threads = '"amdgpu-flat-work-group-size"="256,256"'
         free, tight = attributed(threads), attributed(f'{threads} "amdgpu-num-vgpr"="{limit}"')
-        loops = _outermost_loops(tight)
+        code = _loops(tight)
+        longest = sorted(code.loops, key=Loop.all, reverse=True)
         return Compiled(
             registers=figure(free, "vgpr_count"),
             spilled=figure(tight, "vgpr_spill_count"),
             arrays=re.findall(r"alloca .*|(?:extract|insert)element .*, i\d+ %[\w.]+$", ir, re.M),
-            instructions=sum(_INSTRUCTION.match(line) is not None for line in tight.splitlines()),
-            loops=[n for n, _ in loops],
-            memory=loops[0][1] if loops else 0,
+            instructions=code.all(),
+            loops=[loop.all() for loop in longest],
+            memory=longest[0].all_memory() if longest else 0,
+            code=code,
         )
 
 

@@ -56,16 +56,30 @@ int tq_has_attention_kernel(int head_dim, int value_dim, int hadamard) {
   return has_attention_kernel(head_dim, value_dim, hadamard);
 }
 
-// Core cycles of AttentionCost: of the matrix kernel with row_blocks x groups simdgroups, of the prompt kernel with block_rows.
-double tq_matrix_cycles(int n_rows, int dims, double coded, double exact, int row_blocks, int groups) {
-  return AttentionCost{n_rows, dims, 1, coded / 32, exact / 32}.matrix(row_blocks, groups);
-}
-double tq_prompt_cycles(int n_rows, int dims, int split, double coded, double exact, int block_rows) {
-  return AttentionCost{n_rows, dims, split, coded / 32, exact / 32}.prompt(block_rows);
+// Core cycles of the kernels, in the order of AttentionKernel; infinite for those that do not take the shape.
+void tq_attention_cycles(const AttentionShape* shape, double* cycles) {
+  const AttentionChoice choice = choose_attention(*shape);
+  std::copy(choice.cycles, choice.cycles + kNumAttentionKernels, cycles);
 }
 
-const char* tq_plan_attention(const AttentionShape* shape, unsigned char* params) {
-  const AttentionPlan plan = plan_attention(*shape);
+// KernelFigures of a kernel at keys and values of `dims` dimensions together; and of the joining kernel.
+void tq_kernel_figures(int kernel, int rows, int dims, int* figures) {
+  const auto& known = AttentionKernel(kernel) == AttentionKernel::kSplit    ? kSplitFigures[rows / 2]
+                      : AttentionKernel(kernel) == AttentionKernel::kMatrix ? kMatrixFigures
+                                                                            : kPromptFigures[rows == 64];
+  const KernelFigures f = figures_at(known, dims);
+  std::memcpy(figures, &f, sizeof(f));
+}
+void tq_combine_figures(int* figures) {
+  figures[0] = kCombineAround;
+  figures[1] = kCombinePart;
+}
+
+// kernel: of AttentionKernel instead of the chosen one; -1: the chosen one.
+const char* tq_plan_attention(const AttentionShape* shape, int kernel, unsigned char* params) {
+  AttentionChoice choice = choose_attention(*shape);
+  if (kernel >= 0) choice.kernel = AttentionKernel(kernel);
+  const AttentionPlan plan = plan_attention(*shape, choice);
   std::ostringstream out;
   out << "{\"dispatches\":[";
   for (size_t i = 0; i < plan.dispatches.size(); i++) {

@@ -65,7 +65,10 @@ MUTATIONS = {
     "missing barrier before the weights are read": (SPLIT, SIMD_BARRIER, "", 2, SMALL),
     "missing barrier before norms are overwritten": (SPLIT, SIMD_BARRIER, "", 3, dict(SMALL, n_coded=1300)),
     "missing barrier after the table is filled": (SPLIT, BARRIER, "", 1, SMALL),
-    "missing barrier between the simdgroups' sums": (SPLIT, BARRIER, "", 3, SMALL),
+    "sums read before all simdgroups have written them": (SPLIT, BARRIER, "", 3, SMALL),
+    "sums joined before they are complete": (SPLIT, BARRIER, "", 4, dict(SMALL, head_dim=160)),
+    "sums of one row at another one's place": (SPLIT, "merged[first * V + i] = sum;", "merged[i] = sum;", 1, dict(SMALL, head_dim=160)),
+    "one simdgroup's sums left out": (SPLIT, "for (int j = 1; j < NSG; j++) sum", "for (int j = 2; j < NSG; j++) sum", 1, SMALL),
     "barrier that orders nothing": (SPLIT, BARRIER, "threadgroup_barrier(mem_flags::mem_none);", 2, SMALL),
     "simdgroup barrier in place of the threadgroup's": (SPLIT, BARRIER, SIMD_BARRIER, 2, SMALL),
     "keys read past the last token": (SPLIT, "const bool load = t < n && has_unit;", "const bool load = has_unit;", 1, SMALL),
@@ -78,10 +81,10 @@ MUTATIONS = {
     "accumulators not cleared": (SPLIT, "for (int i = 0; i < NA * R; i++) acc[i] = 0.0f;", ";", 1, SMALL),
     "matrices not cleared": (MATRIX, "put(acc[s], float2(0.0f));", ";", 1, ROWS),
     "wrong transposed reduction": (SPLIT, "const bool up = key_lane & h;", "const bool up = int(lane) & 1;", 1, SMALL),
-    "bias of another group": (SPLIT, "bias_sums[(s * R + r) * NG + d / 32]", "bias_sums[(s * R + r) * NG]", 1, SMALL),
+    "bias of another group": (SPLIT, "bias_sums[(int(sg) * R + r) * NG + d / 32]", "bias_sums[(int(sg) * R + r) * NG]", 1, SMALL),
     "output rows not all written": (SPLIT, "i < n_rows * V; i += NSG * 32", "i < n_rows * V - 1; i += NSG * 32", 1, SMALL),
     "write to a part of another range": (SPLIT, "p.n_parts + int(tg.x)) * n_rows;", "p.n_parts) * n_rows;", 2, SMALL),
-    "threadgroup array one short": (SPLIT, "threadgroup float weights_all[NSG * 32 * R];", "threadgroup float weights_all[NSG * 32 * R - 1];", 1, SMALL),
+    "threadgroup array one short": (SPLIT, "threadgroup float pool[POOL];", "threadgroup float pool[NSG * 32 * (R + 2) - 1];", 1, SMALL),
     "first tokens over those of the tail": ("exact_run", "part ? n_before : 0;", "0;", 1, TAIL),
     "tail begins a token late": ("exact_run", "max(begin - p.n_first, 0)", "max(begin - p.n_first, 1)", 1, TAIL),
     "tail read from the first tokens' length on": ("exact_run", "end - begin - n_before", "end - begin", 1, TAIL),
@@ -100,6 +103,8 @@ MUTATIONS = {
     "one part left out": (COMBINE, "p.n_parts, p.n_ranges", "p.n_parts - 1, p.n_ranges", 1, SMALL),
     "misaligned read": (SPLIT, "4 * KB * unit + NB * part_of_unit;", "4 * KB * unit + NB * part_of_unit + 1;", 1, SMALL),
     "write through an input": (SPLIT, "const int n_exact = p.n_first + p.n_tail;", "const int n_exact = p.n_first + p.n_tail; const_cast<device half*>(key_norms)[0] = 0;", 1, SMALL),
+    "tokens beyond the lengths of one row": ("coded_range", "clamp(b.coded_end, range.begin, limit)", "limit", 1, dict(SMALL, n_repeats=1, n_tail=3, beyond=200)),
+    "tokens beyond the lengths of eight rows": ("coded_range", "clamp(b.coded_end, range.begin, limit)", "limit", 1, dict(ROWS, n_coded=300, n_tail=3, beyond=200)),
     # Means, balance
     "mean of another block": (SPLIT, "block_offset<K, R>(p, means, my_block,", "block_offset<K, R>(p, means, my_block / 2,", 1, MEANS),
     "offset of the first block kept": (SPLIT, "base / kBlockTokens != my_block", "my_block < 0", 1, MEANS),
@@ -218,8 +223,23 @@ PROMPT_MUTATIONS = {
 }  # fmt: skip
 
 
-def make_problem(float_means=False, spoilt=False, **shape):
-    """float_means: in fp32, as a dense rotation gives them. spoilt: NaN in values of tokens that a mask hides."""
+def kernel_for(problem, prompt=False):
+    """The kernel that a mutation is tried in, whatever the plan would choose."""
+    n_rows = problem.q.shape[1] // problem.packed_k.codes.shape[1] * problem.q.shape[2]
+    if prompt:
+        return "prompt64" if n_rows > 32 and problem.q.shape[3] <= metal_ops.ENUM["kPromptDim"] else "prompt32"
+    return "split" if n_rows <= 4 else "matrix"
+
+
+def make_problem(float_means=False, spoilt=False, beyond=None, **shape):
+    """A problem and its answer.
+
+    Args:
+        float_means: in fp32, as a dense rotation gives them.
+        spoilt: NaN in values of tokens that a mask hides.
+        beyond: the number of coded tokens that are stored; those beyond hold NaN.
+        shape: of `Problem`.
+    """
     problem = Problem(rotation="none" if float_means else "hadamard", **shape)
     if float_means:
         means = problem.packed_k.means.astype(mx.float32) * 1.0001
@@ -236,6 +256,14 @@ def make_problem(float_means=False, spoilt=False, **shape):
             values = np.array(problem.tail[1])
             values[:, :, hidden[problem.n_coded :]] = np.nan
             problem.tail = problem.tail[0], mx.array(values)
+        want = lambda: answer  # noqa: E731
+    if beyond is not None:
+        problem.options["lengths"] = mx.array([[0, beyond, problem.n_tail]])
+        answer = problem.answer()
+        norms, params = np.array(problem.packed_k.norms), np.array(problem.packed_v.params)
+        norms[:, :, beyond:], params[:, :, beyond:] = np.nan, np.nan
+        problem.packed_k = problem.packed_k._replace(norms=mx.array(norms))
+        problem.packed_v = problem.packed_v._replace(params=mx.array(params))
         want = lambda: answer  # noqa: E731
     return problem, want
 
@@ -267,14 +295,16 @@ def mutant():
 def test_mutation_of_attention_is_caught(name, mutant):
     kernel, old, new, nth, shape = MUTATIONS[name]
     problem, want = make_problem(**shape)
+    mutant.kernel = kernel_for(problem)
     mutant.sources = {"turboquant_attention": replace(ATTENTION, kernel, old, new, nth)}
     assert caught(mutant, lambda d: attention(d, problem), lambda out: assert_close(out, want(), KERNEL_TOLERANCE[mx.float32]))
 
 
 @pytest.mark.parametrize("shape", {str(shape): shape for *_, shape in MUTATIONS.values()}.values(), ids=str)
 def test_unmutated_kernels_pass_the_same_check(mutant, shape):
-    mutant.sources = {"turboquant_attention": ATTENTION}
     problem, want = make_problem(**shape)
+    mutant.kernel = kernel_for(problem)
+    mutant.sources = {"turboquant_attention": ATTENTION}
     assert not caught(mutant, lambda d: attention(d, problem), lambda out: assert_close(out, want(), 1e-5))
 
 
@@ -282,14 +312,16 @@ def test_unmutated_kernels_pass_the_same_check(mutant, shape):
 def test_mutation_of_prompts_is_caught(name, mutant):
     kernel, old, new, nth, shape = PROMPT_MUTATIONS[name]
     problem, want = make_problem(**shape)
+    mutant.kernel = kernel_for(problem, prompt=True)
     mutant.sources = {"turboquant_prompt": replace(PROMPT, kernel, old, new, nth)}
     assert caught(mutant, lambda d: attention(d, problem), lambda out: assert_close(out, want(), KERNEL_TOLERANCE[mx.float32]))
 
 
 @pytest.mark.parametrize("shape", {str(shape): shape for *_, shape in PROMPT_MUTATIONS.values()}.values(), ids=str)
 def test_unmutated_prompt_kernel_passes_the_same_check(mutant, shape):
-    mutant.sources = {"turboquant_prompt": PROMPT}
     problem, want = make_problem(**shape)
+    mutant.kernel = kernel_for(problem, prompt=True)
+    mutant.sources = {"turboquant_prompt": PROMPT}
     assert not caught(mutant, lambda d: attention(d, problem), lambda out: assert_close(out, want(), 1e-5))
     assert "prompt" in mutant.log[0][0]
 
@@ -359,6 +391,38 @@ def test_unmutated_encode_passes_the_same_check(operation, mutant):
     assert not encode_is_caught(mutant, operation)
 
 
+# Other roundings than the CPU's: some parameters of a thousand change.
+ROTATION = (METAL / "rotate_row.h").read_text().replace("#pragma once", "")
+ROUNDING_MUTATIONS = {
+    "last place of the rotation": ("apply_signs", "? -scale : scale", "? -scale * 1.0000001f : scale * 1.0000001f"),
+    "butterflies from the farthest partner": ("sylvester", "ushort h = 1; h < 32 && h < n; h *= 2", "ushort h = 16; h >= 1; h /= 2"),
+    "sum in another order": ("sum_lanes", "ushort h = 8; h >= 1; h /= 2", "ushort h = 1; h <= 8; h *= 2"),
+    "quotient by a product": (KEYS, "coded.square / (coded.projection / float(kCodebookTop)) / coded.safe", "coded.square * (1.0f / (coded.projection / float(kCodebookTop)) / coded.safe)"),
+}  # fmt: skip
+
+
+def same_bytes_of_3000_tokens(device):
+    rng = np.random.default_rng(5)
+    x = mx.array((rng.normal(size=(1, 3, 1000, 128)) * np.exp(rng.normal(size=128))).astype(np.float32)).astype(mx.float16)
+    keys = dict(means=tqext.block_means(x))
+    values = dict(coding="groups", bits=4)
+    pairs = (
+        *zip(metal_ops.quantize_keys(device, x, **keys), tqext.quantize_keys(x, **keys)[:2], strict=True),
+        *zip(metal_ops.quantize_values(device, x, **values), tqext.quantize_values(x, **values)[:2], strict=True),
+    )
+    return all(mx.array_equal(a, b).item() for a, b in pairs)
+
+
+@pytest.mark.parametrize("name", ROUNDING_MUTATIONS)
+def test_mutation_of_a_rounding_is_caught_by_3000_tokens(name):
+    device = metal_ops.Device("fast")
+    text = ENCODE.replace('#include "rotate_row.h"\n', ROTATION)
+    device.sources = {"turboquant_encode": replace(text, *ROUNDING_MUTATIONS[name])}
+    assert not same_bytes_of_3000_tokens(device)
+    device.sources = {"turboquant_encode": text}
+    assert same_bytes_of_3000_tokens(device)
+
+
 Q1_MUTATIONS = {
     "columns of the next group": ("q1_matvec", "byte / 16]", "byte / 32]", 2),
     "rows beyond the last one": ("q1_matvec", "if (row0 + r >= p.n_rows || !mine) continue;", "if (!mine) continue;", 2),
@@ -392,6 +456,6 @@ def test_unmutated_q1_passes_the_same_check(n_inputs, mutant):
 
 
 def test_at_least_twelve_kinds_of_bugs_are_seeded():
-    mutations = (*MUTATIONS, *PROMPT_MUTATIONS, *ENCODE_MUTATIONS, *Q1_MUTATIONS)
+    mutations = (*MUTATIONS, *PROMPT_MUTATIONS, *ENCODE_MUTATIONS, *ROUNDING_MUTATIONS, *Q1_MUTATIONS)
     kinds = {re.sub(r"[^a-z ]", "", name) for name in mutations}
     assert len(kinds) >= 12

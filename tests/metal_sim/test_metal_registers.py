@@ -4,8 +4,10 @@ Clang compiles them for AMD's gfx1030, for want of Apple's compiler; Apple's cor
 Measured figures, with some room: a change that needs more should know it.
 """
 
+import ctypes
 import re
 
+import cost
 import metal_ops
 import metal_simulator as sim
 import pytest
@@ -48,9 +50,12 @@ MOST = {
     ("turboquant_attention", "TQ_SPLIT", "half, 256, 256, 3, 3, 1, 4"): (203, 155, 8100, [3620]),
     ("turboquant_attention", "TQ_SPLIT", "half, 128, 128, 4, 4, 1, 4"): (180, 61, 6000, [1780]),
     ("turboquant_attention", "TQ_MATRIX", "half, 128, 128, 3, 2, 0"): (177, 11, 5100, [1770, 1470]),
+    ("turboquant_attention", "TQ_MATRIX", "half, 64, 64, 3, 3, 1"): (124, 0, 4200, [1700, 1080]),
     ("turboquant_attention", "TQ_MATRIX", "half, 128, 128, 3, 3, 1"): (163, 0, 5200, [1770, 1620]),
+    ("turboquant_attention", "TQ_MATRIX", "half, 256, 256, 3, 3, 1"): (202, 45, 7000, [2760, 1910]),
     ("turboquant_attention", "TQ_COMBINE", "half, 128"): (33, 0, 400, [60]),
     ("turboquant_prompt", "TQ_PROMPT", "half, 64, 64, 3, 3, 1, 64"): (124, 0, 4800, [2120]),
+    ("turboquant_prompt", "TQ_PROMPT", "half, 64, 64, 3, 3, 1, 32"): (131, 0, 4900, [2120]),
     ("turboquant_prompt", "TQ_PROMPT", "half, 128, 128, 3, 2, 0, 64"): (180, 45, 7300, [3090]),
     ("turboquant_prompt", "TQ_PROMPT", "half, 128, 128, 3, 3, 1, 64"): (164, 32, 7200, [3080]),
     ("turboquant_prompt", "TQ_PROMPT", "half, 128, 128, 3, 3, 1, 32"): (178, 52, 7400, [3080]),
@@ -77,6 +82,57 @@ def test_kernels_stay_in_registers(source, macro, arguments):
     assert figures.registers <= registers and figures.spilled <= spilled and figures.instructions <= instructions
     found = figures.loops[: len(loops)] if loops else figures.loops
     assert all(n <= most for n, most in zip(found, loops, strict=True))
+
+
+def _figures(kernel, dim, rows):
+    """The figures of a kernel for 3-bit keys and 3-bit Lloyd-Max values, as clang compiles it."""
+
+    def code(macro, rows=""):
+        source = "turboquant_prompt" if macro == "TQ_PROMPT" else "turboquant_attention"
+        return compiled(source, macro, f"half, {dim}, {dim}, 3, 3, 1" + (f", {rows}" if rows else ""))
+
+    if kernel == "split":
+        return cost.split_figures(code("TQ_SPLIT", rows), dim, rows)
+    if kernel == "matrix":
+        return cost.matrix_figures(code("TQ_MATRIX"), dim)
+    staged = metal_ops.kernel_figures(kernel, 512, rows)["staged"]
+    if dim <= metal_ops.ENUM["kPromptDim"]:
+        staged = cost.prompt_staged(code("TQ_PROMPT", 32), code("TQ_PROMPT", 64))
+    return cost.prompt_figures(code("TQ_PROMPT", rows), dim, rows, staged)
+
+
+@pytest.mark.parametrize(
+    "kernel, dim, rows",
+    [
+        *(("split", dim, rows) for dim in (64, 128, 256) for rows in (1, 2, 4)),
+        *(("matrix", dim, 8) for dim in (64, 128, 256)),
+        *(("prompt32", dim, 32) for dim in (64, 128, 256)),
+        *(("prompt64", dim, 64) for dim in (64, 128)),
+    ],
+)
+def test_the_plan_knows_the_figures_of_the_kernels(kernel, dim, rows):
+    """KernelFigures of metal/dispatch_plan.h: its cost model chooses a kernel by them. They are in step with the kernels."""
+    known, found = metal_ops.kernel_figures(kernel, 2 * dim, rows), _figures(kernel, dim, rows)
+    assert known.pop("dims") == 2 * dim
+    print(found)
+    for name, value in known.items():
+        assert getattr(found, name) == pytest.approx(value, rel=0.04, abs=2), (name, found)
+    # By its registers a kernel is on one side or the other of full occupancy.
+    assert (known["registers"] > cost.FULL_OCCUPANCY_REGISTERS) == (found.registers > cost.FULL_OCCUPANCY_REGISTERS)
+
+
+def test_the_plan_knows_the_figures_of_the_joining_kernel():
+    code = compiled("turboquant_attention", "TQ_COMBINE", "half, 128").code
+    once, parts = code.instructions + code.loops[0].all(), code.loops[1].all()
+    known = (ctypes.c_int * 2)()
+    metal_ops.plans().tq_combine_figures(known)
+    assert [once, parts] == pytest.approx(list(known), rel=0.04)
+
+
+def test_decoding_a_tile_costs_the_prompt_kernel_as_much_per_dimension():
+    """Above dimension 128, where only blocks of 32 rows exist, the plan takes twice what 128 dimensions cost."""
+    staged = {dim: metal_ops.kernel_figures("prompt32", 2 * dim, 32)["staged"] for dim in (64, 128, 256)}
+    assert staged[128] == pytest.approx(2 * staged[64], rel=0.07) and staged[256] == 2 * staged[128]
 
 
 def test_an_array_with_an_index_of_the_lane_is_seen():
@@ -109,4 +165,9 @@ def test_instructions_of_a_loop_are_counted():
 ; %bb.6:
 \ts_endpgm
 """
-    assert sim._outermost_loops(assembly) == [(5, 2), (1, 0)]
+    code = sim._loops(assembly)
+    first, second = code.loops
+    assert (code.instructions, code.memory) == (2, 0)
+    assert (first.all(), first.all_memory(), first.instructions, first.memory) == (5, 2, 3, 1)
+    assert (first.loops[0].instructions, first.loops[0].threadgroup_bytes) == (2, 4)
+    assert (second.all(), second.all_memory(), second.loops) == (1, 0, [])
