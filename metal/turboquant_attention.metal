@@ -362,7 +362,7 @@ inline void combine_row(constant AttentionParams& p, P parts, P states, int n_pa
   float row_max = -INFINITY;
   for (int s = int(lane); s < n_parts; s += 32) row_max = max(row_max, states[2 * (s * n_rows + row)]);
   row_max = simd_max(row_max);
-  const float sink = has_sinks ? sinks[head] * kLog2E : -INFINITY;
+  const float sink = has_sinks ? sinks[head] * kLog2e : -INFINITY;
   row_max = max(row_max, sink);
   float row_sum = sink == -INFINITY ? 0.0f : rescale(sink, row_max);
   float coded[V / 32], exact[V / 32];
