@@ -64,7 +64,7 @@ class ForkedSnapshot(AttendsItself):
         """softmax(scale q k^T + mask) v of the queries ``[B, n_q_heads, L, D]`` over all tokens."""
         shared_mask, own_mask = self._parts_of(mask, queries)
         nothing = Exact(*(x[:1, :, :0] for x in self.own.tail))
-        shared = self.prefix.attend(folded(queries), *nothing, scale, shared_mask, None, None, True)
+        shared = self.prefix.attend(folded(queries), *nothing, scale, shared_mask, None, None, lse=True)
         own = self.own.attend(queries, scale, own_mask, sinks, lse=True)
         return joined(unfolded(shared, queries), own).astype(queries.dtype)
 
@@ -192,4 +192,5 @@ def fork(caches: Sequence[Any], n: int) -> list[Any]:
     Raises:
         ValueError: As `ForkedKVCache`.
     """
-    return [ForkedKVCache(c, n) if isinstance(c, TurboQuantKVCache) else c.merge([c] * n) for c in caches]
+    # Caches of other kinds may be built on the compressed one.
+    return [ForkedKVCache(c, n) if type(c) is TurboQuantKVCache else c.merge([c] * n) for c in caches]

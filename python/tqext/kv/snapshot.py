@@ -162,7 +162,7 @@ class Snapshot(AttendsItself):
         lengths = None
         if self.columns is not None:
             mask, lengths = self.columns.translate(mask, queries.shape[2])
-        return self.history.attend(queries, *self.tail, scale, mask, sinks, lengths, lse)
+        return self.history.attend(queries, *self.tail, scale, mask, sinks, lengths, lse=lse)
 
     def _attend_in_parts(
         self, queries: mx.array, scale: float, mask: mx.array | str | None, sinks: mx.array | None, lse: bool = False
