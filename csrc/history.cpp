@@ -32,7 +32,7 @@ AttentionOptions with_mask(AttentionOptions options, const MaskArgument& mask) {
 
 mx::array History::attend(const mx::array& q, const mx::array& tail_keys, const mx::array& tail_values, float scale,
                           const MaskArgument& mask, const std::optional<mx::array>& sinks,
-                          const std::optional<mx::array>& lengths) const {
+                          const std::optional<mx::array>& lengths, bool lse) const {
   const AttentionOptions options{.scale = scale,
                                  .mask_mode = "",
                                  .mask = {},
@@ -42,6 +42,7 @@ mx::array History::attend(const mx::array& q, const mx::array& tail_keys, const 
                                  .indices = {},
                                  .first = first_,
                                  .tail = ExactTokens(tail_keys, tail_values),
+                                 .lse = lse,
                                  .of_cache = true};
   return turboquant_attention(q, keys_, values_, with_mask(options, mask), {});
 }
