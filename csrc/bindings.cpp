@@ -210,7 +210,8 @@ Example:
           "key_bits"_a, "head_dim"_a, "rotation"_a, "value_codes"_a, "value_params"_a, "value_bits"_a, "value_dim"_a,
           "value_coding"_a, "first"_a.none())
       .def("attend", &tqext::History::attend, "q"_a, "tail_keys"_a, "tail_values"_a, "scale"_a, "mask"_a.none(),
-           "sinks"_a.none(), "lengths"_a.none(), "As `tqext.turboquant_attention`, with the tail in two arguments.");
+           "sinks"_a.none(), "lengths"_a.none(), "left_padding"_a = nb::none(),
+           "As `tqext.turboquant_attention`, with the tail in two arguments.");
   m.def("word_sum", &tqext::word_sum, "arrays"_a, "begin"_a, "first"_a, "constant"_a, "previous"_a.none(),
         "numbers"_a = std::vector<int32_t>(), "stream"_a = nb::none(),
         "The sum of a state's words, uint32 ``[1]`` (tqext.kv.state.sum_of), after `numbers`, if any, as int32; None where the "

@@ -32,12 +32,12 @@ AttentionOptions with_mask(AttentionOptions options, const MaskArgument& mask) {
 
 mx::array History::attend(const mx::array& q, const mx::array& tail_keys, const mx::array& tail_values, float scale,
                           const MaskArgument& mask, const std::optional<mx::array>& sinks,
-                          const std::optional<mx::array>& lengths) const {
+                          const std::optional<mx::array>& lengths, const std::optional<mx::array>& left_padding) const {
   const AttentionOptions options{.scale = scale,
                                  .mask_mode = "",
                                  .mask = {},
                                  .sinks = sinks,
-                                 .left_padding = {},
+                                 .left_padding = left_padding,
                                  .lengths = lengths,
                                  .indices = {},
                                  .first = first_,

@@ -17,8 +17,8 @@ class History {
   History(PackedKeys keys, PackedValues values, std::optional<ExactTokens> first)
       : keys_(std::move(keys)), values_(std::move(values)), first_(std::move(first)) {}
   mx::array attend(const mx::array& q, const mx::array& tail_keys, const mx::array& tail_values, float scale,
-                   const MaskArgument& mask, const std::optional<mx::array>& sinks,
-                   const std::optional<mx::array>& lengths) const;
+                   const MaskArgument& mask, const std::optional<mx::array>& sinks, const std::optional<mx::array>& lengths,
+                   const std::optional<mx::array>& left_padding) const;
 
  private:
   PackedKeys keys_;

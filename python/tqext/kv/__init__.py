@@ -1,9 +1,17 @@
 """The compressed KV cache of one layer: of one sequence, and of a batch.
 
-From the bottom up: tokens; schedule; codec; columns (of a batch); snapshot; buffers; state; cache; batch.
+From the bottom up: tokens; schedule; codec; columns (of a batch); snapshot; buffers; state; cache; batch. Beside the last ones
+those of sliding windows: window_snapshot; window; window_batch.
 """
 
 from tqext.kv.batch import BatchTurboQuantKVCache
 from tqext.kv.cache import TurboQuantKVCache
+from tqext.kv.window import TurboQuantWindowKVCache
+from tqext.kv.window_batch import BatchTurboQuantWindowKVCache
 
-__all__ = ["BatchTurboQuantKVCache", "TurboQuantKVCache"]
+__all__ = [
+    "BatchTurboQuantKVCache",
+    "BatchTurboQuantWindowKVCache",
+    "TurboQuantKVCache",
+    "TurboQuantWindowKVCache",
+]
