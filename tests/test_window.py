@@ -158,7 +158,7 @@ def test_masks_for_those_who_ask():
         snapshot, _ = cache.update_and_fetch(mx.array(k)[None], mx.array(v)[None])
         close(snapshot.attend(mx.array(q)[None], D**-0.5, mask)[0], answer(reference, k, v, q, window=window))
     assert cache.make_mask(5, window_size=171)[0].sum().item() == 170
-    with pytest.raises(ValueError, match="mask: expected .* columns, as make_mask of the compressed cache makes them"):
+    with pytest.raises(ValueError, match=r"mask: expected .* columns, as make_mask of the compressed cache makes them"):
         snapshot.attend(mx.array(q)[None], 1.0, mx.ones((1, 7), mx.bool_))
     with pytest.raises(ValueError, match='mask: expected None, "causal" or an array, got sliding'):
         snapshot.attend(mx.array(q)[None], 1.0, "sliding")

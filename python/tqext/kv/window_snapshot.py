@@ -23,8 +23,8 @@ PIECE = 256
 class WindowSnapshot(Snapshot):
     """A `Snapshot` whose queries see the last `window` tokens each, themselves included.
 
-    A query's place tells what it sees, so a mask says nothing more than ``"causal"``. For one sequence an array may come instead
-    of the window, over the columns of the snapshot, as ``make_mask`` of the cache makes it.
+    A query's place tells what it sees, so a mask says nothing more than ``"causal"``. For one sequence an array may come
+    instead, over the columns of the snapshot, as ``make_mask`` of the cache makes it.
 
     Attributes:
         window: Tokens.
