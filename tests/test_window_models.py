@@ -8,8 +8,11 @@ from mlx_lm.generate import BatchGenerator, speculative_generate_step
 import tqext
 import tqext.mlx_lm
 import zoo
-from tiny import logits_after, prompt
-from tqext import Recipe, TurboQuantKVCache, TurboQuantWindowKVCache
+from tiny import logits_after, save_folder
+from tqext import Recipe, TurboQuantKVCache, TurboQuantWindowKVCache, get_policy
+from tqext.commands import cli, plan
+from tqext.commands.metrics import holding
+from tqext.commands.options import ArgumentParser, add_kv_options, policy_of
 from tqext.mlx_lm import stock_cache
 from tqext.mlx_lm.caches import members, replaced
 from tqext.mlx_lm.windows import CLIENT_TOKENS, weight_bytes
@@ -249,5 +252,54 @@ def test_saved_windows_come_back(tmp_path):
     stock.save_prompt_cache(file, cache)
     loaded = stock.load_prompt_cache(file)
     assert [type(c) for c in loaded] == [TurboQuantWindowKVCache, TurboQuantKVCache] * 2
-    for tokens in ([5], prompt(70)):
+    for tokens in (TOKENS[500:501], TOKENS[501:570]):
         assert mx.array_equal(*(logits_after(model, c, tokens) for c in (cache, loaded)))
+
+
+def test_the_plan_counts_windows_and_clients(tmp_path, capsys):
+    model = make(max_position_embeddings=8192)
+    none, off, on = (plan.plan(model, p, 3) for p in (None, get_policy("tq3", windows=False), get_policy("tq3", windows=True)))
+    window = 2 * WINDOW * 2 * 64 * 4  # layers, tokens, heads of keys and values, bytes
+    assert none.windows == off.windows == window
+    assert on.windows < 0.75 * window
+    assert (off.bytes_per_token, off.fixed) == (on.bytes_per_token, on.fixed)
+    assert off.nbytes(1000) - on.nbytes(1000) == 3 * (window - on.windows)
+    cache = tqext.make_prompt_cache(model, "tq3", **ON)[0]
+    sizes = []
+    for _ in range(500):
+        cache.update_and_fetch(*[mx.zeros((1, 2, 1, 32))] * 2)
+        sizes.append(cache.used_nbytes)
+    assert max(sizes[2 * WINDOW :]) <= on.windows / 2 + 4 * 2 * 64  # a block that waits for the next token is a token longer
+    assert on.longest(on.nbytes(777)) == 777
+
+    folder = save_folder(model, tmp_path / "model", zoo.SIZES | KINDS["gemma3_text"] | {"model_type": "gemma3_text"})
+    for windows in ("on", "off"):
+        args = ["--context", "900", "--clients", "3", "--kv", "tq3", "--kv-windows", windows]
+        cli.main(["plan", "--model", str(folder), "--memory", "1GB", *args])
+        out = capsys.readouterr().out
+        assert " 3 times 900 tokens" in out
+        expected = (on if windows == "on" else off).windows
+        assert (
+            f"sliding windows, MB for each client when they are full: none {window / 1e6:.1f}, tq3 {expected / 1e6:.1f}" in out
+        )
+
+
+def test_the_servers_clients_are_those_it_decodes_at_once():
+    assert [cli._n_clients(args) for args in ([], ["--decode-concurrency", "7"], ["--decode-concurrency=x"])] == [32, 7, 32]
+    parser = ArgumentParser()
+    add_kv_options(parser)
+    for args, windows in (([], None), (["--kv-windows", "on"], True), (["--kv-windows", "off"], False)):
+        policy = policy_of(parser.parse_args(args), 7)
+        assert (policy.windows, policy.clients) == (windows, 7)
+
+
+def test_metrics_count_the_tokens_of_layers_that_keep_them():
+    model = make()
+    cache = tqext.make_prompt_cache(model, "tq3", **ON)
+    logits_after(model, cache, TOKENS[:500])
+    held = holding(cache)
+    assert (held.n_coded, held.n_exact) == (cache[1].n_coded, cache[1].n_exact)
+    assert held.n_coded + held.n_exact == 500
+    assert held.used == sum(c.used_nbytes for c in cache)
+    batch = holding([c.merge([c, c]) for c in cache], 2)
+    assert batch.n_coded == 2 * held.n_coded
