@@ -110,6 +110,30 @@ def test_batches_of_windows_are_mlx_lms(kind):
     assert generated() == plain
 
 
+def test_requests_of_a_batch_are_as_if_alone():
+    """With codes: each one's cache is what it would be alone, and goes on in a follow-up."""
+    model = tqext.attach(make(), "tq4", **ON)
+    prompts = [TOKENS[:450], TOKENS[:20], TOKENS[100:330]]
+
+    def caches_of(prompts, given=None):
+        batch = BatchGenerator(model, max_tokens=70, prefill_step_size=1000)
+        uids = batch.insert(prompts, caches=given)
+        found = {}
+        while len(found) < len(prompts):
+            found.update((r.uid, r.prompt_cache) for r in batch.next_generated() if r.prompt_cache is not None)
+        return [found[uid] for uid in uids]
+
+    together = caches_of(prompts)
+    for prompt, cache in zip(prompts, together, strict=True):
+        alone = caches_of([prompt])[0]
+        for a, b in zip(alone, cache, strict=True):
+            assert type(a) is type(b)
+            assert (a.offset, a.n_first, a.n_coded, a.n_tail) == (b.offset, b.n_first, b.n_coded, b.n_tail)
+    more = caches_of([[5], TOKENS[:300], TOKENS[:40]], together)
+    assert [c[0].offset - c[0].n_dropped for c in more] == [c[0].size() for c in more]
+    assert all(type(c[0]) is TurboQuantWindowKVCache for c in more)
+
+
 def test_codes_of_windows_are_what_the_logits_come_from():
     """As `verify` says; and what is coded acts on the logits as coding full attention does."""
     model = make()

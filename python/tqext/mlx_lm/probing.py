@@ -123,7 +123,11 @@ def probe(model: Any, preset: str | Policy = DEFAULT_PRESET, **overrides: Any) -
         tried, failure = _dry_run(model, reasons)
         if failure is None:
             break
-        reasons.update([failure])
+        path, reason = failure
+        window = window_of(by_path[path])
+        # A window that one layer cannot attend to stays in all of them: one more run is enough.
+        alike = [p for p, c in by_path.items() if window is not None and window_of(c) == window and p not in reasons]
+        reasons.update(dict.fromkeys([path, *alike], reason))
     layers = []
     for path in by_path:
         recipe = policy.of_layer(first + int(path.split(".")[0]), n_layers)

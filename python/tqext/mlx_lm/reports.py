@@ -126,7 +126,8 @@ class Report:
         if windows:
             n = 2 * max(layer.window or 0 for layer in windows)  # all of them are full
             packed, plain = (sum(getattr(layer, f"{name}_at")(n) for layer in windows) for name in ("nbytes", "fp16_nbytes"))
-            lines[0] += f", {len(windows)} sliding windows in {packed / 1e6:.2f} MB instead of {plain / 1e6:.2f} MB in fp16"
+            what = f"{len(windows)} sliding window{'s' if len(windows) > 1 else ''}"
+            lines[0] += f", {what} in {packed / 1e6:.2f} MB instead of {plain / 1e6:.2f} MB in fp16"
         for (cache, reason), paths in _grouped(self.layers).items():
             lines.append(f"  layers {', '.join(paths)}: {cache} stays: {reason}")
         lines += [f"  layer {layer.path}: {layer.note}" for layer in done if layer.note]
