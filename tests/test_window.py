@@ -9,7 +9,7 @@ import pytest
 from cache_support import DV, RECIPES, Batch, D, H, answer, balance_of, close, random_tokens, tokens
 from sequence import WindowSequence
 from tqext import Recipe
-from tqext.kv import BatchTurboQuantWindowKVCache, TurboQuantKVCache, TurboQuantWindowKVCache, window_snapshot
+from tqext.kv import BatchTurboQuantWindowKVCache, TurboQuantKVCache, TurboQuantWindowKVCache, state, window_snapshot
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -134,6 +134,29 @@ def test_copies_and_saved_states_go_on_alike():
         TurboQuantKVCache.from_state(caches[0].state)
     with pytest.raises(ValueError, match="expected a cache of a sliding window, got one of all tokens"):
         TurboQuantWindowKVCache.from_state(TurboQuantKVCache().state)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({22: 1}, "a window of at least 2 tokens, got 1"),
+        ({22: 100_000}, "the last 99999 tokens, got"),
+        ({21: -64}, "dropped tokens, got -64"),
+        ({20: 512}, "no other bound than the window, got 512"),
+        ({14: 4, 16: 24}, "the first 0 tokens exact, got 4"),
+        ({21: 0}, "the first 4 tokens exact, got 0"),
+    ],
+)
+def test_states_that_no_window_has_are_refused(changes, message):
+    cache = make(Recipe(tail=20, first=4), 170)
+    cache.update_and_fetch(*random_tokens(300))
+    numbers = cache.state[0].tolist()[:-1]
+    for place, number in changes.items():
+        numbers[place] = number
+    arrays = cache.state[1:]
+    forged = [state.header_array(numbers, state.checksum(numbers, arrays)), *arrays]
+    with pytest.raises(ValueError, match=message):
+        TurboQuantWindowKVCache.from_state(forged)
 
 
 def test_an_interrupt_leaves_what_was_there(monkeypatch):

@@ -127,7 +127,7 @@ def _begins(begin: int, batch: int) -> mx.array:
     return mx.array(np.full(batch, begin, np.int32))
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=16)
 def _seen(n_queries: int, n_columns: int, window: int) -> mx.array:
     """bool ``[n_queries, n_columns]``: what the last tokens see of them all."""
     columns, rows = np.arange(n_columns)[None], np.arange(n_columns - n_queries, n_columns)[:, None]
