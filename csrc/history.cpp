@@ -32,12 +32,13 @@ AttentionOptions with_mask(AttentionOptions options, const MaskArgument& mask) {
 
 mx::array History::attend(const mx::array& q, const mx::array& tail_keys, const mx::array& tail_values, float scale,
                           const MaskArgument& mask, const std::optional<mx::array>& sinks,
-                          const std::optional<mx::array>& lengths, bool lse) const {
+                          const std::optional<mx::array>& lengths, const std::optional<mx::array>& left_padding,
+                          bool lse) const {
   const AttentionOptions options{.scale = scale,
                                  .mask_mode = "",
                                  .mask = {},
                                  .sinks = sinks,
-                                 .left_padding = {},
+                                 .left_padding = left_padding,
                                  .lengths = lengths,
                                  .indices = {},
                                  .first = first_,

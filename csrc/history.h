@@ -18,7 +18,7 @@ class History {
       : keys_(std::move(keys)), values_(std::move(values)), first_(std::move(first)) {}
   mx::array attend(const mx::array& q, const mx::array& tail_keys, const mx::array& tail_values, float scale,
                    const MaskArgument& mask, const std::optional<mx::array>& sinks, const std::optional<mx::array>& lengths,
-                   bool lse) const;
+                   const std::optional<mx::array>& left_padding, bool lse) const;
 
  private:
   PackedKeys keys_;

@@ -526,8 +526,9 @@ inline AttentionPlan plan_attention(const AttentionShape& s, const AttentionChoi
 inline AttentionPlan plan_attention(const AttentionShape& s) { return plan_attention(s, choose_attention(s)); }
 
 // What a generation launches beside a chunk of its prompt of shape s: chunks and follow-ups of other lengths, decoding steps,
-// short and long contexts. Pipelines that are compiled with the prompt do not interrupt the generation.
-inline std::vector<Dispatch> pipelines_of_a_generation(AttentionShape s, bool has_means) {
+// short and long contexts. Pipelines that are compiled with the prompt do not interrupt the generation. window: in a sliding
+// window that is full, one token is told where it begins, and several get a mask.
+inline std::vector<Dispatch> pipelines_of_a_generation(AttentionShape s, bool has_means, bool window = false) {
   constexpr int kLong = 1 << 17;
   const int n_repeats = s.n_q_heads / s.n_kv_heads;
   std::vector<Dispatch> all;
@@ -541,7 +542,11 @@ inline std::vector<Dispatch> pipelines_of_a_generation(AttentionShape s, bool ha
         s.n_queries = n_queries;
         s.n_coded = n_coded;
         s.n_tail = n_tail;
-        s.causal = n_queries > 1;
+        s.causal = n_queries > 1 && !window;
+        if (window) {
+          s.mask_kind = n_queries > 1 ? kMaskBool : kMaskNone;
+          s.has_left_padding = n_queries == 1;
+        }
         s.means_kind = !has_means || n_coded == 0 ? kMeansNone : s.hadamard ? kMeansHalf : kMeansFloat;
         for (const Dispatch& d : plan_attention(s).dispatches) {
           const bool known = std::any_of(all.begin(), all.end(), [&](const Dispatch& x) { return x.same_pipeline(d); });
@@ -652,8 +657,8 @@ inline EncodePlan plan_compact(int item_bytes, int batch, int n_heads, int n_tok
 }
 
 // What the generations of a layer launch, before anything is known of a prompt: s without numbers of tokens and of queries.
-// token_type: of the keys and values that are encoded.
-inline std::vector<Dispatch> pipelines_of_a_layer(AttentionShape s, bool has_means, Type token_type) {
+// token_type: of the keys and values that are encoded. window: whether the layer has a sliding window.
+inline std::vector<Dispatch> pipelines_of_a_layer(AttentionShape s, bool has_means, Type token_type, bool window = false) {
   std::vector<Dispatch> all;
   auto add = [&](const Dispatch& d) {
     const bool known = std::any_of(all.begin(), all.end(), [&](const Dispatch& x) { return x.same_pipeline(d); });
@@ -666,6 +671,8 @@ inline std::vector<Dispatch> pipelines_of_a_layer(AttentionShape s, bool has_mea
       s.n_first = s.n_coded = 0;
       s.n_tail = n_queries;
       for (const Dispatch& d : pipelines_of_a_generation(s, has_means)) add(d);
+      if (!window) continue;
+      for (const Dispatch& d : pipelines_of_a_generation(s, has_means, true)) add(d);
     }
   }
   EncodeShape tokens{};

@@ -141,7 +141,8 @@ def test_hooks_load_no_calibration():
 
 # What users import, and what stands in saved files: names are added here, never taken away.
 PUBLIC = {
-    "tqext": "PRESETS BatchTurboQuantKVCache PackedKeys PackedValues Policy PrefixStore Recipe TurboQuantKVCache __version__ "
+    "tqext": "PRESETS BatchTurboQuantKVCache BatchTurboQuantWindowKVCache PackedKeys PackedValues Policy PrefixStore Recipe "
+    "TurboQuantKVCache TurboQuantWindowKVCache __version__ "
     "attach available_isas block_means calibrate dequantize detach format get_policy install isa load make_prompt_cache "
     "num_threads probe q1_dequantize q1_matmul q1_quantize quantize_keys quantize_values rotate shared_prefix_attention "
     "turboquant_attention uninstall upgrade verify",

@@ -1,10 +1,20 @@
 """The compressed KV cache of one layer: of one sequence, and of a batch.
 
-From the bottom up: tokens; schedule; codec; columns (of a batch); snapshot; buffers; state; cache; batch; forked.
+From the bottom up: tokens; schedule; codec; columns (of a batch); snapshot; buffers; state; cache; batch; forked. Beside the
+last ones those of sliding windows: window_snapshot; window; window_batch.
 """
 
 from tqext.kv.batch import BatchTurboQuantKVCache
 from tqext.kv.cache import TurboQuantKVCache
 from tqext.kv.forked import ForkedKVCache, fork
+from tqext.kv.window import TurboQuantWindowKVCache
+from tqext.kv.window_batch import BatchTurboQuantWindowKVCache
 
-__all__ = ["BatchTurboQuantKVCache", "ForkedKVCache", "TurboQuantKVCache", "fork"]
+__all__ = [
+    "BatchTurboQuantKVCache",
+    "BatchTurboQuantWindowKVCache",
+    "ForkedKVCache",
+    "TurboQuantKVCache",
+    "TurboQuantWindowKVCache",
+    "fork",
+]

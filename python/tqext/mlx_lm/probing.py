@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
+import mlx_lm.models.cache as mlx_lm_cache
 
 from tqext.kv.cache import TurboQuantKVCache
+from tqext.kv.schedule import BLOCK
 from tqext.kv.snapshot import AttendsItself
 from tqext.mlx_lm import hooks
 from tqext.mlx_lm.caches import check_model, layer_range, members, replaced, stock_cache
-from tqext.mlx_lm.packages import is_stock, logits, text_model
+from tqext.mlx_lm.packages import is_stock, logits, of_mlx_vlm, text_model
 from tqext.mlx_lm.reports import Layer, Queries, Report
+from tqext.mlx_lm.windows import LEAST_SAVING, saving, without_windows
 from tqext.presets import DEFAULT_PRESET, Policy, Recipe, get_policy
 
 MAX_HEAD_DIM = 512
+LEFT_OUT = "left out by the policy"
 
 
 def _name(dtype: mx.Dtype) -> str:
@@ -51,10 +56,12 @@ class _ProbeTokens(AttendsItself):
 class _ProbeCache(TurboQuantKVCache):
     """Counts tokens instead of storing them."""
 
-    def __init__(self, path: str, seen: list[str]) -> None:
+    def __init__(self, path: str, seen: list[str], window: int | None) -> None:
         super().__init__()
         self.path = path
         self.seen = seen
+        self.window = window
+        self.asked_for_other_mask = False
         self.tokens: list[_ProbeTokens] = []
         self.asked = False
 
@@ -79,6 +86,11 @@ class _ProbeCache(TurboQuantKVCache):
         self.asked = True
         return self.tokens[-1], self.tokens[-1]
 
+    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> Any:
+        other = return_array or window_size not in (None, self.window)
+        self.asked_for_other_mask |= self.window is not None and other
+        return super().make_mask(N, return_array, window_size)
+
 
 def probe(model: Any, preset: str | Policy = DEFAULT_PRESET, **overrides: Any) -> Report:
     """Find out which caches of a model can be compressed, by a dry run that computes nothing.
@@ -100,28 +112,66 @@ def probe(model: Any, preset: str | Policy = DEFAULT_PRESET, **overrides: Any) -
     hooks.hook()
     stock = stock_cache(model)
     first, n_layers = layer_range(model, len(stock))
+    windows = policy.windows is not False and not of_mlx_vlm(model)  # which makes masks of its own
     reasons: dict[str, str] = {}
     by_path = dict(members(stock))
     for path, cache in by_path.items():
-        if reason := why_not(cache, policy.of_layer(first + int(path.split(".")[0]), n_layers)):
+        recipe = policy.of_layer(first + int(path.split(".")[0]), n_layers)
+        if reason := why_not(cache, recipe, windows=windows):
             reasons[path] = reason
     while True:
         tried, failure = _dry_run(model, reasons)
         if failure is None:
             break
-        reasons.update([failure])
+        path, reason = failure
+        window = window_of(by_path[path])
+        # A window that one layer cannot attend to stays in all of them: one more run is enough.
+        alike = [p for p, c in by_path.items() if window is not None and window_of(c) == window and p not in reasons]
+        reasons.update(dict.fromkeys([path, *alike], reason))
     layers = []
     for path in by_path:
         recipe = policy.of_layer(first + int(path.split(".")[0]), n_layers)
-        layers.append(_judge(path, by_path[path], recipe, reasons.get(path), tried[path]))
-    return Report(policy, tuple(layers))
+        layer = _judge(path, by_path[path], recipe, reasons.get(path), tried[path])
+        layers.append(replace(layer, window=window_of(by_path[path])))
+    report = Report(policy, _alike(layers))
+    if policy.windows is None and any(layer.window is not None for layer in report.compressed):
+        share = saving(model, report)
+        return report if share > LEAST_SAVING else without_windows(report, share)
+    return report
 
 
-def why_not(cache: Any, recipe: Recipe | None) -> str:
-    """Why a cache cannot be replaced by a compressed one, as far as its class and the policy tell; empty if it can."""
+def _alike(layers: list[Layer]) -> tuple[Layer, ...]:
+    """The layers, those of a window left alone if one of them has to be: the mask that they share has its cache's columns."""
+    bad: dict[int, Layer] = {}
+    for layer in layers:
+        if layer.window is not None and layer.reason not in ("", LEFT_OUT) and layer.n_kv_heads:
+            bad.setdefault(layer.window, layer)
+
+    def left_alone(layer: Layer) -> Layer:
+        other = None if layer.window is None else bad.get(layer.window)
+        if other is None or layer.recipe is None:
+            return layer
+        return replace(layer, recipe=None, reason=f"a sliding window like that of layer {other.path}: {other.reason}")
+
+    return tuple(left_alone(layer) for layer in layers)
+
+
+def window_of(cache: Any) -> int | None:
+    """The tokens of mlx-lm's cache of a sliding window, None for any other cache."""
+    return int(cache.max_size) if type(cache) is mlx_lm_cache.RotatingKVCache and cache.keep == 0 else None
+
+
+def why_not(cache: Any, recipe: Recipe | None, *, windows: bool = False) -> str:
+    """Why a cache cannot be replaced by a compressed one, as far as its class and the policy tell; empty if it can.
+
+    `windows`: Sliding windows are compressed as well.
+    """
     kind = type(cache)
-    if is_stock(cache, "KVCache"):
-        return "left out by the policy" if recipe is None else ""
+    window = window_of(cache) if windows else None
+    if window is not None and recipe is not None and window < recipe.tail + 2 * BLOCK:
+        return f"a sliding window of {window} tokens leaves no room for codes beside the exact ones"
+    if is_stock(cache, "KVCache") or window is not None:
+        return LEFT_OUT if recipe is None else ""
     if kind.__module__.partition(".")[0] not in ("mlx_lm", "mlx_vlm"):
         return f"a class of {kind.__module__}, not mlx-lm's own KVCache"
     return _WHY_NOT.get(kind.__name__, "not a plain KV cache")
@@ -138,7 +188,9 @@ _WHY_NOT = {
 def _dry_run(model: Any, reasons: dict[str, str]) -> tuple[dict[str, Any], tuple[str, str] | None]:
     """Call the model on stand-ins for every cache without a reason; if it fails, the layer at which it did, and how."""
     seen: list[str] = []
-    caches = replaced(stock_cache(model), lambda path, cache: cache if path in reasons else _ProbeCache(path, seen))
+    caches = replaced(
+        stock_cache(model), lambda path, cache: cache if path in reasons else _ProbeCache(path, seen, window_of(cache))
+    )
     tried = dict(members(caches))
     try:
         for tokens in ([[0, 0]], [[0]]):
@@ -163,6 +215,8 @@ def _judge(path: str, stock: Any, recipe: Recipe | None, reason: str | None, tri
     shape = (tokens.shape[1], tokens.shape[3], tokens.value_dim, tokens.dtype.size)
     if not all(t.hits for t in tried.tokens):
         return Layer(path, cache, None, "attention does not go through mx.fast.scaled_dot_product_attention", *shape)
+    if tried.asked_for_other_mask:
+        return Layer(path, cache, None, "the model asks for another mask than that of a sliding window", *shape)
     if any(dim % 8 or not 8 <= dim <= MAX_HEAD_DIM for dim in shape[1:3]):
         why = f"head dimensions {shape[1:3]} are not multiples of 8 up to {MAX_HEAD_DIM}"
         return Layer(path, cache, None, why, *shape)
