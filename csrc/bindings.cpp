@@ -233,7 +233,9 @@ Example:
           "key_bits"_a, "head_dim"_a, "rotation"_a, "value_codes"_a, "value_params"_a, "value_bits"_a, "value_dim"_a,
           "value_coding"_a, "first"_a.none(), "latent"_a = false)
       .def("attend", &tqext::History::attend, "q"_a, "tail_keys"_a, "tail_values"_a, "scale"_a, "mask"_a.none(),
-           "sinks"_a.none(), "lengths"_a.none(), "As `tqext.turboquant_attention`, with the tail in two arguments.");
+           "sinks"_a.none(), "lengths"_a.none(), "left_padding"_a = nb::none(), "lse"_a = false,
+           "As `tqext.turboquant_attention`, with the tail in two arguments. lse: in fp32, with the log of the sum of weights "
+           "as one column more.");
   m.def("word_sum", &tqext::word_sum, "arrays"_a, "begin"_a, "first"_a, "constant"_a, "previous"_a.none(),
         "numbers"_a = std::vector<int32_t>(), "stream"_a = nb::none(),
         "The sum of a state's words, uint32 ``[1]`` (tqext.kv.state.sum_of), after `numbers`, if any, as int32; None where the "
@@ -364,8 +366,8 @@ Example:
   m.def(
       "prepare_pipelines",
       [](int n_q_heads, int n_kv_heads, int head_dim, int value_dim, mx::Dtype query_dtype, mx::Dtype token_dtype, int key_bits,
-         int value_bits, const std::string& coding, const std::string& rotation, bool means, bool balance, bool qjl,
-         bool sinks) {
+         int value_bits, const std::string& coding, const std::string& rotation, bool means, bool balance, bool qjl, bool sinks,
+         bool window) {
         return tqext::prepare_pipelines({.n_q_heads = n_q_heads,
                                          .n_kv_heads = n_kv_heads,
                                          .head_dim = head_dim,
@@ -379,10 +381,11 @@ Example:
                                          .has_means = means,
                                          .has_balance = balance,
                                          .has_residual = qjl,
-                                         .has_sinks = sinks});
+                                         .has_sinks = sinks,
+                                         .has_window = window});
       },
       nb::kw_only(), "n_q_heads"_a, "n_kv_heads"_a, "head_dim"_a, "value_dim"_a, "query_dtype"_a, "token_dtype"_a, "key_bits"_a,
-      "value_bits"_a, "value_coding"_a, "rotation"_a, "means"_a, "balance"_a, "qjl"_a, "sinks"_a,
+      "value_bits"_a, "value_coding"_a, "rotation"_a, "means"_a, "balance"_a, "qjl"_a, "sinks"_a, "window"_a = false,
       "Compiles the Metal kernels that a layer's cache will launch, before its first prompt; returns their number. 0, and "
       "nothing is done, on the CPU and on CUDA.");
   m.def("num_threads", &tqext::cpu::num_threads, "Threads of the CPU kernels; TQEXT_NUM_THREADS overrides the number.");

@@ -34,11 +34,14 @@
 
 #if defined(__METAL_VERSION__)
 #define TQ_FN constexpr inline
+#define TQ_TABLE constant constexpr
 #elif defined(__CUDACC__) || defined(__CUDACC_RTC__)
 #define TQ_FN __host__ __device__ constexpr inline
+#define TQ_TABLE constexpr
 #else
 #include <stdint.h>
 #define TQ_FN constexpr inline
+#define TQ_TABLE constexpr
 #endif
 
 #if !defined(__METAL_VERSION__)

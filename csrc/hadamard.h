@@ -1,11 +1,10 @@
 // Rows of the Hadamard matrices of order 12, 20 and 28 that MLX's hadamard_transform uses; bit j of row i = 1: entry -1.
 #pragma once
 
-#if defined(__METAL_VERSION__)
-#define TQ_TABLE constant constexpr
-#else
+#include "format.h"
+
+#if !defined(__METAL_VERSION__)
 #include <stdint.h>
-#define TQ_TABLE constexpr
 namespace tqext {
 #endif
 

@@ -32,17 +32,19 @@ AttentionOptions with_mask(AttentionOptions options, const MaskArgument& mask) {
 
 mx::array History::attend(const mx::array& q, const mx::array& tail_keys, const mx::array& tail_values, float scale,
                           const MaskArgument& mask, const std::optional<mx::array>& sinks,
-                          const std::optional<mx::array>& lengths) const {
+                          const std::optional<mx::array>& lengths, const std::optional<mx::array>& left_padding,
+                          bool lse) const {
   const AttentionOptions options{.scale = scale,
                                  .mask_mode = "",
                                  .mask = {},
                                  .sinks = sinks,
-                                 .left_padding = {},
+                                 .left_padding = left_padding,
                                  .lengths = lengths,
                                  .indices = {},
                                  .first = first_,
                                  .tail = ExactTokens(tail_keys, tail_values),
                                  .latent = latent_,
+                                 .lse = lse,
                                  .of_cache = true};
   return turboquant_attention(q, keys_, values_, with_mask(options, mask), {});
 }

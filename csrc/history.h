@@ -18,8 +18,8 @@ class History {
   History(PackedKeys keys, PackedValues values, std::optional<ExactTokens> first, bool latent)
       : keys_(std::move(keys)), values_(std::move(values)), first_(std::move(first)), latent_(latent) {}
   mx::array attend(const mx::array& q, const mx::array& tail_keys, const mx::array& tail_values, float scale,
-                   const MaskArgument& mask, const std::optional<mx::array>& sinks,
-                   const std::optional<mx::array>& lengths) const;
+                   const MaskArgument& mask, const std::optional<mx::array>& sinks, const std::optional<mx::array>& lengths,
+                   const std::optional<mx::array>& left_padding, bool lse) const;
 
  private:
   PackedKeys keys_;

@@ -29,7 +29,7 @@ struct LayerShapes {
   mx::Dtype query_dtype, token_dtype;
   int key_bits, value_bits, value_coding;
   std::string rotation;
-  bool has_means, has_balance, has_residual, has_sinks;
+  bool has_means, has_balance, has_residual, has_sinks, has_window;
 };
 
 // Compiles what the generations of one sequence will launch, before the first of them; returns the number of pipelines. 0, and

@@ -7,6 +7,7 @@
 #include "format.h"
 #include "hadamard.h"
 #include "params.h"
+#include "softmax.h"
 
 #define TQ_DEVICE __device__ __forceinline__
 #ifndef INFINITY
@@ -16,7 +17,6 @@
 namespace tqext::cuda {
 
 constexpr uint32_t kAllLanes = 0xffffffffu;
-constexpr float kEmptyMax = -1e30f;  // max of a row that attended to nothing; finite, so that differences are never NaN
 
 TQ_DEVICE float exp2_fast(float x) {
   float y;

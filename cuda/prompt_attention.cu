@@ -41,7 +41,6 @@ constexpr bool kQueryInRegisters = kKeyDim <= 128 && !kFloat32 && BLOCKS_PER_SM 
 constexpr bool kMoveRegisters = kGroups && (kRows == 128 || BLOCKS_PER_SM > 1);
 constexpr int kProducerRegisters = kTeams == 2 ? 56 : 88, kConsumerRegisters = kTeams == 2 ? 200 : kRows == 128 ? 208 : 168;
 
-constexpr float kLog2e = 1.44269504f;
 // A weight may grow by 2^kGrowth before the running maximum is renewed, which is rare after the first tile. kMostSum: so much
 // can the weights of 16 tokens sum up to then.
 constexpr float kGrowth = 8.0f, kMostSum = 16 * 256.0f;

@@ -52,7 +52,6 @@ constexpr bool kBulk = false;
 // A weight is at most 2^kTop when the running maximum is renewed and may grow by 2^kGrowth before the next time; group scales
 // up to 2^3 then keep the products below fp16's limit. Larger ones overflow, which is seen at the end: the block then repeats
 // its share with weights smaller by 2^kSafeShift, enough for any fp16 scale.
-constexpr float kLog2e = 1.44269504f;
 constexpr uint32_t kOnes = 0x3c003c00u;  // fp16
 constexpr float kTop = 4.0f, kGrowth = 8.0f, kSafeShift = 13.0f;
 

@@ -8,6 +8,7 @@
 #include "format.h"
 #include "params.h"
 #include "rotate_row.h"
+#include "softmax.h"
 
 using namespace metal;
 
@@ -21,11 +22,6 @@ constant bool has_left_padding [[function_constant(kConstLeftPadding)]];
 constant bool has_lengths [[function_constant(kConstLengths)]];
 constant bool is_causal [[function_constant(kConstCausal)]];
 constant bool is_direct [[function_constant(kConstDirect)]];
-
-constant constexpr float kLog2E = 1.44269504088896340736f;
-
-// Factor of a sum whose maximum was old_max; -inf - -inf would be NaN.
-inline float rescale(float old_max, float new_max) { return old_max == new_max ? 1.0f : fast::exp2(old_max - new_max); }
 
 constexpr int power_of_two(int n) {
   return n <= 1 ? 1 : n <= 2 ? 2 : n <= 4 ? 4 : n <= 8 ? 8 : n <= 16 ? 16 : n <= 32 ? 32 : 64;
@@ -60,7 +56,7 @@ inline int coded_limit(constant AttentionParams& p, int coded_end, int query) {
 // Added to a score, base 2; -inf is "not attended".
 inline float mask_bias(const device uchar* mask, long at) {
   if (mask_kind == kMaskBool) return mask[at] ? 0.0f : -INFINITY;
-  return reinterpret_cast<const device float*>(mask)[at] * kLog2E;
+  return reinterpret_cast<const device float*>(mask)[at] * kLog2e;
 }
 
 inline long mask_row(constant AttentionParams& p, int batch, int kv_head, int row) {

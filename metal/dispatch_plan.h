@@ -204,19 +204,19 @@ struct KernelFigures {
 
 constexpr int kFigureDims = 3;
 // For 1, 2 and 4 rows.
-constexpr KernelFigures kSplitFigures[3][kFigureDims] = {{{128, 105, 830, 0, 3327, 0, 936, 157, 304},
-                                                          {256, 133, 1478, 0, 5527, 0, 944, 273, 584},
-                                                          {512, 208, 3001, 0, 6711, 0, 1084, 502, 1144}},
-                                                         {{128, 129, 1035, 0, 4094, 0, 911, 157, 340},
-                                                          {256, 146, 1862, 0, 6478, 0, 1130, 274, 644},
-                                                          {512, 186, 3567, 0, 9758, 0, 1262, 502, 1252}},
-                                                         {{128, 159, 1516, 0, 7132, 0, 1137, 158, 476},
-                                                          {256, 175, 2845, 0, 11228, 0, 1143, 274, 892},
-                                                          {512, 196, 5777, 0, 17196, 0, 1420, 502, 1724}}};
+constexpr KernelFigures kSplitFigures[3][kFigureDims] = {{{128, 104, 830, 0, 3327, 0, 931, 157, 304},
+                                                          {256, 132, 1482, 0, 5527, 0, 936, 273, 584},
+                                                          {512, 207, 3017, 0, 6711, 0, 1079, 502, 1144}},
+                                                         {{128, 129, 1036, 0, 4094, 0, 909, 157, 340},
+                                                          {256, 146, 1863, 0, 6478, 0, 1127, 274, 644},
+                                                          {512, 186, 3568, 0, 9758, 0, 1260, 502, 1252}},
+                                                         {{128, 159, 1516, 0, 7132, 0, 1135, 158, 476},
+                                                          {256, 175, 2843, 0, 11228, 0, 1141, 274, 892},
+                                                          {512, 196, 5778, 0, 17196, 0, 1419, 502, 1724}}};
 // For 8 rows.
-constexpr KernelFigures kMatrixFigures[kFigureDims] = {{128, 118, 769, 434, 14320, 0, 1186, 168, 680},
-                                                       {256, 155, 1215, 842, 22216, 0, 1369, 277, 1328},
-                                                       {512, 192, 2174, 1636, 37576, 0, 1725, 499, 2624}};
+constexpr KernelFigures kMatrixFigures[kFigureDims] = {{128, 117, 769, 434, 14320, 0, 1138, 168, 680},
+                                                       {256, 154, 1215, 842, 22216, 0, 1272, 277, 1328},
+                                                       {512, 191, 2182, 1636, 37656, 0, 1532, 499, 2624}};
 // For blocks of 32 and 64 rows; above dimension 128 there are none of 64.
 constexpr KernelFigures kPromptFigures[2][kFigureDims] = {{{128, 125, 605, 744, 743, 8768, 1359, 313, 456},
                                                            {256, 171, 910, 1400, 1075, 17536, 2057, 558, 840},
@@ -526,8 +526,9 @@ inline AttentionPlan plan_attention(const AttentionShape& s, const AttentionChoi
 inline AttentionPlan plan_attention(const AttentionShape& s) { return plan_attention(s, choose_attention(s)); }
 
 // What a generation launches beside a chunk of its prompt of shape s: chunks and follow-ups of other lengths, decoding steps,
-// short and long contexts. Pipelines that are compiled with the prompt do not interrupt the generation.
-inline std::vector<Dispatch> pipelines_of_a_generation(AttentionShape s, bool has_means) {
+// short and long contexts. Pipelines that are compiled with the prompt do not interrupt the generation. window: in a sliding
+// window that is full, one token is told where it begins, and several get a mask.
+inline std::vector<Dispatch> pipelines_of_a_generation(AttentionShape s, bool has_means, bool window = false) {
   constexpr int kLong = 1 << 17;
   const int n_repeats = s.n_q_heads / s.n_kv_heads;
   std::vector<Dispatch> all;
@@ -541,7 +542,11 @@ inline std::vector<Dispatch> pipelines_of_a_generation(AttentionShape s, bool ha
         s.n_queries = n_queries;
         s.n_coded = n_coded;
         s.n_tail = n_tail;
-        s.causal = n_queries > 1;
+        s.causal = n_queries > 1 && !window;
+        if (window) {
+          s.mask_kind = n_queries > 1 ? kMaskBool : kMaskNone;
+          s.has_left_padding = n_queries == 1;
+        }
         s.means_kind = !has_means || n_coded == 0 ? kMeansNone : s.hadamard ? kMeansHalf : kMeansFloat;
         for (const Dispatch& d : plan_attention(s).dispatches) {
           const bool known = std::any_of(all.begin(), all.end(), [&](const Dispatch& x) { return x.same_pipeline(d); });
@@ -652,8 +657,8 @@ inline EncodePlan plan_compact(int item_bytes, int batch, int n_heads, int n_tok
 }
 
 // What the generations of a layer launch, before anything is known of a prompt: s without numbers of tokens and of queries.
-// token_type: of the keys and values that are encoded.
-inline std::vector<Dispatch> pipelines_of_a_layer(AttentionShape s, bool has_means, Type token_type) {
+// token_type: of the keys and values that are encoded. window: whether the layer has a sliding window.
+inline std::vector<Dispatch> pipelines_of_a_layer(AttentionShape s, bool has_means, Type token_type, bool window = false) {
   std::vector<Dispatch> all;
   auto add = [&](const Dispatch& d) {
     const bool known = std::any_of(all.begin(), all.end(), [&](const Dispatch& x) { return x.same_pipeline(d); });
@@ -666,6 +671,8 @@ inline std::vector<Dispatch> pipelines_of_a_layer(AttentionShape s, bool has_mea
       s.n_first = s.n_coded = 0;
       s.n_tail = n_queries;
       for (const Dispatch& d : pipelines_of_a_generation(s, has_means)) add(d);
+      if (!window) continue;
+      for (const Dispatch& d : pipelines_of_a_generation(s, has_means, true)) add(d);
     }
   }
   EncodeShape tokens{};

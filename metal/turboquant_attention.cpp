@@ -109,7 +109,10 @@ void TurboQuantAttention::eval_gpu(const std::vector<mx::array>& inputs, mx::arr
 
   const metal::AttentionPlan plan = metal::plan_attention(shape);
   if (state_.of_cache && shape.n_queries > kMaxDecodeQueries) {
-    for (const metal::Dispatch& d : metal::pipelines_of_a_generation(shape, state_.cache_has_means)) metal::prepare(s, d);
+    const bool window = shape.mask_kind == kMaskBool && shape.batch == 1;
+    for (const metal::Dispatch& d : metal::pipelines_of_a_generation(shape, state_.cache_has_means, window)) {
+      metal::prepare(s, d);
+    }
   }
   const auto rows = [](int64_t n) { return int(std::max<int64_t>(1, (n + 31) / 32)); };
   mx::array parts = metal::scratch(s, {rows(plan.n_part_numbers), 32}, mx::float32);
@@ -151,7 +154,7 @@ int prepare_pipelines(const LayerShapes& layer) {
   shape.has_residual = layer.has_residual;
   shape.has_sinks = layer.has_sinks;
   shape.n_cores = metal::gpu_cores(s);
-  const auto all = metal::pipelines_of_a_layer(shape, layer.has_means, metal::type_of(layer.token_dtype));
+  const auto all = metal::pipelines_of_a_layer(shape, layer.has_means, metal::type_of(layer.token_dtype), layer.has_window);
   for (const metal::Dispatch& d : all) metal::prepare(s, d);
   return int(all.size());
 }

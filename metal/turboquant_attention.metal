@@ -362,7 +362,7 @@ inline void combine_row(constant AttentionParams& p, P parts, P states, int n_pa
   float row_max = -INFINITY;
   for (int s = int(lane); s < n_parts; s += 32) row_max = max(row_max, states[2 * (s * n_rows + row)]);
   row_max = simd_max(row_max);
-  const float sink = has_sinks ? sinks[head] * kLog2E : -INFINITY;
+  const float sink = has_sinks ? sinks[head] * kLog2e : -INFINITY;
   row_max = max(row_max, sink);
   float row_sum = sink == -INFINITY ? 0.0f : rescale(sink, row_max);
   float coded[V / 32], exact[V / 32];
@@ -392,6 +392,147 @@ inline void combine_row(constant AttentionParams& p, P parts, P states, int n_pa
 // Eight simdgroups, each with a share of neighbouring tiles of 32 tokens, so that the mean of a block is read once by all that
 // need it. Keys: a lane holds 32 / KH dimensions of one unit of the keys it sees, KL lanes a key. Values: GroupValues or
 // LloydValues. Units and words of dimensions that are no power of two are padded with idle lanes.
+template <int K, int KB, int R>
+struct SplitKeys {
+  static constant constexpr int kUnits = K / 32, kPerUnit = 2 * power_of_two(kUnits) >= R ? 2 : 4;  // lanes per unit
+  static constant constexpr int kLanes = kPerUnit * power_of_two(kUnits), kTokens = 32 / kLanes;    // per key; per step
+  static constant constexpr int kSteps = kLanes / R;                                                // per reduction
+  static constant constexpr int kBytes = 4 / kPerUnit, kRun = 8 / kPerUnit;  // bytes and codes of each word per lane
+  static constant constexpr int kHeld = 4 * kRun;                            // dimensions of a lane
+  static_assert(kLanes <= 32 && kLanes >= R, "a key fits a simdgroup");
+
+  static inline int dim(int unit, int part, int i) { return 32 * unit + 8 * (i / kRun) + kRun * part + i % kRun; }
+
+  // Products of one key with R rows over this lane's dimensions: sum[r]. query[i * R + r].
+  static inline void multiply(const device uchar* from, bool load, threadgroup const uchar* lookup, thread const float* query,
+                              thread float* sum) {
+    uint c[kBytes * KB];
+    load_unit<KB, kBytes>(from, load, c);
+    for (int r = 0; r < R; r++) sum[r] = 0.0f;
+#pragma clang loop unroll(full)
+    for (int i = 0; i < 4; i++) {
+      for (int j = 0; j < kBytes; j++) {
+        const half2 x = *reinterpret_cast<threadgroup const half2*>(lookup + pair_offset<KB>(c + KB * j, i));
+        for (int r = 0; r < R; r++) {
+          sum[r] = fma(float(x.x), query[(kRun * i + 2 * j) * R + r], sum[r]);
+          sum[r] = fma(float(x.y), query[(kRun * i + 2 * j + 1) * R + r], sum[r]);
+        }
+      }
+    }
+  }
+
+  // The norm and the residual's share of the same sums. bits: signs of this lane's 32 / kPerUnit neighbouring dimensions.
+  static inline void add_residual(const device uchar* from, bool load, bool has_unit, threadgroup const float* queries,
+                                  float norm, float residual_norm, thread float* sum) {
+    constexpr int n_bits = 32 / kPerUnit;
+    uint bits = 0u;
+    if (load) bits = kPerUnit == 2 ? uint(*reinterpret_cast<const device ushort*>(from)) : uint(*from);
+    for (int r = 0; r < R; r++) {
+      float residual = 0.0f;
+      for (int j = 0; j < n_bits && has_unit; j++) {
+        const float x = queries[r * K + j];
+        residual += (bits >> uint(j) & 1u) ? x : -x;
+      }
+      sum[r] = fma(sum[r], norm, residual * residual_norm);
+    }
+  }
+
+  // Sums over the lanes of a key: that of step key_lane / R and row key_lane % R on each lane.
+  static inline float reduce(thread float* sum, int key_lane) {
+#pragma clang loop unroll(full)
+    for (ushort h = kLanes / 2; h >= 1; h /= 2) {
+      for (int i = 0; i < h; i++) {
+        const bool up = key_lane & h;
+        // Values are selected, not elements: an index at run time would make the array memory.
+        const float low = sum[i], high = sum[i + h];
+        sum[i] = (up ? high : low) + simd_shuffle_xor(up ? low : high, h);
+      }
+    }
+    return sum[0];
+  }
+};
+
+// The rows as coded keys, their means and their residual signs need them: R rows of K numbers each.
+template <typename T, int K, int R>
+inline void stage_split_queries(constant AttentionParams& p, const device T* q, const device float* balance, int batch,
+                                int kv_head, int n_rows, threadgroup float* queries, threadgroup float* plain_queries,
+                                threadgroup float* residual_queries, uint sg, uint lane) {
+  constexpr int NU = K / 32;
+  for (int r = int(sg); r < R; r += kSplitSimdgroups) {
+    float x[NU], residual[NU];
+    for (int i = 0; i < NU; i++) x[i] = residual[i] = 0.0f;
+    if (r < n_rows) load_query<T, K>(p, q, batch, kv_head, r, x, lane);
+    for (int i = 0; means_kind != kMeansNone && i < NU; i++) plain_queries[r * K + 32 * i + int(lane)] = x[i];
+    if (r < n_rows) prepare_query<K>(p, balance, kv_head, x, residual, queries + r * K, lane);
+    for (int i = 0; i < NU; i++) {
+      queries[r * K + 32 * i + int(lane)] = x[i];
+      if (has_residual) residual_queries[r * K + 32 * i + int(lane)] = residual[i];
+    }
+  }
+}
+
+// Norms and value parameters of the n tokens of a tile, one token a lane.
+template <int NP, bool LLOYD>
+inline void stage_split_numbers(constant AttentionParams& p, const device half* key_norms, const device half* residual_norms,
+                                const device uchar* value_params, int base, int n, threadgroup float* norms,
+                                threadgroup float* tile_residual_norms, threadgroup uint* tile_params, uint lane) {
+  const bool mine = int(lane) < n;
+  norms[lane] = mine ? float(key_norms[(base + int(lane)) * p.key_norms.token]) : 0.0f;
+  if (has_residual) {
+    tile_residual_norms[lane] = mine ? float(residual_norms[(base + int(lane)) * p.residual_norms.token]) : 0.0f;
+  }
+  for (int i = 0; i < NP; i++) {
+    const long at = (base + int(lane)) * p.value_params.token + i;
+    uint x = 0u;
+    if (mine && LLOYD) x = as_type<uint>(float(reinterpret_cast<const device half*>(value_params)[at]));
+    if (mine && !LLOYD) x = reinterpret_cast<const device uint*>(value_params)[at];
+    tile_params[int(lane) * NP + i] = x;
+  }
+}
+
+// Maxima and sums of the simdgroups become those of the threadgroup: states[2 r], states[2 r + 1].
+template <int R>
+inline void join_states(threadgroup const float* maxima, threadgroup const float* sums, threadgroup float* states, uint tid) {
+  if (int(tid) >= R) return;
+  float all_max = -INFINITY, all_sum = 0.0f;
+  for (int i = 0; i < kSplitSimdgroups; i++) all_max = max(all_max, maxima[i * R + int(tid)]);
+  for (int i = 0; i < kSplitSimdgroups; i++) {
+    all_sum += sums[i * R + int(tid)] * rescale(maxima[i * R + int(tid)], all_max);
+  }
+  states[2 * tid] = all_max;
+  states[2 * tid + 1] = all_sum;
+}
+
+// The simdgroups' sums become those of the threadgroup, merged[r * V + d], MR rows at a time: pool holds as many of each.
+template <typename Values, int V, int R, int MR, bool LLOYD>
+inline void join_sums(thread const float* acc, threadgroup const float* maxima, threadgroup const float* bias_sums,
+                      threadgroup float* pool, threadgroup float* merged, int value_lane, uint tid, uint sg, uint lane) {
+  constexpr int NSG = kSplitSimdgroups, NG = V / 32;
+#pragma clang loop unroll(full)
+  for (int first = 0; first < R; first += MR) {
+    if (int(lane) < Values::kLanes && Values::has_codes(value_lane)) {
+      for (int r = first; r < first + MR; r++) {
+        float all_max = -INFINITY;
+        for (int i = 0; i < NSG; i++) all_max = max(all_max, maxima[i * R + r]);
+        const float factor = rescale(maxima[int(sg) * R + r], all_max);
+#pragma clang loop unroll(full)
+        for (int i = 0; i < Values::kHeld; i++) {
+          const int d = Values::dim(value_lane, i);
+          const float bias = LLOYD ? 0.0f : bias_sums[(int(sg) * R + r) * NG + d / 32];
+          pool[(int(sg) * MR + r - first) * V + d] = factor * fma(acc[i * R + r], Values::unit(i), bias);
+        }
+      }
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    for (int i = int(tid); i < MR * V; i += NSG * 32) {
+      float sum = pool[i];
+      for (int j = 1; j < NSG; j++) sum += pool[j * MR * V + i];
+      merged[first * V + i] = sum;
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+  }
+}
+
 template <typename T, int K, int V, int KB, int VB, int VC, int R>
 [[kernel, max_total_threads_per_threadgroup(256)]] void turboquant_attention_split(TQ_ATTENTION_ARGUMENTS,
                                                                                    threadgroup float* residual_queries
@@ -399,18 +540,14 @@ template <typename T, int K, int V, int KB, int VB, int VC, int R>
   constexpr bool LLOYD = VC == kValueLloyd;
   constexpr bool OWN_TABLE = LLOYD && (VB != KB || V != K);  // else keys and values share one
   constexpr int NSG = kSplitSimdgroups;
-  constexpr int NU = K / 32, NUP = power_of_two(NU);  // units of a key
-  constexpr int KH = 2 * NUP >= R ? 2 : 4;            // lanes per unit
-  constexpr int KL = KH * NUP, KT = 32 / KL;          // lanes per key, keys per step
-  constexpr int SB = KL / R;                          // steps per reduction
-  constexpr int NB = 4 / KH, NN = 8 / KH;             // bytes and codes of each word per lane
-  constexpr int NG = V / 32;                          // value groups
+  constexpr int NG = V / 32;  // value groups
+  typedef SplitKeys<K, KB, R> Keys;
+  constexpr int NU = Keys::kUnits, KH = Keys::kPerUnit, KL = Keys::kLanes, KT = Keys::kTokens, SB = Keys::kSteps;
   typedef typename ChooseValues<VC, GroupValues<V, VB, R>, LloydValues<V, VB, R>>::type Values;
   constexpr int VL = Values::kLanes, NP = Values::kParams, NA = Values::kHeld;
   constexpr int M = largest(K, V);
   constexpr int MR = M <= 128 ? R : 1;  // rows joined at a time, as far as the memory reaches
   constexpr int POOL = largest(NSG * 32 * (R + 2), NSG * MR * V);
-  static_assert(KL <= 32 && KL >= R, "a key fits a simdgroup");
   static_assert(2048 * (OWN_TABLE ? 2 : 1) + 8 * R * M + 4 * POOL + 128 * NSG * NP + 4 * R * (NSG * (NG + 2) + 4) + 4 * R * K <=
                     32768 - 16,
                 "threadgroup memory, with that of the residual queries");
@@ -447,17 +584,7 @@ template <typename T, int K, int V, int KB, int VB, int VC, int R>
   }
   threadgroup float* queries = merged;
   threadgroup float* plain_queries = merged + R * M;  // for the means
-  for (int r = int(sg); r < R; r += NSG) {
-    float x[NU], residual[NU];
-    for (int i = 0; i < NU; i++) x[i] = residual[i] = 0.0f;
-    if (r < n_rows) load_query<T, K>(p, q, batch, kv_head, r, x, lane);
-    for (int i = 0; means_kind != kMeansNone && i < NU; i++) plain_queries[r * K + 32 * i + int(lane)] = x[i];
-    if (r < n_rows) prepare_query<K>(p, balance, kv_head, x, residual, queries + r * K, lane);
-    for (int i = 0; i < NU; i++) {
-      queries[r * K + 32 * i + int(lane)] = x[i];
-      if (has_residual) residual_queries[r * K + 32 * i + int(lane)] = residual[i];
-    }
-  }
+  stage_split_queries<T, K, R>(p, q, balance, batch, kv_head, n_rows, queries, plain_queries, residual_queries, sg, lane);
   threadgroup_barrier(mem_flags::mem_threadgroup);
 
   const int key_lane = int(lane) % KL, unit = key_lane / KH, part_of_unit = key_lane % KH;
@@ -469,12 +596,10 @@ template <typename T, int K, int V, int KB, int VB, int VC, int R>
   // Tokens that a row skips inside the range may hold anything: their weight 0 must not meet a NaN.
   const bool skips = mask_kind != kMaskNone || is_causal;
 
-  float query[4 * NN][R], acc[NA * R], bias_acc = 0.0f;
+  float query[Keys::kHeld * R], acc[NA * R], bias_acc = 0.0f;
 #pragma clang loop unroll(full)
-  for (int i = 0; i < 4 * NN; i++) {
-    for (int r = 0; r < R; r++) {
-      query[i][r] = has_unit ? queries[r * K + 32 * unit + 8 * (i / NN) + NN * part_of_unit + i % NN] : 0.0f;
-    }
+  for (int i = 0; i < Keys::kHeld; i++) {
+    for (int r = 0; r < R; r++) query[i * R + r] = has_unit ? queries[r * K + Keys::dim(unit, part_of_unit, i)] : 0.0f;
   }
 #pragma clang loop unroll(full)
   for (int i = 0; i < NA * R; i++) acc[i] = 0.0f;
@@ -489,7 +614,7 @@ template <typename T, int K, int V, int KB, int VB, int VC, int R>
 
   // Byte addresses: one offset of the lane, the same step for all lanes.
   const int key_step = 4 * KT * int(p.key_codes.token), value_step = 4 * Values::kTokens * int(p.value_codes.token);
-  const int key_offset = int(lane) / KL * (4 * int(p.key_codes.token)) + 4 * KB * unit + NB * part_of_unit;
+  const int key_offset = int(lane) / KL * (4 * int(p.key_codes.token)) + 4 * KB * unit + Keys::kBytes * part_of_unit;
   const int value_offset = int(lane) / VL * (4 * int(p.value_codes.token)) + Values::first_byte(value_lane);
 
   const Range range = coded_range(p, bounds, int(tg.x));
@@ -504,18 +629,8 @@ template <typename T, int K, int V, int KB, int VB, int VC, int R>
       my_block = base / kBlockTokens;
       my_offset = block_offset<K, R>(p, means, my_block, plain_queries, lane);
     }
-    const bool mine = int(lane) < n;
-    norms[lane] = mine ? float(key_norms[(base + int(lane)) * p.key_norms.token]) : 0.0f;
-    if (has_residual) {
-      tile_residual_norms[lane] = mine ? float(residual_norms[(base + int(lane)) * p.residual_norms.token]) : 0.0f;
-    }
-    for (int i = 0; i < NP; i++) {
-      const long at = (base + int(lane)) * p.value_params.token + i;
-      uint x = 0u;
-      if (mine && LLOYD) x = as_type<uint>(float(reinterpret_cast<const device half*>(value_params)[at]));
-      if (mine && !LLOYD) x = reinterpret_cast<const device uint*>(value_params)[at];
-      tile_params[int(lane) * NP + i] = x;
-    }
+    stage_split_numbers<NP, LLOYD>(p, key_norms, residual_norms, value_params, base, n, norms, tile_residual_norms, tile_params,
+                                   lane);
     simdgroup_barrier(mem_flags::mem_threadgroup);
 
     const device uchar* keys = key_codes + 4 * (base * p.key_codes.token) + key_offset;
@@ -527,45 +642,17 @@ template <typename T, int K, int V, int KB, int VB, int VC, int R>
       for (int s = 0; s < SB; s++) {
         const int t = (b * SB + s) * KT + int(lane) / KL;
         const bool load = t < n && has_unit;
-        uint c[NB * KB];
-        load_unit<KB, NB>(keys + (b * SB + s) * key_step, load, c);
-        for (int r = 0; r < R; r++) sum[s * R + r] = 0.0f;
-#pragma clang loop unroll(full)
-        for (int i = 0; i < 4; i++) {
-          for (int j = 0; j < NB; j++) {
-            const half2 x = *reinterpret_cast<threadgroup const half2*>(lookup + pair_offset<KB>(c + KB * j, i));
-            for (int r = 0; r < R; r++) {
-              sum[s * R + r] = fma(float(x.x), query[NN * i + 2 * j][r], sum[s * R + r]);
-              sum[s * R + r] = fma(float(x.y), query[NN * i + 2 * j + 1][r], sum[s * R + r]);
-            }
-          }
-        }
+        Keys::multiply(keys + (b * SB + s) * key_step, load, lookup, query, sum + s * R);
         if (has_residual) {
           constexpr int n_bits = 32 / KH;
-          const device uchar* from = key_signs + 4 * ((base + t) * p.key_signs.token + unit) + n_bits / 8 * part_of_unit;
-          uint bits = 0u;
-          if (load) bits = KH == 2 ? uint(*reinterpret_cast<const device ushort*>(from)) : uint(*from);
-          for (int r = 0; r < R; r++) {
-            float residual = 0.0f;
-            for (int j = 0; j < n_bits && has_unit; j++) {
-              const float x = residual_queries[r * K + 32 * unit + n_bits * part_of_unit + j];
-              residual += (bits >> uint(j) & 1u) ? x : -x;
-            }
-            sum[s * R + r] = fma(sum[s * R + r], norms[t], residual * tile_residual_norms[t]);
-          }
+          const device uchar* signs = key_signs + 4 * ((base + t) * p.key_signs.token + unit) + n_bits / 8 * part_of_unit;
+          Keys::add_residual(signs, load, has_unit, residual_queries + 32 * unit + n_bits * part_of_unit, norms[t],
+                             tile_residual_norms[t], sum + s * R);
         }
       }
-#pragma clang loop unroll(full)
-      for (ushort h = KL / 2; h >= 1; h /= 2) {
-        for (int i = 0; i < h; i++) {
-          const bool up = key_lane & h;
-          // Values are selected, not elements: an index at run time would make the array memory.
-          const float low = sum[i], high = sum[i + h];
-          sum[i] = (up ? high : low) + simd_shuffle_xor(up ? low : high, h);
-        }
-      }
+      const float product = Keys::reduce(sum, key_lane);
       const int t = (b * SB + key_lane / R) * KT + int(lane) / KL;
-      float x = has_residual ? sum[0] + my_offset : fma(sum[0], norms[t], my_offset);
+      float x = has_residual ? product + my_offset : fma(product, norms[t], my_offset);
       bool live = t < n && base + t < limit;
       if (mask_kind != kMaskNone && live && my_row < n_rows) {
         const float bias = mask_bias(mask, my_mask + (p.n_first + base + t) * p.mask.last);
@@ -619,36 +706,8 @@ template <typename T, int K, int V, int KB, int VB, int VC, int R>
     bias_sums[(int(sg) * R + bias_row) * NG + Values::bias_group(value_lane)] = bias_acc;
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
-  if (int(tid) < R) {
-    float all_max = -INFINITY, all_sum = 0.0f;
-    for (int i = 0; i < NSG; i++) all_max = max(all_max, maxima[i * R + int(tid)]);
-    for (int i = 0; i < NSG; i++) all_sum += sums[i * R + int(tid)] * rescale(maxima[i * R + int(tid)], all_max);
-    states_all[2 * tid] = all_max;
-    states_all[2 * tid + 1] = all_sum;
-  }
-#pragma clang loop unroll(full)
-  for (int first = 0; first < R; first += MR) {
-    if (int(lane) < VL && Values::has_codes(value_lane)) {
-      for (int r = first; r < first + MR; r++) {
-        float all_max = -INFINITY;
-        for (int i = 0; i < NSG; i++) all_max = max(all_max, maxima[i * R + r]);
-        const float factor = rescale(maxima[int(sg) * R + r], all_max);
-#pragma clang loop unroll(full)
-        for (int i = 0; i < NA; i++) {
-          const int d = Values::dim(value_lane, i);
-          const float bias = LLOYD ? 0.0f : bias_sums[(int(sg) * R + r) * NG + d / 32];
-          pool[(int(sg) * MR + r - first) * V + d] = factor * fma(acc[i * R + r], Values::unit(i), bias);
-        }
-      }
-    }
-    threadgroup_barrier(mem_flags::mem_threadgroup);
-    for (int i = int(tid); i < MR * V; i += NSG * 32) {
-      float sum = pool[i];
-      for (int j = 1; j < NSG; j++) sum += pool[j * MR * V + i];
-      merged[first * V + i] = sum;
-    }
-    threadgroup_barrier(mem_flags::mem_threadgroup);
-  }
+  join_states<R>(maxima, sums, states_all, tid);
+  join_sums<Values, V, R, MR, LLOYD>(acc, maxima, bias_sums, pool, merged, value_lane, tid, sg, lane);
   if (!is_direct) {
     const long part = (long(tg.y) * p.n_parts + int(tg.x)) * n_rows;
     for (int i = int(tid); i < n_rows * V; i += NSG * 32) parts[part * V + i] = merged[i];
@@ -742,6 +801,148 @@ inline float2 stage_offsets(constant AttentionParams& p, const device T* q, int 
   return get(sum) * p.score_scale;
 }
 
+// Row r, dimension d at queries[(r / 8 * K + d) * 8 + r % 8]. scratch: K numbers of this simdgroup.
+template <typename T, int K>
+inline void stage_matrix_queries(constant AttentionParams& p, const device T* q, const device float* balance, int batch,
+                                 int kv_head, int first_row, int n_rows, int n_blocks, threadgroup float* queries_all,
+                                 threadgroup float* residual_queries, threadgroup float* scratch, uint sg, uint lane,
+                                 uint n_sg) {
+  constexpr int NU = K / 32;
+  for (int r = int(sg); r < 8 * n_blocks; r += int(n_sg)) {
+    float x[NU], residual[NU];
+    for (int i = 0; i < NU; i++) x[i] = residual[i] = 0.0f;
+    if (first_row + r < n_rows) {
+      load_query<T, K>(p, q, batch, kv_head, first_row + r, x, lane);
+      prepare_query<K>(p, balance, kv_head, x, residual, scratch, lane);
+    }
+    for (int i = 0; i < NU; i++) {
+      const int at = (r / 8 * K + 32 * i + int(lane)) * 8 + r % 8;
+      queries_all[at] = x[i];
+      if (has_residual) residual_queries[at] = residual[i];
+    }
+  }
+}
+
+// The means of eight blocks from `first` on.
+template <int K>
+inline void stage_means(constant AttentionParams& p, const device uchar* means, int first, int end,
+                        threadgroup half* half_means, threadgroup float* float_means, int my_thread, int n_threads) {
+  for (int i = my_thread; i < kStagedBlocks * K; i += n_threads) {
+    const int b = first + i / K, d = i % K;
+    const bool load = b * kBlockTokens < end && d < p.head_dim;
+    const float mean = load ? mean_at(means, b * p.means.token + d * p.means.last) : 0.0f;
+    if (means_kind == kMeansHalf) {
+      half_means[i] = half(mean);
+    } else {
+      float_means[i] = mean;
+    }
+  }
+}
+
+// `width` words of each of the tile's n tokens, zeros for those that are not there. step: words from token to token.
+inline void stage_words(const device uchar* from, long step, int base, int n, int width, threadgroup uint* to, int my_thread,
+                        int n_threads) {
+  for (int i = my_thread; i < 32 * width; i += n_threads) {
+    const device uint* words = reinterpret_cast<const device uint*>(from) + long(base + i / width) * step;
+    to[i] = i / width < n ? words[i % width] : 0u;
+  }
+}
+
+template <int NP, bool LLOYD>
+inline void stage_parameters(constant AttentionParams& p, const device uchar* value_params, int base, int n,
+                             threadgroup uint* to, int my_thread, int n_threads) {
+  for (int i = my_thread; i < 32 * NP; i += n_threads) {
+    const long at = (base + i / NP) * p.value_params.token + i % NP;
+    uint x = 0u;
+    if (i / NP < n && LLOYD) x = as_type<uint>(float(reinterpret_cast<const device half*>(value_params)[at]));
+    if (i / NP < n && !LLOYD) x = reinterpret_cast<const device uint*>(value_params)[at];
+    to[i] = x;
+  }
+}
+
+// Scores^T of 32 tokens and 8 rows: products of decoded keys with the rows, of signs with the residual rows, which lie
+// `residual` numbers behind.
+template <int K, int KB>
+inline void multiply_keys(threadgroup const uint* key_tile, threadgroup const uint* sign_tile, threadgroup const float* queries,
+                          int residual, threadgroup const uchar* lookup, int row, int column, thread simdgroup_float8x8* scores,
+                          thread simdgroup_float8x8* residual_scores) {
+  constexpr int NU = K / 32, KW = K * KB / 32;
+  const int pair = column / 2;
+#pragma clang loop unroll(full)
+  for (int u = 0; u < NU; u++) {
+    uint c[4][KB];  // byte `pair` of each word of the unit
+#pragma clang loop unroll(full)
+    for (int rt = 0; rt < 4; rt++) {
+      threadgroup const uchar* from =
+          reinterpret_cast<threadgroup const uchar*>(key_tile + (8 * rt + row) * KW + KB * u) + pair;
+      for (int i = 0; i < KB; i++) c[rt][i] = from[4 * i];
+    }
+#pragma clang loop unroll(full)
+    for (int i = 0; i < 4; i++) {
+      simdgroup_float8x8 a, b;
+      put(b, *reinterpret_cast<threadgroup const float2*>(queries + 8 * (32 * u + 8 * i)));
+      for (int rt = 0; rt < 4; rt++) {
+        put(a, *reinterpret_cast<threadgroup const float2*>(lookup + pair_offset<KB>(c[rt], i)));
+        simdgroup_multiply_accumulate(scores[rt], a, b, scores[rt]);
+      }
+    }
+    if (has_residual) {
+      for (int i = 0; i < 4; i++) {
+        simdgroup_float8x8 a, b;
+        put(b, *reinterpret_cast<threadgroup const float2*>(queries + residual + 8 * (32 * u + 8 * i)));
+        for (int rt = 0; rt < 4; rt++) {
+          const uint bits = sign_tile[(8 * rt + row) * NU + u] >> uint(8 * i + column);
+          put(a, float2((bits & 1u) ? 1.0f : -1.0f, (bits & 2u) ? 1.0f : -1.0f));
+          simdgroup_multiply_accumulate(residual_scores[rt], a, b, residual_scores[rt]);
+        }
+      }
+    }
+  }
+}
+
+// Out^T += V^T P^T for eight tokens: words0 are those of this lane's first one.
+template <int V, int VB>
+inline void add_lloyd_values(threadgroup const uint* words0, float2 scaled, threadgroup const uchar* value_lookup, int row,
+                             thread simdgroup_float8x8* acc) {
+  constexpr int NG = V / 32, VW = V * VB / 32;
+  simdgroup_float8x8 a, b;
+  put(b, scaled);
+#pragma clang loop unroll(full)
+  for (int u = 0; u < NG; u++) {
+    // Byte row / 2 of each word of the unit, of two tokens.
+    threadgroup const uchar* bytes = reinterpret_cast<threadgroup const uchar*>(words0 + VB * u) + row / 2;
+    uint c[2 * VB];
+    for (int i = 0; i < VB; i++) {
+      c[i] = bytes[4 * i];
+      c[VB + i] = bytes[4 * (VW + i)];
+    }
+#pragma clang loop unroll(full)
+    for (int i = 0; i < 4; i++) {
+      put(a, float2(*reinterpret_cast<threadgroup const float*>(value_lookup + pair_offset<VB>(c, i)),
+                    *reinterpret_cast<threadgroup const float*>(value_lookup + pair_offset<VB>(c + VB, i))));
+      simdgroup_multiply_accumulate(acc[4 * u + i], a, b, acc[4 * u + i]);
+    }
+  }
+}
+
+// What a group of simdgroups has found for rows row0 and row0 + 1.
+template <int V, int VB, bool LLOYD>
+inline void write_matrix_part(thread simdgroup_float8x8* acc, thread const float2* bias_acc, float2 row_max, float2 row_sum,
+                              int row0, int n_rows, int row, device float* parts, device float* states) {
+  for (int k = 0; k < 2; k++) {
+    if (row0 + k >= n_rows) continue;
+#pragma clang loop unroll(full)
+    for (int s = 0; s < V / 8; s++) {
+      const float unit = LLOYD ? 1.0f / float(kCodebookTop) : ValueCodes<V, VB>::weight(s);
+      parts[long(row0 + k) * V + 8 * s + row] = fma(get(acc[s])[k], unit, bias_acc[s / 4][k]);
+    }
+    if (row == 0) {
+      states[long(row0 + k) * 2] = row_max[k];
+      states[long(row0 + k) * 2 + 1] = row_sum[k];
+    }
+  }
+}
+
 template <typename T, int K, int V, int KB, int VB, int VC>
 [[kernel, max_total_threads_per_threadgroup(256)]] void turboquant_attention_matrix(
     TQ_ATTENTION_ARGUMENTS, uint n_sg [[simdgroups_per_threadgroup]], threadgroup float* queries_all [[threadgroup(0)]],
@@ -775,24 +976,11 @@ template <typename T, int K, int V, int KB, int VB, int VC>
   }
   // Row r, dimension d at [(r / 8 * K + d) * 8 + r % 8]; the residual queries follow.
   threadgroup float* residual_queries = queries_all + 8 * n_blocks * K;
-  threadgroup float* scratch = reinterpret_cast<threadgroup float*>(tiles) + sg * K;
-  for (int r = int(sg); r < 8 * n_blocks; r += int(n_sg)) {
-    float x[NU], residual[NU];
-    for (int i = 0; i < NU; i++) x[i] = residual[i] = 0.0f;
-    if (first_row + r < n_rows) {
-      load_query<T, K>(p, q, batch, kv_head, first_row + r, x, lane);
-      prepare_query<K>(p, balance, kv_head, x, residual, scratch, lane);
-    }
-    for (int i = 0; i < NU; i++) {
-      const int at = (r / 8 * K + 32 * i + int(lane)) * 8 + r % 8;
-      queries_all[at] = x[i];
-      if (has_residual) residual_queries[at] = residual[i];
-    }
-  }
+  stage_matrix_queries<T, K>(p, q, balance, batch, kv_head, first_row, n_rows, n_blocks, queries_all, residual_queries,
+                             reinterpret_cast<threadgroup float*>(tiles) + sg * K, sg, lane, n_sg);
   threadgroup_barrier(mem_flags::mem_threadgroup);
 
-  const int row = int(lane / 4 & 4u) + int(lane / 2 & 3u), column = int(lane / 4 & 2u) * 2 + int(lane & 1u) * 2,
-            pair = column / 2;
+  const int row = int(lane / 4 & 4u) + int(lane / 2 & 3u), column = int(lane / 4 & 2u) * 2 + int(lane & 1u) * 2;
   threadgroup const float* queries = queries_all + (block * K + row) * 8 + column;
   const int row0 = first_row + 8 * block + column;
   const int2 limit =
@@ -835,43 +1023,19 @@ template <typename T, int K, int V, int KB, int VB, int VC>
       tile_barrier(n_blocks == 1);
       threadgroup half* half_means = reinterpret_cast<threadgroup half*>(key_tile);
       threadgroup float* float_means = reinterpret_cast<threadgroup float*>(key_tile);
-      for (int i = my_thread; i < kStagedBlocks * K; i += n_threads) {
-        const int b = tile / kBlockTokens + i / K, d = i % K;
-        const bool load = b * kBlockTokens < end && d < p.head_dim;
-        const float mean = load ? mean_at(means, b * p.means.token + d * p.means.last) : 0.0f;
-        if (means_kind == kMeansHalf) {
-          half_means[i] = half(mean);
-        } else {
-          float_means[i] = mean;
-        }
-      }
+      stage_means<K>(p, means, tile / kBlockTokens, end, half_means, float_means, my_thread, n_threads);
       tile_barrier(n_blocks == 1);
       block_offsets = stage_offsets<T, K>(p, q, batch, kv_head, row0, half_means, float_means, row, column);
     }
     tile_barrier(n_blocks == 1);
-    for (int i = my_thread; i < 32 * KW; i += n_threads) {
-      const device uint* words = reinterpret_cast<const device uint*>(key_codes) + long(base + i / KW) * p.key_codes.token;
-      key_tile[i] = i / KW < n ? words[i % KW] : 0u;
-    }
-    for (int i = my_thread; i < 32 * VW; i += n_threads) {
-      const device uint* words = reinterpret_cast<const device uint*>(value_codes) + long(base + i / VW) * p.value_codes.token;
-      value_tile[i] = i / VW < n ? words[i % VW] : 0u;
-    }
-    for (int i = my_thread; i < 32 * NP; i += n_threads) {
-      const long at = (base + i / NP) * p.value_params.token + i % NP;
-      uint x = 0u;
-      if (i / NP < n && LLOYD) x = as_type<uint>(float(reinterpret_cast<const device half*>(value_params)[at]));
-      if (i / NP < n && !LLOYD) x = reinterpret_cast<const device uint*>(value_params)[at];
-      tile_params[i] = x;
-    }
+    stage_words(key_codes, p.key_codes.token, base, n, KW, key_tile, my_thread, n_threads);
+    stage_words(value_codes, p.value_codes.token, base, n, VW, value_tile, my_thread, n_threads);
+    stage_parameters<NP, LLOYD>(p, value_params, base, n, tile_params, my_thread, n_threads);
     for (int i = my_thread; i < 32; i += n_threads) {
       norms[i] = i < n ? float(key_norms[(base + i) * p.key_norms.token]) : 0.0f;
       if (has_residual) tile_residual_norms[i] = i < n ? float(residual_norms[(base + i) * p.residual_norms.token]) : 0.0f;
     }
-    for (int i = my_thread; has_residual && i < 32 * NU; i += n_threads) {
-      const device uint* words = reinterpret_cast<const device uint*>(key_signs) + long(base + i / NU) * p.key_signs.token;
-      sign_tile[i] = i / NU < n ? words[i % NU] : 0u;
-    }
+    if (has_residual) stage_words(key_signs, p.key_signs.token, base, n, NU, sign_tile, my_thread, n_threads);
     tile_barrier(n_blocks == 1);
 
     simdgroup_float8x8 scores[4], residual_scores[4];
@@ -879,36 +1043,7 @@ template <typename T, int K, int V, int KB, int VB, int VC>
       put(scores[rt], float2(0.0f));
       put(residual_scores[rt], float2(0.0f));
     }
-#pragma clang loop unroll(full)
-    for (int u = 0; u < NU; u++) {
-      uint c[4][KB];  // byte `pair` of each word of the unit
-#pragma clang loop unroll(full)
-      for (int rt = 0; rt < 4; rt++) {
-        threadgroup const uchar* from =
-            reinterpret_cast<threadgroup const uchar*>(key_tile + (8 * rt + row) * KW + KB * u) + pair;
-        for (int i = 0; i < KB; i++) c[rt][i] = from[4 * i];
-      }
-#pragma clang loop unroll(full)
-      for (int i = 0; i < 4; i++) {
-        simdgroup_float8x8 a, b;
-        put(b, *reinterpret_cast<threadgroup const float2*>(queries + 8 * (32 * u + 8 * i)));
-        for (int rt = 0; rt < 4; rt++) {
-          put(a, *reinterpret_cast<threadgroup const float2*>(lookup + pair_offset<KB>(c[rt], i)));
-          simdgroup_multiply_accumulate(scores[rt], a, b, scores[rt]);
-        }
-      }
-      if (has_residual) {
-        for (int i = 0; i < 4; i++) {
-          simdgroup_float8x8 a, b;
-          put(b, *reinterpret_cast<threadgroup const float2*>(queries + 8 * n_blocks * K + 8 * (32 * u + 8 * i)));
-          for (int rt = 0; rt < 4; rt++) {
-            const uint bits = sign_tile[(8 * rt + row) * NU + u] >> uint(8 * i + column);
-            put(a, float2((bits & 1u) ? 1.0f : -1.0f, (bits & 2u) ? 1.0f : -1.0f));
-            simdgroup_multiply_accumulate(residual_scores[rt], a, b, residual_scores[rt]);
-          }
-        }
-      }
-    }
+    multiply_keys<K, KB>(key_tile, sign_tile, queries, 8 * n_blocks * K, lookup, row, column, scores, residual_scores);
 
     // Lane bits 1, 2 and 4 are the row of a matrix: the block's.
     const int b = i_tile / 2 % kStagedBlocks;
@@ -952,24 +1087,7 @@ template <typename T, int K, int V, int KB, int VB, int VC>
         const float norm = as_type<float>(tile_params[t]);
         float2 scaled = weights[rt] * norm;
         if (skips) scaled = float2(weights[rt].x == 0.0f ? 0.0f : scaled.x, weights[rt].y == 0.0f ? 0.0f : scaled.y);
-        simdgroup_float8x8 a, b;
-        put(b, scaled);
-#pragma clang loop unroll(full)
-        for (int u = 0; u < NG; u++) {
-          // Byte row / 2 of each word of the unit, of two tokens.
-          threadgroup const uchar* bytes = reinterpret_cast<threadgroup const uchar*>(words0 + VB * u) + row / 2;
-          uint c[2 * VB];
-          for (int i = 0; i < VB; i++) {
-            c[i] = bytes[4 * i];
-            c[VB + i] = bytes[4 * (VW + i)];
-          }
-#pragma clang loop unroll(full)
-          for (int i = 0; i < 4; i++) {
-            put(a, float2(*reinterpret_cast<threadgroup const float*>(value_lookup + pair_offset<VB>(c, i)),
-                          *reinterpret_cast<threadgroup const float*>(value_lookup + pair_offset<VB>(c + VB, i))));
-            simdgroup_multiply_accumulate(acc[4 * u + i], a, b, acc[4 * u + i]);
-          }
-        }
+        add_lloyd_values<V, VB>(words0, scaled, value_lookup, row, acc);
         continue;
       }
 #pragma clang loop unroll(full)
@@ -994,18 +1112,7 @@ template <typename T, int K, int V, int KB, int VB, int VC>
   row_sum = row_sums(row_sum);
   for (int g = 0; !LLOYD && g < NG; g++) bias_acc[g] = row_sums(bias_acc[g]);
   const long part = (long(tg.y) * p.n_parts + int(tg.x) * n_groups + group) * n_rows;
-  for (int k = 0; k < 2; k++) {
-    if (row0 + k >= n_rows) continue;
-#pragma clang loop unroll(full)
-    for (int s = 0; s < V / 8; s++) {
-      const float unit = LLOYD ? 1.0f / float(kCodebookTop) : ValueCodes<V, VB>::weight(s);
-      parts[(part + row0 + k) * V + 8 * s + row] = fma(get(acc[s])[k], unit, bias_acc[s / 4][k]);
-    }
-    if (row == 0) {
-      states[(part + row0 + k) * 2] = row_max[k];
-      states[(part + row0 + k) * 2 + 1] = row_sum[k];
-    }
-  }
+  write_matrix_part<V, VB, LLOYD>(acc, bias_acc, row_max, row_sum, row0, n_rows, row, parts + part * V, states + part * 2);
 }
 
 // --- combine ----------------------------------------------------------------------------------------------------------

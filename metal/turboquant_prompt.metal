@@ -650,7 +650,7 @@ template <typename T, int K, int V, int KB, int VB, int VC, int ROWS>
     }
     return;
   }
-  const float sink = has_sinks ? sinks[my_head] * kLog2E : -INFINITY, all_max = max(row_max, sink);
+  const float sink = has_sinks ? sinks[my_head] * kLog2e : -INFINITY, all_max = max(row_max, sink);
   const float factor = rescale(row_max, all_max);
   const float all_sum = row_sum * factor + (sink == -INFINITY ? 0.0f : rescale(sink, all_max));
   const float inverse = all_sum == 0.0f ? 0.0f : factor / all_sum;

@@ -41,7 +41,7 @@ else:
 # Layers of the middle only: a stage must know where in the whole model its layers are.
 tqext.attach(model, "tq3", first_last=0 if by_head else 1)
 cache = model.make_cache()
-tokens = greedy(model, prompt(250), 24, cache=cache)
+tokens = greedy(model, prompt(250), 12, cache=cache)
 if by_head:
     assert cache[0].keys.shape[1] == 1, "one KV head for each process"
     assert cache[0].n_coded > 0
@@ -50,9 +50,9 @@ else:
     assert kinds == (["KVCache"] if group.rank() else ["TurboQuantKVCache", "KVCache"]), kinds
     tqext.attach(model, "tq3")
     cache = model.make_cache()
-    tokens = greedy(model, prompt(250), 24, cache=cache)
+    tokens = greedy(model, prompt(250), 12, cache=cache)
     assert [c.n_coded > 0 for c in cache] == [True] * len(cache)
-batch = batch_generate(model, Words(), [prompt(250), prompt(40, 1)], max_tokens=24, return_token_ids=True).token_ids
+batch = batch_generate(model, Words(), [prompt(250), prompt(40, 1)], max_tokens=12, return_token_ids=True).token_ids
 mx.eval(mx.distributed.all_sum(mx.array(1), group=group))
 if group.rank() == 0:
     with open(file, "w") as out:

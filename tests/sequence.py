@@ -113,6 +113,61 @@ class Sequence:
         self.n_first, self.n_coded = n_first, n_coded
 
 
+class WindowSequence(Sequence):
+    """A sequence of which each token sees the last `window`. All tokens are kept here; `n_dropped` says what a cache keeps."""
+
+    def __init__(self, recipe: Recipe, n_kv_heads: int, head_dim: int, value_dim: int, balance: mx.array | None, window: int):
+        super().__init__(recipe, n_kv_heads, head_dim, value_dim, balance)
+        self.window = window
+
+    @property
+    def n_tail(self) -> int:
+        return self.n_tokens - self.n_dropped - self.n_first - self.n_coded
+
+    def flush(self) -> None:
+        if self.n_tail < self.recipe.tail + BLOCK:
+            return
+        while self.n_tail >= self.recipe.tail + BLOCK:
+            self.encode()
+        seen_next = self.n_tokens - self.window + 1  # the oldest token that the next one sees
+        if 0 < self.n_first <= seen_next:
+            self.n_dropped, self.n_first = self.n_first, 0
+        while not self.n_first and self.n_coded and self.n_dropped + BLOCK <= seen_next:
+            self.n_dropped += BLOCK
+            self.n_coded -= BLOCK
+
+    def encode(self) -> None:
+        self.n_first += self.n_dropped
+        super().encode()
+        self.n_first -= self.n_dropped
+
+    def attended(self) -> tuple[np.ndarray, np.ndarray]:
+        coded = np.zeros(self.n_tokens, bool)
+        begin = self.n_dropped + self.n_first
+        coded[begin : begin + self.n_coded] = True
+        # What has left is nothing that may be seen.
+        gone = np.arange(self.n_tokens)[None, :, None] < self.n_dropped
+        return tuple(
+            np.where(gone, 1e6, np.where(coded[None, :, None], x, y))
+            for x, y in ((self.coded_k, self.k), (self.coded_v, self.v))
+        )
+
+    def trim(self, n: int) -> None:
+        left = self.n_tokens - n
+        if left == 0:
+            self.n_dropped = 0
+        n_first = min(self.n_first, left)
+        n_coded = min(self.n_coded, (left - self.n_dropped - n_first) // BLOCK * BLOCK)
+        begin = self.n_dropped + n_first + n_coded
+        again = slice(begin, min(left, self.n_dropped + self.n_first + self.n_coded))
+        for name in ("k", "v"):
+            exact, coded = getattr(self, name), getattr(self, f"coded_{name}")
+            exact[:, again] = coded[:, again]
+            setattr(self, name, exact[:, :left].copy())
+            setattr(self, f"coded_{name}", coded[:, :left].copy())
+        self.n_first, self.n_coded = n_first, n_coded
+
+
 def attention(
     q: np.ndarray,
     k: np.ndarray,

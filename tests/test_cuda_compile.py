@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ARCHITECTURES = ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"]
 FILES = [
     "csrc/format.h",
+    "csrc/softmax.h",
     "csrc/hadamard.h",
     "cuda/params.h",
     "cuda/prompt_params.h",

@@ -22,6 +22,6 @@ def test_two_processes_give_the_tokens_of_one(tmp_path, part, make):
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert out.exists(), done.stdout + done.stderr
     model = make()
-    alone = [greedy(model, p, 24, cache=tqext.make_prompt_cache(model)) for p in (prompt(250), prompt(40, 1))]
+    alone = [greedy(model, p, 12, cache=tqext.make_prompt_cache(model)) for p in (prompt(250), prompt(40, 1))]
     tqext.uninstall()
     assert json.loads(out.read_text()) == [alone[0], *alone]

@@ -141,10 +141,11 @@ def test_hooks_load_no_calibration():
 
 # What users import, and what stands in saved files: names are added here, never taken away.
 PUBLIC = {
-    "tqext": "BatchTurboQuantKVCache PRESETS PackedKeys PackedValues Policy PrefixStore Recipe TurboQuantKVCache "
-    "TurboQuantLatentCache __version__ attach available_isas block_means calibrate dequantize detach format get_policy "
-    "install isa latent_attention load make_prompt_cache num_threads probe q1_dequantize q1_matmul q1_quantize "
-    "quantize_keys quantize_values rotate shared_prefix_attention turboquant_attention uninstall upgrade verify",
+    "tqext": "PRESETS BatchTurboQuantKVCache BatchTurboQuantWindowKVCache PackedKeys PackedValues Policy PrefixStore Recipe "
+    "TurboQuantKVCache TurboQuantLatentCache TurboQuantWindowKVCache __version__ latent_attention "
+    "attach available_isas block_means calibrate dequantize detach format get_policy install isa load make_prompt_cache "
+    "num_threads probe q1_dequantize q1_matmul q1_quantize quantize_keys quantize_values rotate shared_prefix_attention "
+    "turboquant_attention uninstall upgrade verify",
     "tqext.mlx_lm": "Layer MAX_HEAD_DIM PathError Report UPGRADE_CHUNK VERIFY_CODED attach calibrate detach hook install "
     "make_prompt_cache on_cache probe report stock_cache uninstall upgrade verify",
     "tqext.cache": "BLOCK GROWTH Exact STATE_MAGIC STATE_VERSION Snapshot TurboQuantKVCache",
@@ -152,6 +153,7 @@ PUBLIC = {
     "tqext.presets": "DEFAULT_PRESET PRESETS Policy Recipe get_policy",
     "tqext.models": "cache_dir fetch_package load local_folder resolve smollm2",
     "tqext.ops": "PackedKeys PackedValues dequantize latent_attention quantize_keys quantize_values rotate "
+    "shared_prefix_attention "
     "turboquant_attention",
     "tqext.nn": "GROUP_SIZE Q1AllToShardedLinear Q1Embedding Q1Linear Q1ShardedToAllLinear Swap from_quantized insert_empty "
     "q1_paths quantize",

@@ -222,26 +222,34 @@ def test_every_type_of_model_comes_back(store, dtype):
     assert_same(cache, part)
 
 
+# One whose windows are compressed as well, and are longer than the prompt or shorter.
+WINDOWS = {"gemma3_text 200": {"sliding_window": 200}, "gemma3_text 450": {"sliding_window": 450}}
 HYBRIDS = ["qwen3_next", "jamba", "falcon_h1", "lfm2", "gemma3_text", "gemma3n", "gpt_oss", "nemotron_h", "cohere2"]
 
 
-@pytest.mark.parametrize("kind", HYBRIDS)
+@pytest.mark.parametrize("kind", [*HYBRIDS, *WINDOWS])
 def test_layers_with_a_state_come_back_at_ends(store, kind):
     """Recurrent layers and sliding windows, beside compressed ones."""
-    n_compressed, changes = ALL_KINDS[kind]
-    model = zoo.make(kind, changes)
+    windows = kind in WINDOWS
+    kind, changes = (kind.split()[0], WINDOWS[kind]) if windows else (kind, {})
+    n_compressed, more = ALL_KINDS[kind]
+    model = zoo.make(kind, {**more, **changes})
+    how = {"guard": False, "windows": windows}
     tokens = [1 + t % 120 for t in prompt(430)]
-    cache = computed(model, tokens[:400], guard=False)
+    cache = computed(model, tokens[:400], **how)
     kinds = [c for _, c in members(cache)]
-    assert n_compressed and any(not isinstance(c, (TurboQuantKVCache, stock.KVCache)) for c in kinds)
+    assert n_compressed and any(type(c) not in (TurboQuantKVCache, stock.KVCache) for c in kinds)
     assert store.save(model, tokens[:400], cache) == 400
     store.flush()
-    got, n = store.fetch(model, tokens, like=empty(model, guard=False))
+    got, n = store.fetch(model, tokens, like=empty(model, **how))
     assert n == 400
     assert_same(cache, got)
+    assert [getattr(c, "shared", None) for c in got] == [getattr(c, "shared", None) for c in cache]
     a, b = (model(mx.array([tokens[400:]]), cache=c) for c in (cache, got))
     assert mx.array_equal(a, b)
-    assert store.fetch(model, tokens[:399], like=empty(model, guard=False)) == (None, 0), "a state is at one place only"
+    assert store.fetch(model, tokens[:399], like=empty(model, **how)) == (None, 0), "a state is at one place only"
+    if windows:
+        assert store.fetch(model, tokens, like=empty(model, guard=False, windows=False)) == (None, 0), "of other bytes"
 
 
 def test_what_cannot_be_stored_is_refused(store):

@@ -41,12 +41,14 @@ __version__ = "0.1.0"
 # Imported on first use: they need mlx-lm, which takes a second to import and which the operators do without.
 _LAZY = {
     "BatchTurboQuantKVCache": "tqext.kv.batch",
+    "BatchTurboQuantWindowKVCache": "tqext.kv.window_batch",
     "PRESETS": "tqext.presets",
     "Policy": "tqext.presets",
     "PrefixStore": "tqext.mlx_lm.prefix_store",
     "Recipe": "tqext.presets",
     "TurboQuantKVCache": "tqext.kv.cache",
     "TurboQuantLatentCache": "tqext.kv.latent",
+    "TurboQuantWindowKVCache": "tqext.kv.window",
     "attach": "tqext.mlx_lm",
     "calibrate": "tqext.mlx_lm",
     "detach": "tqext.mlx_lm",
@@ -64,6 +66,8 @@ if TYPE_CHECKING:
     from tqext.kv.batch import BatchTurboQuantKVCache
     from tqext.kv.cache import TurboQuantKVCache
     from tqext.kv.latent import TurboQuantLatentCache
+    from tqext.kv.window import TurboQuantWindowKVCache
+    from tqext.kv.window_batch import BatchTurboQuantWindowKVCache
     from tqext.mlx_lm import attach, calibrate, detach, install, make_prompt_cache, probe, uninstall, upgrade, verify
     from tqext.mlx_lm.prefix_store import PrefixStore
     from tqext.models import load
@@ -81,6 +85,7 @@ def __getattr__(name: str) -> Any:
 __all__ = [
     "PRESETS",
     "BatchTurboQuantKVCache",
+    "BatchTurboQuantWindowKVCache",
     "PackedKeys",
     "PackedValues",
     "Policy",
@@ -88,6 +93,7 @@ __all__ = [
     "Recipe",
     "TurboQuantKVCache",
     "TurboQuantLatentCache",
+    "TurboQuantWindowKVCache",
     "__version__",
     "attach",
     "available_isas",

@@ -429,15 +429,27 @@ def shared_prefix_attention(
         (_rebuild(PackedKeys, k, f"{name}_k", op), _rebuild(PackedValues, v, f"{name}_v", op)) for k, v, name in packs
     )
     _check_shared(op, q, prefix_k, prefix_v, packed_k, packed_v, lengths)
-    batch, n_heads, n_queries, head_dim = q.shape
     with nullcontext() if stream is None else mx.stream(stream):
-        rows = q.transpose(1, 0, 2, 3).reshape(1, n_heads, batch * n_queries, head_dim)
-        shared = _attend(op, rows, prefix_k, prefix_v, scale=scale, first=first, lse=True)
-        shared = shared.reshape(n_heads, batch, n_queries, shared.shape[3]).transpose(1, 0, 2, 3)
+        shared = _attend(op, folded(q), prefix_k, prefix_v, scale=scale, first=first, lse=True)
         counts = None if lengths is None else mx.pad(lengths, [(0, 0), (1, 0)])
         own = _attend(op, q, packed_k, packed_v, scale=scale, mask=mask, tail=tail, sinks=sinks, lengths=counts, lse=True)
-        parts = [mx.split(x, [x.shape[3] - 1], axis=3) for x in (shared, own)]
-        return _weigh(*parts[0], *parts[1]).astype(q.dtype)
+        return joined(unfolded(shared, q), own).astype(q.dtype)
+
+
+def folded(x: mx.array) -> mx.array:
+    """``[B, n_q_heads, L, D]`` as rows of one sequence: ``[1, n_q_heads, B * L, D]``."""
+    return x.transpose(1, 0, 2, 3).reshape(1, x.shape[1], x.shape[0] * x.shape[2], x.shape[3])
+
+
+def unfolded(x: mx.array, q: mx.array) -> mx.array:
+    """The inverse of `folded` for what became of q."""
+    return x.reshape(q.shape[1], q.shape[0], q.shape[2], x.shape[3]).transpose(1, 0, 2, 3)
+
+
+def joined(a: mx.array, b: mx.array) -> mx.array:
+    """The result over two parts of the tokens, each with the log of its sum of weights in the last column; fp32."""
+    parts = [mx.split(x, [x.shape[3] - 1], axis=3) for x in (a, b)]
+    return _weigh(*parts[0], *parts[1])
 
 
 def _check_shared(

@@ -100,6 +100,9 @@ class Policy:
         first_last: Number of layers at each end of the model that keep mlx-lm's cache.
         layers: Layer index to its own recipe, or to None to leave that layer alone.
         guard: Step a layer up that the calibration finds inaccurate: to 4-bit keys, then to no compression.
+        windows: Whether layers with a sliding window are compressed. None: where that saves more than a fifth of the memory
+            that the weights and the caches of `clients` take (`tqext.mlx_lm.windows`).
+        clients: Sequences that are held at once.
         study: Whether the preset is there to reproduce or to compare, not to be used.
     """
 
@@ -109,8 +112,12 @@ class Policy:
     layers: Mapping[int, Recipe | None] = field(default_factory=dict)
     guard: bool = True
     study: bool = False
+    windows: bool | None = None
+    clients: int = 1
 
     def __post_init__(self) -> None:
+        _check(self.windows in (None, True, False), "windows", "None, True or False", self.windows)
+        _check(isinstance(self.clients, int) and self.clients > 0, "clients", "at least 1", self.clients)
         _check(self.first_last >= 0, "first_last", "at least 0", self.first_last)
 
     def of_layer(self, layer: int, n_layers: int) -> Recipe | None:
@@ -159,6 +166,6 @@ def get_policy(preset: str | Policy = DEFAULT_PRESET, **overrides: Any) -> Polic
     _check(isinstance(preset, Policy), "preset", "a preset's name or a Policy", repr(preset)[:100])
     given = {name: value for name, value in overrides.items() if value is not None}
     of_recipe = {name: given.pop(name) for name in [f.name for f in fields(Recipe)] if name in given}
-    unknown = set(given) - {"first_last", "layers", "guard"}
+    unknown = set(given) - {"first_last", "layers", "guard", "windows", "clients"}
     _check(not unknown, "overrides", "fields of Recipe or Policy", ", ".join(sorted(unknown)))
     return replace(preset, recipe=replace(preset.recipe, **of_recipe), **given)

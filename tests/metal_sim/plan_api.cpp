@@ -95,8 +95,8 @@ const char* tq_pipelines_of_a_generation(const AttentionShape* shape, int has_me
   return listed(pipelines_of_a_generation(*shape, has_means));
 }
 
-const char* tq_pipelines_of_a_layer(const AttentionShape* shape, int has_means, int token_type) {
-  return listed(pipelines_of_a_layer(*shape, has_means, Type(token_type)));
+const char* tq_pipelines_of_a_layer(const AttentionShape* shape, int has_means, int token_type, int window) {
+  return listed(pipelines_of_a_layer(*shape, has_means, Type(token_type), window));
 }
 
 const char* tq_plan_encode(int op, const EncodeShape* shape, unsigned char* params) {

@@ -24,7 +24,7 @@ def keys(dispatches):
 
 def prepared_for(
     *, n_q_heads, n_kv_heads, head_dim, value_dim, query_dtype, token_dtype, key_bits, value_bits, value_coding, rotation,
-    means, balance, qjl, sinks,
+    means, balance, qjl, sinks, window,
 ):  # fmt: skip
     """What `prepare_pipelines` compiles on Metal, by the same plan."""
     assert rotation == "hadamard"
@@ -34,7 +34,8 @@ def prepared_for(
         value_dim=value_dim, key_bits=key_bits, value_bits=value_bits, value_coding=lloyd, hadamard=1, has_balance=balance,
         has_residual=qjl, has_sinks=sinks, n_cores=N_CORES, scale=1.0,
     )  # fmt: skip
-    text = metal_ops.plans().tq_pipelines_of_a_layer(ctypes.byref(shape), means, metal_ops.TYPES.index(token_dtype))
+    token_type = metal_ops.TYPES.index(token_dtype)
+    text = metal_ops.plans().tq_pipelines_of_a_layer(ctypes.byref(shape), means, token_type, window)
     return keys(json.loads(text))
 
 
@@ -47,21 +48,23 @@ def used(monkeypatch):
         def __init__(self, **packed):
             self.packed, self.native = packed, history(**packed)
 
-        def attend(self, q, tail_keys, tail_values, scale, mask, sinks, lengths):
+        def attend(self, q, tail_keys, tail_values, scale, mask, sinks, lengths, left_padding=None):
             p, n_coded = self.packed, self.packed["key_codes"].shape[2]
             lloyd = metal_ops.ENUM["kValueLloyd" if p["value_coding"] == "lloyd" else "kValueGroups"]
-            assert lengths is None and (mask is None or mask == "causal")
+            assert lengths is None
+            is_array = isinstance(mask, mx.array)
             shape = metal_ops.AttentionShape(
                 type=metal_ops.TYPES.index(q.dtype), batch=q.shape[0], n_q_heads=q.shape[1], n_kv_heads=tail_keys.shape[1],
                 n_queries=q.shape[2], head_dim=q.shape[3], value_dim=tail_values.shape[3],
                 n_first=0 if p["first"] is None else p["first"][0].shape[2], n_coded=n_coded, n_tail=tail_keys.shape[2],
                 key_bits=p["key_bits"], value_bits=p["value_bits"], value_coding=lloyd, hadamard=p["rotation"] == "hadamard",
-                causal=mask == "causal" and q.shape[2] > 1, has_balance=p["balance"] is not None,
+                causal=not is_array and mask == "causal" and q.shape[2] > 1, has_left_padding=left_padding is not None,
+                mask_kind=metal_ops.ENUM["kMaskBool"] if is_array else 0, has_balance=p["balance"] is not None,
                 means_kind=metal_ops.ENUM["kMeansHalf"] if p["means"] is not None and n_coded else 0,
                 has_residual=p["signs"] is not None, has_sinks=sinks is not None, n_cores=N_CORES, scale=scale,
             )  # fmt: skip
             found.update(keys(metal_ops.plan_attention(lib, shape)[0]["dispatches"]))
-            return self.native.attend(q, tail_keys, tail_values, scale, mask, sinks, lengths)
+            return self.native.attend(q, tail_keys, tail_values, scale, mask, sinks, lengths, left_padding)
 
     def noted(op, function):
         def run(x, bits, *rest):
@@ -116,6 +119,24 @@ def test_a_generation_launches_what_its_first_cache_prepared(monkeypatch, used, 
     # What another balance or type would have needed is not what is used.
     other = asked[0] | {"balance": not asked[0]["balance"]}
     assert not used <= prepared_for(**other)
+
+
+def test_a_window_launches_what_its_first_cache_prepared(monkeypatch, used):
+    asked = []
+    monkeypatch.setattr(first_use, "prepare_pipelines", lambda **shapes: asked.append(shapes) or 1)
+    model = make("gemma3_text", {"sliding_window": 200})
+    model = tqext.attach(model, "tq3", guard=False, windows=True, balance=False)
+    cache = model.make_cache()
+    assert [shapes["window"] for shapes in asked] == [True, False]
+    prepared = set().union(*(prepared_for(**shapes) for shapes in asked))
+    used.clear()
+    tokens = [1 + t % 120 for t in prompt(300)]
+    greedy(model, tokens, 80, cache, prefill_step_size=150)
+    for n in (2, 40, 65, 170):
+        greedy(model, tokens[:n], 2, cache)
+    assert cache[0].n_dropped > 0
+    assert used <= prepared
+    assert not used <= prepared_for(**asked[1]), "full windows launch others"
 
 
 def test_nothing_is_prepared_on_the_cpu():

@@ -256,7 +256,7 @@ def test_counted_cost_at_dimension_128(rows, lloyd, means, most):
     if lloyd and means:
         # A compiler's code holds these operations and loads, stores and addresses beside them.
         compiled = metal_ops.kernel_figures("split", 256, rows)["tile"] / cost.LANES_PER_CYCLE
-        assert cycles <= compiled <= 2.3 * cycles
+        assert cycles <= compiled <= 2.5 * cycles
     # Scores and values are 2 x 128 FMA per row; what is above them is the norm, the biases, the means and the sums.
     assert 256 * rows <= counted.fma <= 256 * rows * 1.2
     assert counted.exp2 <= 1.1 * rows

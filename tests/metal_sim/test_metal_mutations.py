@@ -37,18 +37,34 @@ def body(source, name):
 
 
 def replace(source, kernel, old, new, nth=1):
-    """Replaces the nth occurrence of `old` inside a kernel."""
-    start, end = body(source, kernel)
-    at = start - 1
-    for _ in range(nth):
-        at = source.find(old, at + 1, end)
-        assert at >= 0, f"{kernel}: mutation does not apply: {old}"
-    return source[:at] + new + source[at + len(old) :]
+    """Replaces the nth occurrence of `old` inside a kernel, or inside the part of it that has as many."""
+    for name in (kernel, *PARTS.get(kernel, ())):
+        start, end = body(source, name)
+        at = start - 1
+        for _ in range(nth):
+            at = source.find(old, at + 1, end)
+            if at < 0:
+                break
+        if at >= 0:
+            return source[:at] + new + source[at + len(old) :]
+    raise AssertionError(f"{kernel}: mutation does not apply: {old}")
 
 
 SIMD_BARRIER = "simdgroup_barrier(mem_flags::mem_threadgroup);"
 BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
 SPLIT, MATRIX, COMBINE, PROMPT_KERNEL = (f"turboquant_attention_{x}" for x in ("split", "matrix", "combine", "prompt"))
+PARTS = {
+    SPLIT: ("SplitKeys", "stage_split_queries", "stage_split_numbers", "join_states", "join_sums"),
+    MATRIX: (
+        "stage_matrix_queries",
+        "stage_means",
+        "stage_words",
+        "stage_parameters",
+        "multiply_keys",
+        "add_lloyd_values",
+        "write_matrix_part",
+    ),
+}
 
 # name -> (kernel function, text, replacement, occurrence, shape of the problem)
 SMALL = dict(n_kv_heads=1, n_coded=300, head_dim=64)
@@ -65,8 +81,8 @@ MUTATIONS = {
     "missing barrier before the weights are read": (SPLIT, SIMD_BARRIER, "", 2, SMALL),
     "missing barrier before norms are overwritten": (SPLIT, SIMD_BARRIER, "", 3, dict(SMALL, n_coded=1300)),
     "missing barrier after the table is filled": (SPLIT, BARRIER, "", 1, SMALL),
-    "sums read before all simdgroups have written them": (SPLIT, BARRIER, "", 3, SMALL),
-    "sums joined before they are complete": (SPLIT, BARRIER, "", 4, dict(SMALL, head_dim=160)),
+    "sums read before all simdgroups have written them": ("join_sums", BARRIER, "", 1, SMALL),
+    "sums joined before they are complete": ("join_sums", BARRIER, "", 2, dict(SMALL, head_dim=160)),
     "sums of one row at another one's place": (SPLIT, "merged[first * V + i] = sum;", "merged[i] = sum;", 1, dict(SMALL, head_dim=160)),
     "one simdgroup's sums left out": (SPLIT, "for (int j = 1; j < NSG; j++) sum", "for (int j = 2; j < NSG; j++) sum", 1, SMALL),
     "barrier that orders nothing": (SPLIT, BARRIER, "threadgroup_barrier(mem_flags::mem_none);", 2, SMALL),
@@ -80,7 +96,7 @@ MUTATIONS = {
     "accumulators not rescaled": (SPLIT, "acc[i * R + r] *= row_factor;", ";", 1, dict(SMALL, n_coded=1300)),
     "accumulators not cleared": (SPLIT, "for (int i = 0; i < NA * R; i++) acc[i] = 0.0f;", ";", 1, SMALL),
     "matrices not cleared": (MATRIX, "put(acc[s], float2(0.0f));", ";", 1, ROWS),
-    "wrong transposed reduction": (SPLIT, "const bool up = key_lane & h;", "const bool up = int(lane) & 1;", 1, SMALL),
+    "wrong transposed reduction": (SPLIT, "const bool up = key_lane & h;", "const bool up = key_lane & 1;", 1, SMALL),
     "bias of another group": (SPLIT, "bias_sums[(int(sg) * R + r) * NG + d / 32]", "bias_sums[(int(sg) * R + r) * NG]", 1, SMALL),
     "output rows not all written": (SPLIT, "i < n_rows * V; i += NSG * 32", "i < n_rows * V - 1; i += NSG * 32", 1, SMALL),
     "write to a part of another range": (SPLIT, "p.n_parts + int(tg.x)) * n_rows;", "p.n_parts) * n_rows;", 2, SMALL),
@@ -101,7 +117,7 @@ MUTATIONS = {
     "rows beyond the last one written": (MATRIX, "if (row0 + k >= n_rows) continue;", "", 1, MANY),
     "scale of another token": (MATRIX, "tile_params[t * NG + g]", "tile_params[row * NG + g]", 1, ROWS),
     "one part left out": (COMBINE, "p.n_parts, p.n_ranges", "p.n_parts - 1, p.n_ranges", 1, SMALL),
-    "misaligned read": (SPLIT, "4 * KB * unit + NB * part_of_unit;", "4 * KB * unit + NB * part_of_unit + 1;", 1, SMALL),
+    "misaligned read": (SPLIT, "4 * KB * unit + Keys::kBytes * part_of_unit;", "4 * KB * unit + Keys::kBytes * part_of_unit + 1;", 1, SMALL),
     "write through an input": (SPLIT, "const int n_exact = p.n_first + p.n_tail;", "const int n_exact = p.n_first + p.n_tail; const_cast<device half*>(key_norms)[0] = 0;", 1, SMALL),
     "tokens beyond the lengths of one row": ("coded_range", "clamp(b.coded_end, range.begin, limit)", "limit", 1, dict(SMALL, n_repeats=1, n_tail=3, beyond=200)),
     "tokens beyond the lengths of eight rows": ("coded_range", "clamp(b.coded_end, range.begin, limit)", "limit", 1, dict(ROWS, n_coded=300, n_tail=3, beyond=200)),

@@ -205,7 +205,7 @@ def _run_mlx_lm(command: str, args: list[str]) -> None:
     if command == "server":
         _check_store_options(parser, options, rest)
     asks_for_help = any(arg in ("-h", "--help") for arg in rest)
-    policy = policy_of(options)
+    policy = policy_of(options, _n_clients(rest) if command == "server" else 1)
     if policy is not None:
         for stock in _STOCK_CACHE_OPTIONS:
             if any(arg == stock or arg.startswith(f"{stock}=") for arg in rest):
@@ -245,6 +245,19 @@ def _run_mlx_lm(command: str, args: list[str]) -> None:
         _treat_loaded_caches(module, policy, witness)
     module.main()
     witness.finish()
+
+
+# What mlx-lm's server decodes at once unless it is told otherwise.
+_DECODE_CONCURRENCY = 32
+
+
+def _n_clients(args: Sequence[str]) -> int:
+    """Requests that mlx-lm's server decodes at once. What is wrong with the option it says itself."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--decode-concurrency", type=int, default=_DECODE_CONCURRENCY)
+    with contextlib.suppress(argparse.ArgumentError):
+        return max(1, int(parser.parse_known_args(args)[0].decode_concurrency))
+    return _DECODE_CONCURRENCY
 
 
 def _check_store_options(parser: ArgumentParser, options: argparse.Namespace, rest: Sequence[str]) -> None:
@@ -398,7 +411,7 @@ class _Witness:
     def _now(self, compressed: Sequence[Any]) -> str:
         from tqext.kv.schedule import BLOCK
 
-        like = compressed[0]
+        like = max(compressed, key=lambda c: c.size())  # windows hold fewer tokens than other layers
         used, plain = (sum(getattr(c, name) for c in compressed) / 1e6 for name in ("used_nbytes", "fp16_nbytes"))
         if like.n_coded == 0:
             first_coded = like.recipe.first + like.recipe.tail + BLOCK
@@ -411,6 +424,6 @@ class _Witness:
         if not self.reports or any(c.max_size is not None for c in compressed):
             return ""
         report, n = self.reports[-1], LONG_CONTEXT
-        if compressed[0].size() >= n:
+        if compressed[0].offset >= n:
             return ""
         return f"; at {n} tokens {report.nbytes_at(n) / 1e6:.0f} MB instead of {report.fp16_nbytes_at(n) / 1e6:.0f} MB in fp16"

@@ -41,8 +41,9 @@ def holding(cache: Sequence[Any], n_sequences: int = 1) -> Holding:
     """What a prompt cache holds: a cache of every layer, compressed or mlx-lm's own."""
     layers = list(_flat(cache))
     used, reserved, fp16 = (sum(column) for column in zip(*map(_bytes, layers), strict=True)) if layers else (0, 0, 0)
-    n_coded, n_exact = next(((layer.n_coded, layer.n_exact) for layer in layers if hasattr(layer, "n_coded")), (0, 0))
-    if not any(hasattr(layer, "n_coded") for layer in layers):
+    counts = [(layer.n_coded, layer.n_exact) for layer in layers if hasattr(layer, "n_coded")]
+    n_coded, n_exact = max(counts, key=sum, default=(0, 0))  # windows hold fewer tokens than other layers
+    if not counts:
         n_exact = max((_n_tokens(layer) for layer in layers), default=0) * n_sequences
     return Holding(n_sequences, n_coded, n_exact, used, reserved, fp16)
 

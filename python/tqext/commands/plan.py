@@ -12,7 +12,15 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from tqext._ext import format as packed_format
-from tqext.commands.options import MODEL_HELP, SHOWN_PRESETS, ArgumentParser, positive, preset_name
+from tqext.commands.options import (
+    MODEL_HELP,
+    SHOWN_PRESETS,
+    WINDOWS,
+    WINDOWS_HELP,
+    ArgumentParser,
+    positive,
+    preset_name,
+)
 from tqext.presets import Policy, get_policy
 
 # Of a number of bytes: 16G and 16GiB are powers of two, as tools of the system print them; 16GB is a power of ten.
@@ -36,44 +44,57 @@ class Plan(NamedTuple):
         bytes_per_token: What one more token costs in all growing caches.
         fixed: Bytes of the exact tokens, which do not grow.
         weights: Bytes of the weights.
+        windows: Bytes of the sliding windows when they are full.
+        clients: Sequences of as many tokens each.
     """
 
     preset: str
     bytes_per_token: int
     fixed: int
     weights: int
+    windows: int = 0
+    clients: int = 1
 
     def nbytes(self, context: int) -> int:
-        """Weights and caches with that many tokens."""
-        return self.weights + self.fixed + self.bytes_per_token * context
+        """Weights and caches with that many tokens for each client."""
+        return self.weights + self.clients * self.client_nbytes(context)
+
+    def client_nbytes(self, context: int) -> int:
+        """The caches of one client."""
+        return self.fixed + self.windows + self.bytes_per_token * context
 
     def longest(self, memory: float) -> int:
-        """Tokens that fit into `memory` bytes."""
-        return max(0, int((memory - self.weights - self.fixed) / max(self.bytes_per_token, 1)))
+        """Tokens of each client that fit into `memory` bytes."""
+        each = (memory - self.weights) / self.clients - self.fixed - self.windows
+        return max(0, int(each / max(self.bytes_per_token, 1)))
 
 
-def plan(model: Any, preset: str | Policy | None) -> Plan:
+def plan(model: Any, preset: str | Policy | None, clients: int = 1) -> Plan:
     """The memory of a model, from a dry run that loads no weights.
 
     Args:
         model: Any mlx-lm model; it may be loaded with ``lazy=True``.
         preset: See `tqext.install`; None for mlx-lm's own cache.
+        clients: Sequences that are held at once; a policy's own are those that it decides by.
     """
-    from mlx.utils import tree_reduce
-
     from tqext.mlx_lm import probe
+    from tqext.mlx_lm.windows import weight_bytes
 
-    policy = get_policy() if preset is None else get_policy(preset)
-    grows = fixed = 0
+    policy = get_policy(windows=False) if preset is None else get_policy(preset)
+    grows = fixed = windows = 0
     for layer in probe(model, policy).layers:
-        plain = layer.n_kv_heads * (layer.head_dim + layer.value_dim) * layer.dtype_size
-        if preset is not None and layer.recipe is not None:
+        is_compressed = preset is not None and layer.recipe is not None
+        plain = layer.exact_bytes_per_token
+        if layer.window is not None:
+            # When they are full: what a window holds goes up and down by a block.
+            full = range(4 * layer.window, 4 * layer.window + packed_format.BLOCK)
+            windows += max(map(layer.nbytes_at, full)) if is_compressed else layer.stock_nbytes_at(layer.window)
+        elif is_compressed and layer.recipe is not None:
             grows += layer.bytes_per_token
             fixed += plain * (layer.recipe.first + layer.recipe.tail + packed_format.BLOCK - 1)
         elif layer.cache == "KVCache":
             grows += plain
-    weights = tree_reduce(lambda n, x: n + x.nbytes, model.parameters(), 0)
-    return Plan("none" if preset is None else policy.name, grows, fixed, weights)
+    return Plan("none" if preset is None else policy.name, grows, fixed, weight_bytes(model), windows, clients)
 
 
 def parse_bytes(text: str) -> int:
@@ -132,6 +153,8 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--model", required=True, help=MODEL_HELP)
     parser.add_argument("--memory", type=_memory, help="such as 16GB or 16GiB; default: what this machine has")
     parser.add_argument("--context", type=positive, metavar="N", help="tokens that are to fit; default: the model's limit")
+    parser.add_argument("--clients", type=positive, default=1, metavar="N", help="sequences that are held at once (default 1)")
+    parser.add_argument("--kv-windows", default="auto", choices=WINDOWS, metavar="WHEN", help=WINDOWS_HELP)
     kv = f"default: none, {', '.join(SHOWN_PRESETS)} (help shows all presets)"
     parser.add_argument("--kv", type=preset_name, metavar="PRESET", help=kv)
     options = parser.parse_args(argv)
@@ -146,10 +169,13 @@ def main(argv: Sequence[str]) -> None:
     limit = known_context(model)
     context = options.context or limit or DEFAULT_CONTEXT
     names = ["none", *([options.kv] if options.kv else SHOWN_PRESETS)]
-    plans = [plan(model, None if name == "none" else name) for name in dict.fromkeys(names)]
+    clients, windows = options.clients, WINDOWS[options.kv_windows]
+    policies = [None if name == "none" else get_policy(name, windows=windows, clients=clients) for name in dict.fromkeys(names)]
+    plans = [plan(model, policy, clients) for policy in policies]
     trained = f"trained for {limit} tokens" if limit else "its trained length is unknown"
     print(f"{options.model}: weights {plans[0].weights / 1e9:.2f} GB, {trained}; {memory / 1e9:.1f} GB usable")
-    print(f"{'preset':<11} {'bytes/token':>11}  {f'at {context} tokens':>24}  {'longest context':>15}  quality")
+    at = f"at {context} tokens" if clients == 1 else f"{clients} times {context} tokens"
+    print(f"{'preset':<11} {'bytes/token':>11}  {at:>24}  {'longest context':>15}  quality")
     layers = probe(model).compressed
     head_dim = max((layer.head_dim for layer in layers), default=0)
     latent = any(layer.is_latent for layer in layers)
@@ -159,6 +185,11 @@ def main(argv: Sequence[str]) -> None:
         longest = p.longest(memory)
         shown = f"{min(longest, limit)} (limit)" if limit and longest >= limit else str(longest)
         print(f"{p.preset:<11} {p.bytes_per_token:>11}  {at:>24}  {shown:>15}  {quality(p.preset, head_dim, latent=latent)}")
+    if any(p.windows for p in plans):
+        sizes = ", ".join(f"{p.preset} {p.windows / 1e6:.1f}" for p in plans)
+        print(f"sliding windows, MB for each client when they are full: {sizes}")
+    if clients > 1:
+        print(f"caches of a client, MB: {', '.join(f'{p.preset} {p.client_nbytes(context) / 1e6:.1f}' for p in plans)}")
     if latent:
         print("quality: no model with latent attention was measured yet; tqext eval compares this one with its own cache.")
     else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -34,35 +34,34 @@ class _LastOffset(threading.local):
     key: tuple[Any, ...] = ()
 
 
-class _LastStep(threading.local):
-    step: _Step | None = None
+class LastStep(threading.local):
+    step: Step | None = None
 
 
-class _LastDue(threading.local):
-    found: tuple[tuple[Any, ...], _Due | None] | None = None
+class LastDue(threading.local):
+    found: tuple[tuple[Any, ...], Due | None] | None = None
 
 
-_last_due = _LastDue()
 _last_offset = _LastOffset()
 
 
-class _Step(NamedTuple):
+class Step(NamedTuple):
     """A step of one token for every sequence, the same in all layers of a model.
 
     Attributes:
-        key: Of the `_Calm` steps, and the number of this one.
+        key: Of the `Calm` steps, and the number of this one.
         columns: Where the tokens are afterwards.
         at: int32 ``[B, 1, 1, 1]``, the column of each sequence's token in its tail; None if all are `most`.
         most: The last of these columns.
     """
 
-    key: tuple[_Calm, int]
+    key: tuple[Calm, int]
     columns: Columns
     at: mx.array | None
     most: int
 
 
-class _Due(NamedTuple):
+class Due(NamedTuple):
     """Tokens that are encoded in one step.
 
     Attributes:
@@ -86,7 +85,7 @@ class _Due(NamedTuple):
     n_left: Ints
 
 
-class _Calm(NamedTuple):
+class Calm(NamedTuple):
     """Steps to come of one token for every sequence, which change nothing but the tails: no block is due, and there is room.
 
     Attributes:
@@ -98,9 +97,6 @@ class _Calm(NamedTuple):
     end: int
     begin: int
     state: tuple[bytes, bytes, bytes]
-
-
-_last_step = _LastStep()
 
 
 class _NotSaved:
@@ -126,6 +122,11 @@ class BatchTurboQuantKVCache(Buffers):
         max_size: See `TurboQuantKVCache`; of each sequence.
     """
 
+    _window: int | None = None
+    # What the caches of a model's layers share.
+    _last_step: ClassVar[LastStep] = LastStep()
+    _last_due: ClassVar[LastDue] = LastDue()
+
     def __init__(
         self,
         left_padding: Sequence[int],
@@ -150,7 +151,7 @@ class BatchTurboQuantKVCache(Buffers):
         self._dropped: Ints = np.zeros(n, np.int32)
         self._left_padding: Ints = np.array(left_padding, np.int32).reshape(n)
         self._idx = 0  # columns of mlx-lm's left-padded batch
-        self._calm: _Calm | None = None
+        self._calm: Calm | None = None
         self._skip = self._left_padding.copy()  # padding of each sequence that is still to come
         self._right_padding: Ints | None = None
         self._remaining: Ints | None = None  # real tokens of each sequence that are still to come
@@ -186,20 +187,21 @@ class BatchTurboQuantKVCache(Buffers):
         calm, tail, now, idx = self._calm, self._tail, self._now, self._idx
         if calm is None or tail is None or now is None or idx >= calm.end:
             return None
-        step = _last_step.step
+        last = self._last_step
+        step = last.step
         if step is None or step.key != (calm, idx):
-            _last_step.step = step = self._calm_step(calm)
+            last.step = step = self._calm_step(calm)
         if step.at is None:
             views = append_token(tail.keys, tail.values, keys, values, step.most)
         else:
             views = append_tokens(tail.keys, tail.values, keys, values, step.at, step.most)
         if views is None:
             return None
-        snapshot = Snapshot(now, Exact(*views), idx + 1, step.columns)
+        snapshot = self._new_snapshot(now, Exact(*views), idx + 1, step.columns)
         vars(self).update(_counts=step.columns.counts, _idx=idx + 1, _last=snapshot if self.shared else None)
         return snapshot
 
-    def _calm_step(self, calm: _Calm) -> _Step:
+    def _calm_step(self, calm: Calm) -> Step:
         at = self._counts[:, TAIL].copy()
         counts = self._counts.copy()
         counts[:, TAIL] += 1
@@ -207,9 +209,9 @@ class BatchTurboQuantKVCache(Buffers):
         n_first, n_coded, n_tail = counts.max(axis=0).tolist()
         columns = self._columns(counts, (n_first, n_coded, n_tail), 0, plain=True, n_queries=1)
         alike = bool((at == at[0]).all())
-        return _Step((calm, self._idx), columns, None if alike else mx.array(at)[:, None, None, None], n_tail - 1)
+        return Step((calm, self._idx), columns, None if alike else mx.array(at)[:, None, None, None], n_tail - 1)
 
-    def _look_ahead(self) -> _Calm | None:
+    def _look_ahead(self) -> Calm | None:
         """The steps of one token for every sequence until one has more to do."""
         if self._remaining is not None or self._skip.any() or self._tail is None:
             return None
@@ -218,7 +220,7 @@ class BatchTurboQuantKVCache(Buffers):
         n_free = np.where(apart, 0, self.recipe.first) + self.recipe.tail + BLOCK - held
         n = min(int(n_free.min()), self._tail.n_tokens - int(held.max()))
         state = self._counts.tobytes(), self._dropped.tobytes(), self._left_padding.tobytes()
-        return _Calm(self._idx + n, self._idx, state) if n > 0 else None
+        return Calm(self._idx + n, self._idx, state) if n > 0 else None
 
     def _update(self, keys: mx.array, values: mx.array) -> tuple[Snapshot, Snapshot]:
         check_tokens(keys, values, self._tail)
@@ -317,11 +319,11 @@ class BatchTurboQuantKVCache(Buffers):
         columns = StreamColumns(n_held, 0, np.zeros_like(n_held))
         state = tuple(x.tobytes() for x in (self._counts, self._dropped, rows))
         key = (*state, self.recipe.first, self.recipe.tail, self.max_size)
-        memo = _last_due.found
+        memo = self._last_due.found
         if memo is None or memo[0] != key:  # the layers of a step share it
             n_due = np.where(rows, self._n_due(n_held), 0).astype(np.int32)
             memo = key, self._due(columns, n_held, n_due) if n_due.any() else None
-            _last_due.found = memo
+            self._last_due.found = memo
         if memo[1] is not None:
             self._encode_oldest(self._tail, columns, memo[1])
 
@@ -330,20 +332,24 @@ class BatchTurboQuantKVCache(Buffers):
         n_tail = n_held - self._n_leading(n_held)
         return np.where(n_tail >= self.recipe.tail + BLOCK, (n_tail - self.recipe.tail) // BLOCK * BLOCK, 0).astype(np.int32)
 
-    def _due(self, columns: StreamColumns, n_held: Ints, n_due: Ints) -> _Due:
+    def _due(self, columns: StreamColumns, n_held: Ints, n_due: Ints) -> Due:
         """What becomes of the exact tokens when so many of each sequence are encoded."""
         rows = np.flatnonzero(n_due)
         leading = np.where(n_due > 0, self._n_leading(n_held), 0).astype(np.int32)
         n_coded = self._counts[:, CODED]
-        n_dropped = np.where(n_due > 0, np.maximum(n_coded + n_due - self._most_coded, 0), 0).astype(np.int32)
+        n_dropped = np.where(n_due > 0, self._n_over(n_due, n_held), 0).astype(np.int32)
         n_old = np.minimum(n_dropped, n_coded)
         n_new = n_due - (n_dropped - n_old)
         n_gone = leading + n_due
         slots = np.arange(n_new.max(), dtype=np.int32)[None]
         at = columns.of((n_gone - n_new)[:, None] + slots)[rows]
-        return _Due(rows, leading, n_new[rows], n_old, n_dropped, at, n_gone, n_held - n_gone)
+        return Due(rows, leading, n_new[rows], n_old, n_dropped, at, n_gone, n_held - n_gone)
 
-    def _encode_oldest(self, source: Exact, columns: StreamColumns, due: _Due) -> None:
+    def _n_over(self, n_due: Ints, n_held: Ints) -> Ints:
+        """Coded tokens of each sequence that are dropped when `n_due` of the `n_held` exact ones are encoded."""
+        return np.maximum(self._counts[:, CODED] + n_due - self._most_coded, 0).astype(np.int32)
+
+    def _encode_oldest(self, source: Exact, columns: StreamColumns, due: Due) -> None:
         """Make codes of the oldest tokens of `source` after the first ones, and recent tokens of the others."""
         if due.leading.any():
             self._keep_first(source, columns, due.leading)
@@ -431,7 +437,10 @@ class BatchTurboQuantKVCache(Buffers):
         n_first, n_coded, n_tail = (int(n) for n in counts.max(axis=0))
         columns = self._columns(counts, (n_first, n_coded, n_tail), n_new, plain=plain, n_queries=n_queries)
         history = self._history(n_coded, self._first if n_first else None)
-        return Snapshot(history, tail.cut(0, n_tail + n_new), self._idx + n_queries, columns)
+        return self._new_snapshot(history, tail.cut(0, n_tail + n_new), self._idx + n_queries, columns)
+
+    def _new_snapshot(self, history: History, tail: Exact, n_tokens: int, columns: Columns) -> Snapshot:
+        return Snapshot(history, tail, n_tokens, columns)
 
     def _columns(self, counts: Ints, widths: tuple[int, int, int], n_new: int, *, plain: bool, n_queries: int) -> Columns:
         padding, n_dropped = self._left_padding.copy(), self._dropped.copy()
@@ -574,8 +583,7 @@ class BatchTurboQuantKVCache(Buffers):
         n_tokens = self._counts.sum(axis=1) + self._dropped
         n_gone = np.minimum(n, n_tokens)
         for row in np.flatnonzero(self._dropped).tolist():
-            counts = self._counts[row]
-            check_reach(int(n_gone[row]), int(counts[FIRST]), int(counts.sum()), int(self._dropped[row]))
+            self._check_reach(row, int(n_gone[row]))
         self._last = self._calm = None
         self._counts = self._counts.copy()
         cut = np.flatnonzero(n_gone > self._counts[:, TAIL])
@@ -590,6 +598,10 @@ class BatchTurboQuantKVCache(Buffers):
         self._skip = self._skip + (n - n_gone)
         self._idx -= n
         return n
+
+    def _check_reach(self, row: int, n: int) -> None:
+        counts = self._counts[row]
+        check_reach(n, int(counts[FIRST]), int(counts.sum()), int(self._dropped[row]))
 
     def _put_back(self, row: int, one: TurboQuantKVCache) -> None:
         """Take the exact tokens and the counts of one sequence from its own cache; its codes are where they were."""
@@ -663,13 +675,9 @@ class BatchTurboQuantKVCache(Buffers):
             self._codec, self._first, self._tail, self._packed = parts
             self._now = None
 
-    def _single(self) -> TurboQuantKVCache:
-        """An empty cache of one sequence like these."""
-        return TurboQuantKVCache(self.recipe, balance=self._balance, shared=self.shared, max_size=self.max_size)
-
     def _view(self, idx: int) -> TurboQuantKVCache:
         """The cache of one sequence, on the arrays of the batch."""
-        out = self._single()
+        out = self._new_single()
         if self._codec is None or self._tail is None or not self._counts[idx].any():
             return out
         row = slice(idx, idx + 1)
@@ -682,6 +690,10 @@ class BatchTurboQuantKVCache(Buffers):
         out.n_first, out.n_coded, out.n_tail = (int(n) for n in self.counts[idx])
         out.n_dropped = int(self._dropped[idx])
         return out
+
+    def _new_single(self) -> TurboQuantKVCache:
+        """An empty cache with this one's settings."""
+        return TurboQuantKVCache(self.recipe, balance=self._balance, shared=self.shared, max_size=self.max_size)
 
     def extract(self, idx: int) -> TurboQuantKVCache:
         """The cache of one sequence, as if it had been alone.
@@ -762,8 +774,7 @@ def put_tokens(x: mx.array, index: mx.array, new: mx.array) -> mx.array:
 
 
 def _batch_of_one(cache: TurboQuantKVCache) -> BatchTurboQuantKVCache:
-    out = cache._empty_batch([0])
-    assert isinstance(out, BatchTurboQuantKVCache)
+    out: BatchTurboQuantKVCache = cache._new_batch([0])
     if cache._codec is None or cache._tail is None:
         return out
     _check_rows(cache._tail.keys.shape[0] == 1, 1, cache._tail.keys.shape[0])
@@ -789,6 +800,9 @@ def _check_alike(caches: Sequence[BatchTurboQuantKVCache], what: str) -> None:
             raise ValueError(f"{what}: expected the recipe {one.recipe}, got {other.recipe}")
         if other.max_size != one.max_size:
             raise ValueError(f"{what}: expected the bound {one.max_size}, got {other.max_size}")
+        if other._window != one._window:
+            a_window, another = (f"a window of {c._window} tokens" if c._window else "no window" for c in (one, other))
+            raise ValueError(f"{what}: expected {a_window}, got {another}")
         a, b = one._balance, other._balance
         if a is not b:
             if a is None or b is None or a.shape != b.shape or not mx.array_equal(a, b).item():
@@ -817,7 +831,7 @@ def _joined(caches: Sequence[BatchTurboQuantKVCache]) -> _Parts | None:
     firsts, tails, packed = [], [], []
     for c in caches:
         if c._tail is None:
-            nothing = c._single()._empty_batch([0] * len(c._counts))
+            nothing = c._new_single()._new_batch([0] * len(c._counts))
             assert isinstance(nothing, BatchTurboQuantKVCache)
             nothing._open(*(mx.zeros((len(c._counts), x.shape[1], 0, x.shape[3]), x.dtype) for x in model._tail))
             c = nothing

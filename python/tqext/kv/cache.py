@@ -44,6 +44,7 @@ class TurboQuantKVCache(Buffers):
     """
 
     batch_class: ClassVar[Any]  # BatchTurboQuantKVCache, which is built on this class and sets it
+    _window: int | None = None
 
     def __init__(
         self,
@@ -107,11 +108,11 @@ class TurboQuantKVCache(Buffers):
         views = append_token(tail.keys, tail.values, keys, values, n_tail if now.first is not None else n_first + n_tail)
         if views is None:
             return None
-        if n_first < self.recipe.first:
+        if n_first < self.recipe.first and not self.n_dropped:
             n_first += 1
         else:
             n_tail += 1
-        snapshot = Snapshot(now, Exact(*views), self.size() + 1, gap=(n_first, self.n_dropped))
+        snapshot = self._new_snapshot(now, Exact(*views), self.size() + 1, (n_first, self.n_dropped))
         vars(self).update(n_first=n_first, n_tail=n_tail, _last=snapshot if self.shared else None)
         return snapshot
 
@@ -149,8 +150,12 @@ class TurboQuantKVCache(Buffers):
         return (self.n_tail - self.recipe.tail) // BLOCK * BLOCK if self.n_tail >= self._flush_at else 0
 
     def _n_over(self, n: int) -> int:
-        """Tokens that are dropped when n more are encoded."""
+        """Coded tokens that are dropped when n more are encoded."""
         return max(0, self.n_coded + n - self._most_coded)
+
+    def _n_over_within(self) -> int:
+        """Coded tokens that are dropped when a block is encoded between the tokens of a step."""
+        return self._n_over(BLOCK)
 
     def _append(self, tokens: Exact) -> None:
         assert self._tail is not None
@@ -163,7 +168,7 @@ class TurboQuantKVCache(Buffers):
             if end > self._tail.n_tokens:
                 self._tail = self._tail.cut(0, held).resized(exact_room(end, n_tokens))
             self._tail.write(held, tokens)
-        n_first = self.n_first if self.n_coded else min(self.recipe.first, n_tokens)
+        n_first = self.n_first if self.n_coded or self.n_dropped else min(self.recipe.first, n_tokens)
         vars(self).update(n_first=n_first, n_tail=n_tokens - n_first - self.n_coded)
 
     def _flush(self, *, is_read: bool = False) -> None:
@@ -232,7 +237,11 @@ class TurboQuantKVCache(Buffers):
     def _snapshot(self) -> Snapshot:
         assert self._tail is not None
         tail = self._tail.cut(0, self._n_leading + self.n_tail)
-        return Snapshot(self._history(self.n_coded, self._first), tail, self.size(), gap=(self.n_first, self.n_dropped))
+        gap = (self.n_first, self.n_dropped)
+        return self._new_snapshot(self._history(self.n_coded, self._first), tail, self.size(), gap)
+
+    def _new_snapshot(self, history: History, tail: Exact, n_tokens: int, gap: tuple[int, int]) -> Snapshot:
+        return Snapshot(history, tail, n_tokens, gap=gap)
 
     def _step_snapshot(self, n_new: int) -> Snapshot:
         """What each of the last `n_new` tokens attends to, as if they had come one by one.
@@ -248,13 +257,14 @@ class TurboQuantKVCache(Buffers):
         self._write_packed(self._codec.encode(self._tail.cut(leading, leading + BLOCK)), BLOCK)
         # Only now: a view of what was there before would have the buffers copied.
         before = self._history(self.n_coded, self._first)
-        n_dropped = self._n_over(BLOCK)
+        n_dropped = self._n_over_within()
         after = self._codec.cut(self._packed, n_dropped, self.n_coded + BLOCK)
         size, gap = self.size(), (self.n_first, self.n_dropped)
-        earlier = Snapshot(before, self._tail.cut(0, leading + due), size - n_tail + due, gap=gap)
+        earlier = self._new_snapshot(before, self._tail.cut(0, leading + due), size - n_tail + due, gap)
         first = self._tail.cut(0, leading) if leading else self._first
         tail = self._tail.cut(leading + BLOCK, leading + n_tail)
-        snapshot = Snapshot(self._codec.history(after, first), tail, size - n_dropped, gap=(gap[0], gap[1] + n_dropped))
+        history = self._codec.history(after, first)
+        snapshot = self._new_snapshot(history, tail, size - n_dropped, (gap[0], gap[1] + n_dropped))
         snapshot.earlier = earlier, n_new - (n_tail - due)
         return snapshot
 
@@ -324,7 +334,7 @@ class TurboQuantKVCache(Buffers):
             ValueError: n is negative, or what is left would end among tokens that were dropped.
         """
         n = min(trim_count(n), self.offset)
-        check_reach(n, self.n_first, self.size(), self.n_dropped)
+        self._check_reach(n)
         self._last = None
         left = 0 if n == self.offset else self.size() - n
         if left == 0:
@@ -336,6 +346,9 @@ class TurboQuantKVCache(Buffers):
         else:
             self._trim_coded(left)
         return n
+
+    def _check_reach(self, n: int) -> None:
+        check_reach(n, self.n_first, self.size(), self.n_dropped)
 
     def _shrink_tail(self) -> None:
         assert self._tail is not None
@@ -391,10 +404,10 @@ class TurboQuantKVCache(Buffers):
             codec = self._make_codec(header.head_dim, header.value_dim, None, value_dtype)
             saved.check_arrays(arrays[1:], header, codec)
             saved.check_checksum(arrays)
+            self._take_bounds(header)
         except BaseException:
             self.recipe = before
             raise
-        self.max_size = header.max_size
         self._balance = None
         self._clear()
         rest = list(arrays[1:])
@@ -410,6 +423,10 @@ class TurboQuantKVCache(Buffers):
         self._tail = Exact(tail_keys, tail_values)
         self.n_first, self.n_coded, self.n_tail = header.counts
         self.n_dropped = header.n_dropped
+
+    def _take_bounds(self, header: saved.Header) -> None:
+        saved.check(header.window is None, "a cache of all tokens", f"a window of {header.window}")
+        self.max_size = header.max_size
 
     def _coded_sum(self) -> mx.array | None:
         """The coded tokens' part of the checksum, if there are any; only that of blocks that are new is computed."""
@@ -439,8 +456,10 @@ class TurboQuantKVCache(Buffers):
         elif self._balance is not None:
             sizes = (self._balance.shape[1], 0, 0, self._balance.shape[0])
         counts = (self.n_first, self.n_coded, self.n_tail)
-        bound = (self.max_size, self.n_dropped)
-        return saved.Header(self.recipe, *sizes, counts, self._balance is not None, *bound, self.is_latent)
+        has_balance = self._balance is not None
+        return saved.Header(
+            self.recipe, *sizes, counts, has_balance, self.max_size, self.n_dropped, self._window, self.is_latent
+        )
 
     @property
     def meta_state(self) -> str:
@@ -510,13 +529,11 @@ class TurboQuantKVCache(Buffers):
         """
         if not self.empty():
             raise ValueError(f"[to_batch] cache: expected an empty cache, got {self.size()} tokens")
-        return self._empty_batch(left_padding)
+        return self._new_batch(left_padding)
 
-    def _empty_batch(self, left_padding: Sequence[int]) -> Buffers:
-        batch: Buffers = self.batch_class(
-            left_padding, self.recipe, balance=self._balance, shared=self.shared, max_size=self.max_size
-        )
-        return batch
+    def _new_batch(self, left_padding: Sequence[int]) -> Any:
+        """An empty batch with this cache's settings."""
+        return self.batch_class(left_padding, self.recipe, balance=self._balance, shared=self.shared, max_size=self.max_size)
 
     @classmethod
     def merge(cls, caches: Sequence[TurboQuantKVCache]) -> Buffers:

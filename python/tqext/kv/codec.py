@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
@@ -21,7 +21,7 @@ class History(NamedTuple):
     Attributes:
         packed_keys: Codes of the keys. ``packed_values``: the same for values.
         first: The exact first tokens, None if there are none.
-        attend: ``attend(q, tail_keys, tail_values, scale, mask, sinks, lengths)``, as `turboquant_attention`.
+        attend: ``attend(q, tail_keys, tail_values, scale, mask, sinks, lengths, left_padding)``, as `turboquant_attention`.
         rope: Of latents, the rotary keys of the coded tokens.
     """
 
@@ -34,6 +34,45 @@ class History(NamedTuple):
     def __deepcopy__(self, memo: object) -> History:
         """Itself: it never changes."""
         return self
+
+
+def history_of(keys: PackedKeys, values: PackedValues, first: Exact | None) -> History:
+    """Packed tokens and the first ones as attention takes them, converted once."""
+    native = ExtHistory(
+        key_codes=keys.codes,
+        key_norms=keys.norms,
+        means=keys.means,
+        balance=keys.balance,
+        signs=keys.signs,
+        residual_norms=keys.residual_norms,
+        key_bits=keys.bits,
+        head_dim=keys.head_dim,
+        rotation=keys.rotation,
+        value_codes=values.codes,
+        value_params=values.params,
+        value_bits=values.bits,
+        value_dim=values.head_dim,
+        value_coding=values.coding,
+        first=first,
+    )
+    return History(keys, values, first, native.attend)
+
+
+def without_oldest(history: History, n: int) -> History:
+    """Less the first tokens and the oldest n coded ones, whole blocks; in the same memory."""
+
+    def cut(x: mx.array | None, per: int = 1) -> Any:
+        return None if x is None else x[:, :, n // per :]
+
+    keys, values = history.packed_keys, history.packed_values
+    keys = keys._replace(
+        codes=cut(keys.codes),
+        norms=cut(keys.norms),
+        means=cut(keys.means, BLOCK),
+        signs=cut(keys.signs),
+        residual_norms=cut(keys.residual_norms),
+    )
+    return history_of(keys, values._replace(codes=cut(values.codes), params=cut(values.params)), None)
 
 
 class Codec:
@@ -96,25 +135,7 @@ class Codec:
 
     def history(self, parts: Sequence[mx.array], first: Exact | None) -> History:
         """The packed arrays and the first tokens as attention takes them, converted once."""
-        keys, values = self.pack(parts)
-        native = ExtHistory(
-            key_codes=keys.codes,
-            key_norms=keys.norms,
-            means=keys.means,
-            balance=keys.balance,
-            signs=keys.signs,
-            residual_norms=keys.residual_norms,
-            key_bits=keys.bits,
-            head_dim=self.head_dim,
-            rotation=keys.rotation,
-            value_codes=values.codes,
-            value_params=values.params,
-            value_bits=values.bits,
-            value_dim=self.value_dim,
-            value_coding=values.coding,
-            first=first,
-        )
-        return History(keys, values, first, native.attend)
+        return history_of(*self.pack(parts), first)
 
     def decode(self, parts: Sequence[mx.array], begin: int, end: int, key_dtype: mx.Dtype, value_dtype: mx.Dtype) -> Exact:
         """What the codes of the tokens ``begin`` (the first of a block) to ``end`` stand for."""

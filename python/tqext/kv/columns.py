@@ -12,6 +12,7 @@ import numpy.typing as npt
 Ints = npt.NDArray[np.int32]
 Mask = mx.array | str | None
 FIRST, CODED, TAIL = 0, 1, 2
+NOWHERE = -(1 << 30)
 
 
 class _LastMask(threading.local):
@@ -62,6 +63,7 @@ class Columns:
     """
 
     __slots__ = (
+        "_begins",
         "_lengths",
         "_translated",
         "counts",
@@ -85,6 +87,7 @@ class Columns:
         n_queries: int,
         n_dropped: Ints,
     ) -> None:
+        self._begins: dict[int, mx.array | None] = {}
         self._lengths: mx.array | None = None
         self._translated: tuple[Mask, int, tuple[Mask, mx.array | None]] | None = None
         self.n_dropped = n_dropped
@@ -112,12 +115,44 @@ class Columns:
             # One query sees its own token and all before; without own columns its token is counted in the tail.
             if mask is None and self.n_new:
                 raise ValueError("[attend] mask: expected a mask for several new tokens of a batch, got None")
-            if self._lengths is None:
-                self._lengths = mx.array(self.counts)
-            return ("causal" if mask is not None and self.n_new > 0 else None), self._lengths
+            return ("causal" if mask is not None and self.n_new > 0 else None), self.lengths
         if not isinstance(mask, mx.array):
             raise ValueError("[attend] mask: expected an array for a batch padded on the left, got " + str(mask))
         return self._gather(mask), None
+
+    @property
+    def lengths(self) -> mx.array:
+        """int32 ``[B, 3]``: `counts`, for attention."""
+        if self._lengths is None:
+            self._lengths = mx.array(self.counts)
+        return self._lengths
+
+    def begins(self, window: int) -> mx.array | None:
+        """int32 ``[B]``: where the last `window` tokens of each sequence begin. None if no sequence has more.
+
+        Without own columns: the step's tokens are counted.
+        """
+        if window not in self._begins:
+            left = np.maximum(self.counts.sum(axis=1) - window, 0)
+            n_first, n_coded = self.counts[:, FIRST], self.counts[:, CODED]
+            # Tokens to leave out, and the room behind the tokens of each part that they fill.
+            jumps = np.where(left > n_first, self.widths[FIRST] - n_first, 0)
+            jumps = jumps + np.where(left > n_first + n_coded, self.widths[CODED] - n_coded, 0)
+            self._begins[window] = mx.array((left + jumps).astype(np.int32)) if left.any() else None
+        return self._begins[window]
+
+    def positions(self) -> tuple[Ints, Ints]:
+        """int32 ``[B, stored columns]`` and ``[B, own columns]``: the place of each token in its sequence.
+
+        Columns without a token are far before all of them.
+        """
+        places, start = [], self.n_dropped.copy()
+        for part, width in enumerate(self.widths):
+            index, n = np.arange(width, dtype=np.int32)[None], self.counts[:, part, None]
+            places.append(np.where(index < n, start[:, None] + index, NOWHERE))
+            start = start + self.counts[:, part]
+        own = np.arange(self.n_stock, self.n_stock + self.n_new, dtype=np.int32)[None] - self.left_padding[:, None]
+        return np.concatenate(places, axis=1).astype(np.int32), np.where(own >= start[:, None], own, NOWHERE).astype(np.int32)
 
     def is_own(self, mask: Any, n_queries: int) -> bool:
         """Whether a mask is the one that `BatchTurboQuantKVCache.make_mask` made for this step."""

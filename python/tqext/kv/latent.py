@@ -100,8 +100,8 @@ class LatentCodec(Codec):
             latent=True,
         )
 
-        def attend(q: mx.array, tail: mx.array, _rope: mx.array, *options: Any) -> mx.array:
-            return native.attend(q, tail, tail, *options)
+        def attend(q: mx.array, tail: mx.array, _rope: mx.array, *args: Any, **options: Any) -> mx.array:
+            return native.attend(q, tail, tail, *args, **options)
 
         return History(keys, values, first, attend, parts[2])
 
@@ -441,7 +441,7 @@ class TurboQuantLatentCache(TurboQuantKVCache):
         latents = Latents(super().keys_and_values()[0])
         return latents, latents.rope()
 
-    def _empty_batch(self, left_padding: Sequence[int]) -> BatchTurboQuantLatentCache:
+    def _new_batch(self, left_padding: Sequence[int]) -> BatchTurboQuantLatentCache:
         return BatchTurboQuantLatentCache(left_padding, self.recipe, shared=self.shared)
 
 
@@ -472,7 +472,7 @@ class BatchTurboQuantLatentCache(BatchTurboQuantKVCache):
         latents = Latents(super().keys_and_values()[0])
         return latents, latents.rope()
 
-    def _single(self) -> TurboQuantLatentCache:
+    def _new_single(self) -> TurboQuantLatentCache:
         return TurboQuantLatentCache(self.recipe, shared=self.shared)
 
 

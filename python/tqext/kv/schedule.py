@@ -15,6 +15,8 @@ BLOCK: int = packed_format.BLOCK
 MAX_CODED = (1 << 31) - 1  # tokens are counted in 32 bits
 # The coded buffers double up to so many tokens, then grow by as many: copying them costs 1/256 of reading them at each step.
 GROWTH = 512
+# A window that is left with a token of the history once something left it.
+MIN_WINDOW = 2
 # The exact buffer has room for one token more in so many tokens of the cache, so that a short cache is not much larger than its
 # tokens, and for a block at most.
 ROOM_SHARE = 12
@@ -57,6 +59,26 @@ def check_reach(n: int, n_first: int, n_held: int, n_dropped: int) -> None:
     most = n_held - max(n_first, 1)
     if n_dropped and most < n < n_held + n_dropped:
         raise ValueError(f"[trim] n: expected at most {most}, as older tokens were dropped (max_size), or all, got {n}")
+
+
+def check_window(window: int) -> int:
+    """The tokens of a sliding window."""
+    window = operator.index(window)
+    if not MIN_WINDOW <= window <= MAX_CODED:
+        raise ValueError(f"[TurboQuantWindowKVCache] window: expected at least {MIN_WINDOW} tokens, got {window}")
+    return window
+
+
+def first_seen(n_tokens: Any, window: int) -> Any:
+    """The place of the oldest token that the next one of so many attends to; also of arrays of numbers."""
+    return (n_tokens - window + 1) * (n_tokens >= window)
+
+
+def check_window_reach(n: int, n_tokens: int, n_dropped: int, window: int) -> None:
+    """Forgetting n of so many tokens leaves all of the window of what comes next, or nothing at all."""
+    most = n_tokens - n_dropped - window + 1
+    if n_dropped and most < n < n_tokens:
+        raise ValueError(f"[trim] n: expected at most {most}, as older tokens have left the window, or all, got {n}")
 
 
 def trim_count(n: Any) -> int:

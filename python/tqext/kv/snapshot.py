@@ -43,6 +43,21 @@ class AttendsItself:
             sinks: Logits of softmax that belong to no token.
             **options: MLX's other arguments.
         """
+        if values is not self:
+            raise TypeError("[scaled_dot_product_attention] v: expected the values of the keys' snapshot")
+        stream = options.pop("stream", None)
+        options.pop("force_fused", None)  # there is no unfused form
+        if options:
+            raise TypeError(f"[scaled_dot_product_attention] unknown arguments {sorted(options)} for a compressed cache")
+        if stream is None:
+            return self.attend(queries, scale, mask, sinks)
+        with mx.stream(stream):
+            return self.attend(queries, scale, mask, sinks)
+
+    def attend(
+        self, queries: mx.array, scale: float, mask: mx.array | str | None = None, sinks: mx.array | None = None
+    ) -> mx.array:
+        """softmax(scale q k^T + mask) v of the queries ``[B, n_q_heads, L, D]`` over all tokens."""
         raise NotImplementedError
 
 
@@ -108,38 +123,24 @@ class Snapshot(AttendsItself):
         """Itself: attention computes in the queries' type (stablelm asks for this)."""
         return self
 
-    def attention(
+    def attend(
         self,
-        previous: Callable[..., mx.array],
         queries: mx.array,
-        values: Any,
-        *,
         scale: float,
         mask: mx.array | str | None = None,
         sinks: mx.array | None = None,
-        **options: Any,
+        lse: bool = False,
     ) -> mx.array:
-        if values is not self:
-            raise TypeError("[scaled_dot_product_attention] v: expected the values of the keys' snapshot")
-        stream = options.pop("stream", None)
-        options.pop("force_fused", None)  # there is no unfused form
-        if options:
-            raise TypeError(f"[scaled_dot_product_attention] unknown arguments {sorted(options)} for a compressed cache")
-        if stream is None:
-            return self.attend(queries, scale, mask, sinks)
-        with mx.stream(stream):
-            return self.attend(queries, scale, mask, sinks)
+        """softmax(scale q k^T + mask) v of the queries ``[B, n_q_heads, L, D]`` over all tokens of the snapshot.
 
-    def attend(
-        self, queries: mx.array, scale: float, mask: mx.array | str | None = None, sinks: mx.array | None = None
-    ) -> mx.array:
-        """softmax(scale q k^T + mask) v of the queries ``[B, n_q_heads, L, D]`` over all tokens of the snapshot."""
+        lse: in fp32, with the log of the sum of weights as one column more.
+        """
         if self.earlier is not None:
-            return self._attend_in_parts(queries, scale, mask, sinks)
-        out = self._attend_whole(queries, scale, mask, sinks)
+            return self._attend_in_parts(queries, scale, mask, sinks, lse)
+        out = self._attend_whole(queries, scale, mask, sinks, lse)
         for one in self.alone:
             rows = slice(one.row, one.row + 1), slice(None), slice(one.begin, one.end)
-            out[rows] = one.snapshot.attend(queries[rows], scale, self._mask_alone(one, mask), sinks)
+            out[rows] = one.snapshot.attend(queries[rows], scale, self._mask_alone(one, mask), sinks, lse)
         return out
 
     def _mask_alone(self, one: Alone, mask: mx.array | str | None) -> mx.array | str | None:
@@ -155,14 +156,16 @@ class Snapshot(AttendsItself):
         own = own[..., one.begin : one.end, :] if mask.ndim > 1 and mask.shape[-2] > 1 else own
         return own[one.row : one.row + 1] if mask.ndim == 4 and mask.shape[0] > 1 else own
 
-    def _attend_whole(self, queries: mx.array, scale: float, mask: mx.array | str | None, sinks: mx.array | None) -> mx.array:
+    def _attend_whole(
+        self, queries: mx.array, scale: float, mask: mx.array | str | None, sinks: mx.array | None, lse: bool = False
+    ) -> mx.array:
         lengths = None
         if self.columns is not None:
             mask, lengths = self.columns.translate(mask, queries.shape[2])
-        return self.history.attend(queries, *self.tail, scale, mask, sinks, lengths)
+        return self.history.attend(queries, *self.tail, scale, mask, sinks, lengths, lse=lse)
 
     def _attend_in_parts(
-        self, queries: mx.array, scale: float, mask: mx.array | str | None, sinks: mx.array | None
+        self, queries: mx.array, scale: float, mask: mx.array | str | None, sinks: mx.array | None, lse: bool = False
     ) -> mx.array:
         """The step's earlier tokens over what there was before a block was encoded, the others over what there is now."""
         assert self.earlier is not None
@@ -174,7 +177,7 @@ class Snapshot(AttendsItself):
             if isinstance(mask, mx.array):
                 own = mask[..., begin:end, :] if mask.ndim > 1 and mask.shape[-2] > 1 else mask
                 own = without(own, at, part.gap[1] - earlier.gap[1])[..., : part.shape[2]]
-            outs.append(part._attend_whole(queries[:, :, begin:end], scale, own, sinks))
+            outs.append(part._attend_whole(queries[:, :, begin:end], scale, own, sinks, lse))
         return mx.concatenate(outs, axis=2)
 
 

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from tqext._ext import format as packed_format
 from tqext._ext import word_sum
 from tqext.kv.codec import Codec
-from tqext.kv.schedule import BLOCK
+from tqext.kv.schedule import BLOCK, MIN_WINDOW
 from tqext.kv.tokens import FLOATS
 from tqext.presets import ROTATIONS, VALUE_BITS, Recipe
 
@@ -37,7 +37,8 @@ class Header(NamedTuple):
         counts: First, coded and recent tokens.
         has_balance: Whether a balance is among the arrays.
         max_size: The bound of a bounded cache.
-        n_dropped: Tokens that it dropped.
+        n_dropped: Tokens that it dropped, or that have left the window.
+        window: Tokens of a sliding window, None for a cache of all of them. It is one number more.
         is_latent: Whether the keys are latents and the values rotary keys.
     """
 
@@ -50,6 +51,7 @@ class Header(NamedTuple):
     has_balance: bool
     max_size: int | None
     n_dropped: int
+    window: int | None = None
     is_latent: bool = False
 
     def numbers(self) -> list[int]:
@@ -59,6 +61,7 @@ class Header(NamedTuple):
         recipe += [_CODINGS.index(r.value_coding)]
         sizes = [self.head_dim, self.value_dim, self.batch]
         more = [self.n_kv_heads, int(r.balance), int(self.has_balance), self.max_size or 0, self.n_dropped]
+        more += [] if self.window is None else [self.window]
         magic = LATENT_MAGIC if self.is_latent else STATE_MAGIC
         return [magic, STATE_VERSION, packed_format.VERSION, *recipe, *sizes, *self.counts, *more]
 
@@ -90,7 +93,8 @@ def read_header(arrays: Any) -> Header:
     check(len(ints) >= 3 and ints[0] in (STATE_MAGIC, LATENT_MAGIC), "a tqext cache", "arrays of something else")
     versions = (STATE_VERSION, packed_format.VERSION)
     check((ints[1], ints[2]) == versions, f"state and format versions {versions}", (ints[1], ints[2]))
-    check(len(ints) == _HEADER_INTS, f"a header of {_HEADER_INTS} numbers", len(ints))
+    check(len(ints) in (_HEADER_INTS, _HEADER_INTS + 1), f"a header of {_HEADER_INTS} numbers", len(ints))
+    window = ints[22] if len(ints) > _HEADER_INTS else None
     key_bits, value_bits, qjl, rotation, means, tail, n_first, coding = ints[3:11]
     sizes, counts = [*ints[11:14], ints[17]], ints[14:17]
     balance, has_balance, max_size, n_dropped = ints[18:22]
@@ -110,15 +114,20 @@ def read_header(arrays: Any) -> Header:
         tail=tail,
         first=n_first,
     )
-    check_counts(counts, recipe)
+    check_counts(counts, recipe, has_first=window is None or n_dropped == 0)
     check(recipe.balance or not has_balance, "no balance with a recipe without", has_balance)
     head_dim, value_dim, batch, n_kv_heads = sizes
-    least = recipe.first + recipe.tail + 2 * BLOCK
-    check(max_size == 0 or max_size >= least, f"a bound of at least {least} tokens", max_size)
-    check(
-        n_dropped == 0 or (max_size > 0 and n_dropped > 0 and counts[0] == recipe.first), "dropped tokens if bounded", n_dropped
-    )
-    check(n_dropped % BLOCK == 0, f"whole blocks of {BLOCK} dropped tokens", n_dropped)
+    check(n_dropped >= 0, "dropped tokens", n_dropped)
+    if window is None:
+        least = recipe.first + recipe.tail + 2 * BLOCK
+        check(max_size == 0 or max_size >= least, f"a bound of at least {least} tokens", max_size)
+        check(n_dropped == 0 or (max_size > 0 and counts[0] == recipe.first), "dropped tokens if bounded", n_dropped)
+        check(n_dropped % BLOCK == 0, f"whole blocks of {BLOCK} dropped tokens", n_dropped)
+    else:
+        check(window >= MIN_WINDOW, f"a window of at least {MIN_WINDOW} tokens", window)
+        check(max_size == 0, "no other bound than the window", max_size)
+        held = sum(counts)
+        check(n_dropped == 0 or held >= window - 1, f"the last {window - 1} tokens", f"{held} of {held + n_dropped}")
     return Header(
         recipe,
         head_dim,
@@ -129,16 +138,18 @@ def read_header(arrays: Any) -> Header:
         bool(has_balance),
         max_size or None,
         n_dropped,
+        window,
         ints[0] == LATENT_MAGIC,
     )
 
 
-def check_counts(counts: Sequence[int], recipe: Recipe) -> None:
-    """A cache of the recipe may have so many first, coded and recent tokens."""
+def check_counts(counts: Sequence[int], recipe: Recipe, *, has_first: bool = True) -> None:
+    """A cache of the recipe may have so many first, coded and recent tokens. `has_first`: no window has left the first ones."""
     check(min(counts) >= 0, "counts of tokens", counts)
     n_first, n_coded, n_tail = counts
     check(n_coded % BLOCK == 0, f"whole blocks of {BLOCK} coded tokens", n_coded)
-    check(n_first == min(recipe.first, sum(counts)), f"the first {recipe.first} tokens exact", f"{n_first} of {sum(counts)}")
+    most_first = recipe.first if has_first else 0
+    check(n_first == min(most_first, sum(counts)), f"the first {most_first} tokens exact", f"{n_first} of {sum(counts)}")
     most = recipe.tail + 2 * BLOCK - 1  # a block that is due, and as many tokens of a last short step
     check(n_tail <= most, f"at most {most} recent tokens", n_tail)
 

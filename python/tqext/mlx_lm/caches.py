@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tqext.kv import TurboQuantKVCache, TurboQuantLatentCache
+from tqext.kv.cache import TurboQuantKVCache
+from tqext.kv.latent import TurboQuantLatentCache
+from tqext.kv.window import TurboQuantWindowKVCache
 from tqext.mlx_lm import hooks
 from tqext.mlx_lm.packages import is_stock, of_mlx_vlm
-from tqext.mlx_lm.reports import Report
-from tqext.presets import Policy
+from tqext.mlx_lm.reports import Layer, Report
+from tqext.presets import Policy, Recipe
 
 # The place of a model's attachment in its ``__dict__``; None there: `detach` has excluded it from `install`.
 KEY = "_tqext_attachment"
@@ -82,9 +84,15 @@ def replaced(caches: Sequence[Any], new: Callable[[str, Any], Any], prefix: str 
     return out
 
 
+def compressed_windows(report: Report) -> set[int]:
+    """The sliding windows of which any layer is compressed."""
+    return {layer.window for layer in report.compressed if layer.window is not None}
+
+
 def compressed(stock: Sequence[Any], report: Report, max_kv_size: int | None = None) -> list[Any]:
     """The caches with compressed ones instead of those that the report names."""
     layers = {layer.path: layer for layer in report.layers}
+    windows = compressed_windows(report)
     unbounded = [layer.path for layer in report.layers if layer.recipe is None and layer.cache == "KVCache"]
     if max_kv_size is not None and unbounded:
         raise ValueError(
@@ -100,15 +108,30 @@ def compressed(stock: Sequence[Any], report: Report, max_kv_size: int | None = N
         )
 
     def new(path: str, cache: Any) -> Any:
-        layer = layers[path]
-        if layer.recipe is None:
-            return cache
-        if layer.is_latent:
-            return TurboQuantLatentCache(layer.recipe, shared=layer.shared)
-        balance = None if layer.calibration is None else layer.calibration.balance
-        return TurboQuantKVCache(layer.recipe, balance=balance, shared=layer.shared, max_size=max_kv_size)
+        made = compressed_cache(layers[path], windows, max_kv_size)
+        return cache if made is None else made
 
     return replaced(stock, new)
+
+
+def compressed_cache(layer: Layer, windows: Collection[int], max_kv_size: int | None = None) -> TurboQuantKVCache | None:
+    """An empty cache in place of a layer's own, None if it keeps its own.
+
+    Args:
+        layer: What the probe and the guard say.
+        windows: The sliding windows of which any layer is compressed. All layers of one share a mask, whose columns are
+            those of one kind of cache. So a layer among them that is not compressed gets a cache whose tokens all stay exact.
+        max_kv_size: See `tqext.make_prompt_cache`.
+    """
+    balance = None if layer.calibration is None or layer.recipe is None else layer.calibration.balance
+    if layer.window is not None and layer.window in windows and layer.n_kv_heads:
+        recipe = layer.recipe or Recipe(first=0, tail=layer.window, balance=False)
+        return TurboQuantWindowKVCache(layer.window, recipe, balance=balance, shared=layer.shared)
+    if layer.recipe is None:
+        return None
+    if layer.is_latent:
+        return TurboQuantLatentCache(layer.recipe, shared=layer.shared)
+    return TurboQuantKVCache(layer.recipe, balance=balance, shared=layer.shared, max_size=max_kv_size)
 
 
 def layer_range(model: Any, n_caches: int) -> tuple[int, int]:

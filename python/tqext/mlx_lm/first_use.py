@@ -43,6 +43,7 @@ def _shapes(report: Report) -> list[tuple[tuple[str, Any], ...]]:
                 "balance": layer.calibration is not None and layer.calibration.balance is not None,
                 "qjl": recipe.qjl,
                 "sinks": queries.has_sinks,
+                "window": layer.window is not None,
             }
             all_shapes.append(tuple(shapes.items()))
     return all_shapes

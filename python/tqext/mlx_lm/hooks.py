@@ -20,8 +20,10 @@ import mlx_lm.utils
 from tqext.kv import (
     BatchTurboQuantKVCache,
     BatchTurboQuantLatentCache,
+    BatchTurboQuantWindowKVCache,
     TurboQuantKVCache,
     TurboQuantLatentCache,
+    TurboQuantWindowKVCache,
 )
 from tqext.kv.latent import Projectable, ProjectedLatents
 from tqext.kv.snapshot import AttendsItself
@@ -324,11 +326,32 @@ def _load_vlm_model(previous: Callable[..., Any], *args: Any, **kwargs: Any) -> 
     return previous(*args, **kwargs) if _load_vlm is None else _load_vlm(previous, *args, **kwargs)
 
 
+def _trim_prompt_cache(previous: Callable[..., Any], cache: list[Any], num_tokens: int) -> Any:
+    """mlx-lm's own forgets nothing, and says nothing, where a window has moved on: a wrong draft would stay."""
+    windows = [c for c in cache if isinstance(c, TurboQuantWindowKVCache)]
+    if num_tokens and any(not c.is_trimmable() for c in windows) and all(c.is_trimmable() for c in cache if c not in windows):
+        if not all(c.can_trim(num_tokens) for c in windows):
+            raise ValueError(
+                f"[trim_prompt_cache] num_tokens: expected tokens whose sliding window is still held, got {num_tokens}; "
+                "windows=False leaves windows to mlx-lm's cache"
+            )
+        return next(iter([c.trim(num_tokens) for c in cache]))
+    return previous(cache, num_tokens)
+
+
 attention = Hook(mx.fast, "scaled_dot_product_attention", _attention)
 make_prompt_cache = Hook(mlx_lm_cache, "make_prompt_cache", _make_prompt_cache, everywhere=True)
 take_along_axis = Hook(mx, "take_along_axis", _take_along_axis)
 concatenate = Hook(mx, "concatenate", _concatenate)
-cache_classes = CacheClasses(TurboQuantKVCache, BatchTurboQuantKVCache, TurboQuantLatentCache, BatchTurboQuantLatentCache)
+trim_prompt_cache = Hook(mlx_lm_cache, "trim_prompt_cache", _trim_prompt_cache, everywhere=True)
+cache_classes = CacheClasses(
+    TurboQuantKVCache,
+    BatchTurboQuantKVCache,
+    TurboQuantLatentCache,
+    BatchTurboQuantLatentCache,
+    TurboQuantWindowKVCache,
+    BatchTurboQuantWindowKVCache,
+)
 # mlx-vlm has its own caches and its own loader.
 vlm_make_prompt_cache = Hook("mlx_vlm.models.cache", "make_prompt_cache", _make_prompt_cache, everywhere=True)
 vlm_load_model = Hook("mlx_vlm.utils", "load_model", _load_vlm_model, everywhere=True)
@@ -339,6 +362,7 @@ _parts: tuple[Any, ...] = (
     *_multi_linear_hooks(),
     make_prompt_cache,
     vlm_make_prompt_cache,
+    trim_prompt_cache,
     cache_classes,
 )
 

@@ -37,6 +37,7 @@ from tqext.kv.latent import LatentCodec, TurboQuantLatentCache
 from tqext.kv.schedule import BLOCK
 from tqext.kv.state import STATE_VERSION
 from tqext.kv.tokens import Exact
+from tqext.kv.window import TurboQuantWindowKVCache
 from tqext.mlx_lm.caches import KEY, check_model, members, replaced
 from tqext.presets import Recipe
 
@@ -116,6 +117,8 @@ class _Kinds:
         return {path: cache for path, cache in self.caches if self.kinds[path] == kind}
 
     def _kind(self, path: str, cache: Any) -> str:
+        if isinstance(cache, TurboQuantWindowKVCache):
+            return STATE
         if isinstance(cache, TurboQuantKVCache):
             if cache.max_size is not None:
                 raise ValueError(f"[{self.op}] cache: expected caches that keep every token, got max_size at layer {path}")
@@ -136,6 +139,7 @@ class _Kinds:
             if isinstance(cache, TurboQuantKVCache):
                 balance = None if cache.balance is None else hashlib.sha256(np.array(cache.balance).tobytes()).hexdigest()
                 how = [dataclasses.asdict(cache.recipe), balance]
+                how += [cache.window] if isinstance(cache, TurboQuantWindowKVCache) else []
             layers.append([path, type(cache).__name__, self.kinds[path], how])
         text = json.dumps([VERSION, packed_format.VERSION, STATE_VERSION, model_hash, layers], sort_keys=True)
         return hashlib.sha256(text.encode()).digest()
@@ -659,7 +663,10 @@ class _Reader:
             if layer.kind == STATE:
                 state, meta = (rest.untree(x) for x in states[path])
                 cls = type(cache)
-                return cls.from_state(state) if meta is None else cls.from_state(state, meta)
+                out = cls.from_state(state) if meta is None else cls.from_state(state, meta)
+                if isinstance(out, TurboQuantWindowKVCache):
+                    out.shared = cache.shared
+                return out
             recent = [rest.take(*x) for x in layer.exact(n_tail)]
             if layer.kind == PLAIN:
                 return self._plain(layer, recent)

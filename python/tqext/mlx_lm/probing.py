@@ -6,17 +6,21 @@ from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
+import mlx_lm.models.cache as mlx_lm_cache
 
 from tqext.kv.cache import TurboQuantKVCache
 from tqext.kv.latent import Projectable, ProjectedLatents, latent_recipe, why_not_latent
+from tqext.kv.schedule import BLOCK
 from tqext.kv.snapshot import AttendsItself
 from tqext.mlx_lm import hooks
 from tqext.mlx_lm.caches import check_model, layer_range, members, replaced, stock_cache
-from tqext.mlx_lm.packages import is_stock, logits, text_model
+from tqext.mlx_lm.packages import is_stock, logits, of_mlx_vlm, text_model
 from tqext.mlx_lm.reports import Layer, Queries, Report
+from tqext.mlx_lm.windows import LEAST_SAVING, saving, without_windows
 from tqext.presets import DEFAULT_PRESET, Policy, Recipe, get_policy
 
 MAX_HEAD_DIM = 512
+LEFT_OUT = "left out by the policy"
 
 
 def _name(dtype: mx.Dtype) -> str:
@@ -74,11 +78,13 @@ class _ProbeLatents(Projectable, _ProbeTokens):
 class _ProbeCache(TurboQuantKVCache):
     """Counts tokens instead of storing them."""
 
-    def __init__(self, path: str, seen: list[str], *, latent: bool = False) -> None:
+    def __init__(self, path: str, seen: list[str], window: int | None, *, latent: bool = False) -> None:
         super().__init__()
         self.latent = latent
         self.path = path
         self.seen = seen
+        self.window = window
+        self.asked_for_other_mask = False
         self.tokens: list[_ProbeTokens] = []
         self.asked = False
 
@@ -114,6 +120,11 @@ class _ProbeCache(TurboQuantKVCache):
         self.asked = True
         return self._fetched()
 
+    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> Any:
+        other = return_array or window_size not in (None, self.window)
+        self.asked_for_other_mask |= self.window is not None and other
+        return super().make_mask(N, return_array, window_size)
+
 
 def probe(model: Any, preset: str | Policy = DEFAULT_PRESET, **overrides: Any) -> Report:
     """Find out which caches of a model can be compressed, by a dry run that computes nothing.
@@ -135,10 +146,12 @@ def probe(model: Any, preset: str | Policy = DEFAULT_PRESET, **overrides: Any) -
     hooks.hook()
     stock = stock_cache(model)
     first, n_layers = layer_range(model, len(stock))
+    windows = policy.windows is not False and not of_mlx_vlm(model)  # which makes masks of its own
     reasons: dict[str, str] = {}
     by_path = dict(members(stock))
     for path, cache in by_path.items():
-        if reason := why_not(cache, policy.of_layer(first + int(path.split(".")[0]), n_layers)):
+        recipe = policy.of_layer(first + int(path.split(".")[0]), n_layers)
+        if reason := why_not(cache, recipe, windows=windows):
             reasons[path] = reason
     latent: set[str] = set()
     failures: dict[str, str] = {}
@@ -147,27 +160,62 @@ def probe(model: Any, preset: str | Policy = DEFAULT_PRESET, **overrides: Any) -
         if failure is None:
             break
         path, reason = failure
-        if path not in latent and path not in failures and tried[path].may_be_latent:
+        window = window_of(by_path[path])
+        if window is None and path not in latent and path not in failures and tried[path].may_be_latent:
             # What one layer stores as latents, the others do most likely.
             alike = {other for other in by_path if other.split(".")[1:] == path.split(".")[1:] and other not in failures}
             latent |= alike - set(reasons)
         else:
             latent.discard(path)
             if path in failures or not tried[path].latent:
-                reasons[path] = failures.get(path, reason)
+                # A window that one layer cannot attend to stays in all of them: one more run is enough.
+                same = [p for p, c in by_path.items() if window is not None and window_of(c) == window and p not in reasons]
+                reasons.update(dict.fromkeys([path, *same], failures.get(path, reason)))
         failures.setdefault(path, reason)
     layers = []
     for path in by_path:
         recipe = policy.of_layer(first + int(path.split(".")[0]), n_layers)
-        layers.append(_judge(path, by_path[path], recipe, reasons.get(path), tried[path]))
-    return Report(policy, tuple(layers))
+        layer = _judge(path, by_path[path], recipe, reasons.get(path), tried[path])
+        layers.append(replace(layer, window=window_of(by_path[path])))
+    report = Report(policy, _alike(layers))
+    if policy.windows is None and any(layer.window is not None for layer in report.compressed):
+        share = saving(model, report)
+        return report if share > LEAST_SAVING else without_windows(report, share)
+    return report
 
 
-def why_not(cache: Any, recipe: Recipe | None) -> str:
-    """Why a cache cannot be replaced by a compressed one, as far as its class and the policy tell; empty if it can."""
+def _alike(layers: list[Layer]) -> tuple[Layer, ...]:
+    """The layers, those of a window left alone if one of them has to be: the mask that they share has its cache's columns."""
+    bad: dict[int, Layer] = {}
+    for layer in layers:
+        if layer.window is not None and layer.reason not in ("", LEFT_OUT) and layer.n_kv_heads:
+            bad.setdefault(layer.window, layer)
+
+    def left_alone(layer: Layer) -> Layer:
+        other = None if layer.window is None else bad.get(layer.window)
+        if other is None or layer.recipe is None:
+            return layer
+        return replace(layer, recipe=None, reason=f"a sliding window like that of layer {other.path}: {other.reason}")
+
+    return tuple(left_alone(layer) for layer in layers)
+
+
+def window_of(cache: Any) -> int | None:
+    """The tokens of mlx-lm's cache of a sliding window, None for any other cache."""
+    return int(cache.max_size) if type(cache) is mlx_lm_cache.RotatingKVCache and cache.keep == 0 else None
+
+
+def why_not(cache: Any, recipe: Recipe | None, *, windows: bool = False) -> str:
+    """Why a cache cannot be replaced by a compressed one, as far as its class and the policy tell; empty if it can.
+
+    `windows`: Sliding windows are compressed as well.
+    """
     kind = type(cache)
-    if is_stock(cache, "KVCache"):
-        return "left out by the policy" if recipe is None else ""
+    window = window_of(cache) if windows else None
+    if window is not None and recipe is not None and window < recipe.tail + 2 * BLOCK:
+        return f"a sliding window of {window} tokens leaves no room for codes beside the exact ones"
+    if is_stock(cache, "KVCache") or window is not None:
+        return LEFT_OUT if recipe is None else ""
     if kind.__module__.partition(".")[0] not in ("mlx_lm", "mlx_vlm"):
         return f"a class of {kind.__module__}, not mlx-lm's own KVCache"
     return _WHY_NOT.get(kind.__name__, "not a plain KV cache")
@@ -186,7 +234,7 @@ def _dry_run(model: Any, reasons: dict[str, str], latent: set[str]) -> tuple[dic
     seen: list[str] = []
 
     def stand_in(path: str, cache: Any) -> Any:
-        return cache if path in reasons else _ProbeCache(path, seen, latent=path in latent)
+        return cache if path in reasons else _ProbeCache(path, seen, window_of(cache), latent=path in latent)
 
     caches = replaced(stock_cache(model), stand_in)
     tried = dict(members(caches))
@@ -214,6 +262,8 @@ def _judge(path: str, stock: Any, recipe: Recipe | None, reason: str | None, tri
     shape = (tokens.shape[1], tokens.shape[3], tokens.value_dim, tokens.dtype.size)
     if not all(t.hits for t in tried.tokens):
         return Layer(path, cache, None, "attention does not go through mx.fast.scaled_dot_product_attention", *shape)
+    if tried.asked_for_other_mask:
+        return Layer(path, cache, None, "the model asks for another mask than that of a sliding window", *shape)
     if any(dim % 8 or not 8 <= dim <= MAX_HEAD_DIM for dim in shape[1:3]):
         why = f"head dimensions {shape[1:3]} are not multiples of 8 up to {MAX_HEAD_DIM}"
         return Layer(path, cache, None, why, *shape)

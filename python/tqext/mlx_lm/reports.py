@@ -37,6 +37,7 @@ class Layer:
         dtype: Of the keys, as ``"float16"``: a type of MLX cannot be copied. None for a cache that the probe could not look
             into. `dtype_size` are the bytes of it.
         queries: What attends to it; more than one kind where layers share it.
+        window: Tokens of a sliding window, None for a layer that attends to all.
         is_latent: Whether its keys are latents, which are coded, and its values rotary keys, which stay exact.
     """
 
@@ -53,6 +54,7 @@ class Layer:
     note: str = ""
     dtype: str | None = None
     queries: tuple[Queries, ...] = ()
+    window: int | None = None
     is_latent: bool = False
 
     @property
@@ -75,15 +77,37 @@ class Layer:
     def fp16_bytes_per_token(self) -> int:
         return self.n_kv_heads * (self.head_dim + self.value_dim) * 2
 
+    @property
+    def exact_bytes_per_token(self) -> int:
+        """Bytes of an exact token in all heads."""
+        return self.n_kv_heads * (self.head_dim + self.value_dim) * self.dtype_size
+
     def nbytes_at(self, n_tokens: int) -> int:
         """Bytes of `n_tokens` tokens, without room for growth, as the layer would hold them if it is compressed."""
         if self.recipe is None:
             return 0
-        n_recent = max(0, n_tokens - self.recipe.first)
-        block = packed_format.BLOCK
-        n_coded = max(0, (n_recent - self.recipe.tail) // block * block)
-        exact = self.n_kv_heads * (self.head_dim + self.value_dim) * self.dtype_size
-        return n_coded * self.bytes_per_token + (n_tokens - n_coded) * exact
+        block, n_first = packed_format.BLOCK, min(self.recipe.first, n_tokens)
+        n_coded = max(0, (n_tokens - n_first - self.recipe.tail) // block * block)
+        n_exact = n_tokens - n_coded
+        if self.window is not None and n_coded:
+            n_seen = (
+                n_first + n_coded + self.recipe.tail - self.window + 1
+            )  # the oldest token that was seen after the last block
+            if n_seen >= n_first:
+                n_coded -= (n_seen - n_first) // block * block
+                n_exact -= n_first
+        return n_coded * self.bytes_per_token + n_exact * self.exact_bytes_per_token
+
+    def stock_nbytes_at(self, n_tokens: int) -> int:
+        """Bytes of `n_tokens` tokens in mlx-lm's own cache, without room for growth."""
+        return self._held(n_tokens) * self.exact_bytes_per_token
+
+    def fp16_nbytes_at(self, n_tokens: int) -> int:
+        """As `stock_nbytes_at`, in fp16."""
+        return self._held(n_tokens) * self.fp16_bytes_per_token
+
+    def _held(self, n_tokens: int) -> int:
+        return n_tokens if self.window is None else min(n_tokens, self.window)
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -103,14 +127,20 @@ class Report:
 
     def fp16_nbytes_at(self, n_tokens: int) -> int:
         """Bytes of `n_tokens` tokens in the same layers in fp16."""
-        return n_tokens * sum(layer.fp16_bytes_per_token for layer in self.compressed)
+        return sum(layer.fp16_nbytes_at(n_tokens) for layer in self.compressed)
 
     def __str__(self) -> str:
         done = self.compressed
         lines = [f"{self.policy.name}: {len(done)} of {len(self.layers)} layers compressed"]
-        if packed := sum(layer.bytes_per_token for layer in done):
-            plain = sum(layer.fp16_bytes_per_token for layer in done)
+        grown, windows = [x for x in done if x.window is None], [x for x in done if x.window is not None]
+        if packed := sum(layer.bytes_per_token for layer in grown):
+            plain = sum(layer.fp16_bytes_per_token for layer in grown)
             lines[0] += f", {packed} bytes per token instead of {plain} in fp16 ({plain / packed:.2f} times less)"
+        if windows:
+            n = 2 * max(layer.window or 0 for layer in windows)  # all of them are full
+            packed, plain = (sum(getattr(layer, f"{name}_at")(n) for layer in windows) for name in ("nbytes", "fp16_nbytes"))
+            what = f"{len(windows)} sliding window{'s' if len(windows) > 1 else ''}"
+            lines[0] += f", {what} in {packed / 1e6:.2f} MB instead of {plain / 1e6:.2f} MB in fp16"
         for (cache, reason), paths in _grouped(self.layers).items():
             lines.append(f"  layers {', '.join(paths)}: {cache} stays: {reason}")
         lines += [f"  layer {layer.path}: {layer.note}" for layer in done if layer.note]
@@ -126,6 +156,7 @@ class Report:
                 kind = "latent" if layer.is_latent else "heads"
                 dims = f"{layer.n_kv_heads} {kind} of {layer.head_dim}/{layer.value_dim}"
                 how = f"{layer.label}, tail {r.tail}, first {r.first}, {dims}, {layer.bytes_per_token} bytes per token"
+                how += f", a sliding window of {layer.window} tokens" if layer.window is not None else ""
                 how += "".join(f", {x}" for x in (layer.calibration, layer.note) if x)
             lines.append(f"  {layer.path:>5}  {how}")
         return "\n".join(lines)

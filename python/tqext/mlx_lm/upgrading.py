@@ -7,13 +7,14 @@ from typing import Any
 
 import mlx.core as mx
 
-from tqext.kv import TurboQuantKVCache, TurboQuantLatentCache
+from tqext.kv.cache import TurboQuantKVCache
 from tqext.kv.tokens import Exact
+from tqext.kv.window import TurboQuantWindowKVCache
 from tqext.mlx_lm import hooks
-from tqext.mlx_lm.caches import layer_range, members, replaced
+from tqext.mlx_lm.caches import compressed_cache, compressed_windows, layer_range, members, replaced
 from tqext.mlx_lm.guard import judged
 from tqext.mlx_lm.packages import text_model
-from tqext.mlx_lm.probing import why_not
+from tqext.mlx_lm.probing import why_not, window_of
 from tqext.presets import DEFAULT_PRESET, Policy, get_policy
 
 UPGRADE_CHUNK = 2048
@@ -27,7 +28,7 @@ def upgrade(cache: list[Any], preset: str | Policy = DEFAULT_PRESET, *, model: A
         preset: See `install`.
         model: The cache's model, for its calibration, and to leave the layers alone that it cannot attend to when compressed.
             Without it every plain ``KVCache`` is compressed, without a balance and a guard, and such a model stops with an
-            error.
+            error; sliding windows only with ``windows=True``.
 
     Returns:
         The same list.
@@ -40,7 +41,9 @@ def upgrade(cache: list[Any], preset: str | Policy = DEFAULT_PRESET, *, model: A
         raise ValueError(f"[upgrade] cache: expected a list of caches, got {type(cache).__name__}")
     hooks.hook()
     model = text_model(model)
-    layers = {} if model is None else {layer.path: layer for layer in judged(model, policy).layers}
+    report = None if model is None else judged(model, policy)
+    layers = {} if report is None else {layer.path: layer for layer in report.layers}
+    windows = set() if report is None else compressed_windows(report)
     first, n_layers = (0, len(cache)) if model is None else layer_range(model, len(cache))
     reasons: dict[tuple[str, str], list[str]] = {}
 
@@ -49,13 +52,16 @@ def upgrade(cache: list[Any], preset: str | Policy = DEFAULT_PRESET, *, model: A
         recipe = policy.of_layer(first + int(path.split(".")[0]), n_layers) if layer is None else layer.recipe
         if isinstance(member, TurboQuantKVCache):
             reason = "" if member.recipe == recipe else "it is compressed with another recipe"
-        elif not (reason := layer.reason if layer is not None else why_not(member, recipe)):
-            assert recipe is not None
-            if layer is not None and layer.is_latent:
-                return _encoded(member, TurboQuantLatentCache(recipe, shared=layer.shared))
-            calibration = None if layer is None else layer.calibration
-            balance = None if calibration is None else calibration.balance
-            return _encoded(member, TurboQuantKVCache(recipe, balance=balance))
+        elif layer is None:
+            window = window_of(member) if policy.windows else None
+            reason = why_not(member, recipe, windows=window is not None)
+            if not reason:
+                return _filled(TurboQuantWindowKVCache(window, recipe) if window else TurboQuantKVCache(recipe), member)
+        else:
+            made = compressed_cache(layer, windows) if window_of(member) == layer.window else None
+            if made is not None:
+                return _filled(made, member)
+            reason = layer.reason
         reasons.setdefault((type(member).__name__, reason), []).append(path)
         return member
 
@@ -68,10 +74,15 @@ def upgrade(cache: list[Any], preset: str | Policy = DEFAULT_PRESET, *, model: A
     return cache
 
 
-def _encoded(member: Any, out: TurboQuantKVCache) -> TurboQuantKVCache:
-    for begin in range(0, member.offset, UPGRADE_CHUNK):
-        end = min(member.offset, begin + UPGRADE_CHUNK)
-        tokens = Exact(member.keys, member.values).cut(begin, end)
-        out.update_and_fetch(*tokens)
+def _filled(out: TurboQuantKVCache, member: Any) -> TurboQuantKVCache:
+    """An empty cache with the tokens of mlx-lm's own."""
+    tokens, end = Exact(member.keys, member.values), member.offset
+    if isinstance(out, TurboQuantWindowKVCache) and end:
+        tokens = Exact(*(member._temporal_order(x) for x in tokens))
+        n_held = min(tokens.n_tokens, out.window)
+        tokens = tokens.cut(tokens.n_tokens - n_held, tokens.n_tokens)
+        out.n_dropped, end = end - n_held, n_held
+    for begin in range(0, end, UPGRADE_CHUNK):
+        out.update_and_fetch(*tokens.cut(begin, min(end, begin + UPGRADE_CHUNK)))
         mx.eval(out.state)
     return out
