@@ -794,7 +794,7 @@ def _check_alike(caches: Sequence[BatchTurboQuantKVCache], what: str) -> None:
     one = caches[0]
     like = next((c._tail for c in caches if c._tail is not None), None)
     for other in caches[1:]:
-        if type(other) is not type(one):
+        if other.is_latent != one.is_latent:
             raise ValueError(f"{what}: expected caches of one kind, got {type(one).__name__} and {type(other).__name__}")
         if other.recipe != one.recipe:
             raise ValueError(f"{what}: expected the recipe {one.recipe}, got {other.recipe}")
