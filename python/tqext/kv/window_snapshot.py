@@ -36,28 +36,30 @@ class WindowSnapshot(Snapshot):
         super().__init__(history, tail, n_tokens, columns)
         self.window = window
 
-    def _attend_whole(self, queries: mx.array, scale: float, mask: mx.array | str | None, sinks: mx.array | None) -> mx.array:
+    def _attend_whole(
+        self, queries: mx.array, scale: float, mask: mx.array | str | None, sinks: mx.array | None, lse: bool = False
+    ) -> mx.array:
         if isinstance(mask, mx.array):
             self._check_columns(mask)
-            return self.history.attend(queries, *self.tail, scale, mask, sinks, None)
+            return self.history.attend(queries, *self.tail, scale, mask, sinks, None, lse=lse)
         n_queries = queries.shape[2]
         if mask != "causal" and (mask is not None or n_queries > 1):
             expected = "None for one query" if mask is None else 'None, "causal" or an array'
             raise ValueError(f"[attend] mask: expected {expected}, got {mask}")
         if self.columns is not None:
-            return self._attend_batch(self.columns, queries, scale, sinks)
+            return self._attend_batch(self.columns, queries, scale, sinks, lse)
         n_held = self.n_tokens
         if n_queries == 1:
             begins = _begins(n_held - self.window, queries.shape[0]) if n_held > self.window else None
-            return self.history.attend(queries, *self.tail, scale, None, sinks, None, begins)
+            return self.history.attend(queries, *self.tail, scale, None, sinks, None, begins, lse=lse)
         if n_held <= self.window:
-            return self.history.attend(queries, *self.tail, scale, "causal", sinks, None)
+            return self.history.attend(queries, *self.tail, scale, "causal", sinks, None, lse=lse)
         outs = []
         for begin, end in _pieces(n_queries):
             last = n_held - n_queries + end
             history, tail, n_gone = self._cut(max(0, last - (end - begin) - self.window + 1), last)
             seen = _seen(end - begin, last - n_gone, self.window)
-            outs.append(history.attend(queries[:, :, begin:end], *tail, scale, seen, sinks, None))
+            outs.append(history.attend(queries[:, :, begin:end], *tail, scale, seen, sinks, None, lse=lse))
         return outs[0] if len(outs) == 1 else mx.concatenate(outs, axis=2)
 
     def _check_columns(self, mask: mx.array) -> None:
@@ -86,17 +88,17 @@ class WindowSnapshot(Snapshot):
 
     # Batches
 
-    def _attend_batch(self, columns: Columns, queries: mx.array, scale: float, sinks: mx.array | None) -> mx.array:
+    def _attend_batch(self, columns: Columns, queries: mx.array, scale: float, sinks: mx.array | None, lse: bool) -> mx.array:
         if columns.n_new == 0:
             begins = columns.begins(self.window)
-            return self.history.attend(queries, *self.tail, scale, None, sinks, columns.lengths, begins)
+            return self.history.attend(queries, *self.tail, scale, None, sinks, columns.lengths, begins, lse=lse)
         n_queries = queries.shape[2]
         if columns.plain and int(columns.counts.sum(axis=1).max()) + n_queries <= self.window:
-            return self.history.attend(queries, *self.tail, scale, "causal", sinks, columns.lengths)
+            return self.history.attend(queries, *self.tail, scale, "causal", sinks, columns.lengths, lse=lse)
         outs = []
         for begin, end in _pieces(n_queries):
             history, tail, seen = self._piece(columns, begin, end)
-            outs.append(history.attend(queries[:, :, begin:end], *tail, scale, seen, sinks, None))
+            outs.append(history.attend(queries[:, :, begin:end], *tail, scale, seen, sinks, None, lse=lse))
         return outs[0] if len(outs) == 1 else mx.concatenate(outs, axis=2)
 
     def _piece(self, columns: Columns, begin: int, end: int) -> tuple[History, Exact, mx.array]:
