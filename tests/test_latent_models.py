@@ -18,7 +18,7 @@ import zoo
 from support import error_line, to_numpy
 from tiny import Words, greedy, logits_after
 from tqext.commands.plan import plan, quality
-from tqext.kv import latent
+from tqext.kv import fork, latent
 from tqext.kv.latent import LatentCodec, TurboQuantLatentCache, latent_recipe
 from tqext.mlx_lm import stock_cache
 from tqext.mlx_lm.caches import members, replaced
@@ -323,6 +323,10 @@ def test_what_latents_cannot_do_is_said():
         report = tqext.probe(model, preset)
         assert not report.compressed and all(why in layer.reason for layer in report.layers)
     plain = tqext.TurboQuantKVCache(tqext.Recipe(balance=False, value_bits=3, value_coding="lloyd"))
+    full = tqext.make_prompt_cache(model, **SHORT)
+    logits_after(model, full, TOKENS[:N_PROMPT])
+    with pytest.raises(ValueError, match=error_line("fork", "cache")):
+        fork(full, 2)
     with pytest.raises(ValueError, match="caches of one kind"):
         TurboQuantLatentCache.merge([TurboQuantLatentCache(), plain])
     tokens, _ = TurboQuantLatentCache().update_and_fetch(mx.ones((1, 1, 3, 32)), mx.ones((1, 1, 3, 8)))

@@ -102,6 +102,10 @@ class ForkedKVCache:
         if cache._codec is None or cache._tail is None or cache.n_coded == 0 or cache.max_size is not None:
             got = "a bounded one" if cache.max_size is not None else f"{cache.size()} exact tokens"
             raise ValueError(f"[fork] cache: expected an unbounded cache with coded tokens to share, got {got}")
+        if cache.is_latent:
+            raise ValueError(
+                "[fork] cache: expected keys and values, got the latents of latent attention, which are not shared"
+            )
         if cache._tail.keys.shape[0] != 1:
             raise ValueError(f"[fork] cache: expected one sequence, got {cache._tail.keys.shape[0]}")
         packed = cache._codec.resized(cache._codec.cut(cache._packed, 0, cache.n_coded), cache.n_coded)
