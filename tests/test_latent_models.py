@@ -18,8 +18,8 @@ import zoo
 from support import error_line, to_numpy
 from tiny import Words, greedy, logits_after
 from tqext.commands.plan import plan, quality
-from tqext.kv import fork, latent
-from tqext.kv.latent import LatentCodec, TurboQuantLatentCache, latent_recipe
+from tqext.kv import ForkedKVCache, fork, latent
+from tqext.kv.latent import BatchTurboQuantLatentCache, LatentCodec, TurboQuantLatentCache, latent_recipe
 from tqext.mlx_lm import stock_cache
 from tqext.mlx_lm.caches import members, replaced
 from tqext.mlx_lm.prefix_store import PrefixStore
@@ -326,7 +326,8 @@ def test_what_latents_cannot_do_is_said():
     full = tqext.make_prompt_cache(model, **SHORT)
     logits_after(model, full, TOKENS[:N_PROMPT])
     with pytest.raises(ValueError, match=error_line("fork", "cache")):
-        fork(full, 2)
+        ForkedKVCache(full[0], 2)
+    assert {type(c) for c in fork(full, 2)} == {BatchTurboQuantLatentCache}  # a copy for each sequence
     with pytest.raises(ValueError, match="caches of one kind"):
         TurboQuantLatentCache.merge([TurboQuantLatentCache(), plain])
     tokens, _ = TurboQuantLatentCache().update_and_fetch(mx.ones((1, 1, 3, 32)), mx.ones((1, 1, 3, 8)))
