@@ -48,7 +48,7 @@ def used(monkeypatch):
         def __init__(self, **packed):
             self.packed, self.native = packed, history(**packed)
 
-        def attend(self, q, tail_keys, tail_values, scale, mask, sinks, lengths, left_padding=None):
+        def attend(self, q, tail_keys, tail_values, scale, mask, sinks, lengths, left_padding=None, lse=False):
             p, n_coded = self.packed, self.packed["key_codes"].shape[2]
             lloyd = metal_ops.ENUM["kValueLloyd" if p["value_coding"] == "lloyd" else "kValueGroups"]
             assert lengths is None
