@@ -18,7 +18,7 @@ SCHEDULES = [sim.IN_ORDER, sim.REVERSE, sim.RANDOM]
 def pytest_collection_modifyitems(config, items):
     """Leaves out parameter sets of the shared operator tests that have no kernel, or a kernel another set runs too.
 
-    Of the mutations about a quarter runs by default, and half of the parameter sets where a test has more than four: a call
+    Of the mutations about a quarter runs by default, and a third of the parameter sets where a test has more than four: a call
     on the simulator takes up to a second. TQEXT_METAL_SIM=full keeps every set that has a kernel, and every mutation.
     """
     full = os.environ.get("TQEXT_METAL_SIM") == "full"
@@ -35,7 +35,7 @@ def pytest_collection_modifyitems(config, items):
     for (module, name), sets in () if full else kept.items():
         if not module.__name__.startswith("test_metal") or len(sets) <= 4:
             continue
-        share = 4 if "mutation_of" in name else 2
+        share = 4 if "mutation_of" in name else 3
         # By a number of their names: evenly spaced ones could all have the same value of an inner parameter.
         chosen = {sets[0], sets[-1], *(item for item in sets if zlib.crc32(item.callspec.id.encode()) % share == 0)}
         dropped += [item for item in sets if item not in chosen]
