@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 
 from tiny import CONFIG, make_llama, save_chat_folder
@@ -84,6 +85,19 @@ def test_demo_finds_an_exact_cache_exact_and_a_coarse_one_coarse():
     assert found["tq4"].compressed.perplexity == pytest.approx(found["tq4"].plain.perplexity, rel=1e-4)
     assert found["tq2"].agreement < 1
     assert found["tq2"].compressed.perplexity != pytest.approx(found["tq2"].plain.perplexity, rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=str)
+def test_demo_reads_with_a_model_of_16_bits(dtype):
+    """The prompt's attention is NumPy's, in fp32, and that of the following tokens MLX's: a cache has one type."""
+    import tqext as package
+
+    model = make_llama()
+    model.set_dtype(dtype)
+    found = demo.compare(package.attach(model, "tq4", tail=1000, guard=False), [(7 * i * i + 3 * i) % 299 for i in range(600)])
+    # Everything is exact: what differs is the rounding of 16 bits.
+    assert found.compressed.perplexity == pytest.approx(found.plain.perplexity, rel=2.0**-7)
+    assert found.fp16_nbytes == 6 * 600 * 2 * 64 * 2
 
 
 def test_generate_closes_with_what_a_long_context_takes(folder):

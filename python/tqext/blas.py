@@ -88,8 +88,9 @@ def used(model: Any) -> Iterator[None]:
 
 
 def _attention_to_arrays(previous: Callable[..., Any], q: mx.array, k: Any, v: Any, **options: Any) -> Any:
-    to_arrays = isinstance(k, mx.array) and q.shape[2] > 1
-    return (attention if to_arrays else previous)(q, k, v, **options)
+    if not isinstance(k, mx.array) or q.shape[2] == 1:
+        return previous(q, k, v, **options)
+    return attention(q, k, v, **options).astype(q.dtype)  # as MLX's: what is cached keeps its type
 
 
 # For a while, in one thread, in any type
