@@ -790,6 +790,23 @@ TQ_DEVICE uint4 query_fragment(const int8_t* rows, int row, int unit, int s) {
   return *reinterpret_cast<const uint4*>(rows + 2 * row * kKeyDim + 64 * unit + 16 * s);
 }
 
+// A row of the query, at `row` in shared memory, times a mean of any strides and type, at `at` in its array: of all lanes.
+TQ_DEVICE float multiply_any_mean(const AttentionParams& p, const uint16_t* row, int64_t at, int lane) {
+  float sum = 0;
+#pragma unroll 1
+  for (int d = lane; d < p.head_dim; d += 32) {
+    float x = half_to_float(row[d]);
+    if constexpr (kType == kTypeFloat32) x += half_to_float(row[kRows * kLayout.half_stride / 2 + d]);
+    const int64_t from = at + d * p.mean_stride[3];
+    const float mean =
+        p.means_kind == kMeansFloat32 ? load_element<kTypeFloat32>(p.means, from) : load_element<kTypeFloat16>(p.means, from);
+    sum = fmaf(x, mean, sum);
+  }
+#pragma unroll
+  for (int o = 1; o < 32; o <<= 1) sum += __shfl_xor_sync(kAllLanes, sum, o);
+  return sum;
+}
+
 // The means of the blocks of a warp's next kMeanSteps tiles, and their scores with the rows.
 struct BlockMeans {
   const AttentionParams& p;
@@ -873,18 +890,7 @@ struct BlockMeans {
         const int step = i / kRows, r = i % kRows;
         const int64_t at = b * p.mean_stride[0] + h * p.mean_stride[1] + block_of(tile, step) * p.mean_stride[2];
         const uint16_t* row = reinterpret_cast<const uint16_t*>(query + r * kLayout.half_stride);
-        float sum = 0;
-#pragma unroll 1
-        for (int d = lane; d < p.head_dim; d += 32) {
-          float x = half_to_float(row[d]);
-          if constexpr (kSplit) x += half_to_float(row[kRows * kLayout.half_stride / 2 + d]);
-          const int64_t from = at + d * p.mean_stride[3];
-          const float mean = p.means_kind == kMeansFloat32 ? load_element<kTypeFloat32>(p.means, from)
-                                                           : load_element<kTypeFloat16>(p.means, from);
-          sum = fmaf(x, mean, sum);
-        }
-#pragma unroll
-        for (int o = 1; o < 32; o <<= 1) sum += __shfl_xor_sync(kAllLanes, sum, o);
+        const float sum = multiply_any_mean(p, row, at, lane);
         if (lane == 0) scores()[i] = sum * row_scale[r];
       }
     }
@@ -933,19 +939,7 @@ TQ_DEVICE void score_listed_means(const AttentionParams& p, const char* shared, 
     const int column = i / kRows, r = i % kRows, token = token_of_column(column);
     const int64_t at = head + __shfl_sync(kAllLanes, block, 4 * column) * p.mean_stride[2];
     const uint16_t* row = reinterpret_cast<const uint16_t*>(query + r * kLayout.half_stride);
-    float sum = 0;
-#pragma unroll 1
-    for (int d = lane; d < p.head_dim; d += 32) {
-      float x = half_to_float(row[d]);
-      if constexpr (kSplit) x += half_to_float(row[kRows * kLayout.half_stride / 2 + d]);
-      const int64_t from = at + d * p.mean_stride[3];
-      const float mean =
-          p.means_kind == kMeansFloat32 ? load_element<kTypeFloat32>(p.means, from) : load_element<kTypeFloat16>(p.means, from);
-      sum = fmaf(x, mean, sum);
-    }
-#pragma unroll
-    for (int o = 1; o < 32; o <<= 1) sum += __shfl_xor_sync(kAllLanes, sum, o);
-    sum *= row_scale[r];
+    const float sum = multiply_any_mean(p, row, at, lane) * row_scale[r];
 #pragma unroll
     for (int t = 0; t < kRowTiles; t++) {
 #pragma unroll

@@ -46,6 +46,20 @@ def tokens(n, seed):
     return k, random.standard_normal((H, n, DV), np.float32), random.standard_normal((HQ, n, D), np.float32)
 
 
+def check_drafts_leave_no_trace(plain, drafted, n_steps, n_draft):
+    """Steps of one token, in one of the caches with a wrong draft behind it that is taken back: the states are the same."""
+    for i in range(n_steps):
+        k, v, _ = (mx.array(x)[None] for x in tokens(1, i))
+        plain.update_and_fetch(k, v)
+        wrong_k, wrong_v, _ = (mx.array(x)[None] for x in tokens(n_draft, 1000 + i))
+        drafted.update_and_fetch(mx.concatenate([k, wrong_k], axis=2), mx.concatenate([v, wrong_v], axis=2))
+        assert drafted.trim(n_draft) == n_draft
+    plain._flush()
+    drafted._flush()
+    for a, b in zip(plain.state, drafted.state, strict=True):
+        assert mx.array_equal(a, b)
+
+
 def close(got, expected, *, dense=False):
     """`dense`: by a cache with a dense rotation. On a GPU its products round otherwise than NumPy's, and a code that lies at a
     threshold may turn over: a step of a value's group, times the token's weight."""

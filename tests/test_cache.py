@@ -14,7 +14,21 @@ from mlx_lm.models.cache import BatchKVCache, KVCache
 from tqext._ext import append_token, append_tokens
 
 import tqext
-from cache_support import DV, HQ, RECIPES, D, H, answer, close, make, make_reference, random_tokens, step, tokens
+from cache_support import (
+    DV,
+    HQ,
+    RECIPES,
+    D,
+    H,
+    answer,
+    check_drafts_leave_no_trace,
+    close,
+    make,
+    make_reference,
+    random_tokens,
+    step,
+    tokens,
+)
 from sequence import BLOCK, attention
 from tqext import BatchTurboQuantKVCache, Recipe, TurboQuantKVCache, get_policy
 from tqext.kv.schedule import GROWTH
@@ -127,16 +141,7 @@ def test_bound_without_room_for_codes_is_refused(max_size):
 def test_cache_draft_step_then_trim_equals_no_draft(recipe, n_draft):
     """A wrong draft that is trimmed leaves the codes that would have come without it."""
     plain, drafted = make(recipe), make(recipe)
-    for i in range(270):
-        k, v, _ = (mx.array(x)[None] for x in tokens(1, i))
-        plain.update_and_fetch(k, v)
-        wrong_k, wrong_v, _ = (mx.array(x)[None] for x in tokens(n_draft, 1000 + i))
-        drafted.update_and_fetch(mx.concatenate([k, wrong_k], axis=2), mx.concatenate([v, wrong_v], axis=2))
-        assert drafted.trim(n_draft) == n_draft
-    plain._flush()
-    drafted._flush()
-    for a, b in zip(plain.state, drafted.state, strict=True):
-        assert mx.array_equal(a, b)
+    check_drafts_leave_no_trace(plain, drafted, 270, n_draft)
     assert plain.n_coded >= 128
 
 

@@ -6,7 +6,19 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from cache_support import DV, RECIPES, Batch, D, H, answer, balance_of, close, random_tokens, tokens
+from cache_support import (
+    DV,
+    RECIPES,
+    Batch,
+    D,
+    H,
+    answer,
+    balance_of,
+    check_drafts_leave_no_trace,
+    close,
+    random_tokens,
+    tokens,
+)
 from sequence import WindowSequence
 from tqext import Recipe
 from tqext.kv import BatchTurboQuantWindowKVCache, TurboQuantKVCache, TurboQuantWindowKVCache, state, window_snapshot
@@ -108,16 +120,7 @@ def test_trim_is_exact_or_refused(seed):
 def test_a_draft_that_is_taken_back_leaves_no_trace(n_draft):
     recipe = Recipe(tail=20, first=4)
     plain, drafted = make(recipe, 100), make(recipe, 100)
-    for i in range(200):
-        k, v, _ = (mx.array(x)[None] for x in tokens(1, i))
-        plain.update_and_fetch(k, v)
-        wrong_k, wrong_v, _ = (mx.array(x)[None] for x in tokens(n_draft, 1000 + i))
-        drafted.update_and_fetch(mx.concatenate([k, wrong_k], axis=2), mx.concatenate([v, wrong_v], axis=2))
-        assert drafted.trim(n_draft) == n_draft
-    plain._flush()
-    drafted._flush()
-    for a, b in zip(plain.state, drafted.state, strict=True):
-        assert mx.array_equal(a, b)
+    check_drafts_leave_no_trace(plain, drafted, 200, n_draft)
     assert plain.n_dropped > 0
 
 

@@ -368,10 +368,6 @@ class ObservedLatents(Projectable):
     def dtype(self) -> mx.Dtype:
         return self.keys.dtype
 
-    @property
-    def ndim(self) -> int:
-        return 4
-
     def attend_projected(
         self,
         previous: Callable[..., mx.array],
@@ -410,14 +406,6 @@ class ObservedTokens(AttendsItself):
     @property
     def dtype(self) -> mx.Dtype:
         return self.keys.dtype
-
-    @property
-    def ndim(self) -> int:
-        return 4
-
-    def astype(self, dtype: mx.Dtype) -> ObservedTokens:
-        """Itself: attention takes the model's own type."""
-        return self
 
     def attention(self, previous: Callable[..., mx.array], queries: mx.array, values: Any, **options: Any) -> mx.array:
         if values is not self:

@@ -36,9 +36,9 @@ class History(NamedTuple):
         return self
 
 
-def history_of(keys: PackedKeys, values: PackedValues, first: Exact | None) -> History:
-    """Packed tokens and the first ones as attention takes them, converted once."""
-    native = ExtHistory(
+def native_history(keys: PackedKeys, values: PackedValues, first: Exact | None, *, latent: bool = False) -> ExtHistory:
+    """Packed tokens and the first ones as the extension takes them. latent: see `tqext.latent_attention`."""
+    return ExtHistory(
         key_codes=keys.codes,
         key_norms=keys.norms,
         means=keys.means,
@@ -54,8 +54,13 @@ def history_of(keys: PackedKeys, values: PackedValues, first: Exact | None) -> H
         value_dim=values.shape[3],
         value_coding=values.coding,
         first=first,
+        latent=latent,
     )
-    return History(keys, values, first, native.attend)
+
+
+def history_of(keys: PackedKeys, values: PackedValues, first: Exact | None) -> History:
+    """Packed tokens and the first ones as attention takes them, converted once."""
+    return History(keys, values, first, native_history(keys, values, first).attend)
 
 
 def without_oldest(history: History, n: int) -> History:

@@ -50,14 +50,6 @@ class ForkedSnapshot(AttendsItself):
     def dtype(self) -> mx.Dtype:
         return self.own.dtype
 
-    @property
-    def ndim(self) -> int:
-        return 4
-
-    def astype(self, dtype: mx.Dtype) -> ForkedSnapshot:
-        """Itself: attention computes in the queries' type."""
-        return self
-
     def attend(
         self, queries: mx.array, scale: float, mask: mx.array | str | None = None, sinks: mx.array | None = None
     ) -> mx.array:

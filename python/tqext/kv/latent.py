@@ -12,12 +12,11 @@ from typing import Any
 
 import mlx.core as mx
 
-from tqext._ext import History as ExtHistory
 from tqext._ext import format as packed_format
 from tqext._ext import quantize_blocks, quantize_keys
 from tqext.kv.batch import BatchTurboQuantKVCache
 from tqext.kv.cache import TurboQuantKVCache
-from tqext.kv.codec import Codec, History
+from tqext.kv.codec import Codec, History, native_history
 from tqext.kv.schedule import BLOCK
 from tqext.kv.snapshot import AttendsItself, Snapshot
 from tqext.kv.tokens import Exact
@@ -81,24 +80,7 @@ class LatentCodec(Codec):
     def history(self, parts: Sequence[mx.array], first: Exact | None) -> History:
         keys, values = self.pack(parts)
         latents = None if first is None else first.keys
-        native = ExtHistory(
-            key_codes=keys.codes,
-            key_norms=keys.norms,
-            means=keys.means,
-            balance=keys.balance,
-            signs=None,
-            residual_norms=None,
-            key_bits=keys.bits,
-            head_dim=self.head_dim,
-            rotation=keys.rotation,
-            value_codes=values.codes,
-            value_params=values.params,
-            value_bits=values.bits,
-            value_dim=self.head_dim,
-            value_coding=values.coding,
-            first=None if latents is None else (latents, latents),
-            latent=True,
-        )
+        native = native_history(keys, values, None if latents is None else Exact(latents, latents), latent=True)
 
         def attend(q: mx.array, tail: mx.array, _rope: mx.array, *args: Any, **options: Any) -> mx.array:
             return native.attend(q, tail, tail, *args, **options)
@@ -222,10 +204,6 @@ class Latents(Projectable):
     @property
     def dtype(self) -> mx.Dtype:
         return self.snapshot.dtype
-
-    @property
-    def ndim(self) -> int:
-        return 4
 
     def attention(self, previous: Callable[..., mx.array], queries: mx.array, values: Any, **options: Any) -> mx.array:
         if values is not self:

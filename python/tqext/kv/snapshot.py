@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import mlx.core as mx
 
@@ -20,6 +20,14 @@ class AttendsItself:
     """
 
     __slots__ = ()
+
+    @property
+    def ndim(self) -> int:
+        return 4
+
+    def astype(self, dtype: mx.Dtype) -> Self:
+        """Itself: attention computes in the queries' type (stablelm asks for this)."""
+        return self
 
     def attention(
         self,
@@ -114,14 +122,6 @@ class Snapshot(AttendsItself):
     @property
     def dtype(self) -> mx.Dtype:
         return self.tail.keys.dtype
-
-    @property
-    def ndim(self) -> int:
-        return 4
-
-    def astype(self, dtype: mx.Dtype) -> Snapshot:
-        """Itself: attention computes in the queries' type (stablelm asks for this)."""
-        return self
 
     def attend(
         self,

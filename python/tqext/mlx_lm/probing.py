@@ -39,13 +39,6 @@ class _ProbeTokens(AttendsItself):
         self.hits = 0
         self.queries: list[Queries] = []
 
-    @property
-    def ndim(self) -> int:
-        return 4
-
-    def astype(self, dtype: mx.Dtype) -> _ProbeTokens:
-        return self
-
     def _note(self, queries: mx.array, options: dict[str, Any]) -> None:
         self.hits += 1
         self.queries.append(Queries(queries.shape[1], _name(queries.dtype), options.get("sinks") is not None))
