@@ -224,6 +224,27 @@ TQ_DEVICE void barrier_of_threads(int barrier, int n_threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(n_threads) : "memory");
 }
 
+// The codes of a unit's 32 dimensions, eight to a word: the low three bits of each nibble of select, the fourth bit in top.
+template <int kBits>
+TQ_DEVICE void split_codes(const uint32_t* w, uint32_t (&select)[4], uint32_t (&top)[4]) {
+#pragma unroll
+  for (int s = 0; s < 4; s++) top[s] = 0;
+  if constexpr (kBits == 4) {
+#pragma unroll
+    for (int s = 0; s < 4; s++) select[s] = w[s] & 0x77777777u, top[s] = w[s] >> 3 & 0x11111111u;
+  } else if constexpr (kBits == 3) {
+    select[0] = w[0] & 0x77777777u;
+    select[1] = w[1] & 0x77777777u;
+    select[2] = w[2] & 0x77777777u;
+    select[3] = (w[0] >> 3 & 0x11111111u) | (w[1] >> 2 & 0x22222222u) | (w[2] >> 1 & 0x44444444u);
+  } else {
+    select[0] = w[0] & 0x33333333u;
+    select[1] = w[1] & 0x33333333u;
+    select[2] = w[0] >> 2 & 0x33333333u;
+    select[3] = w[1] >> 2 & 0x33333333u;
+  }
+}
+
 // Rotation of a row of kDim floats by one warp (format.h), with the same order of sums as on the CPU. Slot k of a lane is
 // dimension 32 k + lane. scratch: kDim floats of shared memory of this warp, used where the matrix is no power of two.
 template <int kDim>

@@ -9,27 +9,6 @@ namespace tqext::cuda {
 // A pair of halves.
 TQ_DEVICE constexpr uint32_t both(uint32_t half) { return half * 0x10001u; }
 
-// The codes of a unit's 32 dimensions, eight to a word: the low three bits of each nibble of select, the fourth bit in top.
-template <int kBits>
-TQ_DEVICE void split_codes(const uint32_t* w, uint32_t (&select)[4], uint32_t (&top)[4]) {
-#pragma unroll
-  for (int s = 0; s < 4; s++) top[s] = 0;
-  if constexpr (kBits == 4) {
-#pragma unroll
-    for (int s = 0; s < 4; s++) select[s] = w[s] & 0x77777777u, top[s] = w[s] >> 3 & 0x11111111u;
-  } else if constexpr (kBits == 3) {
-    select[0] = w[0] & 0x77777777u;
-    select[1] = w[1] & 0x77777777u;
-    select[2] = w[2] & 0x77777777u;
-    select[3] = (w[0] >> 3 & 0x11111111u) | (w[1] >> 2 & 0x22222222u) | (w[2] >> 1 & 0x44444444u);
-  } else {
-    select[0] = w[0] & 0x33333333u;
-    select[1] = w[1] & 0x33333333u;
-    select[2] = w[0] >> 2 & 0x33333333u;
-    select[3] = w[1] >> 2 & 0x33333333u;
-  }
-}
-
 // Four halves of levels times factor from the four lowest nibbles of select, each a code.
 template <int kBits>
 TQ_DEVICE uint2 find_levels(const uint32_t (&levels)[4], uint32_t select, uint32_t top, uint32_t factor) {

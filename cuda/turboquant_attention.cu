@@ -264,20 +264,12 @@ TQ_DEVICE LevelBytes find_levels(const uint32_t (&book)[4], uint32_t selector) {
 
 // Levels of one unit: r[2 s], r[2 s + 1] are dimensions 8 s ... 8 s + 7.
 TQ_DEVICE void decode_unit(const uint32_t* w, const uint32_t (&book)[4], uint32_t two_16, LevelBytes (&r)[8]) {
-  uint32_t select[4];
+  uint32_t select[4], top[4];
   if constexpr (kKeyBits == 4) {
 #pragma unroll
-    for (int s = 0; s < 4; s++) select[s] = w[s];
-  } else if constexpr (kKeyBits == 3) {
-    select[0] = w[0] & 0x77777777u;
-    select[1] = w[1] & 0x77777777u;
-    select[2] = w[2] & 0x77777777u;
-    select[3] = (w[0] >> 3 & 0x11111111u) | (w[1] >> 2 & 0x22222222u) | (w[2] >> 1 & 0x44444444u);
+    for (int s = 0; s < 4; s++) select[s] = w[s];  // the highest bit tells the table
   } else {
-    select[0] = w[0] & 0x33333333u;
-    select[1] = w[1] & 0x33333333u;
-    select[2] = w[0] >> 2 & 0x33333333u;
-    select[3] = w[1] >> 2 & 0x33333333u;
+    split_codes<kKeyBits>(w, select, top);
   }
 #pragma unroll
   for (int s = 0; s < 4; s++) {
