@@ -16,7 +16,7 @@ from mlx_lm.models.mla import MultiLinear
 import tqext
 import zoo
 from support import error_line, to_numpy
-from tiny import Words, greedy, logits_after
+from tiny import Words, greedy, logits_after, make_llama
 from tqext.commands.plan import plan, quality
 from tqext.kv import ForkedKVCache, fork, latent
 from tqext.kv.latent import BatchTurboQuantLatentCache, LatentCodec, TurboQuantLatentCache, latent_recipe
@@ -413,3 +413,14 @@ def test_hooks_are_given_back():
     assert mla.MultiLinear.__call__ is not before[0] and mx.concatenate is not before[3]
     tqext.uninstall()
     assert (mla.MultiLinear.__call__, mla.QuantizedMultiLinear.__call__, mx.take_along_axis, mx.concatenate) == before
+
+
+def test_functions_of_mlx_are_replaced_for_latents_alone(monkeypatch):
+    monkeypatch.setattr(latent.first_use, "_happened", False)
+    before = mx.concatenate, mx.take_along_axis, MultiLinear.__call__
+    tqext.make_prompt_cache(make_llama(), "tq3", guard=False)
+    assert (mx.concatenate, mx.take_along_axis, MultiLinear.__call__) == before
+    TurboQuantLatentCache()  # one from a file, say
+    assert not {mx.concatenate, mx.take_along_axis, MultiLinear.__call__} & set(before)
+    tqext.uninstall()
+    assert (mx.concatenate, mx.take_along_axis, MultiLinear.__call__) == before

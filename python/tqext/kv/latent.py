@@ -97,6 +97,29 @@ class LatentCodec(Codec):
         return self.encode(Exact(mx.zeros((batch, n_kv_heads, 0, self.head_dim)), no_rope))
 
 
+class FirstUse:
+    """Lets `tqext.mlx_lm.hook` replace functions of MLX for latents only in processes that have some."""
+
+    def __init__(self) -> None:
+        self._happened = False
+        self._call: Callable[[], None] | None = None
+
+    def then(self, call: Callable[[], None] | None) -> None:
+        """What to do at every use from now on, and at once if there was one."""
+        self._call = call
+        if self._happened:
+            self.note()
+
+    def note(self) -> None:
+        """Latents are about to be made."""
+        self._happened = True
+        if self._call is not None:
+            self._call()
+
+
+first_use = FirstUse()
+
+
 class Projectable(AttendsItself):
     """Stands in for the latents that a cache returns: a model's ``MultiLinear`` of it is put off until attention."""
 
@@ -391,6 +414,7 @@ class TurboQuantLatentCache(TurboQuantKVCache):
     is_latent = True
 
     def __init__(self, recipe: Recipe | None = None, *, shared: bool = False) -> None:
+        first_use.note()
         super().__init__(latent_recipe(recipe or Recipe()), shared=shared)
 
     def _make_codec(self, head_dim: int, value_dim: int, balance: mx.array | None, value_dtype: mx.Dtype) -> Codec:
@@ -435,6 +459,7 @@ class BatchTurboQuantLatentCache(BatchTurboQuantKVCache):
     is_latent = True
 
     def __init__(self, left_padding: Sequence[int], recipe: Recipe | None = None, *, shared: bool = False) -> None:
+        first_use.note()
         super().__init__(left_padding, latent_recipe(recipe or Recipe()), shared=shared)
 
     def _make_codec(self, head_dim: int, value_dim: int, balance: mx.array | None, value_dtype: mx.Dtype) -> Codec:

@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx_lm.models.cache as mlx_lm_cache
 
 from tqext.kv.cache import TurboQuantKVCache
-from tqext.kv.latent import Projectable, ProjectedLatents, latent_recipe, why_not_latent
+from tqext.kv.latent import Projectable, ProjectedLatents, first_use, latent_recipe, why_not_latent
 from tqext.kv.schedule import BLOCK
 from tqext.kv.snapshot import AttendsItself
 from tqext.mlx_lm import hooks
@@ -225,6 +225,8 @@ _WHY_NOT = {
 def _dry_run(model: Any, reasons: dict[str, str], latent: set[str]) -> tuple[dict[str, Any], tuple[str, str] | None]:
     """Call the model on stand-ins for every cache without a reason; if it fails, the layer at which it did, and how."""
     seen: list[str] = []
+    if latent:
+        first_use.note()
 
     def stand_in(path: str, cache: Any) -> Any:
         return cache if path in reasons else _ProbeCache(path, seen, window_of(cache), latent=path in latent)
