@@ -62,6 +62,9 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--texts", type=words, default=["prose", "code"], help=f"of {', '.join(texts.TEXTS)}, or text files")
     out.add_argument("--skip", type=int, default=0, help="tokens of each text before those that are fed")
     out.add_argument("--moved", type=numbers, default=[0], help="tokens by which all positions are moved, as 0,3500,7000")
+    out.add_argument(
+        "--windows", choices=("on", "off"), help="compress sliding windows in any case, or never; default: by the rule"
+    )
     out.add_argument("--passkeys", type=numbers, default=[], help="contexts in tokens, as 4096,28000")
     out.add_argument("--trials", type=int, default=20, help="for each number of hidden keys")
     out.add_argument("--device", choices=("cpu", "gpu"), help="default: MLX's own")
@@ -132,9 +135,11 @@ def measure_text(model: Any, tokenizer: Any, text: str, options: argparse.Namesp
     if len(tokens) < options.tokens:
         print(f"{text}: {len(tokens)} tokens, fewer than asked for")
     name = Path(text).stem
+    windows = {None: None, "on": True, "off": False}[options.windows]
+    policies = [get_policy(preset, windows=windows) for preset in known(options.presets)]
     entries = [
         entry
-        for entry in contenders(model, known(options.presets), stock_bits=options.stock_bits)
+        for entry in contenders(model, policies, stock_bits=options.stock_bits)
         if not file.has(text=name, cache=entry.name, recipe=recipe_of(entry.name))
     ]
     if not entries:
@@ -191,6 +196,8 @@ def main() -> None:
         }  # fmt: skip
         if options.skip:
             settings["skip"] = options.skip
+        if options.windows:
+            settings["windows"] = options.windows
         for moved in options.moved:
             file = File(options.json, settings | ({"moved": moved} if moved else {}))
             if moved:

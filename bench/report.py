@@ -343,6 +343,8 @@ def by_position() -> str:
             f"{text} {value:.2f}" for text, value in {r["text"]: r["reference"] for r in run["rows"]}.items()
         )  # fmt: skip
         title = f"### {s['model']}, {s['tokens']} tokens in chunks of {s['chunk']}, {s['device'].upper()}"
+        if "windows" in s:
+            title += f", sliding windows {'compressed' if s['windows'] == 'on' else 'as they are'}"
         if "skip" in s:
             title += f", the first {s['skip']} tokens of the text left out, positions moved by {s.get('moved', 0)}"
         plots = (
