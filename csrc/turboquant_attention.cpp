@@ -185,8 +185,11 @@ mx::array composed_attention(const mx::array& queries, const PackedKeys& k, cons
     return mx::zeros({n.batch, n.n_q_heads, n.n_queries, n.value_dim + options.lse}, options.lse ? mx::float32 : q.dtype(), s);
   }
 
-  // Half of the bytes for tokens, half for scores (in q's type, in fp32, and as weights).
-  const int64_t token_bytes = int64_t(n.batch) * n.n_kv_heads * (n.head_dim + n.value_dim) * q.itemsize();
+  // bf16 has so few digits that a score rounded to it moves a weight by percents.
+  const mx::Dtype score_type = q.dtype() == mx::bfloat16 ? mx::float32 : q.dtype();
+  // Half of the bytes for tokens, half for scores (as products, in fp32, and as weights).
+  const int64_t token_bytes =
+      int64_t(n.batch) * n.n_kv_heads * (n.head_dim * mx::size_of(score_type) + n.value_dim * q.itemsize());
   const int64_t score_bytes = int64_t(n.batch) * n.n_q_heads * 12;
   const int64_t few_rows = std::min(n.n_queries, 256);
   const int64_t most = std::min(bytes / 2 / token_bytes, bytes / 2 / (score_bytes * few_rows));
@@ -211,7 +214,7 @@ mx::array composed_attention(const mx::array& queries, const PackedKeys& k, cons
   // MLX runs what does not depend on another piece as it likes: each one depends on the one before, so that few are in memory.
   std::optional<mx::array> before;
   auto after = [&](const mx::array& x) { return before ? mx::depends({x}, {*before})[0] : x; };
-  // Tokens of columns column ... column + n - 1, in q's type.
+  // Tokens of columns column ... column + n - 1: keys as scores are made, values in q's type.
   auto attend = [&](int column, int n_tokens, const mx::array& keys, const mx::array& values) {
     const mx::array transposed = mx::swapaxes(keys, 2, 3, s);
     for (size_t i = 0; i < rows.size(); i++) {
@@ -219,7 +222,8 @@ mx::array composed_attention(const mx::array& queries, const PackedKeys& k, cons
       const Piece at{int(i) * n_rows, row.max.shape(2), column, n_tokens};
       if (options.mask_mode == "causal" && column > n.n_keys() - n.n_queries + at.row + at.n_rows - 1) continue;
       const int repeats = n.n_q_heads / n.n_kv_heads;
-      const mx::array x = mx::reshape(mx::multiply(rows_of(after(q), at, s), mx::array(scale, q.dtype()), s),
+      const mx::array given_rows = mx::astype(rows_of(after(q), at, s), score_type, s);
+      const mx::array x = mx::reshape(mx::multiply(given_rows, mx::array(scale, score_type), s),
                                       {n.batch, n.n_kv_heads, repeats * at.n_rows, n.head_dim}, s);
       mx::array scores =
           mx::reshape(mx::astype(mx::matmul(x, transposed, s), mx::float32, s), {n.batch, n.n_q_heads, at.n_rows, n_tokens}, s);
@@ -259,7 +263,9 @@ mx::array composed_attention(const mx::array& queries, const PackedKeys& k, cons
   auto attend_exact = [&](const std::optional<ExactTokens>& tokens, int column, int n_tokens) {
     for (int begin = 0; begin < n_tokens; begin += n_columns) {
       const int end = std::min(begin + n_columns, n_tokens);
-      attend(column + begin, end - begin, mx::astype(tokens_of(after(tokens->first), begin, end), q.dtype(), s),
+      // In the query's type, as everywhere.
+      const mx::array keys = mx::astype(tokens_of(after(tokens->first), begin, end), q.dtype(), s);
+      attend(column + begin, end - begin, mx::astype(keys, score_type, s),
              mx::astype(tokens_of(after(tokens->second), begin, end), q.dtype(), s));
     }
   };
@@ -273,8 +279,9 @@ mx::array composed_attention(const mx::array& queries, const PackedKeys& k, cons
     if (k.means) keys.means = tokens_of(*k.means, begin / kBlockTokens, n_blocks(end));
     values.codes = tokens_of(after(v.codes), begin, end);
     values.params = tokens_of(v.params, begin, end);
-    const mx::array tokens = dequantize_keys(keys, false, q.dtype(), s);
-    attend(n.n_first + begin, end - begin, tokens, options.latent ? tokens : dequantize_values(values, false, q.dtype(), s));
+    const mx::array tokens = dequantize_keys(keys, false, score_type, s);
+    attend(n.n_first + begin, end - begin, tokens,
+           options.latent ? mx::astype(tokens, q.dtype(), s) : dequantize_values(values, false, q.dtype(), s));
   }
   attend_exact(options.tail, n.n_first + n.n_coded, n.n_tail);
 

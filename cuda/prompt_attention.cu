@@ -134,9 +134,10 @@ struct Range {
     if (sequence.causal) n_seen = clamp(sequence.column_end(p, last_query) - p.n_coded, min(p.n_first, n_seen), n_seen);
     const int n_exact = (n_seen + kPromptTile - 1) / kPromptTile;
     token_begin = sequence.first_token(p);
-    token_end = sequence.coded_end(p, last_query);
+    // Rows of padding may see fewer tokens than are padding.
+    token_end = max(token_begin, sequence.coded_end(p, last_query));
     const int tile0 = token_begin / kPromptTile;
-    const int n_coded = max(0, (token_end + kPromptTile - 1) / kPromptTile - tile0);
+    const int n_coded = token_end > token_begin ? (token_end + kPromptTile - 1) / kPromptTile - tile0 : 0;
     // At most 2^25 tiles and 2^6 splits.
     const uint32_t n = n_exact + n_coded;
     const int begin = int(n * split / n_splits), end = int(n * (split + 1) / n_splits);

@@ -306,6 +306,13 @@ def check_attention(rng):
         want = reference.attention(q, k, v, **plain)
         # Rows that do not attend to what is no number are right; others are none, unless its weight vanishes.
         touched = np.isnan(touched_rows(q, k, v, plain)) if where else np.zeros((*q.shape[:3], 1), bool)
+        if on_cuda() and where in ("params", "values"):
+            # Tensor cores multiply the values of a tile by all rows' weights, and zero times infinity is no number. What
+            # padding and lengths leave out is not multiplied.
+            any_mask = "causal" if isinstance(plain["mask"], str) else None
+            near = np.isnan(touched_rows(q, k, v, {**plain, "mask": any_mask}))
+            heads = near.reshape(len(q), k.shape[1], -1).any(-1)
+            touched = touched | np.repeat(heads, q.shape[1] // k.shape[1], 1)[..., None, None]
         scale = keys.head_dim**-0.5 if call["scale"] is None else call["scale"]
         every_k, every_v = ([p[i] for p in (plain["first"], (k, v), plain["tail"]) if p is not None] for i in (0, 1))
         longest = max((np.linalg.norm(x, axis=-1).max(initial=0.0, where=np.isfinite(x).all(-1)) for x in every_k), default=0.0)

@@ -79,7 +79,11 @@ def test_composed_attention_of_batches(composed, causal):
 def test_composed_attention_rounds_as_the_type_of_the_queries(composed):
     """Tokens, scaled queries and scores, the last by up to 2^-11 of the largest one."""
     problem = Problem(**CODED, n_rows=9, n_tail=9, head_dim=320, dtype=mx.float16)
-    rounded = problem.answer(lambda x: to_numpy(mx.array(x.astype(np.float32)).astype(mx.float16)))
+
+    def as_fp16(x):
+        return to_numpy(mx.array(x.astype(np.float32)).astype(mx.float16))
+
+    rounded = problem.answer(as_fp16, as_fp16)
     keys = decoded_keys(problem.packed_k).repeat(problem.n_repeats, 1)
     largest_score = np.abs(to_numpy(problem.q).astype(np.float64) @ keys.swapaxes(2, 3)).max() / np.sqrt(320)
     assert_close(problem.run(), rounded, KERNEL_TOLERANCE[mx.float16] + 2 * 2.0**-11 * largest_score)

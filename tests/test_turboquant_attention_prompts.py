@@ -71,6 +71,17 @@ def test_prompt_attention_left_padding(n_rows, mask):
         ).check()  # fmt: skip
 
 
+def test_prompt_attention_rows_of_padding_read_nothing_behind_the_tokens():
+    """Causal rows that all lie in the padding, of every row tile, over tokens that end within a tile."""
+    for padding in ([1, 150], [186, 190], [150, 149], [133, 190]):
+        problem = Problem(
+            batch=2, n_rows=150, n_first=4, n_coded=150, n_tail=36, head_dim=64, means=True, balance=True,
+            options={"mask": "causal", "left_padding": mx.array(padding)},
+        )  # fmt: skip
+        got = problem.run(packed_k=poisoned_tokens(problem.packed_k), packed_v=poisoned_tokens(problem.packed_v))
+        assert_close(got, problem.answer(), KERNEL_TOLERANCE[problem.dtype])
+
+
 @pytest.mark.parametrize("n_rows", [40, 150])
 @pytest.mark.parametrize("causal", [False, True])
 def test_prompt_attention_lengths(n_rows, causal):
