@@ -428,6 +428,69 @@ def check_refused(rng):
     raise Mismatch(f"turboquant_attention: accepted with a wrong {name}")
 
 
+def check_latent(rng):
+    """latent_attention over random codes; a sixth of the calls is wrong in one thing."""
+    batch, n_kv_heads, n_repeats = choose(rng, 1, 1, 2), choose(rng, 1, 1, 2), choose(rng, 1, 3, 16)
+    n_rows, rope_dim = choose(rng, 1, 1, 2, 5, 13), choose(rng, 0, 8, 64)
+    dim = choose(rng, 8 * int(rng.integers(1, 33)), 64, 256, 512)
+    n_first, n_tail = choose(rng, 0, 0, 4), choose(rng, 0, 1, int(rng.integers(0, 70)))
+    n_coded = choose(rng, 0, 1, 63, 64, 65, int(rng.integers(0, 200)))
+    n_keys, dtype, bits = n_first + n_coded + n_tail, choose(rng, *DTYPES.values()), int(rng.integers(2, 5))
+    heads, q_heads = (batch, n_kv_heads), n_kv_heads * n_repeats
+    words_of_row = tqext.format.code_words(reference.padded_dim(dim), bits)
+    means, balance = None, None
+    if rng.integers(3):
+        means = normal(rng, *heads, -(-n_coded // BLOCK), dim, dtype=mx.float16)
+    if rng.integers(3) == 0:
+        balance = mx.array(2.0 ** rng.uniform(-1, 1, (n_kv_heads, dim)).astype(np.float32))
+    codes = words(rng, *heads, n_coded, words_of_row)
+    norms = halves(rng, *heads, n_coded, 1, size=dim**0.5)
+    packed = tqext.PackedKeys(codes, norms, means, balance, None, None, bits, dim, "hadamard")
+    call = {
+        "q": normal(rng, batch, q_heads, n_rows, dim, dtype=dtype),
+        "q_rope": normal(rng, batch, q_heads, n_rows, rope_dim, dtype=dtype) if rope_dim else None,
+        "k_rope": normal(rng, *heads, n_keys, rope_dim, dtype=dtype) if rope_dim else None,
+        "first": normal(rng, *heads, n_first, dim, dtype=dtype) if n_first else None,
+        "tail": normal(rng, *heads, n_tail, dim, dtype=dtype) if n_tail else None,
+        "mask": choose(rng, None, "causal", mx.array(rng.random((n_rows, n_keys)) < 0.7)),
+    }
+    scale = SPREAD / (dim + rope_dim) ** 0.5
+
+    def run(call, change=lambda x: x):
+        given = {name: change(x) if isinstance(x, mx.array) else x for name, x in call.items()}
+        named = {name: change(x) for name, x in packed._asdict().items() if isinstance(x, mx.array)}
+        return tqext.latent_attention(given.pop("q"), packed._replace(**named), scale=scale, **given)
+
+    if rng.integers(6) == 0:
+        name = choose(rng, *(name for name, x in call.items() if isinstance(x, mx.array)))
+        wider = mx.zeros((*call[name].shape[:-1], call[name].shape[-1] + 2), call[name].dtype)
+        wrong = wider if name == "mask" else choose(rng, wider, call[name][None])
+        try:
+            mx.eval(run({**call, name: wrong}))
+        except ValueError:
+            return 0.0
+        raise Mismatch(f"latent_attention: accepted {name} of shape {wrong.shape}")
+
+    scores = np.zeros((batch, q_heads, n_rows, n_keys))
+    if rope_dim:
+        rope = np.repeat(to_numpy(call["k_rope"]).astype(np.float64), n_repeats, 1)
+        scores += scale * to_numpy(call["q_rope"]).astype(np.float64) @ rope.swapaxes(2, 3)
+    if isinstance(call["mask"], str):
+        scores = np.where(reference.allowed_columns(n_rows, 0, n_keys, 0, causal=True), scores, -np.inf)
+    elif call["mask"] is not None:
+        scores = np.where(to_numpy(call["mask"]), scores, -np.inf)
+    x = reference.decode_keys(reference_keys(packed), matrix=matrix(reference.padded_dim(dim), "hadamard"))
+    first, tail = (None if call[name] is None else (to_numpy(call[name]),) * 2 for name in ("first", "tail"))
+    want = reference.attention(to_numpy(call["q"]), x, x, scale=scale, mask=scores, first=first, tail=tail)
+    every = [p[0] for p in (first, (x,), tail) if p is not None]
+    largest = max(np.abs(y).max(initial=0.0) for y in every)
+    tokens = np.repeat(np.concatenate(every, 2), n_repeats, 1)
+    size = scale * np.abs(to_numpy(call["q"]).astype(np.float64) @ tokens.swapaxes(2, 3)).max(initial=0.0)
+    tolerance = max(TOLERANCE[dtype], 2e-3 if on_cuda() else 0)
+    out = run(call, lambda x: laid_out(rng, x))
+    return compare(out, want, tolerance, (1 + size) * largest, "latent_attention")
+
+
 # ---- the other operators --------------------------------------------------------------------------
 
 
@@ -509,7 +572,14 @@ def check_one_bit(rng):
     return error
 
 
-KINDS = [(0.62, check_attention), (0.18, check_refused), (0.10, check_codec), (0.03, check_rotate), (0.07, check_one_bit)]
+KINDS = [
+    (0.62, check_attention),
+    (0.18, check_refused),
+    (0.10, check_codec),
+    (0.03, check_rotate),
+    (0.04, check_one_bit),
+    (0.03, check_latent),
+]
 
 
 def run_case(number, only=None):
