@@ -133,7 +133,7 @@ void latent_attention(const TurboQuantAttention::State& state, const AttentionIn
 
   auto& encoder = mx::cu::get_command_encoder(stream);
   void* arguments[] = {&p};
-  for (const mx::array& x : inputs) encoder.set_input_array(x);
+  depend_on(encoder, inputs);
   encoder.set_output_array(results);
   add_kernel(encoder, "latent_attention", kernels.attention, {unsigned(p.splits), unsigned(p.row_tiles), unsigned(n_heads)},
              32 * kLatentWarps, kernels.attention.shared_bytes, arguments, inputs);

@@ -197,7 +197,7 @@ bool prompt_attention(const TurboQuantAttention::State& state, const AttentionIn
   if (!large.empty()) allocate_through_mlx(large, q, stream);
   p.out = device_pointer(out);
   auto& encoder = mx::cu::get_command_encoder(stream);
-  for (const mx::array& x : inputs) encoder.set_input_array(x);
+  depend_on(encoder, inputs);
   encoder.set_output_array(out);
   if (splits > 1) {
     const Workspace scratch = workspace(stream, sizeof(uint32_t) * blocks, results ? 0 : result_bytes);

@@ -132,7 +132,7 @@ bool run_matvec(const Q1Params& q, mx::Dtype type, const std::vector<mx::array>&
   const int seats = plan.warps / p.shares;
 
   auto& encoder = mx::cu::get_command_encoder(stream);
-  for (const mx::array& input : inputs) encoder.set_input_array(input);
+  depend_on(encoder, inputs);
   encoder.set_output_array(out);
   void* arguments[] = {&p};
   add_kernel(encoder, "q1_matvec", kernel, {unsigned(std::min(info.n_multiprocessors, (n_tiles + seats - 1) / seats)), 1, 1},

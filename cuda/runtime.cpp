@@ -419,6 +419,12 @@ Workspace workspace(mx::Stream stream, size_t zeroed, size_t bytes) {
   return found->second;
 }
 
+void depend_on(mx::cu::CommandEncoder& encoder, const std::vector<mx::array>& inputs) {
+  for (const mx::array& x : inputs) {
+    if (x.size() > 0) encoder.set_input_array(x);
+  }
+}
+
 void add_kernel(mx::cu::CommandEncoder& encoder, const char* name, const Kernel& kernel, dim3 grid, unsigned threads,
                 int shared_bytes, void** arguments, const std::vector<mx::array>& inputs) {
   const KernelLog log("queued", [&] {

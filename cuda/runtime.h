@@ -93,6 +93,9 @@ Workspace workspace(mx::Stream stream, size_t zeroed, size_t bytes);
 // After a launch that failed: whether the zeroed bytes are zero is not known any more. The next kernel gets other memory.
 void forget_workspace(mx::Stream stream);
 
+// Says that the next kernel reads these arrays. Of arrays without elements MLX may have none in memory.
+void depend_on(mx::cu::CommandEncoder& encoder, const std::vector<mx::array>& inputs);
+
 // Adds a kernel to the stream's work, and logs it.
 void add_kernel(mx::cu::CommandEncoder& encoder, const char* name, const Kernel& kernel, dim3 grid, unsigned threads,
                 int shared_bytes, void** arguments, const std::vector<mx::array>& inputs);

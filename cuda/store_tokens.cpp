@@ -100,7 +100,7 @@ void StoreTokens::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx:
   const int64_t wanted = std::max<int64_t>(1, 8 * device_info(device).n_multiprocessors / heads);
   const int64_t blocks = std::clamp<int64_t>(most / (4 * kStoreThreads), 1, wanted);
   auto& encoder = mx::cu::get_command_encoder(stream());
-  for (const mx::array& x : inputs) encoder.set_input_array(x);
+  depend_on(encoder, inputs);
   for (const mx::array& x : outputs) encoder.set_output_array(x);
   void* arguments[] = {&p};
   add_kernel(encoder, "store_tokens", kernel, {unsigned(blocks), unsigned(n_stores), unsigned(heads)}, kStoreThreads, 0,

@@ -100,13 +100,13 @@ int count_splits(int n_heads, int n_tiles, int n_exact_blocks, int resident_bloc
   return std::max(splits, n_exact_blocks);
 }
 
-// Tokens directly one after the other, as the bulk copies need them: of 16 bytes, or several, from a multiple of 16 on.
-bool rows_follow(const mx::array& x) {
+// Tokens directly one after the other, as the bulk copies need them: of 16 bytes, or several, from a multiple of 16 on, others
+// from a multiple of `unit` bytes, which the kernel reads at once.
+bool rows_follow(const mx::array& x, int64_t unit) {
   if ((x.strides(3) != 1 && x.shape(3) != 1) || x.strides(2) != x.shape(3)) return false;
-  const int64_t size = x.itemsize();
-  if (x.shape(3) * size % 16 != 0) return true;
-  bool aligned = reinterpret_cast<uintptr_t>(device_pointer(x)) % 16 == 0;
-  for (int axis = 0; axis < 2; axis++) aligned = aligned && (x.strides(axis) * size % 16 == 0 || x.shape(axis) == 1);
+  const int64_t size = x.itemsize(), from = x.shape(3) * size % 16 == 0 ? 16 : unit;
+  bool aligned = reinterpret_cast<uintptr_t>(device_pointer(x)) % from == 0;
+  for (int axis = 0; axis < 2; axis++) aligned = aligned && (x.strides(axis) * size % from == 0 || x.shape(axis) == 1);
   return aligned;
 }
 
@@ -168,9 +168,10 @@ void TurboQuantAttention::eval_gpu(const std::vector<mx::array>& inputs, mx::arr
   const int n_rows = p.n_repeats * p.n_queries / p.n_lists;
   if (n_rows <= 4) variant.rows = 4;
   if (n_rows > 8 && std::max(variant.key_dim, variant.value_dim) <= 128) variant.rows = 16;
-  variant.strided = p.n_coded > 0 && !(rows_follow(in.key_codes) && rows_follow(in.key_norms) && rows_follow(in.value_codes) &&
-                                       rows_follow(in.value_params) &&
-                                       (!in.signs || (rows_follow(*in.signs) && rows_follow(*in.residual_norms))));
+  // Scale and bias of a group are read as one word.
+  variant.strided = p.n_coded > 0 && !(rows_follow(in.key_codes, 4) && rows_follow(in.key_norms, 2) &&
+                                       rows_follow(in.value_codes, 4) && rows_follow(in.value_params, variant.lloyd ? 2 : 4) &&
+                                       (!in.signs || (rows_follow(*in.signs, 4) && rows_follow(*in.residual_norms, 2))));
   const Kernel kernel = find_kernel(variant, device);
 
   set_input(in.signs, p.signs, p.sign_stride);
@@ -214,7 +215,7 @@ void TurboQuantAttention::eval_gpu(const std::vector<mx::array>& inputs, mx::arr
   p.partial_state = p.partial_out + results * variant.value_dim;
 
   auto& encoder = mx::cu::get_command_encoder(stream());
-  for (const mx::array& x : inputs) encoder.set_input_array(x);
+  depend_on(encoder, inputs);
   encoder.set_output_array(out);
   encoder.set_output_array(scratch.memory);
   void* arguments[] = {&p};

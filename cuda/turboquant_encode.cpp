@@ -97,10 +97,8 @@ void run_blocks(const char* name, const Variant& variant, const std::vector<mx::
   }
   auto& encoder = mx::cu::get_command_encoder(stream);
   std::vector<void*> pointers;
-  for (const mx::array& x : inputs) {
-    encoder.set_input_array(x);
-    pointers.push_back(device_pointer(x));
-  }
+  depend_on(encoder, inputs);
+  for (const mx::array& x : inputs) pointers.push_back(device_pointer(x));
   for (mx::array& x : outputs) {
     allocate_output(x, device);
     encoder.set_output_array(x);

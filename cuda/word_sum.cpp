@@ -54,7 +54,7 @@ void WordSum::eval_gpu(const std::vector<mx::array>& inputs, mx::array& out) {
   // Eight words of a thread at least, two blocks for each multiprocessor at most.
   const int64_t blocks = std::clamp<int64_t>(most / (8 * kSumThreads), 1, 2 * device_info(device).n_multiprocessors);
   auto& encoder = mx::cu::get_command_encoder(stream());
-  for (const mx::array& x : inputs) encoder.set_input_array(x);
+  depend_on(encoder, inputs);
   encoder.set_output_array(out);
   encoder.set_output_array(scratch.memory);
   void* arguments[] = {&p};

@@ -545,7 +545,7 @@ def test_turboquant_attention_reads_arrays_whose_last_axis_is_strided():
 
 
 @pytest.mark.parametrize("coding, value_bits", [("groups", 2), ("lloyd", 2), ("lloyd", 3), ("lloyd", 4)])
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [32, 64, 96, 128])
 def test_turboquant_attention_reads_arrays_that_begin_anywhere(head_dim, coding, value_bits):
     """Arrays that follow something else in one buffer, as parts of a loaded file do: no alignment beyond an element's."""
     problem = Problem(
@@ -571,6 +571,34 @@ def test_turboquant_attention_reads_arrays_that_begin_anywhere(head_dim, coding,
         **{name: tuple(map(shifted, getattr(problem, name))) for name in ("first", "tail")},
     )
     assert_close(got, want.astype(np.float64), KERNEL_TOLERANCE[mx.float16])
+    # One array alone: what the others are may decide how it is read.
+    for name in ("codes", "norms", "means"):
+        got = problem.run(packed_k=shift(problem.packed_k, name))
+        assert_close(got, want.astype(np.float64), KERNEL_TOLERANCE[mx.float16])
+    for name in ("codes", "params"):
+        got = problem.run(packed_v=shift(problem.packed_v, name))
+        assert_close(got, want.astype(np.float64), KERNEL_TOLERANCE[mx.float16])
+
+
+@pytest.mark.parametrize("n_rows", [1, 40])
+def test_turboquant_attention_takes_empty_arrays_without_memory(n_rows):
+    """MLX gives the result of an update of nothing no memory at all on CUDA."""
+    problem = Problem(n_coded=0, n_rows=n_rows, n_first=4, n_tail=9, means=True, balance=True, dtype=mx.float16)
+
+    def updated(x):
+        y = mx.zeros(x.shape, x.dtype)
+        y[:, :, 0:0] = x
+        mx.eval(y)
+        return y
+
+    k, v = problem.packed_k, problem.packed_v
+    k = k._replace(codes=updated(k.codes), norms=updated(k.norms), means=updated(k.means))
+    v = v._replace(codes=updated(v.codes), params=updated(v.params))
+    assert np.array_equal(to_numpy(problem.run(packed_k=k, packed_v=v)), to_numpy(problem.run()))
+    empty = mx.zeros((1, 2, 0, 128), mx.float16)
+    none = tuple(updated(empty) for _ in range(2))
+    other = Problem(n_coded=70, n_rows=n_rows, dtype=mx.float16)
+    assert np.array_equal(to_numpy(other.run(first=none, tail=none)), to_numpy(other.run()))
 
 
 def test_turboquant_attention_reads_broadcast_tokens():

@@ -395,6 +395,8 @@ class BatchTurboQuantKVCache(Buffers):
         begin = self._counts[rows, CODED]
         end = int((begin + n).max())
         self._now = None
+        if not n.any():
+            return
         if end > self._packed[0].shape[2] * self._codec.per_row[0]:
             kept = int(self._counts[:, CODED].max())
             self._packed = self._codec.resized(self._codec.cut(self._packed, 0, kept), coded_room(end))
