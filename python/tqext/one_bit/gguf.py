@@ -2,13 +2,15 @@
 
 Tensors of all other types are dequantised, and in a file with Q1_0 tensors the ternary ones too.
 
-Needs the package ``gguf``: ``mx.load`` drops tensors of the types it does not know without a word.
+Needs the package ``gguf`` for all types but the ternary ones and those of `plain_types`. ``mx.load`` is no substitute: it drops
+tensors of types it does not know without a word.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ import mlx.core as mx
 import numpy as np
 
 from tqext import disk
-from tqext.one_bit import checkpoint, gguf_file, qwen35, ternary
+from tqext.one_bit import checkpoint, gguf_file, plain_types, qwen35, ternary
 from tqext.one_bit.nn import GROUP_SIZE
 
 _BLOCK_BYTES = 2 + GROUP_SIZE // 8  # fp16 scale, then sign bits, low bit first
@@ -30,7 +32,7 @@ _ARCHITECTURES = {
     qwen35.ARCHITECTURE: (qwen35.MODEL_TYPE, "Qwen3_5ForCausalLM"),
 }
 # GGUF names of the tensors of one block and of those outside, and where mlx-lm's llama and qwen3 have them.
-BLOCK_NAMES = {
+_BLOCK_NAMES = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
@@ -43,7 +45,7 @@ BLOCK_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-OUTER_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_OUTER_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 # Gemma 3 has norms after attention and after the MLP too, and its GGUF names the former as others name the latter's input norm.
 _GEMMA3_NAMES = {
     "post_attention_norm": "post_attention_layernorm",
@@ -97,7 +99,7 @@ def folder_of(path: str | Path, cache: Path) -> Path:
 
     Raises:
         ValueError: The file is not one that can be converted; the message says why.
-        ImportError: The package ``gguf`` is not installed.
+        ImportError: A tensor has a type of the package ``gguf``, which is not installed.
     """
     path = Path(path).resolve()
     stats = [(part.name, stat.st_size, stat.st_mtime_ns) for part in gguf_file.parts_of(path) for stat in [part.stat()]]
@@ -108,7 +110,9 @@ def folder_of(path: str | Path, cache: Path) -> Path:
     return disk.make_once(folder, lambda made: convert(path, made, dtype))
 
 
-def convert(path: str | Path, folder: str | Path, dtype: mx.Dtype = mx.float16, *, dense: bool = False) -> None:
+def convert(
+    path: str | Path, folder: str | Path, dtype: mx.Dtype = mx.float16, *, dense: bool = False, progress: bool = False
+) -> None:
     """Write a GGUF file of one of `_ARCHITECTURES` as an mlx-lm folder, what is not 1-bit or ternary in `dtype`.
 
     Args:
@@ -116,14 +120,15 @@ def convert(path: str | Path, folder: str | Path, dtype: mx.Dtype = mx.float16, 
         folder: Must not exist.
         dtype: Of the dequantised weights and of ternary weights' scales.
         dense: Also take a file without any 1-bit or ternary tensor. All its weights are dequantised, which makes them larger.
+        progress: Show a bar on stderr.
 
     Raises:
         ValueError: The file is not one that can be converted; the message says why.
-        ImportError: The package ``gguf`` is not installed.
+        ImportError: A tensor has a type of the package ``gguf``, which is not installed.
     """
     tensors, metadata = read(path)
     try:
-        _convert(path, Path(folder), tensors, metadata, dtype, dense)
+        _convert(path, Path(folder), tensors, metadata, dtype, dense, progress)
     except (ValueError, OSError):
         raise
     except Exception as error:  # of whatever kind tokenizers or a metadata entry of another type make
@@ -131,8 +136,16 @@ def convert(path: str | Path, folder: str | Path, dtype: mx.Dtype = mx.float16, 
 
 
 def _convert(
-    path: str | Path, folder: Path, tensors: dict[str, Any], metadata: dict[str, Any], dtype: mx.Dtype, dense: bool
+    path: str | Path,
+    folder: Path,
+    tensors: dict[str, Any],
+    metadata: dict[str, Any],
+    dtype: mx.Dtype,
+    dense: bool,
+    progress: bool,
 ) -> None:
+    from tqdm import tqdm  # type: ignore[import-untyped]
+
     fold = qwen35.read_fold(metadata, tensors)
     if dense and fold is None:
         tensors = _tied(tensors)
@@ -141,7 +154,8 @@ def _convert(
     # One config names one form of packed weights; a file of both is not known.
     packed_kinds = {tensor.tensor_type.name for tensor in tensors.values()}
     keep_ternary = "Q1_0" not in packed_kinds
-    for name, tensor in tensors.items():
+    bar = tqdm(tensors.items(), desc="Converting", unit="tensor", file=sys.stderr, disable=not progress)
+    for name, tensor in bar:
         made = _convert_tensor(name, tensor, config, dtype, keep_ternary, fold)
         mx.eval(made)  # or the fp32 values of all tensors are held until the end
         weights.update(made)
@@ -170,7 +184,7 @@ def _modules(weights: dict[str, mx.array], fold: qwen35.Fold | None) -> list[dic
     return [
         {
             "path": path,
-            "embedding": path == OUTER_NAMES["token_embd"],
+            "embedding": path == _OUTER_NAMES["token_embd"],
             "dtype": "float16",  # the only name that mlx-lm takes; it computes in the dtype of the input
             "block": fold.block_size if fold is not None and f"{path}.signs" in weights else 0,
         }
@@ -197,7 +211,7 @@ def read(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
     Raises:
         ValueError: The file cannot be read, or its weights are Hadamard-folded and those of another model than qwen35.
-        ImportError: The package ``gguf`` is not installed.
+        ImportError: A tensor has a type of the package ``gguf``, which is not installed.
     """
     tensors, metadata = gguf_file.read(path)
     folded = [name for name in metadata if "hadamard" in name.lower()]
@@ -275,19 +289,18 @@ def unpack_blocks(data: np.ndarray, name: str = "tensor") -> tuple[np.ndarray, n
 
 
 def _plain(tensor: Any, name: str, n_rows: int | None = None) -> np.ndarray:
-    """A tensor (its first rows) of floats, or of a type that the gguf package decodes, as fp32."""
+    """A tensor (its first rows) of floats, or of a type that is decoded here or by the gguf package, as fp32."""
+    data, kind = np.asarray(tensor.data)[:n_rows], tensor.tensor_type
+    if isinstance(kind, ternary.Type):
+        return ternary.dequantize(*ternary.unpack(data, kind, name))
+    if isinstance(kind, plain_types.Type):
+        return kind.decode(data)
     from gguf import quants
 
-    data = np.asarray(tensor.data)[:n_rows]
-    if isinstance(tensor.tensor_type, ternary.Type):
-        return ternary.dequantize(*ternary.unpack(data, tensor.tensor_type, name))
-    if tensor.tensor_type.name in ("F32", "F16"):
-        return data.astype(np.float32)
     try:
-        return np.asarray(quants.dequantize(data, tensor.tensor_type), np.float32)
+        return np.asarray(quants.dequantize(data, kind), np.float32)
     except NotImplementedError:
-        kind = tensor.tensor_type.name
-        raise ValueError(f"[gguf] {name}: expected Q1_0 or a type that the gguf package decodes, got {kind}") from None
+        raise ValueError(f"[gguf] {name}: expected Q1_0 or a type that the gguf package decodes, got {kind.name}") from None
 
 
 def _check_layers(tensors: dict[str, Any], n_layers: int, interval: int) -> None:
@@ -313,7 +326,7 @@ def _mlx_name(name: str, model_type: str) -> str:
     """mlx-lm's name of a weight's layer, or of another parameter."""
     stem, _, suffix = name.rpartition(".")
     more = {"gemma3_text": _GEMMA3_NAMES, qwen35.MODEL_TYPE: qwen35.BLOCK_NAMES}.get(model_type, {})
-    names = BLOCK_NAMES | more
+    names = _BLOCK_NAMES | more
     block = name.split(".", 2)
     if len(block) == 3 and block[0] == "blk" and block[1].isdigit():
         part, _, kind = block[2].partition(".")
@@ -321,8 +334,8 @@ def _mlx_name(name: str, model_type: str) -> str:
             return f"model.layers.{block[1]}.{qwen35.PARAMETERS[block[2]]}"
         if part in names and kind in ("weight", "bias"):
             return f"model.layers.{block[1]}.{names[part]}" + (".bias" if kind == "bias" else "")
-    elif suffix in ("weight", "bias") and stem in OUTER_NAMES:
-        return OUTER_NAMES[stem] + (".bias" if suffix == "bias" else "")
+    elif suffix in ("weight", "bias") and stem in _OUTER_NAMES:
+        return _OUTER_NAMES[stem] + (".bias" if suffix == "bias" else "")
     reason = " (rope factors of Llama 3.1 and later)" if stem == "rope_freqs" else ""
     raise ValueError(f"[gguf] {name}: expected a tensor of a plain {model_type} model, got an unknown name{reason}")
 

@@ -1,7 +1,8 @@
 """The container of a GGUF file: metadata and tensors, each size compared with the file's before anything is read.
 
-Types, their sizes and their decoders are those of the package ``gguf``. Its reader is not used: it takes a Python step for
-every element of an array, 10 s for an ordinary vocabulary and for ever for a number in a damaged file.
+Types that `ternary` and `plain_types` do not have are those of the package ``gguf``, with their sizes and decoders. Its reader
+is not used: it takes a Python step for every element of an array, 10 s for an ordinary vocabulary and for ever for a number in
+a damaged file.
 Source of the layout: ggml/docs/gguf.md, versions 2 and 3.
 """
 
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tqext.one_bit import ternary
+from tqext.one_bit import plain_types, ternary
 
 _SCALARS = {0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8"}
 _STRING, _ARRAY = 8, 9
@@ -40,7 +41,7 @@ class Tensor(NamedTuple):
 
     Attributes:
         name: Its name.
-        tensor_type: A ``gguf.GGMLQuantizationType``, or a `ternary.Type` of a type in `ternary.TYPES`.
+        tensor_type: A `plain_types.Type`, a `ternary.Type`, or for all other types a ``gguf.GGMLQuantizationType``.
         shape: In ggml's order, columns first.
         n_bytes: Size in the file.
         data_offset: Place in the file.
@@ -63,7 +64,7 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
     Raises:
         ValueError: A damaged file, a big-endian one, a part that is missing or does not belong to the others.
-        ImportError: The package ``gguf`` is not installed.
+        ImportError: A tensor has a type of the package ``gguf``, which is not installed.
     """
     parts = [_read_part(part) for part in parts_of(path)]
     tensors, metadata = dict(parts[0][0]), parts[0][1]
@@ -177,7 +178,6 @@ class _Cursor:
 
 
 def _read_part(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    _gguf()
     data = np.memmap(path, mode="r") if path.stat().st_size else np.empty(0, np.uint8)
     try:
         cursor = _Cursor(data)
@@ -263,14 +263,13 @@ def _layout(
     name: str, shape: tuple[int, ...], kind: int, ternary_types: dict[int, ternary.Type]
 ) -> tuple[Any, np.dtype[Any], int]:
     """A tensor's type, the dtype of its data and the bytes of a row."""
-    gguf = _gguf()
     tensor_type: Any
     if kind in _FOREIGN:
         raise ValueError(f"expected a type of {name} that is read here, got {kind}, which was {_FOREIGN[kind]}")
-    if kind in ternary_types:
-        tensor_type = ternary_types[kind]
+    if tensor_type := ternary_types.get(kind) or plain_types.TYPES.get(kind):
         n_block, block_bytes = tensor_type.block, tensor_type.block_bytes
     else:
+        gguf = _gguf()
         try:
             tensor_type = gguf.GGMLQuantizationType(kind)
         except ValueError:
@@ -286,5 +285,7 @@ def _gguf() -> Any:
     try:
         import gguf
     except ImportError as error:
-        raise ImportError("GGUF files are read with the package gguf: run `pip install 'tqext[gguf]'`") from error
+        raise ImportError(
+            "this GGUF file has a type that is read with the package gguf: run `pip install 'tqext[gguf]'`"
+        ) from error
     return gguf
