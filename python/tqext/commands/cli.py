@@ -14,7 +14,7 @@ import sys
 import types
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import tqext
 from tqext.commands.options import (
@@ -26,6 +26,8 @@ from tqext.commands.options import (
     add_store_options,
     policy_of,
 )
+from tqext.presets import Policy
+from tqext.protocols import Cache, CompressedSequence, is_compressed
 
 MLX_LM_COMMANDS = ("generate", "chat", "server", "cache_prompt", "benchmark", "evaluate")
 OWN_COMMANDS = {
@@ -308,12 +310,12 @@ def _chat_ui(chat_ui: Any, named: str | None) -> Any:
     return ChatUI
 
 
-def _treat_loaded_caches(module: Any, policy: Any, witness: _Witness) -> None:
+def _treat_loaded_caches(module: Any, policy: Policy | None, witness: _Witness) -> None:
     """Compress prompt caches from a file as --kv asks for once their model is there, and say what they are."""
     from tqext import mlx_lm
     from tqext.mlx_lm import hooks
 
-    waiting: list[list[Any]] = []
+    waiting: list[list[Cache]] = []
 
     def load_prompt_cache(previous: Any, file: Any, *args: Any, **kwargs: Any) -> Any:
         if not os.path.isfile(file):
@@ -373,9 +375,9 @@ class _Witness:
         self.verbose = verbose
         self.at_end = at_end
         self.reports: list[Any] = []
-        self.cache: list[Any] = []
+        self.cache: list[Cache] = []
 
-    def see(self, report: Any, cache: list[Any]) -> None:
+    def see(self, report: Any, cache: list[Cache]) -> None:
         if self.at_end:
             self.cache = cache
         if report in self.reports:
@@ -384,10 +386,10 @@ class _Witness:
         if not self.at_end:
             print(self._text(report), file=sys.stderr)
 
-    def see_loaded(self, cache: list[Any], policy: Any) -> None:
+    def see_loaded(self, cache: list[Cache], policy: Policy | None) -> None:
         """A cache from a file."""
         self.cache = cache
-        compressed = [(i, c) for i, c in enumerate(cache) if hasattr(c, "n_coded")]
+        compressed = [(i, c) for i, c in enumerate(cache) if is_compressed(c)]
         # The guard may have stepped some layers up: a cache of this policy has others that are as it says.
         other = policy is None or all(c.recipe != policy.of_layer(i, len(cache)) for i, c in compressed)
         text = f"KV cache from the file: {len(compressed)} of {len(cache)} layers compressed"
@@ -404,11 +406,11 @@ class _Witness:
             return
         for report in self.reports:
             print(self._text(report))
-        compressed = [c for c in self.cache if hasattr(c, "n_coded")]
+        compressed = [cast(CompressedSequence, c) for c in self.cache if is_compressed(c)]
         if compressed:
             print(f"KV cache now: {self._now(compressed)}{self._later(compressed)}")
 
-    def _now(self, compressed: Sequence[Any]) -> str:
+    def _now(self, compressed: Sequence[CompressedSequence]) -> str:
         from tqext.kv.schedule import BLOCK
 
         like = max(compressed, key=lambda c: c.size())  # windows hold fewer tokens than other layers
@@ -419,7 +421,7 @@ class _Witness:
         parts = f"{like.n_coded} coded, {like.n_first} first and {like.n_tail} recent ones exact"
         return f"{like.size()} tokens in {used:.2f} MB instead of {plain:.2f} MB in fp16 ({parts})"
 
-    def _later(self, compressed: Sequence[Any]) -> str:
+    def _later(self, compressed: Sequence[CompressedSequence]) -> str:
         """What a long context would take."""
         if not self.reports or any(c.max_size is not None for c in compressed):
             return ""

@@ -9,6 +9,8 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from tqext.protocols import SizedCache, is_compressed
+
 # Seconds over which tokens per second are counted.
 WINDOW = 10.0
 # Points of the page's curve, and the seconds between two.
@@ -37,18 +39,18 @@ class Holding:
         return Holding(*(a + b for a, b in zip(asdict(self).values(), asdict(other).values(), strict=True)))
 
 
-def holding(cache: Sequence[Any], n_sequences: int = 1) -> Holding:
+def holding(cache: Sequence[SizedCache], n_sequences: int = 1) -> Holding:
     """What a prompt cache holds: a cache of every layer, compressed or mlx-lm's own."""
     layers = list(_flat(cache))
     used, reserved, fp16 = (sum(column) for column in zip(*map(_bytes, layers), strict=True)) if layers else (0, 0, 0)
-    counts = [(layer.n_coded, layer.n_exact) for layer in layers if hasattr(layer, "n_coded")]
+    counts = [(layer.n_coded, layer.n_exact) for layer in layers if is_compressed(layer)]
     n_coded, n_exact = max(counts, key=sum, default=(0, 0))  # windows hold fewer tokens than other layers
     if not counts:
         n_exact = max((_n_tokens(layer) for layer in layers), default=0) * n_sequences
     return Holding(n_sequences, n_coded, n_exact, used, reserved, fp16)
 
 
-def _flat(cache: Sequence[Any]) -> Iterator[Any]:
+def _flat(cache: Sequence[SizedCache]) -> Iterator[SizedCache]:
     for layer in cache:
         if hasattr(layer, "caches"):
             yield from _flat(layer.caches)
@@ -56,15 +58,15 @@ def _flat(cache: Sequence[Any]) -> Iterator[Any]:
             yield layer
 
 
-def _n_tokens(layer: Any) -> int:
+def _n_tokens(layer: SizedCache) -> int:
     """Tokens of each sequence in one of mlx-lm's own caches."""
     offset = getattr(layer, "_idx", getattr(layer, "offset", 0))
     return offset if isinstance(offset, int) else 0
 
 
-def _bytes(layer: Any) -> tuple[int, int, int]:
+def _bytes(layer: SizedCache) -> tuple[int, int, int]:
     """Bytes used, reserved and in fp16."""
-    if hasattr(layer, "n_coded"):
+    if is_compressed(layer):
         return layer.used_nbytes, layer.nbytes, layer.fp16_nbytes
     reserved = int(layer.nbytes)
     keys = getattr(layer, "keys", None)

@@ -22,6 +22,7 @@ from tqext.commands.options import (
     preset_name,
 )
 from tqext.presets import Policy, get_policy
+from tqext.protocols import Model
 
 # Of a number of bytes: 16G and 16GiB are powers of two, as tools of the system print them; 16GB is a power of ten.
 _SIZE = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*([KMGT]?)(I?B?)", re.IGNORECASE)
@@ -69,7 +70,7 @@ class Plan(NamedTuple):
         return max(0, int(each / max(self.bytes_per_token, 1)))
 
 
-def plan(model: Any, preset: str | Policy | None, clients: int = 1) -> Plan:
+def plan(model: Model, preset: str | Policy | None, clients: int = 1) -> Plan:
     """The memory of a model, from a dry run that loads no weights.
 
     Args:

@@ -625,7 +625,7 @@ class BatchTurboQuantKVCache(Buffers):
 
     # Rows
 
-    def filter(self, batch_indices: Any) -> None:
+    def filter(self, batch_indices: mx.array | Sequence[int]) -> None:
         """Keep the sequences of these indices, in this order.
 
         Raises:
@@ -742,7 +742,7 @@ def _check_rows(ok: bool, expected: int, got: int) -> None:
         raise ValueError(f"[update_and_fetch] keys: expected {expected} sequences, got {got}")
 
 
-def _check_compressed(cache: Any, kind: type, what: str) -> None:
+def _check_compressed(cache: object, kind: type, what: str) -> None:
     if not isinstance(cache, kind):
         raise ValueError(
             f"{what}: expected compressed caches ({kind.__name__}), got a {type(cache).__name__} among them; "

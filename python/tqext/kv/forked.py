@@ -136,7 +136,7 @@ class ForkedKVCache:
         _last_mask.whole, _last_mask.own = whole, own
         return whole
 
-    def filter(self, batch_indices: Any) -> None:
+    def filter(self, batch_indices: mx.array | Sequence[int]) -> None:
         """Keep the sequences of these indices, in this order."""
         self.own.filter(batch_indices)
 

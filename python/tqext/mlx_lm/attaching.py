@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from mlx import nn
 
@@ -21,13 +21,16 @@ from tqext.mlx_lm.caches import (
     stock_make_cache,
 )
 from tqext.mlx_lm.guard import judged
-from tqext.mlx_lm.packages import text_model
+from tqext.mlx_lm.packages import AnyModel, text_model
 from tqext.mlx_lm.reports import Report
 from tqext.presets import DEFAULT_PRESET, Policy, get_policy
+from tqext.protocols import Model
 
 _load_policy: Policy | None = None
 _observers: list[Callable[[Report, list[Any]], None]] = []
-_attached: list[weakref.ref[Any]] = []
+_attached: list[weakref.ref[nn.Module]] = []
+# A model of any class: it is given back.
+M = TypeVar("M", bound=AnyModel)
 _LOAD_STEP = "kv"
 
 
@@ -62,7 +65,7 @@ def _load_attached(load: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return loaded
 
 
-def _attach_installed(model: Any) -> None:
+def _attach_installed(model: AnyModel) -> None:
     with hooks.lock:
         if _load_policy is not None:
             _attach(model, Attachment(_load_policy, installed=True))
@@ -101,7 +104,7 @@ def uninstall() -> None:
         _load_policy = None
 
 
-def attach(model: Any, preset: str | Policy = DEFAULT_PRESET, **overrides: Any) -> Any:
+def attach(model: M, preset: str | Policy = DEFAULT_PRESET, **overrides: Any) -> M:
     """Let a loaded model make compressed caches; returns the model.
 
     Which layers can be compressed is found out (`probe`) when the first cache is made; Metal compiles their kernels then.
@@ -135,12 +138,12 @@ class _CompressedCaches(Attached):
         attachment: Attachment = vars(self)[KEY]
         with hooks.lock:
             if attachment.report is None:
-                attachment.report = judged(self, attachment.policy)
+                attachment.report = judged(cast(Model, self), attachment.policy)
                 first_use.prepare(attachment.report)
         return attachment.report
 
 
-def _attach(model: Any, attachment: Attachment) -> Any:
+def _attach(model: AnyModel, attachment: Attachment) -> None:
     if not isinstance(model, nn.Module):
         raise ValueError(f"[attach] model: expected a model of mlx.nn, got {kind(model)}")
     names = vars(model)
@@ -156,10 +159,9 @@ def _attach(model: Any, attachment: Attachment) -> Any:
         _attached[:] = [known for known in _attached if known() is not None]
         _attached.append(weakref.ref(model))
     names.pop("make_cache", None)
-    return model
 
 
-def _make_prompt_cache(previous: Callable[..., Any], model: Any, max_kv_size: int | None = None) -> Any:
+def _make_prompt_cache(previous: Callable[..., Any], model: AnyModel, max_kv_size: int | None = None) -> Any:
     """mlx-lm's or mlx-vlm's own ``make_prompt_cache``, where `install` finds the models that were loaded before it."""
     if _load_policy is not None:
         with hooks.lock:
@@ -176,11 +178,11 @@ def _make_prompt_cache(previous: Callable[..., Any], model: Any, max_kv_size: in
 hooks.make_prompt_caches_with(_make_prompt_cache)
 
 
-def _attached_models() -> list[Any]:
+def _attached_models() -> list[nn.Module]:
     return [model for known in _attached if (model := known()) is not None]
 
 
-def _detach(model: Any) -> None:
+def _detach(model: nn.Module) -> None:
     attachment = vars(model).pop(KEY, None)
     if isinstance(model, _CompressedCaches):
         object.__setattr__(model, "__class__", type(model).__bases__[1])
@@ -194,18 +196,19 @@ def on_cache(observer: Callable[[Report, list[Any]], None]) -> None:
     _observers.append(observer)
 
 
-def detach(model: Any) -> Any:
+def detach(model: M) -> M:
     """Undo `attach`, and let `install` pass the model by; returns the model."""
     if not isinstance(model, nn.Module):
         raise ValueError(f"[detach] model: expected a model of mlx.nn, got {kind(model)}")
     with hooks.lock:
-        _detach(text_model(model))
-        vars(text_model(model))[KEY] = None
+        text = cast(nn.Module, text_model(model))
+        _detach(text)
+        vars(text)[KEY] = None
     return model
 
 
 def make_prompt_cache(
-    model: Any, preset: str | Policy = DEFAULT_PRESET, *, max_kv_size: int | None = None, **overrides: Any
+    model: AnyModel, preset: str | Policy = DEFAULT_PRESET, *, max_kv_size: int | None = None, **overrides: Any
 ) -> list[Any]:
     """A prompt cache for ``mlx_lm.generate(..., prompt_cache=)``, compressed where the model allows it.
 
@@ -227,7 +230,7 @@ def make_prompt_cache(
     return compressed(stock_cache(model), report, max_kv_size)
 
 
-def report(model: Any) -> Report:
+def report(model: AnyModel) -> Report:
     """What an attached model's caches are like: compressed or not, and why, with the errors that the calibration found.
 
     Raises:

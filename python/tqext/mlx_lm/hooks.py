@@ -27,6 +27,8 @@ from tqext.kv import (
 )
 from tqext.kv.latent import Projectable, ProjectedLatents, first_use
 from tqext.kv.snapshot import AttendsItself
+from tqext.mlx_lm.packages import AnyModel
+from tqext.protocols import Cache
 
 lock = threading.RLock()
 
@@ -93,11 +95,11 @@ class Hook:
         with lock:
             return self.previous or getattr(self.owner or importlib.import_module(self._owner), self.name)
 
-    def _replace(self, old: Any, new: Any) -> None:
+    def _replace(self, old: object, new: object) -> None:
         for module in self._modules(old):
             setattr(module, self.name, new)
 
-    def _modules(self, function: Any) -> Iterator[Any]:
+    def _modules(self, function: object) -> Iterator[object]:
         yield self.owner
         for module in list(sys.modules.values()) if self.everywhere else []:
             names = getattr(module, "__dict__", None)
@@ -228,10 +230,10 @@ class CacheClasses:
             yield cls.__name__, cls  # what was saved without the hook
             yield self._as_saved[cls].__name__, cls
 
-    def _save(self, previous: Callable[..., Any], file_name: str, cache: Any, *args: Any, **kwargs: Any) -> Any:
+    def _save(self, previous: Callable[..., Any], file_name: str, cache: Sequence[Cache], *args: Any, **kwargs: Any) -> Any:
         return previous(file_name, [self._named(c) for c in cache], *args, **kwargs)
 
-    def _named(self, cache: Any) -> Any:
+    def _named(self, cache: Cache) -> Cache:
         if type(cache) in self._as_saved:
             return self._as_saved[type(cache)](cache)
         if isinstance(cache, mlx_lm_cache.CacheList):
@@ -243,7 +245,7 @@ def _as_saved(cls: type) -> type:
     """A class of stand-ins for caches, which mlx-lm asks for the state and for the name of the class."""
 
     class StandIn:
-        def __init__(self, cache: Any) -> None:
+        def __init__(self, cache: Cache) -> None:
             self._cache = cache
 
         def __getattr__(self, name: str) -> Any:
@@ -309,7 +311,7 @@ def make_prompt_caches_with(make: Callable[..., Any]) -> None:
     _make = make
 
 
-def _make_prompt_cache(previous: Callable[..., Any], model: Any, max_kv_size: int | None = None) -> Any:
+def _make_prompt_cache(previous: Callable[..., Any], model: AnyModel, max_kv_size: int | None = None) -> Any:
     return previous(model, max_kv_size) if _make is None else _make(previous, model, max_kv_size)
 
 

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
+import mlx.nn as nn
 import mlx_lm.models.cache as mlx_lm_cache
 import numpy as np
 import numpy.typing as npt
@@ -39,7 +40,9 @@ from tqext.kv.state import STATE_VERSION
 from tqext.kv.tokens import Exact
 from tqext.kv.window import TurboQuantWindowKVCache
 from tqext.mlx_lm.caches import KEY, check_model, members, replaced
+from tqext.mlx_lm.packages import AnyModel
 from tqext.presets import Recipe
+from tqext.protocols import Cache
 
 DEFAULT_BYTES = 20 * 10**9
 # Bytes that wait to be written. Of a prompt that is larger the rest is stored when it is next saved.
@@ -101,9 +104,9 @@ class _Kinds:
         ValueError: A cache that cannot be stored.
     """
 
-    def __init__(self, op: str, caches: Sequence[Any]) -> None:
+    def __init__(self, op: str, caches: Sequence[Cache]) -> None:
         self.op = op
-        self.caches = list(members(caches))
+        self.caches: list[tuple[str, Any]] = list(members(caches))  # of the classes that the kinds say
         self.kinds = {path: self._kind(path, cache) for path, cache in self.caches}
         firsts = {c.recipe.first for c in self.of(COMPRESSED).values()}
         if len(firsts) > 1:
@@ -114,9 +117,10 @@ class _Kinds:
         self.needs_end = bool(self.of(STATE))
 
     def of(self, kind: str) -> dict[str, Any]:
+        """By path: of one class, `TurboQuantKVCache` or mlx-lm's ``KVCache``, unless they are of the kind `STATE`."""
         return {path: cache for path, cache in self.caches if self.kinds[path] == kind}
 
-    def _kind(self, path: str, cache: Any) -> str:
+    def _kind(self, path: str, cache: Cache) -> str:
         if isinstance(cache, TurboQuantWindowKVCache):
             return STATE
         if isinstance(cache, TurboQuantKVCache):
@@ -215,7 +219,7 @@ class PrefixStore:
         self.path = Path(path)
         self._entries = EntryStore(self.path, max_bytes)
         self._counts = dict.fromkeys(("hits", "misses", "restored_tokens", "skipped_tokens"), 0)
-        self._models: dict[int, tuple[weakref.ref[Any], Any, str]] = {}
+        self._models: dict[int, tuple[weakref.ref[AnyModel], object, str]] = {}
         self._lock = threading.Lock()
         self._pending: set[bytes] = set()
         self._pending_bytes = 0
@@ -252,7 +256,7 @@ class PrefixStore:
         sizes = {"bytes": nbytes, "entries": n, "max_bytes": self._entries.max_bytes}
         return {**self._counts, **self._entries.counts, **sizes}
 
-    def _space(self, model: Any, kinds: _Kinds) -> bytes:
+    def _space(self, model: AnyModel, kinds: _Kinds) -> bytes:
         attachment = vars(model).get(KEY)
         known = self._models.get(id(model))
         if known is None or known[0]() is not model or known[1] is not attachment:
@@ -262,7 +266,7 @@ class PrefixStore:
     # Reading
 
     def fetch(
-        self, model: Any, tokens: Sequence[int], *, like: Sequence[Any] | None = None, beyond: int = 0
+        self, model: AnyModel, tokens: Sequence[int], *, like: Sequence[Cache] | None = None, beyond: int = 0
     ) -> tuple[list[Any] | None, int]:
         """A cache that holds the beginning of a prompt.
 
@@ -279,7 +283,7 @@ class PrefixStore:
             ValueError: A cache that cannot be stored.
         """
         check_model("PrefixStore.fetch", model)
-        empty = list(mlx_lm_cache.make_prompt_cache(model) if like is None else like)
+        empty = list(mlx_lm_cache.make_prompt_cache(cast(nn.Module, model)) if like is None else like)
         kinds = _Kinds("PrefixStore.fetch", empty)
         space = self._space(model, kinds)
         tokens = _countable(tokens)[: max(0, len(tokens) - 1)]
@@ -323,7 +327,7 @@ class PrefixStore:
 
     def _restored(
         self,
-        empty: Sequence[Any],
+        empty: Sequence[Cache],
         kinds: _Kinds,
         keys: Sequence[bytes],
         begins: Sequence[int],
@@ -345,7 +349,7 @@ class PrefixStore:
 
     def _put_together(
         self,
-        empty: Sequence[Any],
+        empty: Sequence[Cache],
         kinds: _Kinds,
         keys: Sequence[bytes],
         begins: Sequence[int],
@@ -368,7 +372,7 @@ class PrefixStore:
 
     # Writing
 
-    def save(self, model: Any, tokens: Sequence[int], cache: Sequence[Any], *, end: bool | None = True) -> int:
+    def save(self, model: AnyModel, tokens: Sequence[int], cache: Sequence[Cache], *, end: bool | None = True) -> int:
         """Store what a cache holds of a prompt; nothing of it is kept, and what is stored already is not written again.
 
         Args:
@@ -648,7 +652,7 @@ class _Reader:
         rows = _row_shapes(cache.recipe, layer.head_dim, layer.value_dim, layer.value_dtype if cache.is_latent else None)
         return [((1, layer.n_kv_heads, n // per, width), dtype) for per, width, dtype in rows]
 
-    def caches(self, empty: Sequence[Any], tail: memoryview | None, n_tail: int) -> list[Any]:
+    def caches(self, empty: Sequence[Cache], tail: memoryview | None, n_tail: int) -> list[Any]:
         """Caches that hold the parts, and the end if there is one."""
         states: dict[str, Any] = {}
         rest = _Arrays(memoryview(b""))
@@ -658,7 +662,7 @@ class _Reader:
             rest = _Arrays(content)
         by_path = {layer.path: layer for layer in self.layers}
 
-        def new(path: str, cache: Any) -> Any:
+        def new(path: str, cache: Any) -> Cache:
             layer = by_path[path]
             if layer.kind == STATE:
                 state, meta = (rest.untree(x) for x in states[path])
@@ -688,7 +692,7 @@ class _Reader:
     def _exact(arrays: Sequence[Array], names: Sequence[str]) -> Exact:
         return Exact(*(_to_mlx(x, name) for x, name in zip(arrays, names, strict=True)))
 
-    def _plain(self, layer: _Layer, recent: Sequence[Array]) -> Any:
+    def _plain(self, layer: _Layer, recent: Sequence[Array]) -> Cache:
         cache: Any = mlx_lm_cache.KVCache()
         parts = []
         for i, whole in enumerate(self._whole[layer.path]):

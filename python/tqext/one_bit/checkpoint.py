@@ -10,10 +10,12 @@ from typing import Any
 
 import mlx.core as mx
 import mlx_lm.utils
+from mlx.nn import Module
 
 from tqext._ext import format as _format
 from tqext.mlx_lm import hooks
 from tqext.one_bit import nn
+from tqext.protocols import SavedTokenizer
 
 # The key of config.json that marks a native checkpoint. mlx-lm without tqext stops at the unknown *.scales.
 CONFIG_KEY = "tqext_weights"
@@ -110,7 +112,7 @@ def check_tensors(weights: dict[str, mx.array]) -> None:
             raise ValueError(f"[load] {path}.biases: expected none in a native checkpoint, got a tensor")
 
 
-def save(folder: str | Path, model: Any, config: dict[str, Any], tokenizer: Any = None) -> None:
+def save(folder: str | Path, model: Module, config: dict[str, Any], tokenizer: SavedTokenizer | None = None) -> None:
     """Write a native checkpoint: an mlx-lm folder with sign words and float16 scales, 1.125 bits per weight.
 
     Args:
