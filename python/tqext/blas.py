@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, TypeVar, cast
 
 import mlx.core as mx
@@ -93,7 +93,7 @@ def used(model: ModuleTree) -> Iterator[None]:
             module.__class__ = cls
 
 
-def _attention_to_arrays(previous: Callable[..., Any], q: mx.array, k: Any, v: Any, **options: Any) -> Any:
+def _attention_to_arrays(previous: hooks.Function, q: mx.array, k: Any, v: Any, **options: Any) -> Any:
     if not isinstance(k, mx.array) or q.shape[2] == 1:
         return previous(q, k, v, **options)
     return attention(q, k, v, **options).astype(q.dtype)  # as MLX's: what is cached keeps its type

@@ -189,12 +189,12 @@ class _RopeCall(NamedTuple):
     """A call of ``mx.fast.rope``."""
 
     out: Any
-    rope: Callable[..., Any]
+    rope: hooks.Function
     args: tuple[Any, ...]
     options: dict[str, Any]
 
 
-def rope(previous: Callable[..., Any], x: Any, *args: Any, **options: Any) -> Any:
+def rope(previous: hooks.Function, x: Any, *args: Any, **options: Any) -> Any:
     """``mx.fast.rope``, noted while a calibration runs in this thread."""
     out = previous(x, *args, **options)
     calls = getattr(_local, "rope_calls", None)
@@ -408,7 +408,7 @@ class ObservedTokens(AttendsItself):
     def dtype(self) -> mx.Dtype:
         return self.keys.dtype
 
-    def attention(self, previous: Callable[..., mx.array], queries: mx.array, values: Any, **options: Any) -> mx.array:
+    def attention(self, previous: Callable[..., mx.array], queries: mx.array, values: object, **options: Any) -> mx.array:
         if values is not self:
             raise TypeError("[scaled_dot_product_attention] v: expected the values of the keys' cache")
         n_kv_heads = self.keys.shape[1]

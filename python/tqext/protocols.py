@@ -7,11 +7,12 @@ mlx-lm's loaders return ``mlx.nn.Module``, which mypy takes for a `Model` and ot
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, TypeGuard
+from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
 
-import mlx.core as mx
+if TYPE_CHECKING:  # commands import this module also where MLX cannot be loaded, and say so
+    import mlx.core as mx
 
-from tqext.presets import Recipe
+    from tqext.presets import Recipe
 
 
 class Cache(Protocol):

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import tqext
+from tqext import mlx_lm
 from tqext.commands.options import (
     MODEL_HELP,
     SHOWN_PRESETS,
@@ -26,7 +27,6 @@ from tqext.commands.options import (
     add_store_options,
     policy_of,
 )
-from tqext.presets import Policy
 from tqext.protocols import Cache, CompressedSequence, is_compressed
 
 MLX_LM_COMMANDS = ("generate", "chat", "server", "cache_prompt", "benchmark", "evaluate")
@@ -218,7 +218,6 @@ def _run_mlx_lm(command: str, args: list[str]) -> None:
 
     one_bit.hook()
     witness = _Witness(verbose=options.kv_report, at_end=command == "generate")
-    from tqext import mlx_lm
 
     mlx_lm.hook()  # also without a policy: a prompt cache from a file may be compressed
     if policy is not None:
@@ -281,7 +280,7 @@ def _stoppable(stream_generate: Callable[..., Iterator[Any]]) -> Callable[..., I
         stopped: list[int] = []
         before = signal.getsignal(signal.SIGINT)
 
-        def stop(number: int, frame: Any) -> None:
+        def stop(number: int, frame: object) -> None:
             if stopped:  # the second time, at once: a long prompt may be at work
                 raise KeyboardInterrupt
             stopped.append(number)
@@ -310,9 +309,8 @@ def _chat_ui(chat_ui: Any, named: str | None) -> Any:
     return ChatUI
 
 
-def _treat_loaded_caches(module: Any, policy: Policy | None, witness: _Witness) -> None:
+def _treat_loaded_caches(module: Any, policy: tqext.Policy | None, witness: _Witness) -> None:
     """Compress prompt caches from a file as --kv asks for once their model is there, and say what they are."""
-    from tqext import mlx_lm
     from tqext.mlx_lm import hooks
 
     waiting: list[list[Cache]] = []
@@ -374,10 +372,10 @@ class _Witness:
     def __init__(self, *, verbose: bool, at_end: bool) -> None:
         self.verbose = verbose
         self.at_end = at_end
-        self.reports: list[Any] = []
+        self.reports: list[mlx_lm.Report] = []
         self.cache: list[Cache] = []
 
-    def see(self, report: Any, cache: list[Cache]) -> None:
+    def see(self, report: mlx_lm.Report, cache: list[Cache]) -> None:
         if self.at_end:
             self.cache = cache
         if report in self.reports:
@@ -386,7 +384,7 @@ class _Witness:
         if not self.at_end:
             print(self._text(report), file=sys.stderr)
 
-    def see_loaded(self, cache: list[Cache], policy: Policy | None) -> None:
+    def see_loaded(self, cache: list[Cache], policy: tqext.Policy | None) -> None:
         """A cache from a file."""
         self.cache = cache
         compressed = [(i, c) for i, c in enumerate(cache) if is_compressed(c)]
@@ -398,7 +396,7 @@ class _Witness:
             text += f" as they were saved, which --kv {name} does not change"
         print(text, file=sys.stderr)
 
-    def _text(self, report: Any) -> str:
+    def _text(self, report: mlx_lm.Report) -> str:
         return f"KV cache {report.table()}" if self.verbose else f"KV cache {report}"
 
     def finish(self) -> None:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import mlx.core as mx
 from tqdm import tqdm  # type: ignore[import-untyped]
@@ -201,7 +201,9 @@ def _score(tokens: Sequence[int], chunks: Iterable[mx.array]) -> tuple[mx.array,
     return mx.concatenate(losses), mx.concatenate(best)
 
 
-def _answer(model: Model, caches: Sequence[list[Any]], last: int, progress: Callable[[int], object]) -> tuple[list[float], ...]:
+def _answer(
+    model: Model, caches: Sequence[list[Cache]], last: int, progress: Callable[[int], object]
+) -> tuple[list[float], ...]:
     """Seconds of every token that is generated with each cache, in turns; the first token of a turn is not counted."""
     tokens = [mx.array([[last]]) for _ in caches]
     seconds: tuple[list[float], ...] = tuple([] for _ in caches)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import re
-from typing import Any, NoReturn
+from typing import NoReturn
+
+import tqext
 
 UNCOMPRESSED = "none"
 # The presets for use, in the order of their sizes, and what to take them for.
@@ -114,7 +116,7 @@ def add_store_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--prefix-store-size", type=n_bytes, metavar="SIZE", help=size)
 
 
-def policy_of(options: argparse.Namespace, clients: int = 1) -> Any:
+def policy_of(options: argparse.Namespace, clients: int = 1) -> tqext.Policy | None:
     """The policy that `add_kv_options` options ask for, None for no compression; `clients`: sequences that are held at once."""
     from tqext.presets import get_policy
 

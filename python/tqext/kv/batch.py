@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 
 import mlx.core as mx
 import numpy as np
@@ -31,7 +31,7 @@ from tqext.presets import Recipe
 
 class _LastOffset(threading.local):
     offset: mx.array | None = None
-    key: tuple[Any, ...] = ()
+    key: tuple[object, ...] = ()
 
 
 class LastStep(threading.local):
@@ -39,7 +39,7 @@ class LastStep(threading.local):
 
 
 class LastDue(threading.local):
-    found: tuple[tuple[Any, ...], Due | None] | None = None
+    found: tuple[tuple[object, ...], Due | None] | None = None
 
 
 _last_offset = _LastOffset()
@@ -511,7 +511,7 @@ class BatchTurboQuantKVCache(Buffers):
         return self._codec is None
 
     @property
-    def state(self) -> list[Any]:
+    def state(self) -> list[object]:
         """All arrays, for ``mx.eval``; mlx-lm refuses to save it. Sequences are saved one by one, from `extract`."""
         self._last = None
         exact = [part for part in (self._first, self._tail) if part is not None]
@@ -776,7 +776,7 @@ def put_tokens(x: mx.array, index: mx.array, new: mx.array) -> mx.array:
 
 
 def _batch_of_one(cache: TurboQuantKVCache) -> BatchTurboQuantKVCache:
-    out: BatchTurboQuantKVCache = cache._new_batch([0])
+    out = cast(BatchTurboQuantKVCache, cache._new_batch([0]))
     if cache._codec is None or cache._tail is None:
         return out
     _check_rows(cache._tail.keys.shape[0] == 1, 1, cache._tail.keys.shape[0])

@@ -471,7 +471,7 @@ class TurboQuantKVCache(Buffers):
         pass
 
     @classmethod
-    def from_state(cls, state: Sequence[mx.array], meta_state: Any = None) -> TurboQuantKVCache:
+    def from_state(cls, state: Sequence[mx.array], meta_state: object = None) -> TurboQuantKVCache:
         """A cache from the arrays of `state`.
 
         Raises:
@@ -531,7 +531,7 @@ class TurboQuantKVCache(Buffers):
             raise ValueError(f"[to_batch] cache: expected an empty cache, got {self.size()} tokens")
         return self._new_batch(left_padding)
 
-    def _new_batch(self, left_padding: Sequence[int]) -> Any:
+    def _new_batch(self, left_padding: Sequence[int]) -> Buffers:
         """An empty batch with this cache's settings."""
         return self.batch_class(left_padding, self.recipe, balance=self._balance, shared=self.shared, max_size=self.max_size)
 

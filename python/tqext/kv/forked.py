@@ -37,7 +37,7 @@ class ForkedSnapshot(AttendsItself):
         self.n_shared = n_shared
         self.own = own
 
-    def __deepcopy__(self, memo: Any) -> ForkedSnapshot:
+    def __deepcopy__(self, memo: dict[int, object]) -> ForkedSnapshot:
         """Itself: nothing can change it."""
         return self
 
@@ -161,14 +161,14 @@ class ForkedKVCache:
         return sum(x.nbytes for x in self.shared_arrays) + self.own.nbytes
 
     @property
-    def state(self) -> list[Any]:
+    def state(self) -> list[object]:
         """All arrays, for ``mx.eval``; mlx-lm refuses to save it."""
         return [*self.shared_arrays, *self.own.state]
 
     def __repr__(self) -> str:
         return f"ForkedKVCache({self.n_shared} shared tokens, {self.own!r})"
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> ForkedKVCache:
+    def __deepcopy__(self, memo: dict[int, object]) -> ForkedKVCache:
         """A copy that shares what is shared."""
         out = copy.copy(self)
         out.own = copy.deepcopy(self.own, memo)

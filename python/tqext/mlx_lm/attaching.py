@@ -59,7 +59,7 @@ def install(preset: str | Policy = DEFAULT_PRESET, **overrides: Any) -> Policy:
     return policy
 
 
-def _load_attached(load: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _load_attached(load: hooks.Function, *args: Any, **kwargs: Any) -> Any:
     loaded = load(*args, **kwargs)
     _attach_installed(loaded[0])
     return loaded
@@ -71,7 +71,7 @@ def _attach_installed(model: AnyModel) -> None:
             _attach(model, Attachment(_load_policy, installed=True))
 
 
-def _load_vlm_model(previous: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _load_vlm_model(previous: hooks.Function, *args: Any, **kwargs: Any) -> Any:
     """mlx-vlm's ``load_model``; what it loads besides may also be a model without a text model, such as an encoder."""
     model = previous(*args, **kwargs)
     text = text_model(model)
@@ -161,7 +161,7 @@ def _attach(model: AnyModel, attachment: Attachment) -> None:
     names.pop("make_cache", None)
 
 
-def _make_prompt_cache(previous: Callable[..., Any], model: AnyModel, max_kv_size: int | None = None) -> Any:
+def _make_prompt_cache(previous: hooks.Function, model: AnyModel, max_kv_size: int | None = None) -> Any:
     """mlx-lm's or mlx-vlm's own ``make_prompt_cache``, where `install` finds the models that were loaded before it."""
     if _load_policy is not None:
         with hooks.lock:

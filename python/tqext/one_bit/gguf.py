@@ -13,13 +13,15 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
 
 from tqext import disk
 from tqext.one_bit import checkpoint, gguf_file, plain_types, qwen35, ternary
+from tqext.one_bit.checkpoint import Config
+from tqext.one_bit.gguf_file import Metadata, Tensor
 from tqext.one_bit.nn import GROUP_SIZE
 
 _BLOCK_BYTES = 2 + GROUP_SIZE // 8  # fp16 scale, then sign bits, low bit first
@@ -138,8 +140,8 @@ def convert(
 def _convert(
     path: str | Path,
     folder: Path,
-    tensors: dict[str, Any],
-    metadata: dict[str, Any],
+    tensors: dict[str, Tensor],
+    metadata: Metadata,
     dtype: mx.Dtype,
     dense: bool,
     progress: bool,
@@ -192,7 +194,7 @@ def _modules(weights: dict[str, mx.array], fold: qwen35.Fold | None) -> list[dic
     ]
 
 
-def _tied(tensors: dict[str, Any]) -> dict[str, Any]:
+def _tied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of a model with one matrix for embedding and output: where a file holds two quantisations, the finer one."""
     embedding, output = tensors.get("token_embd.weight"), tensors.get("output.weight")
     if embedding is None or output is None or list(embedding.shape) != list(output.shape):
@@ -206,7 +208,7 @@ def _tied(tensors: dict[str, Any]) -> dict[str, Any]:
     return {name: finer if name == "token_embd.weight" else tensor for name, tensor in tensors.items() if tensor is not output}
 
 
-def read(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def read(path: str | Path) -> tuple[dict[str, Tensor], Metadata]:
     """Tensors and metadata of a GGUF file, the data still on disk.
 
     Raises:
@@ -225,7 +227,7 @@ def read(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _convert_tensor(
-    name: str, tensor: Any, config: dict[str, Any], dtype: mx.Dtype, keep_ternary: bool, fold: qwen35.Fold | None
+    name: str, tensor: Tensor, config: Config, dtype: mx.Dtype, keep_ternary: bool, fold: qwen35.Fold | None
 ) -> dict[str, mx.array]:
     path = _mlx_name(name, config["model_type"])
     restore = _order_of(name, path, config, fold)
@@ -261,7 +263,7 @@ def _convert_tensor(
     return {f"{path}.{suffix}": mx.array(plain).astype(dtype)}
 
 
-def _order_of(name: str, path: str, config: dict[str, Any], fold: qwen35.Fold | None) -> Callable[[np.ndarray], np.ndarray]:
+def _order_of(name: str, path: str, config: Config, fold: qwen35.Fold | None) -> Callable[[np.ndarray], np.ndarray]:
     """From llama.cpp's order of a tensor's rows and columns to mlx-lm's."""
     if config["model_type"] == "llama" and path.endswith(("self_attn.q_proj", "self_attn.k_proj")):
         heads = config["num_attention_heads" if path.endswith("q_proj") else "num_key_value_heads"]
@@ -288,7 +290,7 @@ def unpack_blocks(data: np.ndarray, name: str = "tensor") -> tuple[np.ndarray, n
     return words.reshape(data.shape[0], -1), scales
 
 
-def _plain(tensor: Any, name: str, n_rows: int | None = None) -> np.ndarray:
+def _plain(tensor: Tensor, name: str, n_rows: int | None = None) -> np.ndarray:
     """A tensor (its first rows) of floats, or of a type that is decoded here or by the gguf package, as fp32."""
     data, kind = np.asarray(tensor.data)[:n_rows], tensor.tensor_type
     if isinstance(kind, ternary.Type):
@@ -298,12 +300,12 @@ def _plain(tensor: Any, name: str, n_rows: int | None = None) -> np.ndarray:
     from gguf import quants
 
     try:
-        return np.asarray(quants.dequantize(data, kind), np.float32)
+        return np.asarray(quants.dequantize(data, cast(Any, kind)), np.float32)
     except NotImplementedError:
         raise ValueError(f"[gguf] {name}: expected Q1_0 or a type that the gguf package decodes, got {kind.name}") from None
 
 
-def _check_layers(tensors: dict[str, Any], n_layers: int, interval: int) -> None:
+def _check_layers(tensors: dict[str, Tensor], n_layers: int, interval: int) -> None:
     """Raise a ValueError unless every layer has the tensors of its kind, and there are as many as the metadata says.
 
     Of `interval` layers the last one is of another kind than those before it.
@@ -346,7 +348,7 @@ def _uninterleave_rows(rows: np.ndarray, n_heads: int) -> np.ndarray:
     return np.ascontiguousarray(rows.reshape(n_heads, n // n_heads // 2, 2, width).swapaxes(1, 2).reshape(n, width))
 
 
-def _config(metadata: dict[str, Any], tensors: dict[str, Any]) -> dict[str, Any]:
+def _config(metadata: Metadata, tensors: dict[str, Tensor]) -> Config:
     arch = metadata.get("general.architecture")
     if arch not in _ARCHITECTURES:
         raise ValueError(f"[gguf] general.architecture: expected one of {sorted(_ARCHITECTURES)}, got {arch!r}")
@@ -360,7 +362,7 @@ def _config(metadata: dict[str, Any], tensors: dict[str, Any]) -> dict[str, Any]
 
     _check_metadata(metadata, arch)
     n_heads, hidden = int(get("attention.head_count")), int(get("embedding_length"))
-    config: dict[str, Any] = {
+    config: Config = {
         "model_type": _ARCHITECTURES[arch][0],
         "architectures": [_ARCHITECTURES[arch][1]],
         "hidden_size": hidden,
@@ -408,14 +410,14 @@ def _config(metadata: dict[str, Any], tensors: dict[str, Any]) -> dict[str, Any]
     return config
 
 
-def _tokens(metadata: dict[str, Any]) -> list[str]:
+def _tokens(metadata: Metadata) -> list[str]:
     tokens = metadata.get("tokenizer.ggml.tokens")
     if not tokens:
         raise ValueError("[gguf] tokenizer.ggml.tokens: expected a vocabulary, got none")
     return list(tokens)
 
 
-def _check_metadata(metadata: dict[str, Any], arch: str) -> None:
+def _check_metadata(metadata: Metadata, arch: str) -> None:
     """Raise a ValueError for metadata that changes what the model computes, or how it is used, and is not taken over."""
     if (kind := metadata.get("general.type", "model")) != "model":
         raise ValueError(f"[gguf] general.type: expected 'model', got {kind!r}")
@@ -429,7 +431,7 @@ def _check_metadata(metadata: dict[str, Any], arch: str) -> None:
             raise ValueError(f"[gguf] tokenizer.ggml.{key}: expected none, which cannot be followed here, got {value!r:.100}")
 
 
-def _vocab_size(metadata: dict[str, Any], tensors: dict[str, Any]) -> int:
+def _vocab_size(metadata: Metadata, tensors: dict[str, Tensor]) -> int:
     """Rows of the embedding. There may be more of them than tokens, and fewer if the surplus tokens are unused."""
     tokens = _tokens(metadata)
     if "token_embd.weight" not in tensors:
@@ -443,7 +445,7 @@ def _vocab_size(metadata: dict[str, Any], tensors: dict[str, Any]) -> int:
     return n_rows
 
 
-def _token_id(metadata: dict[str, Any], role: str) -> int | None:
+def _token_id(metadata: Metadata, role: str) -> int | None:
     """The token of a role (bos, eos, eot, ...), None if the file names none."""
     number, n_tokens = metadata.get(f"tokenizer.ggml.{role}_token_id"), len(_tokens(metadata))
     if number is not None and not (isinstance(number, int) and 0 <= number < n_tokens):
@@ -451,12 +453,12 @@ def _token_id(metadata: dict[str, Any], role: str) -> int | None:
     return number
 
 
-def _special_ids(metadata: dict[str, Any]) -> dict[str, int]:
+def _special_ids(metadata: Metadata) -> dict[str, int]:
     ids = {role: _token_id(metadata, role) for role in ("bos", "eos")}
     return {f"{role}_token_id": value for role, value in ids.items() if value is not None}
 
 
-def _stop_ids(metadata: dict[str, Any]) -> list[int]:
+def _stop_ids(metadata: Metadata) -> list[int]:
     """Tokens that end an answer: the end of the text first, then those of a turn or message."""
     stops = [_token_id(metadata, role) for role in ("eos", "eot", "eom")]
     # Whatever their type: Gemma's are exported as normal tokens.
@@ -464,7 +466,7 @@ def _stop_ids(metadata: dict[str, Any]) -> list[int]:
     return list(dict.fromkeys(number for number in stops if number is not None))
 
 
-def _write_tokenizer(metadata: dict[str, Any], folder: Path) -> None:
+def _write_tokenizer(metadata: Metadata, folder: Path) -> None:
     from tokenizers import AddedToken, processors
 
     makers = {"gpt2": _byte_level_tokenizer, "llama": _sentencepiece_tokenizer}
@@ -485,7 +487,7 @@ def _write_tokenizer(metadata: dict[str, Any], folder: Path) -> None:
         tokenizer.post_processor = template
     tokenizer.save(str(folder / "tokenizer.json"))
 
-    config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    config: Config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     for role in ("bos", "eos", "unknown", "padding"):
         if (number := _token_id(metadata, role)) is not None:
             config[{"unknown": "unk", "padding": "pad"}.get(role, role) + "_token"] = tokens[number]
@@ -494,7 +496,7 @@ def _write_tokenizer(metadata: dict[str, Any], folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
 
 
-def _token_kinds(metadata: dict[str, Any]) -> list[int]:
+def _token_kinds(metadata: Metadata) -> list[int]:
     tokens = _tokens(metadata)
     kinds = list(metadata.get("tokenizer.ggml.token_type", [_NORMAL] * len(tokens)))
     if len(kinds) != len(tokens):
@@ -502,7 +504,7 @@ def _token_kinds(metadata: dict[str, Any]) -> list[int]:
     return kinds
 
 
-def _byte_level_tokenizer(metadata: dict[str, Any]) -> Any:
+def _byte_level_tokenizer(metadata: Metadata) -> Any:
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     pre = metadata.get("tokenizer.ggml.pre", "default")
@@ -528,7 +530,7 @@ def _byte_level_tokenizer(metadata: dict[str, Any]) -> Any:
     return tokenizer
 
 
-def _sentencepiece_tokenizer(metadata: dict[str, Any]) -> Any:
+def _sentencepiece_tokenizer(metadata: Metadata) -> Any:
     """SentencePiece's BPE: pairs are merged in the order of the scores of what they make."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
@@ -558,5 +560,5 @@ def _sentencepiece_tokenizer(metadata: dict[str, Any]) -> Any:
     return tokenizer
 
 
-def _vocabulary(metadata: dict[str, Any]) -> dict[str, int]:
+def _vocabulary(metadata: Metadata) -> dict[str, int]:
     return {token: i for i, token in enumerate(_tokens(metadata))}

@@ -12,7 +12,7 @@ import math
 import re
 import struct
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -36,6 +36,18 @@ _FOREIGN = {
 _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf", re.IGNORECASE)
 
 
+# By name. A value has any type that its file gives it; what reads one says what it expects.
+Metadata = dict[str, Any]
+
+
+class TensorType(Protocol):
+    """What all types of tensors have, the package ``gguf``'s as well."""
+
+    @property
+    def name(self) -> str:
+        """As in the program that writes it."""
+
+
 class Tensor(NamedTuple):
     """A tensor of a file.
 
@@ -49,14 +61,14 @@ class Tensor(NamedTuple):
     """
 
     name: str
-    tensor_type: Any
+    tensor_type: TensorType
     shape: tuple[int, ...]
     n_bytes: int
     data_offset: int
     data: np.ndarray
 
 
-def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read(path: str | Path) -> tuple[dict[str, Tensor], Metadata]:
     """Tensors and metadata of a model, of all the parts of a split file.
 
     Args:
@@ -104,7 +116,7 @@ def parts_of(path: str | Path) -> list[Path]:
     return paths
 
 
-def _check_part(path: str | Path, number: int, metadata: dict[str, Any], n_parts: int) -> None:
+def _check_part(path: str | Path, number: int, metadata: Metadata, n_parts: int) -> None:
     got = metadata.get("split.no", 0), metadata.get("split.count", 0) or 1
     if got == (number, n_parts):
         return
@@ -177,12 +189,12 @@ class _Cursor:
         return np.dtype(_SCALARS[kind])
 
 
-def _read_part(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _read_part(path: Path) -> tuple[dict[str, Tensor], Metadata]:
     data = np.memmap(path, mode="r") if path.stat().st_size else np.empty(0, np.uint8)
     try:
         cursor = _Cursor(data)
         n_tensors, n_values = _header(cursor)
-        metadata: dict[str, Any] = {}
+        metadata: Metadata = {}
         for _ in range(n_values):
             name = cursor.string()
             if name in metadata:
@@ -205,7 +217,7 @@ def _header(cursor: _Cursor) -> tuple[int, int]:
     return cursor.u64(), cursor.u64()
 
 
-def _alignment(metadata: dict[str, Any]) -> int:
+def _alignment(metadata: Metadata) -> int:
     alignment = metadata.get("general.alignment", _ALIGNMENT)
     if not isinstance(alignment, int) or alignment <= 0 or alignment & (alignment - 1):
         raise ValueError(f"expected a power of two as general.alignment, got {alignment!r}")
@@ -261,13 +273,13 @@ def _place(
 
 def _layout(
     name: str, shape: tuple[int, ...], kind: int, ternary_types: dict[int, ternary.Type]
-) -> tuple[Any, np.dtype[Any], int]:
+) -> tuple[TensorType, np.dtype[Any], int]:
     """A tensor's type, the dtype of its data and the bytes of a row."""
-    tensor_type: Any
+    tensor_type: TensorType
     if kind in _FOREIGN:
         raise ValueError(f"expected a type of {name} that is read here, got {kind}, which was {_FOREIGN[kind]}")
-    if tensor_type := ternary_types.get(kind) or plain_types.TYPES.get(kind):
-        n_block, block_bytes = tensor_type.block, tensor_type.block_bytes
+    if own := ternary_types.get(kind) or plain_types.TYPES.get(kind):
+        tensor_type, n_block, block_bytes = own, own.block, own.block_bytes
     else:
         gguf = _gguf()
         try:
