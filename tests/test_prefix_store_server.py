@@ -13,7 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import tqext
 import zoo
-from test_server import Server
+from server_support import Server
 from tiny import make_llama, prompt, save_chat_folder
 from tqext.commands import cli, options
 from tqext.commands import server as door
