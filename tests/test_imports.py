@@ -79,6 +79,14 @@ def test_no_module_imports_itself_by_way_of_others():
     assert circle(edges) is None
 
 
+def test_tests_import_no_other_test():
+    """What several test files need is in a module of its own: support.py, cache_support.py, tiny.py and others."""
+    files = list(Path(__file__).parent.glob("*.py"))
+    assert len(files) > 60
+    for file in files:
+        assert not [name for name in imports(ast.parse(file.read_text())) if name.startswith("test_")], file.name
+
+
 @pytest.mark.parametrize(
     "line",
     [
