@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import signal
 import socket
 import sys
 import tempfile
@@ -70,7 +71,12 @@ def steps(model: str, port: int, tokens: int) -> list[Step]:
                 (r"\[stopped\]", "q"),
             ),
         ),
-        Step(f"tqext generate --model {model} --prompt x -m 100000", r"", 130, answers=((r"=====", ""), ("", CTRL_C))),
+        Step(
+            f"tqext generate --model {model} --prompt 'Tell me a long story about a river.' -m 100000",
+            r"",
+            130,
+            answers=((r"=====", ""), ("", CTRL_C)),
+        ),
         # Keeps a prompt, and takes another preset for it.
         Step(
             f"tqext cache_prompt --model {model} --prompt 'Once upon a time' --prompt-cache-file kept.safetensors",
@@ -175,6 +181,9 @@ def main() -> None:
     parser.add_argument("--python", default=sys.executable)
     parser.add_argument("--tokens", type=int, default=600, help="of the document of tqext demo")
     options = parser.parse_args()
+    # A shell without job control has commands in the background ignore SIGINT, and so would what this one starts.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         hour(options.model, options.python, sys.stdout, options.tokens)
     except (AssertionError, pexpect.ExceptionPexpect) as error:

@@ -204,12 +204,14 @@ class PrefixStore:
         max_bytes: Of all entries together. Beyond it those go that were not used for the longest time.
 
     Raises:
-        ValueError: A folder of another user, or a bound below 1 MB.
+        ValueError: The folder cannot be made or is another user's, or the bound is below 1 MB.
     """
 
     COUNTERS = ("hits", "misses", "restored_tokens", "skipped_tokens", *EntryStore.COUNTERS)
 
     def __init__(self, path: str | Path, *, max_bytes: int = DEFAULT_BYTES) -> None:
+        if not isinstance(path, (str, Path)):
+            raise ValueError(f"[PrefixStore] path: expected a folder's name, got {type(path).__name__}")
         if max_bytes < 1 << 20:
             raise ValueError(f"[PrefixStore] max_bytes: expected at least {1 << 20}, got {max_bytes}")
         self.path = Path(path)
