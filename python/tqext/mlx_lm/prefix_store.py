@@ -226,6 +226,12 @@ class PrefixStore:
         self._writer.start()
         atexit.register(self.close)
 
+    def __repr__(self) -> str:
+        if self._writer is None:
+            return f"PrefixStore({str(self.path)!r}, closed)"
+        nbytes, n = self._entries.totals()
+        return f"PrefixStore({str(self.path)!r}, {n} entries, {nbytes / 1e6:.1f} MB)"
+
     def __enter__(self) -> PrefixStore:
         return self
 
