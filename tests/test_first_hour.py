@@ -148,6 +148,26 @@ def test_plan_recommends_the_most_accurate_that_fits():
         assert plan.recommended(plans, memory, 100) == name
 
 
+def test_plan_shows_what_was_measured():
+    """The whole text's KL of the recorded runs, for the two head dimensions."""
+    results = Path(__file__).parents[1] / "bench" / "results"
+    if not results.is_dir():
+        pytest.skip("the recorded runs are not in a source distribution")
+    models = {"qwen2.5-coder-1.5b-4bit": 0, "qwen2.5-coder-0.5b-4bit": 1}
+    found = {preset: [None, None] for preset in plan.QUALITY}
+    for file in ("real_models_h200.json", "by_position.json"):  # of two runs of one preset the second is shown
+        for run in json.loads((results / file).read_text())["runs"]:
+            settings = run["settings"]
+            if settings["bench"] != "by_position" or settings["model"] not in models or settings["tokens"] != 32768:
+                continue
+            for row in run["rows"]:
+                if row["text"] == "prose" and row["cache"] in found:
+                    found[row["cache"]][models[settings["model"]]] = round(row["whole"]["kl"], 4)
+    assert {preset: tuple(kl) for preset, kl in found.items()} == plan.QUALITY
+    assert plan.quality("tq2", 64) == "KL 0.0714"
+    assert plan.quality("tq2", 128) == plan.quality("tq4", 128, latent=True) == plan.quality("bonsai", 64) == "not measured"
+
+
 def test_sizes_are_read_as_people_write_them():
     """One meaning in all commands, and that of mlx-lm's own options."""
     expected = {"16G": 16 * 10**9, "16GB": 16 * 10**9, "16GiB": 16 << 30, "16 gib": 16 << 30, "1.5k": 1500, "2 TB": 2 * 10**12}

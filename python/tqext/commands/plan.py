@@ -25,7 +25,7 @@ from tqext.presets import Policy, get_policy
 # What is left to the system, the activations and the allocator's pool.
 USABLE = 0.85
 # KL of the next token in nats at head dimension 128 (Qwen2.5-Coder-1.5B) and 64 (0.5B), 32768 tokens of prose: docs/quality.md.
-QUALITY = {"tq3": (0.0133, 0.0230), "tq33": (0.0050, 0.0166), "tq4": (0.0011, 0.0040)}
+QUALITY = {"tq2": (None, 0.0714), "tq3": (0.0133, 0.0230), "tq33": (0.0050, 0.0166), "tq4": (0.0011, 0.0040)}
 # Assumed where neither the user nor the model names a context.
 DEFAULT_CONTEXT = 8192
 # From the most accurate one: the first that fits is recommended.
@@ -107,9 +107,8 @@ def quality(preset: str, head_dim: int, *, latent: bool = False) -> str:
     """The measured error of a preset in words, for models of such a head dimension; `latent`: with latent attention."""
     if preset == "none":
         return "exact"
-    if preset not in QUALITY or latent:
-        return "not measured"
-    return f"KL {QUALITY[preset][head_dim < 128]:.4f}"
+    found = None if latent else QUALITY.get(preset, (None, None))[head_dim < 128]
+    return "not measured" if found is None else f"KL {found:.4f}"
 
 
 def recommended(plans: Sequence[Plan], memory: float, context: int) -> str | None:
