@@ -5,6 +5,7 @@ import copy
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx_lm.models.cache import KVCache
 
 import tqext
 import zoo
@@ -127,6 +128,10 @@ def test_forked_caches_hold_one_copy():
     [
         ("n", lambda: fork([layers()], 0)),
         ("n", lambda: fork([layers()], 2.5)),
+        ("n", lambda: fork([KVCache()], 0)),
+        ("caches", lambda: fork(None, 2)),
+        ("caches", lambda: fork("caches", 2)),
+        ("caches", lambda: fork([layers(), 1], 2)),
         ("cache", lambda: fork([TurboQuantKVCache()], 2)),
         ("cache", lambda: fork([layers(n_tokens=20)], 2)),
         ("cache", lambda: fork([layers(batch=2)], 2)),

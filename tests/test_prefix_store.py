@@ -273,6 +273,11 @@ def test_what_cannot_be_stored_is_refused(store):
         store.fetch("a name", tokens)
     with pytest.raises(ValueError, match="max_bytes: expected at least"):
         tqext.PrefixStore(store.path, max_bytes=1000)
+    assert repr(store) == f"PrefixStore({str(store.path)!r}, 0 entries, 0.0 MB)"
+    (store.path / "file").touch()
+    for path in (None, 3, store.path / "file", store.path / "file" / "below", "/proc/tqext"):
+        with pytest.raises(ValueError, match=r"^\[PrefixStore\] path: expected a folder.+, got .+"):
+            tqext.PrefixStore(path)
 
 
 def test_tokens_that_are_no_text_end_a_prefix(store):

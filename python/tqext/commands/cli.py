@@ -25,7 +25,9 @@ from tqext.commands.options import (
     ArgumentParser,
     add_kv_options,
     add_store_options,
+    number_of,
     policy_of,
+    positive,
 )
 from tqext.protocols import Cache, CompressedSequence, is_compressed
 
@@ -85,6 +87,8 @@ class _MlxLmParser(ArgumentParser):
             options["help"] = argparse.SUPPRESS
         elif "--model" in names:
             options["help"] = MODEL_HELP
+        if "type" in options:
+            options["type"] = number_of(names, options["type"])
         return super().add_argument(*names, **options)
 
 
@@ -94,6 +98,12 @@ class _ServerParser(_MlxLmParser):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         add_store_options(self)
+
+    def add_argument(self, *names: Any, **options: Any) -> Any:
+        added = super().add_argument(*names, **options)
+        if "--max-tokens" in names:  # of requests that do not say it, where -1 is refused
+            added.type = positive
+        return added
 
 
 # Commands

@@ -89,8 +89,7 @@ class ForkedKVCache:
     """
 
     def __init__(self, cache: TurboQuantKVCache, n: int) -> None:
-        if not isinstance(n, int) or isinstance(n, bool) or n < 1:
-            raise ValueError(f"[fork] n: expected a number of sequences, got {n!r}")
+        _check_number(n)
         if cache._codec is None or cache._tail is None or cache.n_coded == 0 or cache.max_size is not None:
             got = "a bounded one" if cache.max_size is not None else f"{cache.size()} exact tokens"
             raise ValueError(f"[fork] cache: expected an unbounded cache with coded tokens to share, got {got}")
@@ -175,6 +174,11 @@ class ForkedKVCache:
         return out
 
 
+def _check_number(n: int) -> None:
+    if not isinstance(n, int) or isinstance(n, bool) or n < 1:
+        raise ValueError(f"[fork] n: expected a number of sequences, got {n!r}")
+
+
 def fork(caches: Sequence[Any], n: int) -> list[Any]:
     """Caches of n sequences that go on from one prompt, of which the compressed layers keep one copy.
 
@@ -186,7 +190,12 @@ def fork(caches: Sequence[Any], n: int) -> list[Any]:
         A cache for each layer. Layers that are not compressed become mlx-lm's own batches, with a copy for each sequence.
 
     Raises:
-        ValueError: As `ForkedKVCache`.
+        ValueError: As `ForkedKVCache`, and for what is no list of caches.
     """
+    if not isinstance(caches, Sequence) or isinstance(caches, str):
+        raise ValueError(f"[fork] caches: expected a list of caches, got {type(caches).__name__}")
+    if other := next((c for c in caches if not hasattr(c, "merge")), None):
+        raise ValueError(f"[fork] caches: expected caches of one sequence that can be batched, got {type(other).__name__}")
+    _check_number(n)
     # Caches of other kinds may be built on the compressed one.
     return [ForkedKVCache(c, n) if type(c) is TurboQuantKVCache else c.merge([c] * n) for c in caches]

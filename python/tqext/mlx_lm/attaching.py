@@ -8,7 +8,7 @@ from typing import Any, TypeVar, cast
 
 from mlx import nn
 
-from tqext.mlx_lm import first_use, hooks
+from tqext.mlx_lm import caches, first_use, hooks
 from tqext.mlx_lm.caches import (
     KEY,
     Attached,
@@ -17,6 +17,7 @@ from tqext.mlx_lm.caches import (
     compressed,
     kind,
     layers_of,
+    policy_for,
     stock_cache,
     stock_make_cache,
 )
@@ -26,7 +27,6 @@ from tqext.mlx_lm.reports import Report
 from tqext.presets import DEFAULT_PRESET, Policy, get_policy
 from tqext.protocols import Model
 
-_load_policy: Policy | None = None
 _observers: list[Callable[[Report, list[Any]], None]] = []
 _attached: list[weakref.ref[nn.Module]] = []
 # A model of any class: it is given back.
@@ -46,13 +46,12 @@ def install(preset: str | Policy = DEFAULT_PRESET, **overrides: Any) -> Policy:
     Returns:
         The policy in effect.
     """
-    global _load_policy
     policy = get_policy(preset, **overrides)
     with hooks.lock:
         hooks.hook()
         hooks.add_load_step(_LOAD_STEP, _load_attached)
         hooks.vlm_load_model.put()
-        _load_policy = policy
+        caches.installed = policy
         for model in _attached_models():
             if vars(model)[KEY].installed:
                 _attach(model, Attachment(policy, installed=True))
@@ -67,8 +66,8 @@ def _load_attached(load: hooks.Function, *args: Any, **kwargs: Any) -> Any:
 
 def _attach_installed(model: AnyModel) -> None:
     with hooks.lock:
-        if _load_policy is not None:
-            _attach(model, Attachment(_load_policy, installed=True))
+        if caches.installed is not None:
+            _attach(model, Attachment(caches.installed, installed=True))
 
 
 def _load_vlm_model(previous: hooks.Function, *args: Any, **kwargs: Any) -> Any:
@@ -91,7 +90,6 @@ def uninstall() -> None:
     Raises:
         RuntimeError: Another extension has wrapped a hook since; take that one back first. Nothing was changed.
     """
-    global _load_policy
     with hooks.lock:
         hooks.check()
         hooks.vlm_load_model.check()
@@ -101,7 +99,7 @@ def uninstall() -> None:
         for model in _attached_models():
             _detach(model)
         _observers.clear()
-        _load_policy = None
+        caches.installed = None
 
 
 def attach(model: M, preset: str | Policy = DEFAULT_PRESET, **overrides: Any) -> M:
@@ -163,10 +161,10 @@ def _attach(model: AnyModel, attachment: Attachment) -> None:
 
 def _make_prompt_cache(previous: hooks.Function, model: AnyModel, max_kv_size: int | None = None) -> Any:
     """mlx-lm's or mlx-vlm's own ``make_prompt_cache``, where `install` finds the models that were loaded before it."""
-    if _load_policy is not None:
+    if caches.installed is not None:
         with hooks.lock:
-            if _load_policy is not None and isinstance(model, nn.Module) and KEY not in vars(model):
-                _attach(model, Attachment(_load_policy, installed=True))
+            if caches.installed is not None and isinstance(model, nn.Module) and KEY not in vars(model):
+                _attach(model, Attachment(caches.installed, installed=True))
     if max_kv_size is not None and isinstance(model, _CompressedCaches):
         if model._tqext_report().compressed:
             return model._tqext_cache(max_kv_size)
@@ -208,13 +206,13 @@ def detach(model: M) -> M:
 
 
 def make_prompt_cache(
-    model: AnyModel, preset: str | Policy = DEFAULT_PRESET, *, max_kv_size: int | None = None, **overrides: Any
+    model: AnyModel, preset: str | Policy | None = None, *, max_kv_size: int | None = None, **overrides: Any
 ) -> list[Any]:
     """A prompt cache for ``mlx_lm.generate(..., prompt_cache=)``, compressed where the model allows it.
 
     Args:
         model: Any mlx-lm model.
-        preset: See `install`.
+        preset: See `install`. None: what the model is attached or installed with, else ``tq3``.
         max_kv_size: Tokens that each compressed layer keeps at most: the first ones, and of the others the last ones
             (`TurboQuantKVCache`'s ``max_size``). None: all.
         **overrides: See `tqext.presets.get_policy`.
@@ -225,7 +223,7 @@ def make_prompt_cache(
     check_model("make_prompt_cache", model)
     model = text_model(model)
     hooks.hook()
-    report = judged(model, get_policy(preset, **overrides))
+    report = judged(model, policy_for(model, preset, overrides))
     first_use.prepare(report)
     return compressed(stock_cache(model), report, max_kv_size)
 

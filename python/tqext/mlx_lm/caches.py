@@ -11,14 +11,16 @@ from tqext.kv.cache import TurboQuantKVCache
 from tqext.kv.latent import TurboQuantLatentCache
 from tqext.kv.window import TurboQuantWindowKVCache
 from tqext.mlx_lm import hooks
-from tqext.mlx_lm.packages import AnyModel, is_group, of_mlx_vlm
+from tqext.mlx_lm.packages import AnyModel, is_group, of_mlx_vlm, text_model
 from tqext.mlx_lm.reports import Layer, Report
-from tqext.presets import Policy, Recipe
+from tqext.presets import Policy, Recipe, get_policy
 from tqext.protocols import Cache, Model
 
 MakeCache = Callable[[], Sequence[Any]]
 # The place of a model's attachment in its ``__dict__``; None there: `detach` has excluded it from `install`.
 KEY = "_tqext_attachment"
+# What `install` has put into effect.
+installed: Policy | None = None
 
 
 @dataclass(eq=False)
@@ -36,6 +38,14 @@ class Attachment:
     installed: bool = False
     own: MakeCache | None = None
     report: Report | None = None
+
+
+def policy_for(model: Any, preset: str | Policy | None, overrides: dict[str, Any]) -> Policy:
+    """A preset with changes; None: what the model's caches are compressed with, or would be: else the default preset."""
+    if preset is not None:
+        return get_policy(preset, **overrides)
+    attachment = getattr(text_model(model), "__dict__", {}).get(KEY, Attachment(installed or get_policy()))
+    return get_policy(get_policy() if attachment is None else attachment.policy, **overrides)
 
 
 class Attached:

@@ -11,11 +11,11 @@ from tqext.mlx_lm.caches import replaced, stock_cache
 from tqext.mlx_lm.packages import AnyModel, text_model
 from tqext.mlx_lm.probing import probe
 from tqext.mlx_lm.reports import Layer, Report
-from tqext.presets import DEFAULT_PRESET, Policy
+from tqext.presets import Policy
 from tqext.protocols import Cache, Model
 
 
-def calibrate(model: AnyModel, preset: str | Policy = DEFAULT_PRESET, **overrides: Any) -> Calibration:
+def calibrate(model: AnyModel, preset: str | Policy | None = None, **overrides: Any) -> Calibration:
     """The balance and the errors of every layer that a policy compresses, from a fixed prompt of 512 tokens.
 
     What the prompt shows at its own place is turned to other positions of the context that the model was trained for. The
@@ -24,7 +24,7 @@ def calibrate(model: AnyModel, preset: str | Policy = DEFAULT_PRESET, **override
 
     Args:
         model: Any mlx-lm model.
-        preset: See `install`.
+        preset: See `install`. None: what the model is attached or installed with, else ``tq3``.
         **overrides: See `tqext.presets.get_policy`.
 
     Raises:

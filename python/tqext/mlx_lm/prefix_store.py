@@ -208,12 +208,14 @@ class PrefixStore:
         max_bytes: Of all entries together. Beyond it those go that were not used for the longest time.
 
     Raises:
-        ValueError: A folder of another user, or a bound below 1 MB.
+        ValueError: The folder cannot be made or is another user's, or the bound is below 1 MB.
     """
 
     COUNTERS = ("hits", "misses", "restored_tokens", "skipped_tokens", *EntryStore.COUNTERS)
 
     def __init__(self, path: str | Path, *, max_bytes: int = DEFAULT_BYTES) -> None:
+        if not isinstance(path, (str, Path)):
+            raise ValueError(f"[PrefixStore] path: expected a folder's name, got {type(path).__name__}")
         if max_bytes < 1 << 20:
             raise ValueError(f"[PrefixStore] max_bytes: expected at least {1 << 20}, got {max_bytes}")
         self.path = Path(path)
@@ -227,6 +229,12 @@ class PrefixStore:
         self._writer: threading.Thread | None = threading.Thread(target=self._write, name="tqext-prefix-write", daemon=True)
         self._writer.start()
         atexit.register(self.close)
+
+    def __repr__(self) -> str:
+        if self._writer is None:
+            return f"PrefixStore({str(self.path)!r}, closed)"
+        nbytes, n = self._entries.totals()
+        return f"PrefixStore({str(self.path)!r}, {n} entries, {nbytes / 1e6:.1f} MB)"
 
     def __enter__(self) -> PrefixStore:
         return self

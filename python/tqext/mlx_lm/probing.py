@@ -14,11 +14,11 @@ from tqext.kv.latent import Projectable, ProjectedLatents, first_use, latent_rec
 from tqext.kv.schedule import BLOCK
 from tqext.kv.snapshot import AttendsItself
 from tqext.mlx_lm import hooks
-from tqext.mlx_lm.caches import check_model, layer_range, members, replaced, stock_cache
+from tqext.mlx_lm.caches import check_model, layer_range, members, policy_for, replaced, stock_cache
 from tqext.mlx_lm.packages import AnyModel, is_stock, logits, of_mlx_vlm, text_model
 from tqext.mlx_lm.reports import Layer, Queries, Report
 from tqext.mlx_lm.windows import LEAST_SAVING, saving, without_windows
-from tqext.presets import DEFAULT_PRESET, Policy, Recipe, get_policy
+from tqext.presets import Policy, Recipe
 from tqext.protocols import Cache, Model
 
 MAX_HEAD_DIM = 512
@@ -126,7 +126,7 @@ class _ProbeCache(TurboQuantKVCache):
         return super().make_mask(N, return_array, window_size)
 
 
-def probe(model: AnyModel, preset: str | Policy = DEFAULT_PRESET, **overrides: Any) -> Report:
+def probe(model: AnyModel, preset: str | Policy | None = None, **overrides: Any) -> Report:
     """Find out which caches of a model can be compressed, by a dry run that computes nothing.
 
     The model is called on two tokens and then on one, with stand-ins for the keys and values, and the result is
@@ -135,14 +135,14 @@ def probe(model: AnyModel, preset: str | Policy = DEFAULT_PRESET, **overrides: A
 
     Args:
         model: Any mlx-lm model.
-        preset: See `install`.
+        preset: See `install`. None: what the model is attached or installed with, else ``tq3``.
 
     Returns:
         A report with one entry for every cache.
     """
-    policy = get_policy(preset, **overrides)
     check_model("probe", model)
     model = text_model(model)
+    policy = policy_for(model, preset, overrides)
     hooks.hook()
     stock = stock_cache(model)
     first, n_layers = layer_range(model, len(stock))

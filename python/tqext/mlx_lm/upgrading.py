@@ -11,24 +11,24 @@ from tqext.kv.cache import TurboQuantKVCache
 from tqext.kv.tokens import Exact
 from tqext.kv.window import TurboQuantWindowKVCache
 from tqext.mlx_lm import hooks
-from tqext.mlx_lm.caches import compressed_cache, compressed_windows, layer_range, members, replaced
+from tqext.mlx_lm.caches import compressed_cache, compressed_windows, layer_range, members, policy_for, replaced
 from tqext.mlx_lm.guard import judged
 from tqext.mlx_lm.packages import AnyModel, text_model
 from tqext.mlx_lm.probing import why_not, window_of
-from tqext.presets import DEFAULT_PRESET, Policy, get_policy
+from tqext.presets import Policy
 from tqext.protocols import Cache
 
 UPGRADE_CHUNK = 2048
 
 
 def upgrade(
-    cache: list[Any], preset: str | Policy = DEFAULT_PRESET, *, model: AnyModel | None = None, **overrides: Any
+    cache: list[Any], preset: str | Policy | None = None, *, model: AnyModel | None = None, **overrides: Any
 ) -> list[Any]:
     """Compress a prompt cache, also in the middle of a generation.
 
     Args:
         cache: What ``mlx_lm.models.cache.make_prompt_cache`` made; changed in place.
-        preset: See `install`.
+        preset: See `install`. None: what `model` is attached or installed with, else ``tq3``.
         model: The cache's model, for its calibration, and to leave the layers alone that it cannot attend to when compressed.
             Without it every plain ``KVCache`` is compressed, without a balance and a guard, and such a model stops with an
             error; sliding windows only with ``windows=True``.
@@ -39,7 +39,7 @@ def upgrade(
     Warns:
         UserWarning: Nothing was compressed, nor was it before; the message says why.
     """
-    policy = get_policy(preset, **overrides)
+    policy = policy_for(model, preset, overrides)
     if not isinstance(cache, list):
         raise ValueError(f"[upgrade] cache: expected a list of caches, got {type(cache).__name__}")
     hooks.hook()
