@@ -96,8 +96,12 @@ def test_forked_snapshot_takes_any_mask(n, kind, rng):
 
 
 def test_forked_cache_filters_and_trims(rng):
-    cache = layers()
-    forked, other = (fork([cache], N)[0] for _ in range(2))
+    """One of the two from a cache that shares its tokens already."""
+    cache = layers(n_tokens=700)
+    forked = fork([cache], N)[0]
+    cache.share()
+    assert cache._base is not None
+    other = fork([cache], N)[0]
     begun = forked.size()
     q, k, v = random_step(rng, 5)
     forked.update_and_fetch(k, v)

@@ -192,6 +192,11 @@ def test_shared_bytes_are_held_once():
     mx.eval([c._packed for c in out], [c._tail for c in out])
     assert mx.get_active_memory() - before < 3 * exact
     assert distinct_roots([c._base for c in [cache, *out]]) == {cache._base.root.number: cache._base.root.nbytes}
+    # Nor two that go on from a small part of the cache, which is copied once.
+    few = [copy.deepcopy(cache) for _ in range(2)]
+    for each in few:
+        each.trim(each.size() - 2000)
+    assert few[0]._base is few[1]._base and few[0]._base.root.nbytes < cache.nbytes / 9
     # A sequence that is left alone goes on; a cache that is used again holds its own.
     del batch, out
     cache.update_and_fetch(*(x[:, :, :1] for x in (keys, values)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import weakref
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -47,15 +48,16 @@ class Prefix:
         root: The buffers.
     """
 
-    __slots__ = ("_codec", "_history", "_parts", "first", "ids", "root")
+    __slots__ = ("__weakref__", "_codec", "_history", "_parts", "_shorter", "first", "ids", "root")
 
     def __init__(self, codec: Codec, parts: Sequence[mx.array], first: Exact | None, ids: Ids, root: Root | None = None):
         self._codec = codec
         self._parts = list(parts)
         self._history: History | None = None
+        self._shorter: weakref.WeakValueDictionary[int, Prefix] = weakref.WeakValueDictionary()
         self.first = first
         self.ids = ids
-        nbytes = sum(x.nbytes for x in parts) + (0 if first is None else first.nbytes)
+        nbytes = sum(x.nbytes for x in self._parts) + (0 if first is None else first.nbytes)
         self.root = root or Root(next(_numbers), self.n_coded, nbytes)
 
     def __deepcopy__(self, memo: Any) -> Prefix:
@@ -95,13 +97,21 @@ class Prefix:
         return self._codec.cut(self._parts, begin, end)
 
     def shortened(self, n_coded: int) -> Prefix:
-        """The first tokens and the first `n_coded` coded ones: in the same memory, unless most of it would be for nothing."""
+        """The first tokens and the first `n_coded` coded ones: in the same memory, unless much of it would be for nothing.
+
+        The same object as long as somebody has it: there is one copy at most.
+        """
         if n_coded == self.n_coded:
             return self
-        ids = self.ids[: n_coded // BLOCK]
-        if n_coded < MIN_SHARE * self.root.n_coded:
-            return Prefix(self._codec, self._codec.resized(self.parts(0, n_coded), n_coded), self.first, ids)
-        return Prefix(self._codec, self._parts, self.first, ids, self.root)
+        found = self._shorter.get(n_coded)
+        if found is None:
+            if n_coded < MIN_SHARE * self.root.n_coded:
+                parts, root = self._codec.resized(self.parts(0, n_coded), n_coded), None
+            else:
+                parts, root = self._parts, self.root
+            found = Prefix(self._codec, parts, self.first, self.ids[: n_coded // BLOCK], root)
+            self._shorter[n_coded] = found
+        return found
 
 
 def is_worth_sharing(n_coded: int) -> bool:
