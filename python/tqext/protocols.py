@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
 if TYPE_CHECKING:  # commands import this module also where MLX cannot be loaded, and say so
     import mlx.core as mx
 
+    from tqext.kv.prefix import Prefix
     from tqext.presets import Recipe
 
 
@@ -51,6 +52,10 @@ class CompressedCache(SizedCache, Protocol):
     @property
     def used_nbytes(self) -> int:
         """Bytes of the tokens that it holds."""
+
+    @property
+    def prefixes(self) -> Sequence[Prefix | None]:
+        """What each of its sequences shares with others, None for nothing."""
 
     @property
     def fp16_nbytes(self) -> int:

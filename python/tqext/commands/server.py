@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 import types
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, cast
@@ -29,7 +29,8 @@ import mlx_lm.server as mlx_lm_server
 from huggingface_hub.errors import CacheNotFound
 
 from tqext.commands import metrics
-from tqext.commands.metrics import Holding, holding, stats
+from tqext.commands.metrics import Holding, flat, holding, stats
+from tqext.kv import TurboQuantKVCache
 from tqext.mlx_lm.prefix_store import DEFAULT_BYTES, PrefixStore
 from tqext.protocols import Model, Tokenizer
 
@@ -262,13 +263,21 @@ class PromptCache(mlx_lm_server.LRUPromptCache):
         found, n = self._with_store(model, nothing, lambda store, m: store.fetch(m, tokens, beyond=n_kept + least))
         if found is not None:
             cache, rest = found, tokens[n:]
+            _share(found)
         stats.count("reused_tokens", len(tokens) - len(rest))
         return cache, rest
 
     def insert_cache(self, model: Hashable, tokens: list[int], prompt_cache: list[Any], **kwargs: Any) -> None:
         self._with_store(model, 0, lambda store, m: store.save(m, tokens, prompt_cache, end=None))
+        _share(prompt_cache)
         self._order.incoming = holding(prompt_cache)
         super().insert_cache(model, tokens, prompt_cache, **kwargs)
+
+    def trim_to(self, *, n_sequences: int | None = None, n_bytes: int | None = None) -> None:
+        """As mlx-lm's, but what kept caches share counts once."""
+        super().trim_to(n_sequences=n_sequences)
+        while n_bytes is not None and len(self) and stats.kept_bytes() > n_bytes:
+            super().trim_to(n_sequences=len(self) - 1)
 
     def _with_store(self, model: Hashable, otherwise: T, use: Callable[[PrefixStore, Model], T]) -> T:
         """What the store does for the model that is served, if it can keep its caches."""
@@ -283,6 +292,13 @@ class PromptCache(mlx_lm_server.LRUPromptCache):
             self._refused.add(model)
             logging.warning(f"Prefix store: nothing is kept of this model: {error}")
             return otherwise
+
+
+def _share(cache: Sequence[Any]) -> None:
+    """Requests that begin like this one go on from the tokens that are kept here, instead of copies."""
+    for layer in flat(cache):
+        if isinstance(layer, TurboQuantKVCache):
+            layer.share()
 
 
 class Batch(mlx_lm_server.BatchGenerator):
@@ -303,9 +319,17 @@ class Batch(mlx_lm_server.BatchGenerator):
         stats.run(Holding())
 
     def _look(self) -> None:
+        stats.run(self._running())
+
+    def _running(self) -> Holding:
         batches = (self._prompt_batch, self._generation_batch)
-        running = (holding(batch.prompt_cache, len(batch.uids)) for batch in batches if batch.uids)
-        stats.run(sum(running, Holding()))
+        return sum((holding(batch.prompt_cache, len(batch.uids)) for batch in batches if batch.uids), Holding())
+
+    @property
+    def prompt_cache_nbytes(self) -> int:
+        """Bytes of the caches of requests, without what kept caches hold as well."""
+        waiting = (holding(sequence[3]) for sequence in self._unprocessed_sequences)
+        return sum(waiting, self._running()).numbers(stats.kept_roots())["reserved"]
 
 
 # Who sends it

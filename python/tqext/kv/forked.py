@@ -99,7 +99,7 @@ class ForkedKVCache:
             )
         if cache._tail.keys.shape[0] != 1:
             raise ValueError(f"[fork] cache: expected one sequence, got {cache._tail.keys.shape[0]}")
-        packed = cache._codec.resized(cache._codec.cut(cache._packed, 0, cache.n_coded), cache.n_coded)
+        packed = cache._codec.resized(cache.coded_parts(0, cache.n_coded), cache.n_coded)
         self.shared_arrays: list[mx.array] = [*packed, *(cache._first or ())]
         self.n_shared = cache.n_first + cache.n_coded
         self._prefix = cache._codec.history(packed, cache._first)

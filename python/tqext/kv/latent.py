@@ -412,6 +412,7 @@ class TurboQuantLatentCache(TurboQuantKVCache):
     """
 
     is_latent = True
+    can_share = False
 
     def __init__(self, recipe: Recipe | None = None, *, shared: bool = False) -> None:
         first_use.note()
@@ -457,6 +458,7 @@ class BatchTurboQuantLatentCache(BatchTurboQuantKVCache):
     """
 
     is_latent = True
+    can_share = False
 
     def __init__(self, left_padding: Sequence[int], recipe: Recipe | None = None, *, shared: bool = False) -> None:
         first_use.note()

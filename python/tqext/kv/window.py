@@ -34,6 +34,8 @@ class TurboQuantWindowKVCache(TurboQuantKVCache):
         n_dropped: Tokens that have left.
     """
 
+    can_share = False
+
     def __init__(
         self, window: int, recipe: Recipe | None = None, *, balance: mx.array | None = None, shared: bool = False
     ) -> None:

@@ -47,6 +47,7 @@ from tqext.protocols import Cache
 DEFAULT_BYTES = 20 * 10**9
 # Bytes that wait to be written. Of a prompt that is larger the rest is stored when it is next saved.
 MAX_PENDING = 1 << 30
+ID_BYTES = 4096
 COMPRESSED, PLAIN, STATE = "compressed", "plain", "state"
 _LENGTH = struct.Struct("<I")
 
@@ -371,8 +372,8 @@ class PrefixStore:
                 return None
             keys = keys[1:]
         reader = _Reader(kinds, begins)
-        for payload in self._entries.read(keys):
-            reader.take(payload)
+        for key, payload in zip(keys, self._entries.read(keys), strict=False):  # which ends at one that is damaged
+            reader.take(key, payload)
         if reader.n_coded == 0 or (end is not None and reader.n_taken < len(keys)):
             return None
         n_tail = end[2] if end else 0
@@ -615,13 +616,15 @@ class _Reader:
         self._description = b""
         self._first: dict[str, list[Array]] = {}
         self._whole: dict[str, list[Array]] = {}  # with room for all blocks
+        self._chain = b""
+        self._ids: list[int] = []
 
     @property
     def n_coded(self) -> int:
         return max(0, self.begins[self.n_taken] - self.kinds.first)
 
-    def take(self, payload: memoryview) -> None:
-        """The next part.
+    def take(self, key: bytes, payload: memoryview) -> None:
+        """The next part, and its key.
 
         Raises:
             ValueError: It does not fit those before, or the caches.
@@ -637,6 +640,9 @@ class _Reader:
         if description != self._description:
             raise ValueError("another description than that of the parts before")
         arrays = _Arrays(content)
+        # Caches that are read from the same files may share them. The same tokens can have been computed twice, and differ in
+        # the last bits: the end of a payload, of the last layer, tells.
+        self._chain = hashlib.sha256(self._chain + key + payload[-ID_BYTES:]).digest()
         begin, end = self.begins[self.n_taken], self.begins[self.n_taken + 1]
         if begin < self.kinds.first:
             for layer in self.layers:
@@ -648,6 +654,7 @@ class _Reader:
                 for whole, (shape, dtype) in zip(self._whole[layer.path], self._block_shapes(layer, BLOCK), strict=True):
                     rows = shape[2]
                     whole[:, :, i * rows : (i + 1) * rows] = arrays.take(shape, dtype)
+            self._ids.append(-1 - (int.from_bytes(self._chain[:8], "big") >> 1))  # those made here are above 0
         arrays.finish()
         self.n_taken += 1
 
@@ -689,7 +696,8 @@ class _Reader:
             first = self._exact(self._first[path], names) if self.kinds.first else None
             whole = zip(self._whole[path], self._block_shapes(layer, self.n_coded), strict=True)
             packed = [_to_mlx(x[:, :, : shape[2]], dtype) for x, (shape, dtype) in whole]
-            out.fill(packed, first, self._exact(recent, names))
+            ids = np.array(self._ids[: self.n_coded // BLOCK], np.int64)
+            out.fill(packed, first, self._exact(recent, names), ids)
             return out
 
         caches = replaced(empty, new)
