@@ -22,7 +22,7 @@ struct BalanceStrides {
   int64_t head, last;
 };
 
-// turboquant_attention. "Rows" are the query rows of one KV head, n_rows = n_repeats * n_queries; row r is query
+// turboquant_attention and latent_attention. "Rows" are the query rows of one KV head, n_rows = n_repeats * n_queries; row r is query
 // r % n_queries of query head r / n_queries.
 struct AttentionParams {
   Strides4 q, means, first_keys, first_values, tail_keys, tail_values, mask;
@@ -49,6 +49,8 @@ enum : int {
   kExactRange = 32,    // exact tokens of a threadgroup with no others: four for each of eight simdgroups
   kStagedBlocks = 8,   // matrix and prompt kernels: means that are multiplied with the queries at once
   kPromptDim = 128,    // prompt kernel: above it two simdgroups share eight rows
+  kLatentRows = 16,    // latent kernel: rows of a threadgroup
+  kLatentTile = 16,    // coded tokens of a tile
 };
 
 enum AttentionBuffer : int {

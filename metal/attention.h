@@ -171,6 +171,85 @@ inline Range coded_range(constant AttentionParams& p, Bounds b, int tg) {
   return range;
 }
 
+// Exact tokens of a KV head: first ++ tail, token e.
+inline bool is_stored(constant AttentionParams& p, Bounds b, int e) {
+  const int t = e - p.n_first;
+  return t < 0 ? e >= b.first_begin && e < b.first_end : t >= b.tail_begin && (t < b.tail_end || t >= b.tail_own);
+}
+
+// A tile of codes laid out as those of keys, on its way to threadgroup memory as levels. A thread takes one byte of each word of
+// a unit: four pairs of dimensions.
+template <int BITS, int UNITS, int TOKENS, int THREADS>
+struct LevelTile {
+  static constant constexpr int kParts = 4 * UNITS, kStep = THREADS / kParts;  // threads of a token, tokens at a time
+  static constant constexpr int kEach = (TOKENS + kStep - 1) / kStep, kHeld = kEach * BITS;
+
+  // Codes of tokens [begin, end) of the tile; zeros for others.
+  static inline void load(const device uchar* codes, long token_bytes, int tile, int begin, int end, int tid,
+                          thread uint* held) {
+    const int first = tile + tid / kParts, part = tid % kParts;
+    codes += first * token_bytes + 4 * BITS * (part / 4) + part % 4;
+#pragma clang loop unroll(full)
+    for (int k = 0; k < kEach; k++) {
+      const int t = first + kStep * k;
+      const bool has = tid < kStep * kParts && t < tile + TOKENS && t >= begin && t < end;
+      for (int i = 0; i < BITS; i++) held[k * BITS + i] = has ? uint(codes[kStep * k * token_bytes + 4 * i]) : 0u;
+    }
+  }
+
+  static inline void store(thread const uint* held, threadgroup half* tile, int line, threadgroup const uchar* lookup,
+                           int tid) {
+    const int first = tid / kParts, part = tid % kParts;
+    threadgroup half* to = tile + first * line + 32 * (part / 4) + 2 * (part % 4);
+#pragma clang loop unroll(full)
+    for (int k = 0; k < kEach; k++) {
+      if (tid >= kStep * kParts || first + kStep * k >= TOKENS) continue;
+      for (int i = 0; i < 4; i++) {
+        *reinterpret_cast<threadgroup half2*>(to + kStep * k * line + 8 * i) =
+            *reinterpret_cast<threadgroup const half2*>(lookup + pair_offset<BITS>(held + k * BITS, i));
+      }
+    }
+  }
+};
+
+// --- merging ----------------------------------------------------------------------------------------------------------
+
+// Merges the partial results of one row on one simdgroup and writes it. parts[part][row][V] and states[part][row][2]; the
+// first n_coded parts are in the rotated space. BALANCE: and times the balance of this KV head. out: value_dim numbers.
+template <typename T, int V, bool BALANCE = false, typename P>
+inline void combine_row(constant AttentionParams& p, P parts, P states, int n_parts, int n_coded, int n_rows, int row,
+                        const device float* sinks, int head, device T* out, threadgroup float* scratch, uint lane,
+                        const device float* balance = nullptr) {
+  float row_max = -INFINITY;
+  for (int s = int(lane); s < n_parts; s += 32) row_max = max(row_max, states[2 * (s * n_rows + row)]);
+  row_max = simd_max(row_max);
+  const float sink = has_sinks ? sinks[head] * kLog2e : -INFINITY;
+  row_max = max(row_max, sink);
+  float row_sum = sink == -INFINITY ? 0.0f : rescale(sink, row_max);
+  float coded[V / 32], exact[V / 32];
+  for (int i = 0; i < V / 32; i++) coded[i] = exact[i] = 0.0f;
+  for (int s = 0; s < n_parts; s++) {
+    const float factor = rescale(states[2 * (s * n_rows + row)], row_max);
+    row_sum = fma(factor, states[2 * (s * n_rows + row) + 1], row_sum);
+    for (int i = 0; i < V / 32; i++) {
+      const float part = factor * parts[(s * n_rows + row) * V + 32 * i + int(lane)];
+      if (s < n_coded) {
+        coded[i] += part;
+      } else {
+        exact[i] += part;
+      }
+    }
+  }
+  if (has_hadamard) rotate_row_back<V>(coded, TQ_ROTATION_SEED, p.value_rotation_scale, scratch, lane);
+  const float inverse = row_sum == 0.0f ? 0.0f : 1.0f / row_sum;
+  for (int i = 0; i < V / 32; i++) {
+    const int d = 32 * i + int(lane);
+    if (d >= p.value_dim) continue;
+    if (BALANCE && has_balance) coded[i] /= balance[d * p.balance.last];
+    out[d] = T((coded[i] + exact[i]) * inverse);
+  }
+}
+
 // --- 8x8 matrices -----------------------------------------------------------------------------------------------------
 
 // A lane holds elements (row, column) and (row, column + 1).

@@ -352,41 +352,6 @@ inline void attend_exact(constant AttentionParams& p, Bounds b, const device T* 
   }
 }
 
-// --- merging ----------------------------------------------------------------------------------------------------------
-
-// Merges the partial results of one row on one simdgroup and writes it. parts[part][row][V] and states[part][row][2]; the
-// first n_coded parts are in the rotated space. out: value_dim numbers.
-template <typename T, int V, typename P>
-inline void combine_row(constant AttentionParams& p, P parts, P states, int n_parts, int n_coded, int n_rows, int row,
-                        const device float* sinks, int head, device T* out, threadgroup float* scratch, uint lane) {
-  float row_max = -INFINITY;
-  for (int s = int(lane); s < n_parts; s += 32) row_max = max(row_max, states[2 * (s * n_rows + row)]);
-  row_max = simd_max(row_max);
-  const float sink = has_sinks ? sinks[head] * kLog2e : -INFINITY;
-  row_max = max(row_max, sink);
-  float row_sum = sink == -INFINITY ? 0.0f : rescale(sink, row_max);
-  float coded[V / 32], exact[V / 32];
-  for (int i = 0; i < V / 32; i++) coded[i] = exact[i] = 0.0f;
-  for (int s = 0; s < n_parts; s++) {
-    const float factor = rescale(states[2 * (s * n_rows + row)], row_max);
-    row_sum = fma(factor, states[2 * (s * n_rows + row) + 1], row_sum);
-    for (int i = 0; i < V / 32; i++) {
-      const float part = factor * parts[(s * n_rows + row) * V + 32 * i + int(lane)];
-      if (s < n_coded) {
-        coded[i] += part;
-      } else {
-        exact[i] += part;
-      }
-    }
-  }
-  if (has_hadamard) rotate_row_back<V>(coded, TQ_ROTATION_SEED, p.value_rotation_scale, scratch, lane);
-  const float inverse = row_sum == 0.0f ? 0.0f : 1.0f / row_sum;
-  for (int i = 0; i < V / 32; i++) {
-    const int d = 32 * i + int(lane);
-    if (d < p.value_dim) out[d] = T((coded[i] + exact[i]) * inverse);
-  }
-}
-
 // --- split: up to 4 rows ----------------------------------------------------------------------------------------------
 
 // Eight simdgroups, each with a share of neighbouring tiles of 32 tokens, so that the mean of a block is read once by all that
