@@ -125,6 +125,7 @@ inline void add_latents(threadgroup const E* tile, threadgroup const float* weig
     threadgroup const E* from = tile + (8 * f + row) * LINE + 8 * M * sg + column;
 #pragma clang loop unroll(full)
     for (int i = 0; i < M; i++) {
+      simdgroup_barrier(mem_flags::mem_none);
       put(b, float2(float(from[8 * i]), float(from[8 * i + 1])));
       for (int k = 0; k < kLatentBlocks; k++) simdgroup_multiply_accumulate(acc[k * M + i], a[k], b, acc[k * M + i]);
     }
@@ -132,16 +133,16 @@ inline void add_latents(threadgroup const E* tile, threadgroup const float* weig
 }
 
 // The mean of a block for coded latents: times the balance, rotated. Element 32 (M sg + i) + lane is x[i], of M = D / 256. The
-// butterflies within a simdgroup come first; those between simdgroups are finish_mean().
+// butterflies within a simdgroup come first; those between simdgroups follow. signs: of the rotation, times its scale.
 template <int D>
 inline void start_mean(constant AttentionParams& p, const device uchar* means, const device float* balance, int kv_head,
-                       int block, thread float* x, uint sg, uint lane) {
+                       int block, thread const float* signs, thread float* x, uint sg, uint lane) {
   constexpr int M = D / 32 / kLatentSimdgroups;
   for (int i = 0; i < M; i++) {
-    const int unit = M * int(sg) + i, d = 32 * unit + int(lane);
+    const int d = 32 * (M * int(sg) + i) + int(lane);
     x[i] = d < p.head_dim ? mean_at(means, block * p.means.token + d * p.means.last) : 0.0f;
     if (has_balance && d < p.head_dim) x[i] *= balance[kv_head * p.balance.head + d * p.balance.last];
-    if (has_hadamard && (sign_word(TQ_ROTATION_SEED, unit) >> lane & 1u)) x[i] = -x[i];
+    if (has_hadamard) x[i] *= signs[i];
   }
   if (!has_hadamard) return;
 #pragma clang loop unroll(full)
@@ -159,20 +160,19 @@ inline void start_mean(constant AttentionParams& p, const device uchar* means, c
 }
 // all: what every simdgroup has made. mean: this simdgroup's dimensions of the result.
 template <int D>
-inline void finish_mean(constant AttentionParams& p, threadgroup const float* all, threadgroup float* mean, uint sg, uint lane) {
-  constexpr int M = D / 32 / kLatentSimdgroups;
+inline void finish_mean(threadgroup const float* all, threadgroup float* mean, uint sg, uint lane) {
+  constexpr int M = D / 32 / kLatentSimdgroups, STEP = 32 * M;
+  const float s1 = (sg & 1u) ? -1.0f : 1.0f, s2 = (sg & 2u) ? -1.0f : 1.0f, s4 = (sg & 4u) ? -1.0f : 1.0f;
   for (int i = 0; i < M; i++) {
-    const int own = 32 * (M * int(sg) + i) + int(lane);
+    const int own = STEP * int(sg) + 32 * i + int(lane);
     if (!has_hadamard) {
       mean[own] = all[own];
       continue;
     }
-    float sum = 0.0f;
-    for (int j = 0; j < kLatentSimdgroups; j++) {
-      const float y = all[32 * (M * j + i) + int(lane)];
-      sum += (popcount(uint(j) & sg) & 1u) ? -y : y;
-    }
-    mean[own] = sum * p.key_rotation_scale;
+    threadgroup const float* x = all + 32 * i + int(lane);
+    const float low = fma(s2, fma(s1, x[3 * STEP], x[2 * STEP]), fma(s1, x[STEP], x[0]));
+    const float high = fma(s2, fma(s1, x[7 * STEP], x[6 * STEP]), fma(s1, x[5 * STEP], x[4 * STEP]));
+    mean[own] = fma(s4, high, low);
   }
 }
 
@@ -250,9 +250,13 @@ template <typename T, int D, int BITS>
     threadgroup const uchar* lookup = reinterpret_cast<threadgroup const uchar*>(table) + 4 * (lane & 1u);
     const int start = range.begin / TT * TT;
     uint held[Tile::kHeld];
-    float held_norm = 0.0f, held_mean[NU / NSG], offset = 0.0f;
+    float held_norm = 0.0f, held_mean[NU / NSG], mean_signs[NU / NSG], offset = 0.0f;
     int held_block = -1, block = -1;  // whose mean is held; whose mean is in threadgroup memory
-    for (int i = 0; i < NU / NSG; i++) held_mean[i] = 0.0f;
+    for (int i = 0; i < NU / NSG; i++) {
+      const bool negative = sign_word(TQ_ROTATION_SEED, NU / NSG * int(sg) + i) >> lane & 1u;
+      mean_signs[i] = negative ? -p.key_rotation_scale : p.key_rotation_scale;
+      held_mean[i] = 0.0f;
+    }
 #pragma clang loop unroll(disable)
     for (int tile_begin = start - TT; tile_begin < range.end; tile_begin += TT) {
       const int next = tile_begin + TT;
@@ -268,7 +272,7 @@ template <typename T, int D, int BITS>
         threadgroup_barrier(mem_flags::mem_threadgroup);
         if (new_block) {
           block = held_block;
-          finish_mean<D>(p, all_means, mean, sg, lane);
+          finish_mean<D>(all_means, mean, sg, lane);
           simdgroup_barrier(mem_flags::mem_threadgroup);
           // The simdgroup's share of what the mean adds to the scores.
           for (int k = 0; k < kLatentBlocks; k++) {
@@ -293,6 +297,7 @@ template <typename T, int D, int BITS>
         const int t = tile_begin + token;
         const float norm = norms[token];
         float score = fma(join_shares<TT>(row_shares, token), norm, offset);
+        score = fma(score, 0.0f, score);  // NaN of an infinite one: minus infinity would be a token that is not attended
         bool live = has_row && t >= range.begin && t < limit;
         if (mask_kind != kMaskNone && live) {
           const float bias = mask_bias(mask, my_mask + (p.n_first + t) * p.mask.last);
@@ -301,7 +306,7 @@ template <typename T, int D, int BITS>
         }
         float factor;
         const float weight = weigh<TT>(state, live ? score : -INFINITY, factor);
-        simdgroup_barrier(mem_flags::mem_threadgroup);
+        // In the place of a share that no other lane reads.
         row_shares[token] = skips && weight == 0.0f ? 0.0f : weight * norm;
         const bool ends_block = next % kBlockTokens == 0 || next >= range.end;
         if (means_kind != kMeansNone && ends_block) {
@@ -318,7 +323,7 @@ template <typename T, int D, int BITS>
         held_norm = int(tid) < TT && t >= range.begin && t < range.end ? float(key_norms[t * p.key_norms.token]) : 0.0f;
         if (means_kind != kMeansNone && next / kBlockTokens != held_block) {
           held_block = next / kBlockTokens;
-          start_mean<D>(p, means, balance, kv_head, held_block, held_mean, sg, lane);
+          start_mean<D>(p, means, balance, kv_head, held_block, mean_signs, held_mean, sg, lane);
         }
       }
       if (!has_tile) continue;
@@ -376,7 +381,7 @@ template <typename T, int D, int BITS>
       leave_shares<T, D, EXACT_LINE, TE>(exact_tile, queries, shares, int(sg), row, column);
       threadgroup_barrier(mem_flags::mem_threadgroup);
       const int e = tile_begin + token, at = e < p.n_first ? e : p.n_coded + e;
-      float score = join_shares<TE>(row_shares, token);
+      float score = has_weight ? join_shares<TE>(row_shares, token) : 0.0f;
       if (spoilt[token] != 0u) score = NAN;
       bool live = has_row && e < end && at <= seen && is_stored(p, bounds, e);
       if (mask_kind != kMaskNone && live) {
@@ -386,7 +391,6 @@ template <typename T, int D, int BITS>
       }
       float factor;
       const float weight = weigh<TE>(state, live ? score : -INFINITY, factor);
-      simdgroup_barrier(mem_flags::mem_threadgroup);
       if (has_weight) row_shares[token] = weight;
       if (has_weight && token == 0) factors[weight_row] = factor;
       threadgroup_barrier(mem_flags::mem_threadgroup);
