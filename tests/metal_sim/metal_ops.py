@@ -381,10 +381,9 @@ def latent_attention(device, q, packed, *, scale, mask=None, q_rope=None, k_rope
         if isinstance(mask, str):
             n_queries, n_keys = scores.shape[2:]
             mask = mx.arange(n_keys) <= mx.arange(n_keys - n_queries, n_keys)[:, None]
-        if mask is None:
-            mask = scores
-        else:
-            mask = mx.where(mask, scores, -mx.inf) if mask.dtype == mx.bool_ else mask + scores
+        if mask is not None:
+            scores = mx.where(mask, scores, -mx.inf) if mask.dtype == mx.bool_ else mask + scores
+        mask = scores
     values = PackedValues(packed.codes, packed.norms, packed.bits, packed.head_dim, "lloyd", packed.rotation)
     tokens = {name: (x, x) for name, x in (("first", first), ("tail", tail)) if x is not None}
     return turboquant_attention(device, q, packed, values, scale=scale, mask=mask, latent=True, **tokens)

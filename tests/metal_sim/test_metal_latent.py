@@ -1,5 +1,4 @@
-# ruff: noqa: E501 - a table of source snippets
-"""The Metal kernel of attention over latents: the operator's tests on it, what must hold beyond its results, seeded bugs."""
+"""The Metal kernel of attention over latents: the operator's tests on it, and what must hold beyond its results."""
 
 import metal_ops
 import metal_simulator as sim
@@ -12,7 +11,8 @@ import test_latent_attention as shared
 import tqext
 from support import KERNEL_TOLERANCE, assert_close, decoded_keys, poisoned, poisoned_tokens, to_numpy
 from test_latent_attention import SCALE, Problem, way  # noqa: F401 - a fixture
-from test_metal_mutations import BARRIER, SIMD_BARRIER, caught, mutant, replace, source  # noqa: F401 - a fixture
+
+pytestmark = pytest.mark.usefixtures("device")
 
 # Of the operator's tests those whose shapes the kernel takes.
 for name in ("", "_types", "_of_half_precision", "_of_half_precision_in_a_long_context"):
@@ -21,22 +21,13 @@ for name in ("", "_types", "_of_half_precision", "_of_half_precision_in_a_long_c
 # Parameter sets that run by default.
 DEFAULT = {
     "test_latent_attention": lambda p: (p["dim"], p["bits"]) in ((512, 3), (256, 2)),
-    "test_latent_attention_types": lambda p: p["dtype"] == mx.bfloat16,
-    "test_latent_attention_of_half_precision": lambda p: (p["dtype"], p["dim"], p["n_repeats"]) == (mx.float16, 512, 16),
+    "test_latent_attention_types": lambda p: p["dtype"] == mx.float16,
+    "test_latent_attention_of_half_precision": lambda _: False,
     "test_latent_attention_of_half_precision_in_a_long_context": lambda _: False,
     "test_options_of_batches": lambda p: p["causal"] == (p["case"] % 2 == 0),
     "test_threadgroup_memory_and_operations_per_tile": lambda p: p["dtype"] == mx.float32,
     "test_any_schedule_gives_the_same_answer": lambda p: p["schedule"] != sim.RANDOM,
     "test_every_byte_is_read_once_per_row_block": lambda p: (p["n_cores"] == 1) == (p["blocks"] == 2),
-    "test_mutation_of_latents_is_caught": lambda p: (
-        p["name"]
-        in (
-            "tile read before it is there",
-            "norm left out of the weight",
-            "weights of a block not rescaled",
-            "weight 0 times a NaN mean",
-        )
-    ),
 }
 
 
@@ -65,9 +56,7 @@ def run(device, problem, mask=None, **options):
     """With more options than `tqext.latent_attention` has: those of the caches' batches."""
     packed = problem.packed
     values = tqext.PackedValues(packed.codes, packed.norms, packed.bits, packed.head_dim, "lloyd", packed.rotation)
-    tokens = {
-        name: None if getattr(problem, name) is None else (getattr(problem, name),) * 2 for name in ("first", "tail")
-    }
+    tokens = {name: None if getattr(problem, name) is None else (getattr(problem, name),) * 2 for name in ("first", "tail")}
     return metal_ops.turboquant_attention(
         device, problem.q, packed, values, scale=SCALE, mask=mask, latent=True, **tokens, **options
     )
@@ -79,9 +68,9 @@ def test_options_of_batches(device, case, causal):
     """Padding, lengths, sinks, means in the rotated space; every part may be empty."""
     rng = np.random.default_rng(case)
     problem = Problem(
-        dim=(256, 248, 512, 256)[case], rope_dim=None, batch=3, n_kv_heads=2, n_repeats=3, n_rows=3, bits=(2, 3, 3, 2)[case],
+        dim=(256, 248, 512, 256)[case], rope_dim=None, batch=3, n_kv_heads=2, n_repeats=3, n_rows=3, bits=(2, 3, 3, 4)[case],
         n_first=(4, 0, 2, 0)[case], n_coded=(150, 70, 0, 129)[case], n_tail=(9, 5, 12, 3)[case], balance=case != 3,
-        rotation="none" if case == 3 else "hadamard", dtype=(mx.float32, mx.float16)[case % 2], seed=case,
+        rotation="none" if case == 3 else "hadamard", dtype=(mx.float32, mx.float16, mx.float32, mx.bfloat16)[case], seed=case,
     )  # fmt: skip
     n_first, n_coded, n_tail = (0 if x is None else x.shape[2] for x in (problem.first, problem.packed.codes, problem.tail))
     options = {"sinks": mx.array(rng.normal(size=6).astype(np.float32))}
@@ -114,9 +103,7 @@ READ = {
 def test_every_byte_is_read_once_per_row_block(device, n_repeats, blocks, n_cores):
     """16 rows; codes for scores and values together; each number of the mask once."""
     device.n_cores = n_cores
-    problem = Problem(
-        dim=256, rope_dim=None, n_repeats=n_repeats, n_coded=64 * 19 + 5, n_first=4, n_tail=21, dtype=mx.float16
-    )
+    problem = Problem(dim=256, rope_dim=None, n_repeats=n_repeats, n_coded=64 * 19 + 5, n_first=4, n_tail=21, dtype=mx.float16)
     mask = problem.rng.normal(size=problem.full).astype(np.float32)
     assert_close(run(device, problem, mx.array(mask)), problem.answer(mask), KERNEL_TOLERANCE[mx.float16])
     (attend, stats), (combine, _) = device.log
@@ -171,9 +158,7 @@ def test_a_number_that_is_not_finite_is_seen_by_who_attends_to_it(device, bad):
     problem = Problem(dim=256, bits=2, n_coded=192, n_first=2, n_tail=9, n_rows=2, rope_dim=None)
     mask = np.ones(problem.full, bool)
     mask[:, :, 0, 66:130] = mask[:, :, 0, 1] = mask[:, :, 0, -1] = False  # the second block, a first token, the last one
-    means, norms, first, tail = (
-        np.array(x) for x in (problem.packed.means, problem.packed.norms, problem.first, problem.tail)
-    )
+    means, norms, first, tail = (np.array(x) for x in (problem.packed.means, problem.packed.norms, problem.first, problem.tail))
     means[:, :, 1], norms[:, :, 70], first[:, :, 1, 7], tail[:, :, -1, 200] = bad, bad, bad, bad
     packed = problem.packed
     for changes in (
@@ -184,111 +169,3 @@ def test_a_number_that_is_not_finite_is_seen_by_who_attends_to_it(device, bad):
     ):
         got = to_numpy(problem.run(mask=mx.array(mask), **changes))
         assert np.isfinite(got[:, :, 0]).all() and np.isnan(got[:, :, 1]).all(), changes.keys()
-
-
-def test_plan_of_a_step():
-    """Two launches; a row block and a range for each threadgroup; ranges of whole blocks, of at least 512 tokens."""
-    for n_cores, n_heads, n_queries, n_coded, n_exact in (
-        (10, 128, 1, 131072, 192), (80, 16, 1, 131072, 192), (40, 20, 8, 5000, 0), (10, 128, 8, 0, 7), (1, 1, 1, 0, 0),
-    ):  # fmt: skip
-        shape = metal_ops.AttentionShape(
-            type=1, batch=1, n_q_heads=n_heads, n_kv_heads=1, n_queries=n_queries, head_dim=512, value_dim=512,
-            n_coded=n_coded, n_tail=n_exact, key_bits=3, value_bits=3, value_coding=1, hadamard=1, latent=1, n_cores=n_cores,
-            scale=1.0,
-        )  # fmt: skip
-        plan, _ = metal_ops.plan_attention(metal_ops.plans(), shape)
-        *attend, combine = plan["dispatches"]
-        assert len(attend) == (n_coded + n_exact > 0) and combine["grid"] == [n_heads * n_queries, 1, 1]
-        for dispatch in attend:
-            blocks = -(-n_heads * n_queries // 16)
-            assert dispatch["grid"] == [plan["n_parts"], 1, blocks] and dispatch["threads"] == 256
-            assert blocks * plan["n_ranges"] <= max(2 * n_cores, blocks) and plan["n_ranges"] <= -(-n_coded // 512)
-            assert plan["part_numbers"] == plan["n_parts"] * n_heads * n_queries * 512
-    assert not metal_ops.has_latent_kernel(mx.zeros((1, 1, 9, 512)))
-    assert not metal_ops.has_latent_kernel(mx.zeros((1, 1, 1, 384)))
-
-
-# --- seeded bugs ------------------------------------------------------------------------------------------------------
-
-LATENT = source("latent_attention")
-KERNEL = "latent_attention"
-SMALL = dict(n_repeats=5, n_coded=150)
-BLOCKS = dict(n_repeats=5, n_coded=1300, balance=True)
-EXACT = dict(n_repeats=5, n_coded=40, n_first=4, n_tail=37)
-CAUSAL = dict(n_repeats=9, n_rows=2, n_coded=40, n_tail=5, mask="causal")
-SPOILT = dict(n_repeats=5, n_coded=200, n_first=3, n_tail=9, mask="spoilt")
-PADDED = dict(n_repeats=5, n_coded=150, padding=45)
-# name -> (function, text, replacement, occurrence, shape of the problem)
-MUTATIONS = {
-    "queries over those in use": (KERNEL, BARRIER, "", 1, SMALL),
-    "queries read before they are there": (KERNEL, BARRIER, "", 2, SMALL),
-    "codes stored over a tile in use": (KERNEL, BARRIER, "", 3, SMALL),
-    "tile read before it is there": (KERNEL, BARRIER, "", 4, SMALL),
-    "shares read before they are there": (KERNEL, BARRIER, SIMD_BARRIER, 5, SMALL),
-    "weights read before they are there": (KERNEL, BARRIER, "", 6, SMALL),
-    "exact latents stored over those in use": (KERNEL, BARRIER, "", 7, EXACT),
-    "exact latents read before they are there": (KERNEL, BARRIER, "", 8, EXACT),
-    "exact shares read before they are there": (KERNEL, BARRIER, "", 9, EXACT),
-    "exact weights read before they are there": (KERNEL, BARRIER, "", 10, EXACT),
-    "mean read before it is there": (KERNEL, SIMD_BARRIER, "", 1, SMALL),
-    "key of the neighbour": ("leave_shares", "float(from[LINE])", "float(from[0])", 1, SMALL),
-    "latent of another token": ("add_latents", "(8 * f + row) * LINE", "(8 * f + column) * LINE", 1, SMALL),
-    "share of a simdgroup left out": ("join_shares", "int i = 0;", "int i = 1;", 1, SMALL),
-    "maximum of half the tokens": ("weigh", "ushort h = 1; h < N", "ushort h = 2; h < N", 1, SMALL),
-    "sum not rescaled": ("weigh", "fma(state.sum, factor, weight)", "state.sum + weight", 1, BLOCKS),
-    "weights of a block not rescaled": ("weigh", "fma(state.block_sum, factor, weight)", "state.block_sum + weight", 1, BLOCKS),
-    "weights of the blocks before kept": (KERNEL, "state.block_sum = 0.0f;", "", 1, BLOCKS),
-    "sums not rescaled": ("add_latents", "get(acc[i]) * factor[i / M]", "get(acc[i])", 1, BLOCKS),
-    "sums of other rows rescaled": ("add_latents", "factor[i / M]", "factor[0]", 1, dict(SMALL, n_repeats=16)),
-    "norm left out of the weight": (KERNEL, "weight * norm", "weight", 1, SMALL),
-    "norms past the last token": (KERNEL, "t >= range.begin && t < range.end ? float(key_norms", "t >= range.begin ? float(key_norms", 1, SMALL),
-    "mean left out of the sums": (KERNEL, "+ weight * x", "+ 0.0f * x", 1, SMALL),
-    "mean of the next block": (KERNEL, "held_block = next / kBlockTokens", "held_block = next / kBlockTokens + 1", 1, BLOCKS),
-    "scores of the first block's mean kept": (KERNEL, "if (new_block) {\n          offset = 0.0f;", "if (new_block && block == 0) {\n          offset = 0.0f;", 1, BLOCKS),
-    "butterfly between the wrong simdgroups": ("finish_mean", "(sg & 2u)", "(sg & 1u)", 1, SMALL),
-    "mean not balanced": ("start_mean", "x[i] *= balance", "x[i] += 0.0f * balance", 1, BLOCKS),
-    "query not balanced": (KERNEL, "x[i] /= balance", "x[i] += 0.0f * balance", 1, BLOCKS),
-    "sums not balanced": ("combine_row", "coded[i] /= balance", "coded[i] += 0.0f * balance", 1, BLOCKS),
-    "padding attended to": (KERNEL, "has_row && t >= range.begin && t < limit", "has_row && t < limit", 1, PADDED),
-    "exact tokens of another threadgroup": (KERNEL, "(int(tg.x) - p.n_ranges) * each", "0", 1, EXACT),
-    "first tokens from the tail": (KERNEL, "is_first = mine < p.n_first", "is_first = mine < 0", 1, EXACT),
-    "exact tokens after the query": (KERNEL, "- p.n_queries + my_row % p.n_queries", "- 1", 1, CAUSAL),
-    "rows beyond the last one written": (KERNEL, "if (r < n_rows) {\n        *rein", "if (true) {\n        *rein", 1, SMALL),
-    "part of another range": (KERNEL, "p.n_parts + int(tg.x)", "p.n_parts", 1, EXACT),
-    "weight 0 times a NaN norm": (KERNEL, "skips && weight == 0.0f", "false", 1, SPOILT),
-    "weight 0 times a NaN mean": (KERNEL, "if (weight != 0.0f) put", "put", 1, SPOILT),
-    "weight 0 times a NaN latent": (KERNEL, "finite ? x : T(0.0f)", "x", 1, SPOILT),
-}  # fmt: skip
-
-
-def mutation_case(mask=None, padding=None, **shape):
-    """A call with a device for its argument, and its answer."""
-    problem = Problem(dim=256, bits=2, rope_dim=None, **shape)
-    if padding:
-        allowed = np.arange(problem.n_keys) >= padding
-        return lambda d: run(d, problem, left_padding=mx.array([padding])), problem.answer(np.broadcast_to(allowed, problem.full))
-    if mask != "spoilt":
-        return lambda d: run(d, problem, mask), problem.answer(mask)
-    allowed = np.broadcast_to(np.arange(problem.n_keys) % 7 != 2, problem.full).copy()
-    allowed[..., 67:131] = False  # a block
-    want, coded = problem.answer(allowed), ~allowed[0, 0, 0, 3:203]
-    norms, means, tail = (np.array(x) for x in (problem.packed.norms, problem.packed.means, problem.tail))
-    norms[:, :, coded], means[:, :, 1], tail[:, :, ~allowed[0, 0, 0, 203:]] = np.nan, np.nan, np.nan
-    problem.packed = problem.packed._replace(norms=mx.array(norms), means=mx.array(means))
-    problem.tail = mx.array(tail)
-    return lambda d: run(d, problem, mx.array(allowed)), want
-
-
-@pytest.mark.parametrize("name", MUTATIONS)
-def test_mutation_of_latents_is_caught(name, mutant):  # noqa: F811 - a fixture
-    function, old, new, nth, shape = MUTATIONS[name]
-    call, want = mutation_case(**shape)
-    mutant.sources = {KERNEL: replace(LATENT, function, old, new, nth)}
-    assert caught(mutant, call, lambda out: assert_close(out, want, KERNEL_TOLERANCE[mx.float32]))
-
-
-def test_unmutated_kernel_passes_the_same_checks(mutant):  # noqa: F811 - a fixture
-    mutant.sources = {KERNEL: LATENT}
-    for shape in (SMALL, BLOCKS, EXACT, CAUSAL, SPOILT, PADDED, dict(SMALL, n_repeats=16)):
-        call, want = mutation_case(**shape)
-        assert not caught(mutant, call, lambda out, want=want: assert_close(out, want, KERNEL_TOLERANCE[mx.float32])), shape
