@@ -21,6 +21,7 @@ constant bool has_sinks [[function_constant(kConstSinks)]];
 constant bool has_left_padding [[function_constant(kConstLeftPadding)]];
 constant bool has_lengths [[function_constant(kConstLengths)]];
 constant bool is_causal [[function_constant(kConstCausal)]];
+constant bool has_indices [[function_constant(kConstIndices)]];
 constant bool is_direct [[function_constant(kConstDirect)]];
 
 constexpr int power_of_two(int n) {
@@ -135,7 +136,8 @@ inline uint pair_offset(thread const uint* c, int run) {
       const device T *tail_keys [[buffer(kAttentionTailKeys)]], const device T *tail_values [[buffer(kAttentionTailValues)]], \
       const device uchar *mask [[buffer(kAttentionMask)]], const device float *sinks [[buffer(kAttentionSinks)]],             \
       const device int *left_padding [[buffer(kAttentionLeftPadding)]],                                                       \
-      const device int *lengths [[buffer(kAttentionLengths)]], device T *out [[buffer(kAttentionOut)]],                       \
+      const device int *lengths [[buffer(kAttentionLengths)]],                                                                \
+      const device int *indices [[buffer(kAttentionIndices)]], device T *out [[buffer(kAttentionOut)]],                       \
       device float *parts [[buffer(kAttentionParts)]], device float *states [[buffer(kAttentionStates)]],                     \
       constant AttentionParams &p [[buffer(kAttentionParams)]], uint3 tg [[threadgroup_position_in_grid]],                    \
       uint tid [[thread_index_in_threadgroup]], uint sg [[simdgroup_index_in_threadgroup]],                                   \

@@ -148,10 +148,11 @@ struct AttentionShape {
   int32_t batch, n_q_heads, n_kv_heads, n_queries, head_dim, value_dim, n_first, n_coded, n_tail;
   int32_t key_bits, value_bits, value_coding, hadamard, causal;
   int32_t means_kind, has_balance, has_residual, mask_kind, has_sinks, has_left_padding, has_lengths;
-  int32_t latent;   // values are the keys
+  int32_t latent;    // values are the keys
+  int32_t has_indices, n_listed;
   int32_t n_cores;  // of the GPU
   float scale;
-  Strides4 q, means, first_keys, first_values, tail_keys, tail_values, mask;
+  Strides4 q, means, first_keys, first_values, tail_keys, tail_values, mask, indices;
   Strides3 key_codes, key_norms, key_signs, residual_norms, value_codes, value_params;
   BalanceStrides balance;
 };
@@ -181,6 +182,9 @@ inline bool has_attention_kernel(int head_dim, int value_dim, bool hadamard) {
   const int k = padded_dim(head_dim), v = padded_dim(value_dim);
   return k <= kMaxMetalDim && v <= kMaxMetalDim && (!hadamard || (hadamard_factor(k) && hadamard_factor(v)));
 }
+
+// Whether one of them reads lists of tokens: for a single query.
+inline bool has_listed_kernel(int n_queries) { return n_queries == 1; }
 
 // The same for latents, which are keys and values.
 inline bool has_latent_kernel(int head_dim, int n_queries) {
@@ -338,7 +342,7 @@ inline MatrixShape matrix_shape(const AttentionShape& s, int k, int v, int n_row
   const int tile_words = 32 * (code_words(k, s.key_bits) + code_words(v, s.value_bits) + (lloyd ? 1 : v / kGroup) + 1 +
                                (s.has_residual ? 1 + sign_words(k) : 0));
   const int mean_words = s.means_kind == kMeansNone ? 0 : kStagedBlocks * k / (s.means_kind == kMeansHalf ? 2 : 1);
-  m.group_words = std::max(tile_words, mean_words);
+  m.group_words = std::max(tile_words, mean_words) + (s.has_indices ? 32 : 0);
   m.query_bytes = 8 * m.row_blocks * row_bytes;
   // The tables and some room for the compiler.
   const int tile_room = kThreadgroupMemory - m.query_bytes - 256 * 8 * (own_table ? 2 : 1) - 512;
@@ -376,7 +380,8 @@ inline AttentionChoice choose_attention(const AttentionShape& s) {
   const int n_rows = s.n_q_heads / s.n_kv_heads * s.n_queries, n_exact = s.n_first + s.n_tail;
   AttentionChoice c{};
   const int wanted = std::max(1, divide_up(kThreadgroupsPerCore * s.n_cores, heads));
-  const int tiles = divide_up(s.n_coded, kSplitTokens), tiles_per_range = std::max(1, divide_up(tiles, wanted));
+  const int n_coded = s.has_indices ? s.n_listed : s.n_coded;
+  const int tiles = divide_up(n_coded, kSplitTokens), tiles_per_range = std::max(1, divide_up(tiles, wanted));
   c.split_ranges = {tiles_per_range * kSplitTokens, divide_up(tiles, tiles_per_range), false};
   c.split_ranges.direct = c.split_ranges.n <= 1 && n_exact <= kExactTokens;
   for (int wide : {0, 1}) {
@@ -388,6 +393,10 @@ inline AttentionChoice choose_attention(const AttentionShape& s) {
     c.prompt_ranges[wide] = {tokens, divide_up(s.n_coded, tokens), s.n_coded + n_exact <= tokens};
   }
   c.matrix = matrix_shape(s, k, v, n_rows);
+  if (s.has_indices) {  // the one kernel that copies bytes of tokens before it decodes them
+    c.kernel = AttentionKernel::kMatrix;
+    return c;
+  }
 
   const AttentionCost cost{heads,
                            s.n_cores,
@@ -433,6 +442,8 @@ inline AttentionParams attention_params(const AttentionShape& s) {
   p.tail_keys = s.tail_keys;
   p.tail_values = s.tail_values;
   p.mask = s.mask;
+  p.indices = s.indices;
+  p.n_listed = s.n_listed;
   p.key_codes = s.key_codes;
   p.key_norms = s.key_norms;
   p.key_signs = s.key_signs;
@@ -467,6 +478,7 @@ inline Few<Constant, kNumFunctionConstants> attention_constants(const AttentionS
           {kConstLeftPadding, false, s.has_left_padding},
           {kConstLengths, false, s.has_lengths},
           {kConstCausal, false, s.causal},
+          {kConstIndices, false, s.has_indices},
           {kConstDirect, false, direct}};
 }
 

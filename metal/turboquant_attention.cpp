@@ -11,7 +11,7 @@ namespace tqext {
 
 bool gpu_has_kernel(const TurboQuantAttention::State& state, const mx::array& q) {
   const bool listed = state.present >> kIndices & 1;
-  if (listed || state.lse) return false;
+  if (state.lse || (listed && (state.latent || !metal::has_listed_kernel(q.shape(2))))) return false;
   if (state.latent) return metal::has_latent_kernel(state.head_dim, q.shape(2));
   return metal::has_attention_kernel(state.head_dim, state.value_dim, state.hadamard);
 }
@@ -109,6 +109,12 @@ void TurboQuantAttention::eval_gpu(const std::vector<mx::array>& inputs, mx::arr
   std::optional<mx::array> sinks, left_padding, lengths;
   shape.has_sinks = bind_vector(in.sinks, kAttentionSinks, sinks);
   shape.has_left_padding = bind_vector(in.left_padding, kAttentionLeftPadding, left_padding);
+  if (in.indices) {
+    shape.has_indices = 1;
+    shape.n_listed = in.indices->shape(3);
+    shape.indices = metal::broadcast_strides(*in.indices);
+    bind(kAttentionIndices, *in.indices);
+  }
   shape.has_lengths = bind_vector(in.lengths, kAttentionLengths, lengths);
 
   const metal::AttentionPlan plan = metal::plan_attention(shape);

@@ -74,11 +74,16 @@ class AttentionShape(ctypes.Structure):
                 "has_left_padding",
                 "has_lengths",
                 "latent",
+                "has_indices",
+                "n_listed",
                 "n_cores",
             ]
         ]
         + [("scale", ctypes.c_float)]
-        + [(name, STRIDES4) for name in ["q", "means", "first_keys", "first_values", "tail_keys", "tail_values", "mask"]]
+        + [
+            (name, STRIDES4)
+            for name in ["q", "means", "first_keys", "first_values", "tail_keys", "tail_values", "mask", "indices"]
+        ]
         + [
             (name, STRIDES3)
             for name in ["key_codes", "key_norms", "key_signs", "residual_norms", "value_codes", "value_params"]
@@ -273,6 +278,7 @@ def turboquant_attention(
     first=None,
     left_padding=None,
     lengths=None,
+    indices=None,
     latent=False,
 ):
     """`tqext.turboquant_attention` for valid arguments and rotations "hadamard" and "none".
@@ -350,6 +356,11 @@ def turboquant_attention(
     ):
         if array is not None:
             bind(f"kAttention{name}", as_numpy(array.astype(kind) if isinstance(array, mx.array) else array))
+    if indices is not None:
+        array = as_numpy(indices)
+        bind("kAttentionIndices", array)
+        steps = [0 if n == 1 else step // 4 for n, step in zip(array.shape, array.strides, strict=True)]
+        shape.has_indices, shape.n_listed, shape.indices = 1, array.shape[3], STRIDES4(*steps)
     shape.has_sinks, shape.has_left_padding, shape.has_lengths = (
         sinks is not None,
         left_padding is not None,

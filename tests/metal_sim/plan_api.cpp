@@ -56,6 +56,7 @@ int tq_has_attention_kernel(int head_dim, int value_dim, int hadamard) {
   return has_attention_kernel(head_dim, value_dim, hadamard);
 }
 
+int tq_has_listed_kernel(int n_queries) { return has_listed_kernel(n_queries); }
 int tq_has_latent_kernel(int head_dim, int n_queries) { return has_latent_kernel(head_dim, n_queries); }
 
 // Core cycles of the kernels, in the order of AttentionKernel; infinite for those that do not take the shape.

@@ -17,15 +17,15 @@ LIMIT = 128
 CONSTANTS = {
     "turboquant_attention": dict(
         has_hadamard=1, means_kind=metal_ops.ENUM["kMeansHalf"], has_balance=1, has_residual=0, mask_kind=0, has_sinks=0,
-        has_left_padding=0, has_lengths=0, is_causal=0, is_direct=0,
+        has_left_padding=0, has_lengths=0, is_causal=0, has_indices=0, is_direct=0,
     ),
     "turboquant_prompt": dict(
         has_hadamard=1, means_kind=metal_ops.ENUM["kMeansHalf"], has_balance=1, has_residual=0, mask_kind=0, has_sinks=0,
-        has_left_padding=0, has_lengths=0, is_causal=1, is_direct=1,
+        has_left_padding=0, has_lengths=0, is_causal=1, has_indices=0, is_direct=1,
     ),
     "latent_attention": dict(
-        has_hadamard=1, means_kind=metal_ops.ENUM["kMeansHalf"], has_balance=0, has_residual=0,
-        mask_kind=metal_ops.ENUM["kMaskFloat"], has_sinks=0, has_left_padding=0, has_lengths=0, is_causal=0, is_direct=0,
+        has_hadamard=1, means_kind=metal_ops.ENUM["kMeansHalf"], has_balance=0, has_residual=0, has_sinks=0,
+        mask_kind=metal_ops.ENUM["kMaskFloat"], has_left_padding=0, has_lengths=0, is_causal=0, has_indices=0, is_direct=0,
     ),
     "turboquant_encode": {},
     "q1_matmul": {},
