@@ -61,7 +61,7 @@ MUTATIONS = {
 }  # fmt: skip
 
 # Those that run by default.
-FEW = "tile read before it is there", "weights of a block not rescaled", "weight 0 times a NaN mean"
+FEW = "tile read before it is there", "weights of a block not rescaled"
 
 
 def SELECTION(name, params):
