@@ -22,8 +22,8 @@ struct BalanceStrides {
   int64_t head, last;
 };
 
-// turboquant_attention and latent_attention. "Rows" are the query rows of one KV head, n_rows = n_repeats * n_queries; row r is query
-// r % n_queries of query head r / n_queries.
+// turboquant_attention and latent_attention. "Rows" are the query rows of one KV head, n_rows = n_repeats * n_queries; row r is
+// query r % n_queries of query head r / n_queries.
 struct AttentionParams {
   Strides4 q, means, first_keys, first_values, tail_keys, tail_values, mask, indices;
   Strides3 key_codes, key_norms, key_signs, residual_norms, value_codes, value_params;

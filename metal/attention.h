@@ -136,12 +136,11 @@ inline uint pair_offset(thread const uint* c, int run) {
       const device T *tail_keys [[buffer(kAttentionTailKeys)]], const device T *tail_values [[buffer(kAttentionTailValues)]], \
       const device uchar *mask [[buffer(kAttentionMask)]], const device float *sinks [[buffer(kAttentionSinks)]],             \
       const device int *left_padding [[buffer(kAttentionLeftPadding)]],                                                       \
-      const device int *lengths [[buffer(kAttentionLengths)]],                                                                \
-      const device int *indices [[buffer(kAttentionIndices)]], device T *out [[buffer(kAttentionOut)]],                       \
-      device float *parts [[buffer(kAttentionParts)]], device float *states [[buffer(kAttentionStates)]],                     \
-      constant AttentionParams &p [[buffer(kAttentionParams)]], uint3 tg [[threadgroup_position_in_grid]],                    \
-      uint tid [[thread_index_in_threadgroup]], uint sg [[simdgroup_index_in_threadgroup]],                                   \
-      uint lane [[thread_index_in_simdgroup]]
+      const device int *lengths [[buffer(kAttentionLengths)]], const device int *indices [[buffer(kAttentionIndices)]],       \
+      device T *out [[buffer(kAttentionOut)]], device float *parts [[buffer(kAttentionParts)]],                               \
+      device float *states [[buffer(kAttentionStates)]], constant AttentionParams &p [[buffer(kAttentionParams)]],            \
+      uint3 tg [[threadgroup_position_in_grid]], uint tid [[thread_index_in_threadgroup]],                                    \
+      uint sg [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]]
 
 // Moves the packed pointers to this KV head. Strides of codes, signs and parameters of value groups are in 4-byte words.
 #define TQ_ATTENTION_HEAD                                                                           \
@@ -179,8 +178,8 @@ inline bool is_stored(constant AttentionParams& p, Bounds b, int e) {
   return t < 0 ? e >= b.first_begin && e < b.first_end : t >= b.tail_begin && (t < b.tail_end || t >= b.tail_own);
 }
 
-// A tile of codes laid out as those of keys, on its way to threadgroup memory as levels. A thread takes one byte of each word of
-// a unit: four pairs of dimensions.
+// A tile of codes laid out as those of keys, on its way to threadgroup memory as levels. A thread takes one byte of each word
+// of a unit: four pairs of dimensions.
 template <int BITS, int UNITS, int TOKENS, int THREADS>
 struct LevelTile {
   static constant constexpr int kParts = 4 * UNITS, kStep = THREADS / kParts;  // threads of a token, tokens at a time

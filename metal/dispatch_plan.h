@@ -148,7 +148,7 @@ struct AttentionShape {
   int32_t batch, n_q_heads, n_kv_heads, n_queries, head_dim, value_dim, n_first, n_coded, n_tail;
   int32_t key_bits, value_bits, value_coding, hadamard, causal;
   int32_t means_kind, has_balance, has_residual, mask_kind, has_sinks, has_left_padding, has_lengths;
-  int32_t latent;    // values are the keys
+  int32_t latent;  // values are the keys
   int32_t has_indices, n_listed;
   int32_t n_cores;  // of the GPU
   float scale;
@@ -563,8 +563,7 @@ inline AttentionPlan plan_latent(const AttentionShape& s) {
   const int row_blocks = divide_up(p.n_rows, kLatentRows);
   // A core holds one threadgroup: its memory is filled. One more for the tail. A range's sums are worth some hundred tokens.
   const int wanted = std::max(1, kPromptThreadgroupsPerCore * s.n_cores / std::max(1, heads * row_blocks));
-  p.range_tokens =
-      std::max<int>(kPromptRange, divide_up(divide_up(s.n_coded, wanted), kBlockTokens) * kBlockTokens);
+  p.range_tokens = std::max<int>(kPromptRange, divide_up(divide_up(s.n_coded, wanted), kBlockTokens) * kBlockTokens);
   p.n_ranges = divide_up(s.n_coded, p.range_tokens);
   p.n_exact_ranges = std::min(divide_up(n_exact, kExactRange), wanted);
   p.n_parts = p.n_ranges + p.n_exact_ranges;
@@ -573,15 +572,15 @@ inline AttentionPlan plan_latent(const AttentionShape& s) {
   plan.n_state_numbers = int64_t(heads) * p.n_parts * p.n_rows * 2;
   const Few<Constant, kNumFunctionConstants> constants = attention_constants(s, false);
 
-  Dispatch attend = make_dispatch("latent_attention", "latent_attention", "TQ_LATENT", s.type, Suffix::kDimKeyBits,
-                                  {dim, s.key_bits});
+  Dispatch attend =
+      make_dispatch("latent_attention", "latent_attention", "TQ_LATENT", s.type, Suffix::kDimKeyBits, {dim, s.key_bits});
   attend.grid[0] = p.n_parts;
   attend.grid[1] = heads;
   attend.grid[2] = row_blocks;
   attend.threads = 256;
   attend.constants = constants;
-  Dispatch combine = make_dispatch("latent_attention_combine", "latent_attention", "TQ_LATENT_COMBINE", s.type, Suffix::kDim,
-                                   {dim});
+  Dispatch combine =
+      make_dispatch("latent_attention_combine", "latent_attention", "TQ_LATENT_COMBINE", s.type, Suffix::kDim, {dim});
   combine.grid[0] = p.n_rows;
   combine.grid[1] = heads;
   combine.grid[2] = 1;

@@ -180,9 +180,9 @@ template <typename T, int D, int BITS>
 [[kernel, max_total_threads_per_threadgroup(256)]] void latent_attention(TQ_ATTENTION_ARGUMENTS) {
   constexpr bool LLOYD = true;
   constexpr int NSG = kLatentSimdgroups, NT = 32 * NSG, TT = kLatentTile, TE = kLatentExactTile;
-  constexpr int NU = D / 32, M = D / 8 / NSG;                                        // matrices of a row in a simdgroup
-  constexpr int LINE = D + 8, EXACT_LINE = D + 16 / int(sizeof(T));                  // in elements
-  constexpr int TILE = largest(2 * TT * LINE, int(sizeof(T)) * TE * EXACT_LINE);     // bytes; 8 rotated queries as well
+  constexpr int NU = D / 32, M = D / 8 / NSG;                                     // matrices of a row in a simdgroup
+  constexpr int LINE = D + 8, EXACT_LINE = D + 16 / int(sizeof(T));               // in elements
+  constexpr int TILE = largest(2 * TT * LINE, int(sizeof(T)) * TE * EXACT_LINE);  // bytes; 8 rotated queries as well
   typedef LevelTile<BITS, NU, TT, NT> Tile;
   static_assert(D % (32 * NSG) == 0 && TILE >= 32 * D, "a unit of every simdgroup; 8 rows of queries");
 
@@ -365,7 +365,8 @@ template <typename T, int D, int BITS>
       const int mine = tile_begin + int(sg);
       const bool stored = mine < end && is_stored(p, bounds, mine);
       const bool is_first = mine < p.n_first;
-      const device T* from = is_first ? first_keys + mine * p.first_keys.token : tail_keys + (mine - p.n_first) * p.tail_keys.token;
+      const device T* from =
+          is_first ? first_keys + mine * p.first_keys.token : tail_keys + (mine - p.n_first) * p.tail_keys.token;
       const long step = is_first ? p.first_keys.last : p.tail_keys.last;
       bool odd = false;
       for (int i = 0; i < NU; i++) {
@@ -424,8 +425,7 @@ template <typename T, int D>
                                          const device float* sinks [[buffer(kAttentionSinks)]],
                                          device T* out [[buffer(kAttentionOut)]],
                                          constant AttentionParams& p [[buffer(kAttentionParams)]],
-                                         uint3 tg [[threadgroup_position_in_grid]],
-                                         uint lane [[thread_index_in_simdgroup]]) {
+                                         uint3 tg [[threadgroup_position_in_grid]], uint lane [[thread_index_in_simdgroup]]) {
   threadgroup float scratch[1];  // powers of two need none
   const int row = int(tg.x), n_repeats = p.n_rows / p.n_queries, kv_head = int(tg.y) % p.n_kv_heads;
   const long part = long(tg.y) * p.n_parts * p.n_rows;

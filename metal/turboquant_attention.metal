@@ -1070,7 +1070,8 @@ template <typename T, int K, int V, int KB, int VB, int VC>
     const int b = i_tile / 2 % kStagedBlocks;
     const ushort from = ushort((b & 4) << 2 | (b & 3) << 1 | int(lane & 9u));
     float2 offset = float2(0.0f);
-    if (!has_indices && means_kind != kMeansNone) offset = float2(simd_shuffle(block_offsets.x, from), simd_shuffle(block_offsets.y, from));
+    if (!has_indices && means_kind != kMeansNone)
+      offset = float2(simd_shuffle(block_offsets.x, from), simd_shuffle(block_offsets.y, from));
     float2 weights[4], tile_max = float2(-INFINITY);
     for (int rt = 0; rt < 4; rt++) {
       const int t = 8 * rt + row;

@@ -18,16 +18,16 @@ from test_metal_mutations import ATTENTION, ENCODE, PROMPT, attention
 
 import test_latent_attention as latents
 import tqext
-from support import KERNEL_TOLERANCE, Problem, assert_close
+from support import KERNEL_TOLERANCE, Problem, assert_close, token_lists
 
 GAP = (1 << 32) + (1 << 20)  # numbers, or bytes of words of codes
 NO_RESERVE = 0x4000  # MAP_NORESERVE of Linux
 
 
-def far(x):
-    """A view of the same numbers whose sequences are GAP of them apart; of words, GAP bytes."""
+def far(x, words=True):
+    """A view of the same numbers whose sequences are GAP of them apart; of words of codes, GAP bytes."""
     x = np.array(x)
-    gap = GAP * (1 if x.itemsize == 4 else x.itemsize)
+    gap = GAP * (1 if x.itemsize == 4 and words else x.itemsize)
     space = mmap.mmap(-1, gap * (len(x) - 1) + x[0].nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NO_RESERVE)
     view = np.lib.stride_tricks.as_strided(np.frombuffer(space, x.dtype), x.shape, (gap, *x.strides[1:]))
     view[...] = x
@@ -41,21 +41,26 @@ PARTS = (
 
 
 @functools.cache
-def problem_and_answer(kernel):
+def problem_and_answer(kernel, listed=False):
     problem = Problem(
         batch=2, n_kv_heads=1, n_repeats=2 if kernel == "split" else 5, n_rows=1 if kernel == "split" else 4, n_coded=100,
         head_dim=64, n_first=3, n_tail=9, means=True, balance=True, qjl=True, dtype=mx.float16,
     )  # fmt: skip
     hidden = np.random.default_rng(0).random((2, problem.q.shape[1], problem.n_rows, problem.n_keys)) < 0.2
     problem.options["mask"] = mx.array(~hidden)
+    if listed:
+        problem.options["indices"] = token_lists(problem, 40, per_query=False)
     return problem, problem.answer()
 
 
 def check_attention(device, kernel, part):
     """With one of the arrays far apart."""
-    problem, want = problem_and_answer(kernel)
+    listed = part == "indices"
+    problem, want = problem_and_answer("matrix" if listed else kernel, listed)
     problem, device.kernel = copy.copy(problem), kernel
-    if part == "q":
+    if listed:
+        device.kernel, problem.options = "matrix", {**problem.options, part: far(problem.options[part], words=False)}
+    elif part == "q":
         problem.q = far(problem.q)
     elif part == "mask":
         problem.options = {"mask": far(problem.options["mask"])}
@@ -113,6 +118,10 @@ def check_encoding(device, part):
     else:
         packed = values._replace(**{part: far(getattr(values, part))})
         assert mx.array_equal(metal_ops.dequantize(device, packed), decoded).item()
+
+
+def test_a_list_at_offsets_beyond_32_bits():
+    check_attention(metal_ops.Device("fast"), "matrix", "indices")
 
 
 @pytest.mark.parametrize("part", PARTS)
