@@ -817,6 +817,28 @@ inline void stage_listed_means(constant AttentionParams& p, const device uchar* 
   }
 }
 
+// The ids of a tile, and what their blocks' means add to the scores of rows row0 and row0 + 1: those of token 8 i + row in
+// offsets[i]. The means lie where the tile will.
+template <typename T, int K>
+inline void stage_list(constant AttentionParams& p, const device int* list, Bounds b, int base, int n, threadgroup int* ids,
+                       const device uchar* means, threadgroup uint* tile, const device T* q, int batch, int kv_head, int row0,
+                       int row, int column, bool alone, int my_thread, int n_threads, thread float2* offsets) {
+  threadgroup half* half_means = reinterpret_cast<threadgroup half*>(tile);
+  threadgroup float* float_means = reinterpret_cast<threadgroup float*>(tile);
+  tile_barrier(alone);
+  stage_ids(p, list, b, base, n, ids, my_thread, n_threads);
+  tile_barrier(alone);
+#pragma clang loop unroll(full)
+  for (int i = 0; i < 4; i++) {
+    offsets[i] = float2(0.0f);
+    if (means_kind == kMeansNone) continue;
+    stage_listed_means<K>(p, means, ids + 8 * i, half_means, float_means, my_thread, n_threads);
+    tile_barrier(alone);
+    offsets[i] = stage_offsets<T, K>(p, q, batch, kv_head, row0, half_means, float_means, row, column);
+    tile_barrier(alone);
+  }
+}
+
 // The means of eight blocks from `first` on.
 template <int K>
 inline void stage_means(constant AttentionParams& p, const device uchar* means, int first, int end,
@@ -1023,20 +1045,8 @@ template <typename T, int K, int V, int KB, int VB, int VC>
     const int tile = begin + 32 * i_tile, base = max(tile, range.begin), n = clamp(min(tile + 32, end) - base, 0, 32);
     float2 listed_offsets[4];  // of the tokens of scores[rt]
     if (has_indices) {
-      tile_barrier(n_blocks == 1);
-      stage_ids(p, indices, bounds, base, n, ids, my_thread, n_threads);
-      tile_barrier(n_blocks == 1);
-#pragma clang loop unroll(full)
-      for (int rt = 0; rt < 4; rt++) {
-        listed_offsets[rt] = float2(0.0f);
-        if (means_kind == kMeansNone) continue;
-        threadgroup half* half_means = reinterpret_cast<threadgroup half*>(key_tile);
-        threadgroup float* float_means = reinterpret_cast<threadgroup float*>(key_tile);
-        stage_listed_means<K>(p, means, ids + 8 * rt, half_means, float_means, my_thread, n_threads);
-        tile_barrier(n_blocks == 1);
-        listed_offsets[rt] = stage_offsets<T, K>(p, q, batch, kv_head, row0, half_means, float_means, row, column);
-        tile_barrier(n_blocks == 1);
-      }
+      stage_list<T, K>(p, indices, bounds, base, n, ids, means, key_tile, q, batch, kv_head, row0, row, column, n_blocks == 1,
+                       my_thread, n_threads, listed_offsets);
     }
     if (!has_indices && means_kind != kMeansNone && i_tile % (2 * kStagedBlocks) == 0) {
       tile_barrier(n_blocks == 1);

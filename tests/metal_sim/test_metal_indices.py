@@ -7,7 +7,7 @@ import metal_simulator as sim
 import mlx.core as mx
 import numpy as np
 import pytest
-from test_metal_mutations import ATTENTION, BARRIER, MATRIX, attention, caught, mutant, replace  # noqa: F401 - a fixture
+from test_metal_mutations import ATTENTION, MATRIX, attention, caught, mutant, replace  # noqa: F401 - a fixture
 from test_metal_operators import _shared
 
 import test_turboquant_attention_indices as shared
@@ -95,15 +95,14 @@ def test_drafts_are_gathered_first():
 
 # name -> (function, text, replacement, occurrence)
 MUTATIONS = {
-    "ids staged over those in use": (MATRIX, "tile_barrier(n_blocks == 1);", "", 1),
-    "ids read before they are there": (MATRIX, "tile_barrier(n_blocks == 1);", "", 2),
-    "means read before they are there": (MATRIX, "tile_barrier(n_blocks == 1);", "", 3),
-    "means staged over those in use": (MATRIX, "tile_barrier(n_blocks == 1);", "", 4),
+    "ids staged over those in use": ("stage_list", "tile_barrier(alone);", "", 1),
+    "ids read before they are there": ("stage_list", "tile_barrier(alone);", "", 2),
+    "means read before they are there": ("stage_list", "tile_barrier(alone);", "", 3),
+    "means staged over those in use": ("stage_list", "tile_barrier(alone);", "", 4),
     "slots beyond the list": ("stage_ids", "i < n ? list", "true ? list", 1),
     "ids beyond the coded tokens": ("stage_ids", "id >= b.coded_begin && id < b.coded_end", "id >= b.coded_begin", 1),
-    "ids below zero": ("stage_ids", "id >= b.coded_begin && ", "", 1),
     "mean of the next block": ("stage_listed_means", "id / kBlockTokens", "(id + 1) / kBlockTokens", 1),
-    "means of the first eight tokens": (MATRIX, "ids + 8 * rt", "ids", 1),
+    "means of the first eight tokens": ("stage_list", "ids + 8 * i", "ids", 1),
     "tokens of the slots' numbers": ("token_at", "has_indices ? ids[t] : base + t", "base + t", 1),
     "list of another head": (MATRIX, "kv_head * p.indices.head", "0 * p.indices.head", 1),
     "mask of the slots": (MATRIX, "p.n_first + number", "p.n_first + base + t", 1),
