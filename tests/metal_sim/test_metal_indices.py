@@ -21,7 +21,7 @@ if os.environ.get("TQEXT_METAL_SIM") != "full":
 
 # Parameter sets that run by default.
 DEFAULT = {
-    "every_head_dim": lambda p: (p["head_dim"], p["dtype"]) in ((64, "float32"), (128, "float16")),
+    "every_head_dim": lambda _: False,
     "all_bits": lambda _: False,
     "every_number_of_queries": lambda p: p["n_rows"] == 1 and p["per_query"],
     "every_length": lambda p: p["n_listed"] in (0, 1, 33),
@@ -128,5 +128,4 @@ def test_mutation_of_lists_is_caught(name, mutant):  # noqa: F811 - a fixture
 
 def test_unmutated_kernel_passes_the_same_check(mutant):  # noqa: F811 - a fixture
     problem = mutation_case()
-    mutant.sources = {"turboquant_attention": ATTENTION}
     assert_close(attention(mutant, problem), problem.answer(), KERNEL_TOLERANCE[mx.float32])
