@@ -22,10 +22,10 @@ struct BalanceStrides {
   int64_t head, last;
 };
 
-// turboquant_attention. "Rows" are the query rows of one KV head, n_rows = n_repeats * n_queries; row r is query
-// r % n_queries of query head r / n_queries.
+// turboquant_attention and latent_attention. "Rows" are the query rows of one KV head, n_rows = n_repeats * n_queries; row r is
+// query r % n_queries of query head r / n_queries.
 struct AttentionParams {
-  Strides4 q, means, first_keys, first_values, tail_keys, tail_values, mask;
+  Strides4 q, means, first_keys, first_values, tail_keys, tail_values, mask, indices;
   Strides3 key_codes, key_norms, key_signs, residual_norms, value_codes, value_params;
   BalanceStrides balance;
   int32_t n_kv_heads, n_rows, n_queries;
@@ -33,6 +33,7 @@ struct AttentionParams {
   int32_t n_first, n_coded, n_tail;
   int32_t n_ranges, range_tokens;  // of coded tokens: partial results of a KV head, tokens of a threadgroup
   int32_t n_exact_ranges;          // kExactRange each, or all
+  int32_t n_listed, unused;        // tokens of a list, of which ranges are then; and 4 bytes of a multiple of 8
   int32_t n_parts;                 // partial results of a KV head, coded ranges first
   int32_t row_blocks;              // matrix kernel: blocks of 8 rows that share a staged tile
   int32_t group_words;             // matrix kernel: threadgroup memory of the simdgroups that share a tile
@@ -49,6 +50,8 @@ enum : int {
   kExactRange = 32,    // exact tokens of a threadgroup with no others: four for each of eight simdgroups
   kStagedBlocks = 8,   // matrix and prompt kernels: means that are multiplied with the queries at once
   kPromptDim = 128,    // prompt kernel: above it two simdgroups share eight rows
+  kLatentRows = 16,    // latent kernel: rows of a threadgroup
+  kLatentTile = 16,    // coded tokens of a tile
 };
 
 enum AttentionBuffer : int {
@@ -69,6 +72,7 @@ enum AttentionBuffer : int {
   kAttentionSinks,
   kAttentionLeftPadding,
   kAttentionLengths,
+  kAttentionIndices,
   kAttentionOut,
   kAttentionParts,   // fp32 [batch, n_kv_heads, n_parts, n_rows, padded value_dim]
   kAttentionStates,  // fp32 [batch, n_kv_heads, n_parts, n_rows, 2]: running maximum (base 2) and sum
@@ -86,6 +90,7 @@ enum FunctionConstant : int {
   kConstLeftPadding,  // bool
   kConstLengths,      // bool
   kConstCausal,       // bool
+  kConstIndices,      // bool: coded tokens are those of a list
   kConstDirect,       // bool: one threadgroup per KV head writes the result
   kNumFunctionConstants,
 };
@@ -130,7 +135,7 @@ enum EncodeBuffer : int {
 
 #if !defined(__METAL_VERSION__)
 static_assert(sizeof(Strides3) == 24 && sizeof(Strides4) == 32, "same layout on every backend");
-static_assert(sizeof(AttentionParams) == 7 * 32 + 6 * 24 + 16 + 14 * 4 + 4 * 4 + 2 * 16, "same layout on every backend");
+static_assert(sizeof(AttentionParams) == 8 * 32 + 6 * 24 + 16 + 16 * 4 + 4 * 4 + 2 * 16, "same layout on every backend");
 static_assert(sizeof(EncodeParams) == 2 * 32 + 24 + 16 + 6 * 4 + 16 * 4 + 16, "same layout on every backend");
 }  // namespace tqext
 #endif

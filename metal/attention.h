@@ -21,6 +21,7 @@ constant bool has_sinks [[function_constant(kConstSinks)]];
 constant bool has_left_padding [[function_constant(kConstLeftPadding)]];
 constant bool has_lengths [[function_constant(kConstLengths)]];
 constant bool is_causal [[function_constant(kConstCausal)]];
+constant bool has_indices [[function_constant(kConstIndices)]];
 constant bool is_direct [[function_constant(kConstDirect)]];
 
 constexpr int power_of_two(int n) {
@@ -135,11 +136,11 @@ inline uint pair_offset(thread const uint* c, int run) {
       const device T *tail_keys [[buffer(kAttentionTailKeys)]], const device T *tail_values [[buffer(kAttentionTailValues)]], \
       const device uchar *mask [[buffer(kAttentionMask)]], const device float *sinks [[buffer(kAttentionSinks)]],             \
       const device int *left_padding [[buffer(kAttentionLeftPadding)]],                                                       \
-      const device int *lengths [[buffer(kAttentionLengths)]], device T *out [[buffer(kAttentionOut)]],                       \
-      device float *parts [[buffer(kAttentionParts)]], device float *states [[buffer(kAttentionStates)]],                     \
-      constant AttentionParams &p [[buffer(kAttentionParams)]], uint3 tg [[threadgroup_position_in_grid]],                    \
-      uint tid [[thread_index_in_threadgroup]], uint sg [[simdgroup_index_in_threadgroup]],                                   \
-      uint lane [[thread_index_in_simdgroup]]
+      const device int *lengths [[buffer(kAttentionLengths)]], const device int *indices [[buffer(kAttentionIndices)]],       \
+      device T *out [[buffer(kAttentionOut)]], device float *parts [[buffer(kAttentionParts)]],                               \
+      device float *states [[buffer(kAttentionStates)]], constant AttentionParams &p [[buffer(kAttentionParams)]],            \
+      uint3 tg [[threadgroup_position_in_grid]], uint tid [[thread_index_in_threadgroup]],                                    \
+      uint sg [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]]
 
 // Moves the packed pointers to this KV head. Strides of codes, signs and parameters of value groups are in 4-byte words.
 #define TQ_ATTENTION_HEAD                                                                           \
@@ -169,6 +170,85 @@ inline Range coded_range(constant AttentionParams& p, Bounds b, int tg) {
   range.end = clamp(b.coded_end, range.begin, limit);
   range.block_begin = range.begin / kBlockTokens * kBlockTokens;
   return range;
+}
+
+// Exact tokens of a KV head: first ++ tail, token e.
+inline bool is_stored(constant AttentionParams& p, Bounds b, int e) {
+  const int t = e - p.n_first;
+  return t < 0 ? e >= b.first_begin && e < b.first_end : t >= b.tail_begin && (t < b.tail_end || t >= b.tail_own);
+}
+
+// A tile of codes laid out as those of keys, on its way to threadgroup memory as levels. A thread takes one byte of each word
+// of a unit: four pairs of dimensions.
+template <int BITS, int UNITS, int TOKENS, int THREADS>
+struct LevelTile {
+  static constant constexpr int kParts = 4 * UNITS, kStep = THREADS / kParts;  // threads of a token, tokens at a time
+  static constant constexpr int kEach = (TOKENS + kStep - 1) / kStep, kHeld = kEach * BITS;
+
+  // Codes of tokens [begin, end) of the tile; zeros for others.
+  static inline void load(const device uchar* codes, long token_bytes, int tile, int begin, int end, int tid,
+                          thread uint* held) {
+    const int first = tile + tid / kParts, part = tid % kParts;
+    codes += first * token_bytes + 4 * BITS * (part / 4) + part % 4;
+#pragma clang loop unroll(full)
+    for (int k = 0; k < kEach; k++) {
+      const int t = first + kStep * k;
+      const bool has = tid < kStep * kParts && t < tile + TOKENS && t >= begin && t < end;
+      for (int i = 0; i < BITS; i++) held[k * BITS + i] = has ? uint(codes[kStep * k * token_bytes + 4 * i]) : 0u;
+    }
+  }
+
+  static inline void store(thread const uint* held, threadgroup half* tile, int line, threadgroup const uchar* lookup,
+                           int tid) {
+    const int first = tid / kParts, part = tid % kParts;
+    threadgroup half* to = tile + first * line + 32 * (part / 4) + 2 * (part % 4);
+#pragma clang loop unroll(full)
+    for (int k = 0; k < kEach; k++) {
+      if (tid >= kStep * kParts || first + kStep * k >= TOKENS) continue;
+      for (int i = 0; i < 4; i++) {
+        *reinterpret_cast<threadgroup half2*>(to + kStep * k * line + 8 * i) =
+            *reinterpret_cast<threadgroup const half2*>(lookup + pair_offset<BITS>(held + k * BITS, i));
+      }
+    }
+  }
+};
+
+// --- merging ----------------------------------------------------------------------------------------------------------
+
+// Merges the partial results of one row on one simdgroup and writes it. parts[part][row][V] and states[part][row][2]; the
+// first n_coded parts are in the rotated space. BALANCE: and times the balance of this KV head. out: value_dim numbers.
+template <typename T, int V, bool BALANCE = false, typename P>
+inline void combine_row(constant AttentionParams& p, P parts, P states, int n_parts, int n_coded, int n_rows, int row,
+                        const device float* sinks, int head, device T* out, threadgroup float* scratch, uint lane,
+                        const device float* balance = nullptr) {
+  float row_max = -INFINITY;
+  for (int s = int(lane); s < n_parts; s += 32) row_max = max(row_max, states[2 * (s * n_rows + row)]);
+  row_max = simd_max(row_max);
+  const float sink = has_sinks ? sinks[head] * kLog2e : -INFINITY;
+  row_max = max(row_max, sink);
+  float row_sum = sink == -INFINITY ? 0.0f : rescale(sink, row_max);
+  float coded[V / 32], exact[V / 32];
+  for (int i = 0; i < V / 32; i++) coded[i] = exact[i] = 0.0f;
+  for (int s = 0; s < n_parts; s++) {
+    const float factor = rescale(states[2 * (s * n_rows + row)], row_max);
+    row_sum = fma(factor, states[2 * (s * n_rows + row) + 1], row_sum);
+    for (int i = 0; i < V / 32; i++) {
+      const float part = factor * parts[(s * n_rows + row) * V + 32 * i + int(lane)];
+      if (s < n_coded) {
+        coded[i] += part;
+      } else {
+        exact[i] += part;
+      }
+    }
+  }
+  if (has_hadamard) rotate_row_back<V>(coded, TQ_ROTATION_SEED, p.value_rotation_scale, scratch, lane);
+  const float inverse = row_sum == 0.0f ? 0.0f : 1.0f / row_sum;
+  for (int i = 0; i < V / 32; i++) {
+    const int d = 32 * i + int(lane);
+    if (d >= p.value_dim) continue;
+    if (BALANCE && has_balance) coded[i] /= balance[d * p.balance.last];
+    out[d] = T((coded[i] + exact[i]) * inverse);
+  }
 }
 
 // --- 8x8 matrices -----------------------------------------------------------------------------------------------------

@@ -148,9 +148,11 @@ struct AttentionShape {
   int32_t batch, n_q_heads, n_kv_heads, n_queries, head_dim, value_dim, n_first, n_coded, n_tail;
   int32_t key_bits, value_bits, value_coding, hadamard, causal;
   int32_t means_kind, has_balance, has_residual, mask_kind, has_sinks, has_left_padding, has_lengths;
+  int32_t latent;  // values are the keys
+  int32_t has_indices, n_listed;
   int32_t n_cores;  // of the GPU
   float scale;
-  Strides4 q, means, first_keys, first_values, tail_keys, tail_values, mask;
+  Strides4 q, means, first_keys, first_values, tail_keys, tail_values, mask, indices;
   Strides3 key_codes, key_norms, key_signs, residual_norms, value_codes, value_params;
   BalanceStrides balance;
 };
@@ -171,6 +173,7 @@ enum : int {
   kQueryMemory = 16384,  // of it for the matrix kernel's queries
   kMaxRowBlocks = 8,     // of the matrix kernel: 64 rows, 256 threads
   kMatrixGroups = 4,     // simdgroups per threadgroup that the matrix kernel aims at
+  kLatentQueries = 8,    // a step's; more rows: products of matrices by MLX's own kernels
   kPromptRange = 512,    // fewest tokens of a threadgroup of the prompt kernel that are worth a rotation of its rows
 };
 
@@ -178,6 +181,15 @@ enum : int {
 inline bool has_attention_kernel(int head_dim, int value_dim, bool hadamard) {
   const int k = padded_dim(head_dim), v = padded_dim(value_dim);
   return k <= kMaxMetalDim && v <= kMaxMetalDim && (!hadamard || (hadamard_factor(k) && hadamard_factor(v)));
+}
+
+// Whether one of them reads lists of tokens: for a single query.
+inline bool has_listed_kernel(int n_queries) { return n_queries == 1; }
+
+// The same for latents, which are keys and values.
+inline bool has_latent_kernel(int head_dim, int n_queries) {
+  const int dim = padded_dim(head_dim);
+  return (dim == 256 || dim == 512) && n_queries <= kLatentQueries;
 }
 
 inline int divide_up(int a, int b) { return (a + b - 1) / b; }
@@ -330,7 +342,7 @@ inline MatrixShape matrix_shape(const AttentionShape& s, int k, int v, int n_row
   const int tile_words = 32 * (code_words(k, s.key_bits) + code_words(v, s.value_bits) + (lloyd ? 1 : v / kGroup) + 1 +
                                (s.has_residual ? 1 + sign_words(k) : 0));
   const int mean_words = s.means_kind == kMeansNone ? 0 : kStagedBlocks * k / (s.means_kind == kMeansHalf ? 2 : 1);
-  m.group_words = std::max(tile_words, mean_words);
+  m.group_words = std::max(tile_words, mean_words) + (s.has_indices ? 32 : 0);
   m.query_bytes = 8 * m.row_blocks * row_bytes;
   // The tables and some room for the compiler.
   const int tile_room = kThreadgroupMemory - m.query_bytes - 256 * 8 * (own_table ? 2 : 1) - 512;
@@ -368,7 +380,8 @@ inline AttentionChoice choose_attention(const AttentionShape& s) {
   const int n_rows = s.n_q_heads / s.n_kv_heads * s.n_queries, n_exact = s.n_first + s.n_tail;
   AttentionChoice c{};
   const int wanted = std::max(1, divide_up(kThreadgroupsPerCore * s.n_cores, heads));
-  const int tiles = divide_up(s.n_coded, kSplitTokens), tiles_per_range = std::max(1, divide_up(tiles, wanted));
+  const int n_coded = s.has_indices ? s.n_listed : s.n_coded;
+  const int tiles = divide_up(n_coded, kSplitTokens), tiles_per_range = std::max(1, divide_up(tiles, wanted));
   c.split_ranges = {tiles_per_range * kSplitTokens, divide_up(tiles, tiles_per_range), false};
   c.split_ranges.direct = c.split_ranges.n <= 1 && n_exact <= kExactTokens;
   for (int wide : {0, 1}) {
@@ -380,6 +393,10 @@ inline AttentionChoice choose_attention(const AttentionShape& s) {
     c.prompt_ranges[wide] = {tokens, divide_up(s.n_coded, tokens), s.n_coded + n_exact <= tokens};
   }
   c.matrix = matrix_shape(s, k, v, n_rows);
+  if (s.has_indices) {  // the one kernel that copies bytes of tokens before it decodes them
+    c.kernel = AttentionKernel::kMatrix;
+    return c;
+  }
 
   const AttentionCost cost{heads,
                            s.n_cores,
@@ -414,11 +431,10 @@ inline AttentionChoice choose_attention(const AttentionShape& s) {
   return c;
 }
 
-// choice: as choose_attention() makes it; another kernel in it that takes the shape gives the same result.
-inline AttentionPlan plan_attention(const AttentionShape& s, const AttentionChoice& choice) {
+// What a call's kernels are told, but for how its tokens are shared out.
+inline AttentionParams attention_params(const AttentionShape& s) {
   const int k = padded_dim(s.head_dim), v = padded_dim(s.value_dim);
-  AttentionPlan plan{};
-  AttentionParams& p = plan.params;
+  AttentionParams p{};
   p.q = s.q;
   p.means = s.means;
   p.first_keys = s.first_keys;
@@ -426,6 +442,8 @@ inline AttentionPlan plan_attention(const AttentionShape& s, const AttentionChoi
   p.tail_keys = s.tail_keys;
   p.tail_values = s.tail_values;
   p.mask = s.mask;
+  p.indices = s.indices;
+  p.n_listed = s.n_listed;
   p.key_codes = s.key_codes;
   p.key_norms = s.key_norms;
   p.key_signs = s.key_signs;
@@ -446,8 +464,30 @@ inline AttentionPlan plan_attention(const AttentionShape& s, const AttentionChoi
   p.key_rotation_scale = rotation_scale(k);
   p.value_rotation_scale = rotation_scale(v);
   copy_levels(p.codebook, s.key_bits, k);
-  const bool lloyd = s.value_coding == kValueLloyd;
-  if (lloyd) copy_levels(p.value_codebook, s.value_bits, v);
+  if (s.value_coding == kValueLloyd) copy_levels(p.value_codebook, s.value_bits, v);
+  return p;
+}
+
+inline Few<Constant, kNumFunctionConstants> attention_constants(const AttentionShape& s, bool direct) {
+  return {{kConstHadamard, false, s.hadamard},
+          {kConstMeans, true, s.means_kind},
+          {kConstBalance, false, s.has_balance},
+          {kConstResidual, false, s.has_residual},
+          {kConstMask, true, s.mask_kind},
+          {kConstSinks, false, s.has_sinks},
+          {kConstLeftPadding, false, s.has_left_padding},
+          {kConstLengths, false, s.has_lengths},
+          {kConstCausal, false, s.causal},
+          {kConstIndices, false, s.has_indices},
+          {kConstDirect, false, direct}};
+}
+
+// choice: as choose_attention() makes it; another kernel in it that takes the shape gives the same result.
+inline AttentionPlan plan_attention(const AttentionShape& s, const AttentionChoice& choice) {
+  const int k = padded_dim(s.head_dim), v = padded_dim(s.value_dim);
+  AttentionPlan plan{};
+  AttentionParams& p = plan.params;
+  p = attention_params(s);
 
   const int heads = s.batch * s.n_kv_heads;
   const bool split = choice.kernel == AttentionKernel::kSplit;
@@ -459,16 +499,7 @@ inline AttentionPlan plan_attention(const AttentionShape& s, const AttentionChoi
   p.range_tokens = ranges.tokens;
   p.n_exact_ranges = direct ? n_exact > 0 : prompt_rows ? divide_up(n_exact, p.range_tokens) : divide_up(n_exact, kExactRange);
 
-  const Few<Constant, kNumFunctionConstants> constants{{kConstHadamard, false, s.hadamard},
-                                                       {kConstMeans, true, s.means_kind},
-                                                       {kConstBalance, false, s.has_balance},
-                                                       {kConstResidual, false, s.has_residual},
-                                                       {kConstMask, true, s.mask_kind},
-                                                       {kConstSinks, false, s.has_sinks},
-                                                       {kConstLeftPadding, false, s.has_left_padding},
-                                                       {kConstLengths, false, s.has_lengths},
-                                                       {kConstCausal, false, s.causal},
-                                                       {kConstDirect, false, direct}};
+  const Few<Constant, kNumFunctionConstants> constants = attention_constants(s, direct);
   const char* source = "turboquant_attention";
 
   Dispatch attend;
@@ -523,7 +554,46 @@ inline AttentionPlan plan_attention(const AttentionShape& s, const AttentionChoi
   return plan;
 }
 
-inline AttentionPlan plan_attention(const AttentionShape& s) { return plan_attention(s, choose_attention(s)); }
+// Latents: 16 rows and a range of coded tokens for each threadgroup, others for exact tokens; then the parts are joined.
+inline AttentionPlan plan_latent(const AttentionShape& s) {
+  const int dim = padded_dim(s.head_dim), heads = s.batch * s.n_kv_heads, n_exact = s.n_first + s.n_tail;
+  AttentionPlan plan{};
+  AttentionParams& p = plan.params;
+  p = attention_params(s);
+  const int row_blocks = divide_up(p.n_rows, kLatentRows);
+  // A core holds one threadgroup: its memory is filled. One more for the tail. A range's sums are worth some hundred tokens.
+  const int wanted = std::max(1, kPromptThreadgroupsPerCore * s.n_cores / std::max(1, heads * row_blocks));
+  p.range_tokens = std::max<int>(kPromptRange, divide_up(divide_up(s.n_coded, wanted), kBlockTokens) * kBlockTokens);
+  p.n_ranges = divide_up(s.n_coded, p.range_tokens);
+  p.n_exact_ranges = std::min(divide_up(n_exact, kExactRange), wanted);
+  p.n_parts = p.n_ranges + p.n_exact_ranges;
+  p.row_blocks = 1;
+  plan.n_part_numbers = int64_t(heads) * p.n_parts * p.n_rows * dim;
+  plan.n_state_numbers = int64_t(heads) * p.n_parts * p.n_rows * 2;
+  const Few<Constant, kNumFunctionConstants> constants = attention_constants(s, false);
+
+  Dispatch attend =
+      make_dispatch("latent_attention", "latent_attention", "TQ_LATENT", s.type, Suffix::kDimKeyBits, {dim, s.key_bits});
+  attend.grid[0] = p.n_parts;
+  attend.grid[1] = heads;
+  attend.grid[2] = row_blocks;
+  attend.threads = 256;
+  attend.constants = constants;
+  Dispatch combine =
+      make_dispatch("latent_attention_combine", "latent_attention", "TQ_LATENT_COMBINE", s.type, Suffix::kDim, {dim});
+  combine.grid[0] = p.n_rows;
+  combine.grid[1] = heads;
+  combine.grid[2] = 1;
+  combine.threads = 32;
+  combine.constants = constants;
+  if (p.n_parts > 0) plan.dispatches.push_back(attend);
+  plan.dispatches.push_back(combine);
+  return plan;
+}
+
+inline AttentionPlan plan_attention(const AttentionShape& s) {
+  return s.latent ? plan_latent(s) : plan_attention(s, choose_attention(s));
+}
 
 // What a generation launches beside a chunk of its prompt of shape s: chunks and follow-ups of other lengths, decoding steps,
 // short and long contexts. Pipelines that are compiled with the prompt do not interrupt the generation. window: in a sliding

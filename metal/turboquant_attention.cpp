@@ -9,11 +9,14 @@
 
 namespace tqext {
 
-bool gpu_has_kernel(const TurboQuantAttention::State& state, const mx::array&) {
+bool gpu_has_kernel(const TurboQuantAttention::State& state, const mx::array& q) {
   const bool listed = state.present >> kIndices & 1;
-  return !listed && !state.lse && !state.latent && metal::has_attention_kernel(state.head_dim, state.value_dim, state.hadamard);
+  if (state.lse || (listed && (state.latent || !metal::has_listed_kernel(q.shape(2))))) return false;
+  if (state.latent) return metal::has_latent_kernel(state.head_dim, q.shape(2));
+  return metal::has_attention_kernel(state.head_dim, state.value_dim, state.hadamard);
 }
 
+// Of latents that are turned: the kernel turns them itself.
 bool gpu_has_latent_kernel(int, int, int, mx::Stream) { return false; }
 
 void TurboQuantAttention::eval_gpu(const std::vector<mx::array>& inputs, mx::array& out) {
@@ -41,6 +44,7 @@ void TurboQuantAttention::eval_gpu(const std::vector<mx::array>& inputs, mx::arr
   shape.value_coding = state_.value_coding;
   shape.hadamard = state_.hadamard;
   shape.causal = state_.causal && shape.n_queries > 1;  // the last token sees all: no pipeline of its own
+  shape.latent = state_.latent;
   shape.scale = state_.scale;
   shape.n_cores = metal::gpu_cores(s);
   shape.q = metal::strides4(in.q);
@@ -105,10 +109,16 @@ void TurboQuantAttention::eval_gpu(const std::vector<mx::array>& inputs, mx::arr
   std::optional<mx::array> sinks, left_padding, lengths;
   shape.has_sinks = bind_vector(in.sinks, kAttentionSinks, sinks);
   shape.has_left_padding = bind_vector(in.left_padding, kAttentionLeftPadding, left_padding);
+  if (in.indices) {
+    shape.has_indices = 1;
+    shape.n_listed = in.indices->shape(3);
+    shape.indices = metal::broadcast_strides(*in.indices);
+    bind(kAttentionIndices, *in.indices);
+  }
   shape.has_lengths = bind_vector(in.lengths, kAttentionLengths, lengths);
 
   const metal::AttentionPlan plan = metal::plan_attention(shape);
-  if (state_.of_cache && shape.n_queries > kMaxDecodeQueries) {
+  if (state_.of_cache && !state_.latent && shape.n_queries > kMaxDecodeQueries) {
     const bool window = shape.mask_kind == kMaskBool && shape.batch == 1;
     for (const metal::Dispatch& d : metal::pipelines_of_a_generation(shape, state_.cache_has_means, window)) {
       metal::prepare(s, d);

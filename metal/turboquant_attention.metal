@@ -352,41 +352,6 @@ inline void attend_exact(constant AttentionParams& p, Bounds b, const device T* 
   }
 }
 
-// --- merging ----------------------------------------------------------------------------------------------------------
-
-// Merges the partial results of one row on one simdgroup and writes it. parts[part][row][V] and states[part][row][2]; the
-// first n_coded parts are in the rotated space. out: value_dim numbers.
-template <typename T, int V, typename P>
-inline void combine_row(constant AttentionParams& p, P parts, P states, int n_parts, int n_coded, int n_rows, int row,
-                        const device float* sinks, int head, device T* out, threadgroup float* scratch, uint lane) {
-  float row_max = -INFINITY;
-  for (int s = int(lane); s < n_parts; s += 32) row_max = max(row_max, states[2 * (s * n_rows + row)]);
-  row_max = simd_max(row_max);
-  const float sink = has_sinks ? sinks[head] * kLog2e : -INFINITY;
-  row_max = max(row_max, sink);
-  float row_sum = sink == -INFINITY ? 0.0f : rescale(sink, row_max);
-  float coded[V / 32], exact[V / 32];
-  for (int i = 0; i < V / 32; i++) coded[i] = exact[i] = 0.0f;
-  for (int s = 0; s < n_parts; s++) {
-    const float factor = rescale(states[2 * (s * n_rows + row)], row_max);
-    row_sum = fma(factor, states[2 * (s * n_rows + row) + 1], row_sum);
-    for (int i = 0; i < V / 32; i++) {
-      const float part = factor * parts[(s * n_rows + row) * V + 32 * i + int(lane)];
-      if (s < n_coded) {
-        coded[i] += part;
-      } else {
-        exact[i] += part;
-      }
-    }
-  }
-  if (has_hadamard) rotate_row_back<V>(coded, TQ_ROTATION_SEED, p.value_rotation_scale, scratch, lane);
-  const float inverse = row_sum == 0.0f ? 0.0f : 1.0f / row_sum;
-  for (int i = 0; i < V / 32; i++) {
-    const int d = 32 * i + int(lane);
-    if (d < p.value_dim) out[d] = T((coded[i] + exact[i]) * inverse);
-  }
-}
-
 // --- split: up to 4 rows ----------------------------------------------------------------------------------------------
 
 // Eight simdgroups, each with a share of neighbouring tiles of 32 tokens, so that the mean of a block is read once by all that
@@ -823,6 +788,57 @@ inline void stage_matrix_queries(constant AttentionParams& p, const device T* q,
   }
 }
 
+// Of a tile's token t: its number and whether it is there. ids: of a list, less than 0 where a slot names none.
+inline int token_at(threadgroup const int* ids, int base, int t) { return has_indices ? ids[t] : base + t; }
+inline bool is_there(threadgroup const int* ids, int n, int t) { return has_indices ? ids[t] >= 0 : t < n; }
+
+// The ids of a tile of a list: of n slots from `base` on.
+inline void stage_ids(constant AttentionParams& p, const device int* list, Bounds b, int base, int n, threadgroup int* ids,
+                      int my_thread, int n_threads) {
+  for (int i = my_thread; i < 32; i += n_threads) {
+    const int id = i < n ? list[(base + i) * p.indices.last] : -1;
+    ids[i] = id >= b.coded_begin && id < b.coded_end ? id : -1;
+  }
+}
+
+// The means of eight listed tokens' blocks.
+template <int K>
+inline void stage_listed_means(constant AttentionParams& p, const device uchar* means, threadgroup const int* ids,
+                               threadgroup half* half_means, threadgroup float* float_means, int my_thread, int n_threads) {
+  for (int i = my_thread; i < 8 * K; i += n_threads) {
+    const int id = ids[i / K], d = i % K;
+    const bool load = id >= 0 && d < p.head_dim;
+    const float mean = load ? mean_at(means, id / kBlockTokens * p.means.token + d * p.means.last) : 0.0f;
+    if (means_kind == kMeansHalf) {
+      half_means[i] = half(mean);
+    } else {
+      float_means[i] = mean;
+    }
+  }
+}
+
+// The ids of a tile, and what their blocks' means add to the scores of rows row0 and row0 + 1: those of token 8 i + row in
+// offsets[i]. The means lie where the tile will.
+template <typename T, int K>
+inline void stage_list(constant AttentionParams& p, const device int* list, Bounds b, int base, int n, threadgroup int* ids,
+                       const device uchar* means, threadgroup uint* tile, const device T* q, int batch, int kv_head, int row0,
+                       int row, int column, bool alone, int my_thread, int n_threads, thread float2* offsets) {
+  threadgroup half* half_means = reinterpret_cast<threadgroup half*>(tile);
+  threadgroup float* float_means = reinterpret_cast<threadgroup float*>(tile);
+  tile_barrier(alone);
+  stage_ids(p, list, b, base, n, ids, my_thread, n_threads);
+  tile_barrier(alone);
+#pragma clang loop unroll(full)
+  for (int i = 0; i < 4; i++) {
+    offsets[i] = float2(0.0f);
+    if (means_kind == kMeansNone) continue;
+    stage_listed_means<K>(p, means, ids + 8 * i, half_means, float_means, my_thread, n_threads);
+    tile_barrier(alone);
+    offsets[i] = stage_offsets<T, K>(p, q, batch, kv_head, row0, half_means, float_means, row, column);
+    tile_barrier(alone);
+  }
+}
+
 // The means of eight blocks from `first` on.
 template <int K>
 inline void stage_means(constant AttentionParams& p, const device uchar* means, int first, int end,
@@ -840,22 +856,23 @@ inline void stage_means(constant AttentionParams& p, const device uchar* means, 
 }
 
 // `width` words of each of the tile's n tokens, zeros for those that are not there. step: words from token to token.
-inline void stage_words(const device uchar* from, long step, int base, int n, int width, threadgroup uint* to, int my_thread,
-                        int n_threads) {
+inline void stage_words(const device uchar* from, long step, threadgroup const int* ids, int base, int n, int width,
+                        threadgroup uint* to, int my_thread, int n_threads) {
   for (int i = my_thread; i < 32 * width; i += n_threads) {
-    const device uint* words = reinterpret_cast<const device uint*>(from) + long(base + i / width) * step;
-    to[i] = i / width < n ? words[i % width] : 0u;
+    const device uint* words = reinterpret_cast<const device uint*>(from) + long(token_at(ids, base, i / width)) * step;
+    to[i] = is_there(ids, n, i / width) ? words[i % width] : 0u;
   }
 }
 
 template <int NP, bool LLOYD>
-inline void stage_parameters(constant AttentionParams& p, const device uchar* value_params, int base, int n,
-                             threadgroup uint* to, int my_thread, int n_threads) {
+inline void stage_parameters(constant AttentionParams& p, const device uchar* value_params, threadgroup const int* ids,
+                             int base, int n, threadgroup uint* to, int my_thread, int n_threads) {
   for (int i = my_thread; i < 32 * NP; i += n_threads) {
-    const long at = (base + i / NP) * p.value_params.token + i % NP;
+    const long at = token_at(ids, base, i / NP) * p.value_params.token + i % NP;
+    const bool there = is_there(ids, n, i / NP);
     uint x = 0u;
-    if (i / NP < n && LLOYD) x = as_type<uint>(float(reinterpret_cast<const device half*>(value_params)[at]));
-    if (i / NP < n && !LLOYD) x = reinterpret_cast<const device uint*>(value_params)[at];
+    if (there && LLOYD) x = as_type<uint>(float(reinterpret_cast<const device half*>(value_params)[at]));
+    if (there && !LLOYD) x = reinterpret_cast<const device uint*>(value_params)[at];
     to[i] = x;
   }
 }
@@ -1011,7 +1028,14 @@ template <typename T, int K, int V, int KB, int VB, int VC>
 
   const int my_thread = block * 32 + int(lane), n_threads = 32 * n_blocks;
   // A share of whole blocks for each group. Every group runs the same number of steps: they share the threadgroup's barriers.
-  const Range range = coded_range(p, bounds, int(tg.x));
+  Range range = coded_range(p, bounds, int(tg.x));
+  if (has_indices) {  // slots of the list
+    range.begin = min(p.n_listed, int(tg.x) * p.range_tokens);
+    range.end = min(p.n_listed, range.begin + p.range_tokens);
+    range.block_begin = range.begin;
+    indices += batch * p.indices.batch + kv_head * p.indices.head;
+  }
+  threadgroup int* ids = reinterpret_cast<threadgroup int*>(key_tile + p.group_words - 32);  // behind tile and means
   const int block_tokens = kBlockTokens * n_groups;
   const int share = (range.end - range.block_begin + block_tokens - 1) / block_tokens * kBlockTokens;
   const int begin = range.block_begin + group * share, end = min(range.end, begin + share);
@@ -1019,7 +1043,12 @@ template <typename T, int K, int V, int KB, int VB, int VC>
   float2 block_offsets = float2(0.0f);  // of the block `row` of eight, for this lane's rows
   for (int i_tile = 0; i_tile < n_tiles; i_tile++) {
     const int tile = begin + 32 * i_tile, base = max(tile, range.begin), n = clamp(min(tile + 32, end) - base, 0, 32);
-    if (means_kind != kMeansNone && i_tile % (2 * kStagedBlocks) == 0) {
+    float2 listed_offsets[4];  // of the tokens of scores[rt]
+    if (has_indices) {
+      stage_list<T, K>(p, indices, bounds, base, n, ids, means, key_tile, q, batch, kv_head, row0, row, column, n_blocks == 1,
+                       my_thread, n_threads, listed_offsets);
+    }
+    if (!has_indices && means_kind != kMeansNone && i_tile % (2 * kStagedBlocks) == 0) {
       tile_barrier(n_blocks == 1);
       threadgroup half* half_means = reinterpret_cast<threadgroup half*>(key_tile);
       threadgroup float* float_means = reinterpret_cast<threadgroup float*>(key_tile);
@@ -1028,14 +1057,16 @@ template <typename T, int K, int V, int KB, int VB, int VC>
       block_offsets = stage_offsets<T, K>(p, q, batch, kv_head, row0, half_means, float_means, row, column);
     }
     tile_barrier(n_blocks == 1);
-    stage_words(key_codes, p.key_codes.token, base, n, KW, key_tile, my_thread, n_threads);
-    stage_words(value_codes, p.value_codes.token, base, n, VW, value_tile, my_thread, n_threads);
-    stage_parameters<NP, LLOYD>(p, value_params, base, n, tile_params, my_thread, n_threads);
+    stage_words(key_codes, p.key_codes.token, ids, base, n, KW, key_tile, my_thread, n_threads);
+    stage_words(value_codes, p.value_codes.token, ids, base, n, VW, value_tile, my_thread, n_threads);
+    stage_parameters<NP, LLOYD>(p, value_params, ids, base, n, tile_params, my_thread, n_threads);
     for (int i = my_thread; i < 32; i += n_threads) {
-      norms[i] = i < n ? float(key_norms[(base + i) * p.key_norms.token]) : 0.0f;
-      if (has_residual) tile_residual_norms[i] = i < n ? float(residual_norms[(base + i) * p.residual_norms.token]) : 0.0f;
+      const int t = token_at(ids, base, i);
+      const bool there = is_there(ids, n, i);
+      norms[i] = there ? float(key_norms[t * p.key_norms.token]) : 0.0f;
+      if (has_residual) tile_residual_norms[i] = there ? float(residual_norms[t * p.residual_norms.token]) : 0.0f;
     }
-    if (has_residual) stage_words(key_signs, p.key_signs.token, base, n, NU, sign_tile, my_thread, n_threads);
+    if (has_residual) stage_words(key_signs, p.key_signs.token, ids, base, n, NU, sign_tile, my_thread, n_threads);
     tile_barrier(n_blocks == 1);
 
     simdgroup_float8x8 scores[4], residual_scores[4];
@@ -1049,15 +1080,18 @@ template <typename T, int K, int V, int KB, int VB, int VC>
     const int b = i_tile / 2 % kStagedBlocks;
     const ushort from = ushort((b & 4) << 2 | (b & 3) << 1 | int(lane & 9u));
     float2 offset = float2(0.0f);
-    if (means_kind != kMeansNone) offset = float2(simd_shuffle(block_offsets.x, from), simd_shuffle(block_offsets.y, from));
+    if (!has_indices && means_kind != kMeansNone)
+      offset = float2(simd_shuffle(block_offsets.x, from), simd_shuffle(block_offsets.y, from));
     float2 weights[4], tile_max = float2(-INFINITY);
     for (int rt = 0; rt < 4; rt++) {
       const int t = 8 * rt + row;
-      float2 x = get(scores[rt]) * norms[t] + offset;
+      float2 x = get(scores[rt]) * norms[t] + (has_indices ? listed_offsets[rt] : offset);
       if (has_residual) x = x + get(residual_scores[rt]) * tile_residual_norms[t];
-      bool live0 = t < n && base + t < limit.x, live1 = t < n && base + t < limit.y;
+      const bool there = is_there(ids, n, t);
+      const int number = token_at(ids, base, t);
+      bool live0 = there && number < limit.x, live1 = there && number < limit.y;
       if (mask_kind != kMaskNone) {
-        const long at = (p.n_first + base + t) * p.mask.last;
+        const long at = (p.n_first + number) * p.mask.last;
         const float2 bias = float2(live0 && row0 < n_rows ? mask_bias(mask, mask0 + at) : 0.0f,
                                    live1 && row0 + 1 < n_rows ? mask_bias(mask, mask1 + at) : 0.0f);
         live0 = live0 && bias.x != -INFINITY;

@@ -23,40 +23,6 @@
 // - The biases of value groups are one more product of matrices: eight groups at most.
 #include "attention.h"
 
-// Codes laid out as those of keys. A thread takes one byte of each word of a unit: four pairs of dimensions.
-template <int BITS, int UNITS, int TOKENS, int THREADS>
-struct LevelTile {
-  static constant constexpr int kParts = 4 * UNITS, kStep = THREADS / kParts;  // threads of a token, tokens at a time
-  static constant constexpr int kEach = (TOKENS + kStep - 1) / kStep, kHeld = kEach * BITS;
-
-  // Codes of tokens [begin, end) of the tile; zeros for others.
-  static inline void load(const device uchar* codes, long token_bytes, int tile, int begin, int end, int tid,
-                          thread uint* held) {
-    const int first = tile + tid / kParts, part = tid % kParts;
-    codes += first * token_bytes + 4 * BITS * (part / 4) + part % 4;
-#pragma clang loop unroll(full)
-    for (int k = 0; k < kEach; k++) {
-      const int t = first + kStep * k;
-      const bool has = tid < kStep * kParts && t < tile + TOKENS && t >= begin && t < end;
-      for (int i = 0; i < BITS; i++) held[k * BITS + i] = has ? uint(codes[kStep * k * token_bytes + 4 * i]) : 0u;
-    }
-  }
-
-  static inline void store(thread const uint* held, threadgroup half* tile, int line, threadgroup const uchar* lookup,
-                           int tid) {
-    const int first = tid / kParts, part = tid % kParts;
-    threadgroup half* to = tile + first * line + 32 * (part / 4) + 2 * (part % 4);
-#pragma clang loop unroll(full)
-    for (int k = 0; k < kEach; k++) {
-      if (tid >= kStep * kParts || first + kStep * k >= TOKENS) continue;
-      for (int i = 0; i < 4; i++) {
-        *reinterpret_cast<threadgroup half2*>(to + kStep * k * line + 8 * i) =
-            *reinterpret_cast<threadgroup const half2*>(lookup + pair_offset<BITS>(held + k * BITS, i));
-      }
-    }
-  }
-};
-
 // Value groups, as code - kMiddle: sums of codes and of biases that are not centred would grow with the tokens and cancel in
 // the end. A thread takes the same 16 bits of two neighbouring words: pairs of dimensions.
 template <int BITS, int UNITS, int TOKENS, int THREADS>
@@ -103,12 +69,6 @@ template <typename Groups, typename Lloyd>
 struct ChooseTile<kValueLloyd, Groups, Lloyd> {
   typedef Lloyd type;
 };
-
-// Exact tokens of a KV head: first ++ tail, token e.
-inline bool is_stored(constant AttentionParams& p, Bounds b, int e) {
-  const int t = e - p.n_first;
-  return t < 0 ? e >= b.first_begin && e < b.first_end : t >= b.tail_begin && (t < b.tail_end || t >= b.tail_own);
-}
 
 // Keys or values of tokens [tile, end), at most TOKENS of them, with zeros for what is not stored. Whether a thread met a
 // number that is not finite.

@@ -20,6 +20,12 @@ INSTANCES = {
         'TQ_PROMPT("d", float, 128, 128, 3, 4, 1, 32)',
         'TQ_PROMPT("e", float, 256, 256, 4, 3, 1, 32)',
     ],
+    "latent_attention": [
+        'TQ_LATENT("a", half, 512, 3)',
+        'TQ_LATENT("b", bfloat, 256, 4)',
+        'TQ_LATENT("c", float, 512, 2)',
+        'TQ_LATENT_COMBINE("d", bfloat, 512)',
+    ],
     "turboquant_encode": [
         'TQ_QUANTIZE_KEYS("a", half, 96, 3)',
         'TQ_QUANTIZE_VALUES_GROUPS("b", bfloat, 128, 2)',

@@ -19,6 +19,8 @@ import metal_simulator as sim
 import mlx.core as mx
 import numpy as np
 
+from tqext import PackedValues
+
 ROOT = sim.HERE.parents[1]
 INCLUDES = [ROOT / "metal", ROOT / "csrc"]
 TYPES = [mx.float32, mx.float16, mx.bfloat16]
@@ -71,11 +73,17 @@ class AttentionShape(ctypes.Structure):
                 "has_sinks",
                 "has_left_padding",
                 "has_lengths",
+                "latent",
+                "has_indices",
+                "n_listed",
                 "n_cores",
             ]
         ]
         + [("scale", ctypes.c_float)]
-        + [(name, STRIDES4) for name in ["q", "means", "first_keys", "first_values", "tail_keys", "tail_values", "mask"]]
+        + [
+            (name, STRIDES4)
+            for name in ["q", "means", "first_keys", "first_values", "tail_keys", "tail_values", "mask", "indices"]
+        ]
         + [
             (name, STRIDES3)
             for name in ["key_codes", "key_norms", "key_signs", "residual_norms", "value_codes", "value_params"]
@@ -252,12 +260,31 @@ def has_kernel(q, packed_k, packed_v) -> bool:
     )
 
 
+def has_latent_kernel(q) -> bool:
+    """Whether the Metal backend runs the kernel of latents for these queries."""
+    return bool(plans().tq_has_latent_kernel(q.shape[3], q.shape[2]))
+
+
 def turboquant_attention(
-    device, q, packed_k, packed_v, *, scale=None, mask=None, tail=None, sinks=None, first=None, left_padding=None, lengths=None
+    device,
+    q,
+    packed_k,
+    packed_v,
+    *,
+    scale=None,
+    mask=None,
+    tail=None,
+    sinks=None,
+    first=None,
+    left_padding=None,
+    lengths=None,
+    indices=None,
+    latent=False,
 ):
     """`tqext.turboquant_attention` for valid arguments and rotations "hadamard" and "none".
 
     Packed arrays may also be NumPy views of longer buffers; q may be one when it is float32 or float16.
+    latent: values are the keys, `packed_v` is `packed_k`.
     """
     dtype = _mx_type(q)
     queries = as_numpy(q)
@@ -268,7 +295,7 @@ def turboquant_attention(
     buffers, shape, keep = {}, AttentionShape(), []
     lib = plans()
     hadamard = packed_k.rotation == "hadamard"
-    if not has_kernel(q, packed_k, packed_v):
+    if not (has_latent_kernel(q) if latent else has_kernel(q, packed_k, packed_v)):
         raise ValueError("no kernel for these shapes: the op is composed")
 
     def bind(index, array):
@@ -290,7 +317,7 @@ def turboquant_attention(
     shape.key_bits, shape.value_bits, shape.hadamard = packed_k.bits, packed_v.bits, hadamard
     lloyd = packed_v.coding == "lloyd"
     shape.value_coding = ENUM["kValueLloyd" if lloyd else "kValueGroups"]
-    shape.causal, shape.n_cores = isinstance(mask, str), device.n_cores
+    shape.causal, shape.n_cores, shape.latent = isinstance(mask, str), device.n_cores, latent
     shape.scale = scale if scale is not None else head_dim**-0.5
     vectors("kAttentionQueries", "q", queries)
     packed("kAttentionKeyCodes", "key_codes", packed_k.codes, 4)
@@ -329,6 +356,11 @@ def turboquant_attention(
     ):
         if array is not None:
             bind(f"kAttention{name}", as_numpy(array.astype(kind) if isinstance(array, mx.array) else array))
+    if indices is not None:
+        array = as_numpy(indices)
+        bind("kAttentionIndices", array)
+        steps = [0 if n == 1 else step // 4 for n, step in zip(array.shape, array.strides, strict=True)]
+        shape.has_indices, shape.n_listed, shape.indices = 1, array.shape[3], STRIDES4(*steps)
     shape.has_sinks, shape.has_left_padding, shape.has_lengths = (
         sinks is not None,
         left_padding is not None,
@@ -349,6 +381,23 @@ def turboquant_attention(
             buffers[ENUM["kAttentionOut"]] = out
         device.dispatch(dispatch, buffers)
     return _to_mx(out.array, dtype)
+
+
+def latent_attention(device, q, packed, *, scale, mask=None, q_rope=None, k_rope=None, first=None, tail=None):
+    """`tqext.latent_attention` for valid arguments: the scores of rotary keys go into the mask, as the operator makes them."""
+    if q_rope is not None:
+        repeats = q.shape[1] // k_rope.shape[1]
+        k = mx.repeat(k_rope.astype(mx.float32), repeats, axis=1)
+        scores = scale * q_rope.astype(mx.float32) @ k.swapaxes(-1, -2)
+        if isinstance(mask, str):
+            n_queries, n_keys = scores.shape[2:]
+            mask = mx.arange(n_keys) <= mx.arange(n_keys - n_queries, n_keys)[:, None]
+        if mask is not None:
+            scores = mx.where(mask, scores, -mx.inf) if mask.dtype == mx.bool_ else mask + scores
+        mask = scores
+    values = PackedValues(packed.codes, packed.norms, packed.bits, packed.head_dim, "lloyd", packed.rotation)
+    tokens = {name: (x, x) for name, x in (("first", first), ("tail", tail)) if x is not None}
+    return turboquant_attention(device, q, packed, values, scale=scale, mask=mask, latent=True, **tokens)
 
 
 ENCODE_OPS = [

@@ -56,6 +56,9 @@ int tq_has_attention_kernel(int head_dim, int value_dim, int hadamard) {
   return has_attention_kernel(head_dim, value_dim, hadamard);
 }
 
+int tq_has_listed_kernel(int n_queries) { return has_listed_kernel(n_queries); }
+int tq_has_latent_kernel(int head_dim, int n_queries) { return has_latent_kernel(head_dim, n_queries); }
+
 // Core cycles of the kernels, in the order of AttentionKernel; infinite for those that do not take the shape.
 void tq_attention_cycles(const AttentionShape* shape, double* cycles) {
   const AttentionChoice choice = choose_attention(*shape);
@@ -77,9 +80,14 @@ void tq_combine_figures(int* figures) {
 
 // kernel: of AttentionKernel instead of the chosen one; -1: the chosen one.
 const char* tq_plan_attention(const AttentionShape* shape, int kernel, unsigned char* params) {
-  AttentionChoice choice = choose_attention(*shape);
-  if (kernel >= 0) choice.kernel = AttentionKernel(kernel);
-  const AttentionPlan plan = plan_attention(*shape, choice);
+  AttentionPlan plan;
+  if (kernel < 0) {
+    plan = plan_attention(*shape);
+  } else {
+    AttentionChoice choice = choose_attention(*shape);
+    choice.kernel = AttentionKernel(kernel);
+    plan = plan_attention(*shape, choice);
+  }
   std::ostringstream out;
   out << "{\"dispatches\":[";
   for (size_t i = 0; i < plan.dispatches.size(); i++) {

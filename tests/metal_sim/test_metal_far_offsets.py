@@ -13,19 +13,21 @@ import metal_ops
 import mlx.core as mx
 import numpy as np
 import pytest
+from test_metal_latent_mutations import LATENT
 from test_metal_mutations import ATTENTION, ENCODE, PROMPT, attention
 
+import test_latent_attention as latents
 import tqext
-from support import KERNEL_TOLERANCE, Problem, assert_close
+from support import KERNEL_TOLERANCE, Problem, assert_close, token_lists
 
 GAP = (1 << 32) + (1 << 20)  # numbers, or bytes of words of codes
 NO_RESERVE = 0x4000  # MAP_NORESERVE of Linux
 
 
-def far(x):
-    """A view of the same numbers whose sequences are GAP of them apart; of words, GAP bytes."""
+def far(x, words=True):
+    """A view of the same numbers whose sequences are GAP of them apart; of words of codes, GAP bytes."""
     x = np.array(x)
-    gap = GAP * (1 if x.itemsize == 4 else x.itemsize)
+    gap = GAP * (1 if x.itemsize == 4 and words else x.itemsize)
     space = mmap.mmap(-1, gap * (len(x) - 1) + x[0].nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NO_RESERVE)
     view = np.lib.stride_tricks.as_strided(np.frombuffer(space, x.dtype), x.shape, (gap, *x.strides[1:]))
     view[...] = x
@@ -39,21 +41,26 @@ PARTS = (
 
 
 @functools.cache
-def problem_and_answer(kernel):
+def problem_and_answer(kernel, listed=False):
     problem = Problem(
         batch=2, n_kv_heads=1, n_repeats=2 if kernel == "split" else 5, n_rows=1 if kernel == "split" else 4, n_coded=100,
         head_dim=64, n_first=3, n_tail=9, means=True, balance=True, qjl=True, dtype=mx.float16,
     )  # fmt: skip
     hidden = np.random.default_rng(0).random((2, problem.q.shape[1], problem.n_rows, problem.n_keys)) < 0.2
     problem.options["mask"] = mx.array(~hidden)
+    if listed:
+        problem.options["indices"] = token_lists(problem, 40, per_query=False)
     return problem, problem.answer()
 
 
 def check_attention(device, kernel, part):
     """With one of the arrays far apart."""
-    problem, want = problem_and_answer(kernel)
+    listed = part == "indices"
+    problem, want = problem_and_answer("matrix" if listed else kernel, listed)
     problem, device.kernel = copy.copy(problem), kernel
-    if part == "q":
+    if listed:
+        device.kernel, problem.options = "matrix", {**problem.options, part: far(problem.options[part], words=False)}
+    elif part == "q":
         problem.q = far(problem.q)
     elif part == "mask":
         problem.options = {"mask": far(problem.options["mask"])}
@@ -67,6 +74,30 @@ def check_attention(device, kernel, part):
         packed, field = ("packed_v" if "value" in part else "packed_k"), re.sub("^(key|value)_", "", part)
         setattr(problem, packed, getattr(problem, packed)._replace(**{field: far(getattr(getattr(problem, packed), field))}))
     assert_close(attention(device, problem), want, KERNEL_TOLERANCE[mx.float16])
+
+
+@functools.cache
+def latents_and_answer():
+    problem = latents.Problem(
+        dim=256, batch=2, n_repeats=3, n_rows=2, n_coded=100, n_first=3, n_tail=9, balance=True, rope_dim=None, dtype=mx.float16
+    )
+    mask = problem.rng.random(problem.full) > 0.2
+    return problem, mask, problem.answer(mask)
+
+
+def check_latents(device, part):
+    """With one of the arrays far apart."""
+    problem, mask, want = latents_and_answer()
+    arrays = dict(q=problem.q, first_keys=problem.first, tail_keys=problem.tail, mask=mx.array(mask))
+    packed = problem.packed
+    if part in arrays:
+        arrays[part] = far(arrays[part])
+    elif part:
+        field = part.removeprefix("key_")
+        packed = packed._replace(**{field: far(getattr(packed, field))})
+    tokens = dict(first=arrays["first_keys"], tail=arrays["tail_keys"])
+    out = metal_ops.latent_attention(device, arrays["q"], packed, scale=latents.SCALE, mask=arrays["mask"], **tokens)
+    assert_close(out, want, KERNEL_TOLERANCE[mx.float16])
 
 
 @functools.cache
@@ -89,10 +120,22 @@ def check_encoding(device, part):
         assert mx.array_equal(metal_ops.dequantize(device, packed), decoded).item()
 
 
+def test_a_list_at_offsets_beyond_32_bits():
+    check_attention(metal_ops.Device("fast"), "matrix", "indices")
+
+
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("kernel", ["split", "matrix", "prompt32"])
 def test_attention_at_offsets_beyond_32_bits(kernel, part):
     check_attention(metal_ops.Device("fast"), kernel, part)
+
+
+LATENT_PARTS = "q", "mask", "key_codes", "key_norms", "means", "first_keys", "tail_keys"
+
+
+@pytest.mark.parametrize("part", LATENT_PARTS)
+def test_latents_at_offsets_beyond_32_bits(part):
+    check_latents(metal_ops.Device("fast"), part)
 
 
 @pytest.mark.parametrize("part", ["in", "means", "codes", "params"])
@@ -122,7 +165,12 @@ inline long cut_to_32_bits(int i, long offset) {{ return which_cut == i ? long(i
     return text.replace("using namespace metal;\n", "using namespace metal;\n" + helper, 1), cuts
 
 
-SOURCES = {"turboquant_attention": ATTENTION, "turboquant_prompt": PROMPT, "turboquant_encode": ENCODE}
+SOURCES = {
+    "turboquant_attention": ATTENTION,
+    "turboquant_prompt": PROMPT,
+    "latent_attention": LATENT,
+    "turboquant_encode": ENCODE,
+}
 CUTS = {name: with_cuts(text) for name, text in SOURCES.items()}
 
 
@@ -138,11 +186,12 @@ class Cut(metal_ops.Device):
 
 
 def is_caught(source, which, part):
-    kernels = {"turboquant_attention": ("split", "matrix"), "turboquant_prompt": ("prompt32",), "turboquant_encode": (None,)}
-    for kernel in kernels[source]:
+    kernels = {"turboquant_attention": ("split", "matrix"), "turboquant_prompt": ("prompt32",)}
+    others = {"latent_attention": check_latents, "turboquant_encode": check_encoding}
+    for kernel in kernels.get(source, (None,)):
         device = Cut(source, which)
         try:
-            check_attention(device, kernel, part) if kernel else check_encoding(device, part)
+            check_attention(device, kernel, part) if kernel else others[source](device, part)
         except AssertionError:
             return True
     return False
@@ -156,7 +205,15 @@ def part_of(offset):
     return {"in_params": "params"}.get(name.group(1), name.group(1))
 
 
-@pytest.mark.parametrize("source, which", [(source, i) for source, (_, cuts) in CUTS.items() for i in range(len(cuts))])
+def is_read(source, offset):
+    """Latents have no values of their own; what the attention kernels share moves pointers to values all the same."""
+    return source != "latent_attention" or part_of(offset) in LATENT_PARTS
+
+
+@pytest.mark.parametrize(
+    "source, which",
+    [(source, i) for source, (_, cuts) in CUTS.items() for i, offset in enumerate(cuts) if is_read(source, offset)],
+)
 def test_an_offset_of_32_bits_is_caught(source, which):
     offset = CUTS[source][1][which]
     print(offset)

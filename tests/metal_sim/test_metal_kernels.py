@@ -387,6 +387,28 @@ def test_plan_takes_the_kernel_that_costs_least(head_dim):
     assert chosen[65, 8192, 2048] == chosen[2048, 0, 2048] == wide
 
 
+def test_plan_of_latents():
+    """Two launches; a row block and a range for each threadgroup; ranges of whole blocks, of at least 512 tokens."""
+    for n_cores, n_heads, n_queries, n_coded, n_exact in (
+        (10, 128, 1, 131072, 192), (80, 16, 1, 131072, 192), (40, 20, 8, 5000, 0), (10, 128, 8, 0, 7), (1, 1, 1, 0, 0),
+    ):  # fmt: skip
+        shape = metal_ops.AttentionShape(
+            type=1, batch=1, n_q_heads=n_heads, n_kv_heads=1, n_queries=n_queries, head_dim=512, value_dim=512,
+            n_coded=n_coded, n_tail=n_exact, key_bits=3, value_bits=3, value_coding=1, hadamard=1, latent=1, n_cores=n_cores,
+            scale=1.0,
+        )  # fmt: skip
+        plan, _ = metal_ops.plan_attention(metal_ops.plans(), shape)
+        *attend, combine = plan["dispatches"]
+        assert len(attend) == (n_coded + n_exact > 0) and combine["grid"] == [n_heads * n_queries, 1, 1]
+        for dispatch in attend:
+            blocks = -(-n_heads * n_queries // 16)
+            assert dispatch["grid"] == [plan["n_parts"], 1, blocks] and dispatch["threads"] == 256
+            assert blocks * plan["n_ranges"] <= max(2 * n_cores, blocks) and plan["n_ranges"] <= -(-n_coded // 512)
+            assert plan["part_numbers"] == plan["n_parts"] * n_heads * n_queries * 512
+    assert not metal_ops.has_latent_kernel(mx.zeros((1, 1, 9, 512)))
+    assert not metal_ops.has_latent_kernel(mx.zeros((1, 1, 1, 384)))
+
+
 @pytest.mark.parametrize("means_kind, hadamard", [(0, 1), (1, 1), (2, 0)])
 @pytest.mark.parametrize("n_repeats, head_dim", [(1, 128), (4, 128), (7, 64), (2, 256), (8, 128)])
 def test_a_prompt_prepares_the_pipelines_of_its_generation(n_repeats, head_dim, means_kind, hadamard):

@@ -17,18 +17,22 @@ LIMIT = 128
 CONSTANTS = {
     "turboquant_attention": dict(
         has_hadamard=1, means_kind=metal_ops.ENUM["kMeansHalf"], has_balance=1, has_residual=0, mask_kind=0, has_sinks=0,
-        has_left_padding=0, has_lengths=0, is_causal=0, is_direct=0,
+        has_left_padding=0, has_lengths=0, is_causal=0, has_indices=0, is_direct=0,
     ),
     "turboquant_prompt": dict(
         has_hadamard=1, means_kind=metal_ops.ENUM["kMeansHalf"], has_balance=1, has_residual=0, mask_kind=0, has_sinks=0,
-        has_left_padding=0, has_lengths=0, is_causal=1, is_direct=1,
+        has_left_padding=0, has_lengths=0, is_causal=1, has_indices=0, is_direct=1,
+    ),
+    "latent_attention": dict(
+        has_hadamard=1, means_kind=metal_ops.ENUM["kMeansHalf"], has_balance=0, has_residual=0, has_sinks=0,
+        mask_kind=metal_ops.ENUM["kMaskFloat"], has_left_padding=0, has_lengths=0, is_causal=0, has_indices=0, is_direct=0,
     ),
     "turboquant_encode": {},
     "q1_matmul": {},
 }  # fmt: skip
 # source, instance -> most registers, most of them spilled with 128, most instructions, most of them in the longest loops that
-# are in no other one: over tiles of 32 coded tokens, for the matrix kernel also over exact tokens; over blocks of weights. The
-# encoder has none.
+# are in no other one: over tiles of 32 coded tokens, for the matrix kernel also over exact tokens; over 16 coded latents, then
+# over 8 exact ones; over blocks of weights. The encoder has none.
 MOST = {
     ("turboquant_attention", "TQ_SPLIT", "half, 64, 64, 3, 2, 0, 1"): (115, 0, 3300, [660]),
     ("turboquant_attention", "TQ_SPLIT", "half, 64, 64, 3, 2, 0, 2"): (140, 9, 4300, [860]),
@@ -60,6 +64,9 @@ MOST = {
     ("turboquant_prompt", "TQ_PROMPT", "half, 128, 128, 3, 3, 1, 64"): (164, 32, 7200, [3080]),
     ("turboquant_prompt", "TQ_PROMPT", "half, 128, 128, 3, 3, 1, 32"): (178, 52, 7400, [3080]),
     ("turboquant_prompt", "TQ_PROMPT", "half, 256, 256, 3, 3, 1, 32"): (157, 47, 6400, [2070]),
+    ("latent_attention", "TQ_LATENT", "half, 512, 3"): (155, 44, 5300, [1220, 690]),
+    ("latent_attention", "TQ_LATENT", "half, 256, 3"): (114, 0, 3300, [720, 450]),
+    ("latent_attention", "TQ_LATENT_COMBINE", "half, 512"): (69, 0, 980, [145]),
     ("turboquant_encode", "TQ_QUANTIZE_KEYS", "half, 128, 3"): (48, 0, 1400, []),
     ("turboquant_encode", "TQ_QUANTIZE_VALUES_LLOYD", "half, 128, 3"): (44, 0, 1000, []),
     ("q1_matmul", "TQ_Q1_MATVEC", "half, 1, 4"): (82, 0, 1100, [750]),

@@ -23,7 +23,7 @@ def _shapes(report: Report) -> list[tuple[tuple[str, Any], ...]]:
     """The arguments of `prepare_pipelines` for every layer and kind of query."""
     all_shapes = []
     for layer in report.compressed:
-        if layer.is_latent:  # composed of MLX's operations on Metal
+        if layer.is_latent:  # compiled at their first step: the scores' mask depends on the model
             continue
         recipe = layer.recipe
         assert recipe is not None
