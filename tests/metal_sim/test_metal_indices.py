@@ -1,7 +1,5 @@
 """Attention over a list of tokens on the simulated Metal kernel: the operator's tests, bytes read, seeded bugs."""
 
-import os
-
 import metal_ops
 import metal_simulator as sim
 import mlx.core as mx
@@ -12,11 +10,11 @@ from test_metal_operators import _shared
 
 import test_turboquant_attention_indices as shared
 import tqext
-from support import KERNEL_TOLERANCE, assert_close
+from support import FULL, KERNEL_TOLERANCE, assert_close
 from test_turboquant_attention_indices import listed
 
 globals().update(_shared(shared))
-if os.environ.get("TQEXT_METAL_SIM") != "full":
+if not FULL:
     del globals()["test_indices_far_apart"]  # 131400 tokens
 
 # Parameter sets that run by default.
