@@ -1,0 +1,118 @@
+"""What test_distributed.py launches twice: prompts from a store that two ranks share, each with its part.
+
+``FOLDER FILE`` are the arguments: of the store, and to write when all is well.
+"""
+
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import mlx_lm.models.cache as stock
+import pytest
+
+import tqext
+from tiny import make_llama, make_qwen2, prompt
+from tqext.mlx_lm.prefix_store import _chain, _Kinds
+from tqext.ranks import Ranks
+
+folder, file = Path(sys.argv[1]), sys.argv[2]
+group = mx.distributed.init(strict=True)
+rank = group.rank()
+assert group.size() == 2
+TOKENS, MORE = prompt(900), prompt(60, seed=9)
+
+
+def wait():
+    mx.eval(mx.distributed.all_sum(mx.array(1), group=group))
+
+
+def computed(model):
+    cache = stock.make_prompt_cache(model)
+    for begin in range(0, len(TOKENS), 300):
+        model(mx.array([TOKENS[begin : begin + 300]]), cache=cache)
+        mx.eval([c.state for c in cache])
+    return cache
+
+
+def keys_of(store, model, ranks):
+    """The keys of this rank's parts of the tokens."""
+    kinds = _Kinds("test", stock.make_prompt_cache(model))
+    begins = kinds.begins(len(TOKENS) - 1)
+    return begins, _chain(kinds.space(store._known(model)[0], ranks.place), TOKENS, begins)
+
+
+def goes_on(model, store, n_expected, *, end=False):
+    """All ranks have so many tokens, and go on as a cache in memory would."""
+    got, n = store.fetch(model, TOKENS + MORE)
+    assert n == n_expected, (rank, n, n_expected)
+    expected = computed(model)
+    if not end:
+        for c in expected:
+            c.trim(len(TOKENS) - n)
+    rest = mx.array([(TOKENS + MORE)[n:]])
+    assert mx.array_equal(model(rest, cache=got), model(rest, cache=expected)), (rank, n)
+
+
+def check(model, name, n_whole):
+    ranks = Ranks(model)
+    assert ranks.place == [name, rank, 2]
+    with tqext.PrefixStore(folder / name) as store:
+        assert store.fetch(model, TOKENS) == (None, 0)
+        wait()
+        assert store.save(model, TOKENS, computed(model)) == len(TOKENS)
+        store.flush()
+        wait()
+        goes_on(model, store, len(TOKENS), end=True)
+        begins, keys = keys_of(store, model, ranks)
+        kinds = _Kinds("test", stock.make_prompt_cache(model))
+        assert len({kinds.space("of both", place) for place in (None, [name, 0, 2], [name, 1, 2], [name, 1, 4])}) == 4
+
+        # The end is damaged on one rank, and the blocks are left.
+        if rank == 0:
+            ((end, _, _),) = store._entries.ends(keys)
+            path = store._entries._path(end)
+            path.write_bytes(path.read_bytes()[:-1])
+        wait()
+        goes_on(model, store, n_whole)
+
+        # A block is missing on one rank, and another is damaged on the other.
+        if rank == 1:
+            store._entries._drop([keys[begins.index(640)]])
+        wait()
+        goes_on(model, store, 640)
+        if rank == 0:
+            path = store._entries._path(keys[begins.index(320)])
+            path.write_bytes(path.read_bytes()[:-1])
+        wait()
+        goes_on(model, store, 320)
+        assert store.fetch(model, TOKENS, beyond=320) == (None, 0)
+        hits = store.stats()["hits"]
+
+        # Ranks that do not do the same say so, all of them.
+        with pytest.raises(ValueError, match=r"^\[PrefixStore.fetch\] tokens: expected the same on all ranks, got others"):
+            store.fetch(model, TOKENS if rank else TOKENS[:-1])
+        like = [stock.QuantizedKVCache() for _ in range(3)] if rank else None
+        message = "compressed caches or mlx-lm's, got Quantized" if rank else "that can be stored on all ranks, got another"
+        with pytest.raises(ValueError, match=rf"^\[PrefixStore.fetch\] cache: expected .*{message}"):
+            store.fetch(model, TOKENS, like=like)
+
+        # Nothing on one rank is nothing on all of them.
+        if rank == 1:
+            store._entries._drop(keys[:1])
+        wait()
+        assert store.fetch(model, TOKENS) == (None, 0)
+        assert store.stats()["hits"] == hits
+        wait()
+
+
+model = make_llama()
+model.shard(group)
+tqext.attach(model, "tq33", guard=False, balance=False)
+check(model, "tensor", 832)
+model = make_qwen2()
+model.model.pipeline(group)
+# Rank 1 has the first layer alone, and no compressed one: its parts begin elsewhere.
+tqext.attach(model, "tq33", guard=False, balance=False, first_last=1)
+check(model, "pipeline", 832)
+if rank == 0:
+    Path(file).write_text("done")
