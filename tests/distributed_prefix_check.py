@@ -1,29 +1,19 @@
-"""What test_distributed.py launches twice: prompts from a store that two ranks share, each with its part.
-
-``FOLDER FILE`` are the arguments: of the store, and to write when all is well.
-"""
-
-import sys
-from pathlib import Path
+"""What distributed_check.py asks of two ranks that share a prefix store, each with its part of the model."""
 
 import mlx.core as mx
 import mlx_lm.models.cache as stock
 import pytest
 
 import tqext
-from tiny import make_llama, make_qwen2, prompt
+from tiny import prompt
 from tqext.mlx_lm.prefix_store import _chain, _Kinds
 from tqext.ranks import Ranks
 
-folder, file = Path(sys.argv[1]), sys.argv[2]
-group = mx.distributed.init(strict=True)
-rank = group.rank()
-assert group.size() == 2
 TOKENS, MORE = prompt(900), prompt(60, seed=9)
 
 
 def wait():
-    mx.eval(mx.distributed.all_sum(mx.array(1), group=group))
+    mx.eval(mx.distributed.all_sum(mx.array(1)))
 
 
 def computed(model):
@@ -44,19 +34,21 @@ def keys_of(store, model, ranks):
 def goes_on(model, store, n_expected, *, end=False):
     """All ranks have so many tokens, and go on as a cache in memory would."""
     got, n = store.fetch(model, TOKENS + MORE)
-    assert n == n_expected, (rank, n, n_expected)
+    assert n == n_expected, (n, n_expected)
     expected = computed(model)
     if not end:
         for c in expected:
             c.trim(len(TOKENS) - n)
     rest = mx.array([(TOKENS + MORE)[n:]])
-    assert mx.array_equal(model(rest, cache=got), model(rest, cache=expected)), (rank, n)
+    assert mx.array_equal(model(rest, cache=got), model(rest, cache=expected)), n
 
 
-def check(model, name, n_whole):
+def check(model, name, folder, n_whole):
+    """An attached model in two parts; ``n_whole``: tokens in blocks that both have."""
     ranks = Ranks(model)
+    rank = ranks.rank
     assert ranks.place == [name, rank, 2]
-    with tqext.PrefixStore(folder / name) as store:
+    with tqext.PrefixStore(folder) as store:
         assert store.fetch(model, TOKENS) == (None, 0)
         wait()
         assert store.save(model, TOKENS, computed(model)) == len(TOKENS)
@@ -103,16 +95,3 @@ def check(model, name, n_whole):
         assert store.fetch(model, TOKENS) == (None, 0)
         assert store.stats()["hits"] == hits
         wait()
-
-
-model = make_llama()
-model.shard(group)
-tqext.attach(model, "tq33", guard=False, balance=False)
-check(model, "tensor", 832)
-model = make_qwen2()
-model.model.pipeline(group)
-# Rank 1 has the first layer alone, and no compressed one: its parts begin elsewhere.
-tqext.attach(model, "tq33", guard=False, balance=False, first_last=1)
-check(model, "pipeline", 832)
-if rank == 0:
-    Path(file).write_text("done")
