@@ -1,8 +1,8 @@
 """Generation on several machines with a compressed cache: every rank holds its own heads or layers, and their packed bytes.
 
-mlx.launch --backend ring -n 2 -- examples/distributed_generate.py --model FOLDER                    # on one machine
-mlx.launch --backend ring --hostfile hosts.json -- examples/distributed_generate.py --model FOLDER   # on two Macs
-mlx.launch --backend nccl -n 2 -- examples/distributed_generate.py --model FOLDER                    # on two NVIDIA GPUs
+mlx.launch --backend ring -n 2 -- python examples/distributed_generate.py --model FOLDER                    # on one machine
+mlx.launch --backend ring --hostfile hosts.json -- python examples/distributed_generate.py --model FOLDER   # on two Macs
+mlx.launch --backend nccl -n 2 -- python examples/distributed_generate.py --model FOLDER                    # on two NVIDIA GPUs
 """
 
 import argparse

@@ -1,5 +1,7 @@
 """What distributed_check.py asks of two ranks that share a prefix store, each with its part of the model."""
 
+import copy
+
 import mlx.core as mx
 import mlx_lm.models.cache as stock
 import pytest
@@ -9,7 +11,7 @@ from tiny import prompt
 from tqext.mlx_lm.prefix_store import _chain, _Kinds
 from tqext.ranks import Ranks
 
-TOKENS, MORE = prompt(900), prompt(60, seed=9)
+TOKENS, MORE = prompt(600), prompt(20, seed=9)
 
 
 def wait():
@@ -31,14 +33,13 @@ def keys_of(store, model, ranks):
     return begins, _chain(kinds.space(store._known(model)[0], ranks.place), TOKENS, begins)
 
 
-def goes_on(model, store, n_expected, *, end=False):
-    """All ranks have so many tokens, and go on as a cache in memory would."""
+def goes_on(model, store, kept, n_expected):
+    """All ranks have so many tokens, and go on as the kept cache would after it was trimmed."""
     got, n = store.fetch(model, TOKENS + MORE)
     assert n == n_expected, (n, n_expected)
-    expected = computed(model)
-    if not end:
-        for c in expected:
-            c.trim(len(TOKENS) - n)
+    expected = copy.deepcopy(kept)
+    for c in expected:
+        c.trim(len(TOKENS) - n)
     rest = mx.array([(TOKENS + MORE)[n:]])
     assert mx.array_equal(model(rest, cache=got), model(rest, cache=expected)), n
 
@@ -51,10 +52,11 @@ def check(model, name, folder, n_whole):
     with tqext.PrefixStore(folder) as store:
         assert store.fetch(model, TOKENS) == (None, 0)
         wait()
-        assert store.save(model, TOKENS, computed(model)) == len(TOKENS)
+        kept = computed(model)
+        assert store.save(model, TOKENS, kept) == len(TOKENS)
         store.flush()
         wait()
-        goes_on(model, store, len(TOKENS), end=True)
+        goes_on(model, store, kept, len(TOKENS))
         begins, keys = keys_of(store, model, ranks)
         kinds = _Kinds("test", stock.make_prompt_cache(model))
         assert len({kinds.space("of both", place) for place in (None, [name, 0, 2], [name, 1, 2], [name, 1, 4])}) == 4
@@ -65,19 +67,19 @@ def check(model, name, folder, n_whole):
             path = store._entries._path(end)
             path.write_bytes(path.read_bytes()[:-1])
         wait()
-        goes_on(model, store, n_whole)
+        goes_on(model, store, kept, n_whole)
 
         # A block is missing on one rank, and another is damaged on the other.
         if rank == 1:
-            store._entries._drop([keys[begins.index(640)]])
+            store._entries._drop([keys[begins.index(448)]])
         wait()
-        goes_on(model, store, 640)
+        goes_on(model, store, kept, 448)
         if rank == 0:
-            path = store._entries._path(keys[begins.index(320)])
+            path = store._entries._path(keys[begins.index(192)])
             path.write_bytes(path.read_bytes()[:-1])
         wait()
-        goes_on(model, store, 320)
-        assert store.fetch(model, TOKENS, beyond=320) == (None, 0)
+        goes_on(model, store, kept, 192)
+        assert store.fetch(model, TOKENS, beyond=192) == (None, 0)
         hits = store.stats()["hits"]
 
         # Ranks that do not do the same say so, all of them.
