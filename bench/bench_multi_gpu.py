@@ -189,7 +189,7 @@ class Rank:
             run = Run(model, caches, 1)
             mx.reset_peak_memory()
             self.wait()
-            run.pipelined(3)
+            run.pipelined(8)
             run.times["pipelined"] = []
             run.pipelined(self.options.steps)
             ms = statistics.median(run.times["pipelined"])
@@ -318,7 +318,7 @@ def main() -> None:
     parser.add_argument("--caches", nargs="+", default=["none", "tq3"], help="none, or presets")
     parser.add_argument("--prompt", type=int, default=8192, help="tokens of the prompt")
     parser.add_argument("--contexts", type=int, nargs="+", default=[8192, 32768, 131072])
-    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--steps", type=int, default=48)
     parser.add_argument("--repeats", type=int, default=2, help="runs of the prompt that are timed")
     parser.add_argument("--layers", type=int, help="fewer than the model has")
     parser.add_argument("--tiny", action="store_true", help="a tiny model, on any device")
