@@ -10,9 +10,9 @@ the CPU both run over the ring.
 The model is mlx-lm's Qwen2 with the shape of Qwen3-8B and random weights: mlx-lm pipelines Qwen2, and not Qwen3. All ranks draw
 the same numbers and keep their part. The prompt is run in chunks as mlx-lm runs it; its time is the median of the runs after
 the first. Then the caches are filled with random tokens up to each context, and decoding steps are timed as mlx-lm runs them
-(the next step is built while the last one is computed). Memory is each rank's own, as MLX counts it: `weights`, `caches`, and
-the peak of the prompt and of the steps. `error` is the distance of the prompt's last logits from those of one process, relative
-to their length; `same` says whether the largest logit is the same one.
+(the next step is built while the last one is computed); a `waiting` step waits for the one before. Memory is each rank's own,
+as MLX counts it: `weights`, `caches`, and the peak of the prompt and of the steps. `error` is the distance of the prompt's last
+logits from those of one process, relative to their length; `same` says whether the largest logit is the same one.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from mlx_lm.models import qwen2
 
 import bench_cuda
 import tqext
-from bench_decode_step import Run
+from bench_decode_step import PHASES, Run
 from timing import save, table
 from tqext.mlx_lm import stock_cache
 from tqext.nn import Q1Linear
@@ -192,9 +192,11 @@ class Rank:
             run.pipelined(8)
             run.times["pipelined"] = []
             run.pipelined(self.options.steps)
-            ms = statistics.median(run.times["pipelined"])
-            row = {**common, "context": context, "step ms": ms, "tokens/s": 1e3 / ms}
-            self.add({**row, "weights GB": weights, "caches GB": own, "peak GB": mx.get_peak_memory() / 1e9})
+            ms, peak = statistics.median(run.times["pipelined"]), mx.get_peak_memory() / 1e9
+            run.split(self.options.steps // 2)
+            alone = statistics.median(sum(phases) for phases in zip(*(run.times[name] for name in PHASES), strict=True))
+            row = {**common, "context": context, "step ms": ms, "tokens/s": 1e3 / ms, "waiting step ms": alone}
+            self.add({**row, "weights GB": weights, "caches GB": own, "peak GB": peak})
 
     def compared(self, logits: np.ndarray, name: str) -> dict[str, Any]:
         """What differs from one process, which is measured first."""
@@ -349,6 +351,7 @@ def main() -> None:
                 save(options.json, {"bench": "multi-gpu", **chosen, "tiny": options.tiny}, measured, rows)
     shown = [{**row, **{name: " + ".join(f"{x:.2f}" for x in row[name]) for name in MEMORY if name in row}} for row in rows]
     columns = {"part": "", "weights": "", "cache": "", "tokens": "d", "prompt ms": ".1f", "context": "d", "step ms": ".2f"}
+    columns["waiting step ms"] = ".2f"
     print(table(shown, {**columns, "tokens/s": ".1f", "times": ".2f", **dict.fromkeys(MEMORY, ""), "error": ".1e"}))
     if failed:
         raise SystemExit(f"bench_multi_gpu: {', '.join(failed)} failed")
