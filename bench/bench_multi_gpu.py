@@ -193,7 +193,7 @@ class Rank:
             run.times["pipelined"] = []
             run.pipelined(self.options.steps)
             ms, peak = statistics.median(run.times["pipelined"]), mx.get_peak_memory() / 1e9
-            run.split(self.options.steps // 2)
+            run.split((self.options.steps + 1) // 2)
             alone = statistics.median(sum(phases) for phases in zip(*(run.times[name] for name in PHASES), strict=True))
             row = {**common, "context": context, "step ms": ms, "tokens/s": 1e3 / ms, "waiting step ms": alone}
             self.add({**row, "weights GB": weights, "caches GB": own, "peak GB": peak})

@@ -44,8 +44,8 @@ def goes_on(model, store, kept, n_expected):
     assert mx.array_equal(model(rest, cache=got), model(rest, cache=expected)), n
 
 
-def check(model, name, folder, n_whole):
-    """An attached model in two parts; ``n_whole``: tokens in blocks that both have."""
+def check(model, name, folder, n_whole, *, more):
+    """An attached model in two parts; ``n_whole``: tokens in blocks that both have; ``more``: also damage and refusals."""
     ranks = Ranks(model)
     rank = ranks.rank
     assert ranks.place == [name, rank, 2]
@@ -74,6 +74,9 @@ def check(model, name, folder, n_whole):
             store._entries._drop([keys[begins.index(448)]])
         wait()
         goes_on(model, store, kept, 448)
+        if not more:
+            wait()
+            return
         if rank == 0:
             path = store._entries._path(keys[begins.index(192)])
             path.write_bytes(path.read_bytes()[:-1])

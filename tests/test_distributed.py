@@ -12,10 +12,11 @@ import pytest
 
 import tqext
 from q1_models import make_one_bit
-from server_support import MAX_TOKENS, Server
+from server_support import Server
 from tiny import greedy, make_llama, make_qwen2, prompt, save_chat_folder
 
 LAUNCH = [sys.executable, str(Path(sys.executable).with_name("mlx.launch")), "--backend", "ring", "-n", "2"]
+N = 6  # tokens of an answer
 
 
 def launch(script, *args):
@@ -44,25 +45,25 @@ def test_a_server_of_two_ranks_answers_as_one_and_restores_prompts(tmp_path):
     options = ("--kv", "tq3-plain", "--kv-no-guard", "--prefix-store", str(store), "--prompt-cache-size", "1")
     server = Server(folder, *options, launcher=[*LAUNCH, "--"])
     try:
-        questions = [[{"role": "user", "content": f"Number {i} " + "fox " * 120}] for i in range(2)]
-        first = server.chat(questions[0])
+        questions = [[{"role": "user", "content": f"Number {i} " + "fox " * 90}] for i in range(2)]
+        first = server.chat(questions[0], max_tokens=N)
         with pytest.raises(urllib.error.HTTPError, match="400"):
             server.chat(questions[1], logit_bias={"100000": 1.0})
-        server.chat(questions[1])
+        server.chat(questions[1], max_tokens=N)
         n = first["usage"]["prompt_tokens"]
         deadline = time.monotonic() + 60
         while sum(len(path.name) == 64 for path in store.glob("v1/??/*")) < 2 * 2 * ((n - 192) // 64):
             assert time.monotonic() < deadline, "both ranks write both prompts"
             time.sleep(0.1)
-        again = server.chat(questions[0])
+        again = server.chat(questions[0], max_tokens=N)
         assert n - 192 <= again["usage"]["prompt_tokens_details"]["cached_tokens"] < n
-        assert again["usage"]["completion_tokens"] == MAX_TOKENS
+        assert again["usage"]["completion_tokens"] == N
         assert "Error" not in server.text()
     finally:
         server.close()
     model, tokenizer = mlx_lm.load(str(folder))
     text = tokenizer.apply_chat_template(questions[0], add_generation_prompt=True)
     cache = tqext.make_prompt_cache(model, "tq3-plain", guard=False)
-    alone = mlx_lm.generate(model, tokenizer, text, max_tokens=MAX_TOKENS, prompt_cache=cache)
+    alone = mlx_lm.generate(model, tokenizer, text, max_tokens=N, prompt_cache=cache)
     tqext.uninstall()
     assert first["choices"][0]["message"]["content"] == alone
