@@ -202,7 +202,8 @@ def test_shard_linear_still_splits_affine_layers(rng):
 def test_shard_linear_refuses_layers_that_rotate_their_inputs(sharding):
     """MLX would take the weights and forget the rotation."""
     folded = pytest.importorskip("mlx_lm.models.prism_hadamard_qwen35")
-    group = mx.distributed.init()
-    with pytest.raises(ValueError, match=error_line("shard_linear", "module")):
-        shard_linear(folded.HadamardQuantizedLinear(256, 48, 128), sharding, group=group)
-    assert shard_linear(folded.HadamardQuantizedLinear(256, 48, 0), sharding, group=group)(mx.ones((1, 256))).shape == (1, 48)
+    group, width = mx.distributed.init(), 1024
+    rotated, plain = (folded.HadamardQuantizedLinear(width, 48, block) for block in (width, 0))
+    with pytest.raises(ValueError, match=r"\[shard_linear\] module: expected .+, got a HadamardQuantizedLinear with signs"):
+        shard_linear(rotated, sharding, group=group)
+    assert shard_linear(plain, sharding, group=group)(mx.ones((1, width))).shape == (1, 48)
