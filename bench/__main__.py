@@ -29,6 +29,7 @@ BENCHES = {
     "agents": "bench_agents.py",
     "server": "bench_server.py",
     "prefix-store": "bench_prefix_store.py",
+    "shared-prefix": "bench_shared_prefix.py",
     "peers": "bench_peers.py",
     "prompts": "bench_prompts.py",
     "cuda": "bench_cuda.py",

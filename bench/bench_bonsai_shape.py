@@ -17,20 +17,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-SHAPE = {
-    "model_type": "qwen3",
-    "hidden_size": 4096,
-    "intermediate_size": 12288,
-    "num_hidden_layers": 36,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "max_position_embeddings": 65536,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1000000.0,
-    "vocab_size": 151936,
-    "tie_word_embeddings": False,
-}
+from shapes import QWEN3_8B
+
+SHAPE = {**QWEN3_8B, "max_position_embeddings": 65536}
 DTYPES = ("float32", "float16", "bfloat16")
 
 

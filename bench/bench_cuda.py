@@ -21,6 +21,7 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 import tqext
+from shapes import PRESETS, QWEN3_8B, QWEN3_8B_HEAD, QWEN3_8B_LAYER, TODAY
 from timing import save
 
 DIM = 128
@@ -51,28 +52,25 @@ def words(*shape):
     return mx.random.randint(0, 2**31 - 1, shape).astype(mx.uint32) * 2 + mx.random.randint(0, 2, shape).astype(mx.uint32)
 
 
-# Bits of keys and of values, coding of the values.
-PRESETS = {"tq3": (3, 2, "groups"), "tq33": (3, 3, "lloyd"), "tq4": (4, 4, "lloyd"), "tq2": (2, 2, "lloyd")}
-
-
 def packed(batch, heads, keys, preset="tq3", centred=True, dim=DIM):
     """Random bytes of a preset; centred: with means of blocks and a balance, as a cache has them."""
-    key_bits, value_bits, coding = PRESETS[preset]
+    recipe = tqext.get_policy(preset).recipe
 
     def norms():
         return (mx.random.uniform(shape=(batch, heads, keys, 1)) + 0.5).astype(mx.float16)
 
-    k = tqext.PackedKeys(codes=words(batch, heads, keys, dim // 32 * key_bits), norms=norms(), bits=key_bits, head_dim=dim)
+    k = tqext.PackedKeys(
+        codes=words(batch, heads, keys, dim // 32 * recipe.key_bits), norms=norms(), bits=recipe.key_bits, head_dim=dim
+    )
     if centred:
         n_blocks = tqext.format.n_blocks(keys)
         k = k._replace(means=halves(batch, heads, n_blocks, dim), balance=mx.exp(mx.random.normal((heads, dim)) / 2))
-    if coding == "groups":
+    if recipe.value_coding == "groups":
         params = (mx.random.uniform(shape=(batch, heads, keys, dim // 16)) - 0.5).astype(mx.float16)
     else:
         params = norms()
-    v = tqext.PackedValues(
-        codes=words(batch, heads, keys, dim // 32 * value_bits), params=params, bits=value_bits, head_dim=dim, coding=coding
-    )
+    codes = words(batch, heads, keys, dim // 32 * recipe.value_bits)
+    v = tqext.PackedValues(codes=codes, params=params, bits=recipe.value_bits, head_dim=dim, coding=recipe.value_coding)
     mx.eval([x for x in (*k, *v) if isinstance(x, mx.array)])
     return k, v
 
@@ -147,13 +145,9 @@ def presets(copy):
             del one, sets
 
 
-# Head dimension, query heads per KV head, KV heads: Gemma, Qwen3.8, Qwen3.5, Qwen3.8-Flash, gpt-oss.
-TODAYS_SHAPES = ((256, 4, 4), (256, 6, 4), (256, 8, 2), (256, 12, 2), (64, 8, 8))
-
-
 def shapes(copy, batch=8, keys=32768, queries=range(1, 9)):
     """Shapes of today's models: a step of decoding, and of checking drafted tokens (causal), with an exact tail."""
-    for dim, repeats, heads in TODAYS_SHAPES:
+    for dim, repeats, heads in TODAY:
         tail = 56  # with contexts that are no multiple of 8 MLX's attention takes several times as long
         sets = [packed(batch, heads, keys, dim=dim) for _ in range(2)]
         n_bytes = sum(x.nbytes for x in (*sets[0][0], *sets[0][1]) if isinstance(x, mx.array))
@@ -245,16 +239,12 @@ def flash_attention(heads, keys, n=20):
     return statistics.median(times)
 
 
-MATRICES = ((6144, 4096), (4096, 4096), (24576, 4096), (4096, 12288))  # of a layer of Qwen3-8B
-HEAD = (151936, 4096)
-
-
 def one_bit(rows, cols):
     return words(rows, cols // 32), mx.full((rows, cols // 128), 0.01, dtype=mx.float16)
 
 
 def q1(copy):
-    for out, cols in (*MATRICES, HEAD):
+    for out, cols in (*QWEN3_8B_LAYER, QWEN3_8B_HEAD):
         n_bytes = out * cols * 1.125 / 8
         sets = max(2, min(30, int(150e6 / n_bytes) + 1))
         weights = [one_bit(out, cols) for _ in range(sets)]
@@ -270,8 +260,8 @@ def q1(copy):
                    "fp16 us": fp16, "times": fp16 / us}  # fmt: skip
         del weights, dense
     # All matrices of the model for one token, each waiting for the one before.
-    layers = [[one_bit(*shape) for shape in MATRICES] for _ in range(36)]
-    head = one_bit(*HEAD)
+    layers = [[one_bit(*shape) for shape in QWEN3_8B_LAYER] for _ in range(36)]
+    head = one_bit(*QWEN3_8B_HEAD)
     x = {cols: halves(1, cols) for cols in (4096, 12288)}
     mx.eval(layers, head, x)
 
@@ -284,7 +274,7 @@ def q1(copy):
         return tqext.q1_matmul(y, *head)
 
     us, spread = timed(lambda _x, _k: step(), n=4)
-    gbs = (36 * sum(r * c for r, c in MATRICES) + math.prod(HEAD)) * 1.125 / 8 / us / 1e3
+    gbs = (36 * sum(r * c for r, c in QWEN3_8B_LAYER) + math.prod(QWEN3_8B_HEAD)) * 1.125 / 8 / us / 1e3
     yield {"rows": "all of an 8B model", "rows of x": 1, "us": us, "spread": spread, "GB/s": gbs, "share": gbs / copy}
 
 
@@ -303,24 +293,7 @@ def scores(_copy):
         del full
 
 
-# Of Qwen3-8B.
-MODEL = {
-    "model_type": "qwen3",
-    "hidden_size": 4096,
-    "num_hidden_layers": 36,
-    "intermediate_size": 12288,
-    "num_attention_heads": 32,
-    "rms_norm_eps": 1e-6,
-    "vocab_size": 151936,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 262144,
-    "rope_theta": 1e6,
-    "head_dim": DIM,
-    "tie_word_embeddings": False,
-}
-
-
-def make_model(kind, settings=MODEL, dtype=mx.float16):
+def make_model(kind, settings=QWEN3_8B, dtype=mx.float16):
     """Random weights of a kind: "q1", "4bit" or "fp16" (the given dtype)."""
     from mlx_lm.models import qwen3
 
@@ -410,7 +383,7 @@ def end_to_end(_copy, weights=tuple(CASES), budget=math.inf):
                 mx.clear_cache()
                 mx.reset_peak_memory()
                 try:
-                    cache = [KVCache() for _ in range(36)] if name == "fp16" else compressed_caches(MODEL, "tq3")
+                    cache = [KVCache() for _ in range(36)] if name == "fp16" else compressed_caches(QWEN3_8B, "tq3")
                     fill(cache, batch, context)
                     found[name] = model_steps(model, cache, batch)
                     row |= {"tokens/s": batch / found[name], "peak GB": mx.get_peak_memory() / 1e9}

@@ -31,6 +31,7 @@ from mlx_lm.models import qwen3
 
 import bench_cuda
 import tqext
+from shapes import QWEN3_8B
 from timing import save, table
 from tqext.mlx_lm import stock_cache
 
@@ -216,7 +217,7 @@ def main() -> None:
     tqext.mlx_lm.hook()
     if options.sweep:
         options.steps = min(options.steps, 24)
-        settings = {**SHAPE, "num_hidden_layers": 2, "hidden_size": 128} if options.small else bench_cuda.MODEL
+        settings = {**SHAPE, "num_hidden_layers": 2, "hidden_size": 128} if options.small else QWEN3_8B
         dtype = getattr(mx, options.dtype or "float16")
         rows = sweep(options, settings, dtype)
         columns = {"weights": "", "batch": "d", "context": "d", "cache": "", "ms": ".2f", "tokens/s": ".1f", "times": ".2f"}

@@ -23,20 +23,10 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from shapes import PRESETS, TODAY
 from timing import machine, measure_in_turns, operator_arguments, read_bandwidth, save, table
 
-# Bits of keys, bits of values and how values are coded.
-FORMATS = {
-    "tq3": (3, 2, "groups"),
-    "tq33": (3, 3, "lloyd"),
-    "tq4": (4, 4, "lloyd"),
-    "tq2": (2, 2, "lloyd"),
-}
 QUERIES = ("fp32", "fp16", "bf16")
-
-
-# Head dimension, query heads and KV heads: Gemma, Qwen3.8, Qwen3.5, Qwen3.8-Flash, gpt-oss.
-TODAY = ((256, 16, 4), (256, 24, 4), (256, 16, 2), (256, 24, 2), (64, 64, 8))
 
 
 def shape(text: str) -> tuple[int, ...]:
@@ -68,9 +58,10 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--key-bits", type=int, default=3)
     parser.add_argument("--value-bits", type=int, default=2)
-    parser.add_argument("--formats", nargs="+", default=["plain", *FORMATS], choices=["plain", *FORMATS])
+    parser.add_argument("--formats", nargs="+", default=["plain", *PRESETS], choices=["plain", *PRESETS])
     args = operator_arguments(parser)
-    args.shapes = TODAY if args.shapes == ["today"] else [shape(text) for text in args.shapes or []]
+    today = [(dim, repeats * heads, heads) for dim, repeats, heads in TODAY]
+    args.shapes = today if args.shapes == ["today"] else [shape(text) for text in args.shapes or []]
     return args
 
 
@@ -92,10 +83,10 @@ def lines(args: argparse.Namespace, n_keys: int) -> Iterator[tuple[str, str, int
         if packing == "plain":
             keys, values = tqext.quantize_keys(k, bits=args.key_bits), tqext.quantize_values(v, bits=args.value_bits)
         else:
-            key_bits, value_bits, coding = FORMATS[packing]
+            recipe = tqext.get_policy(packing).recipe
             balance = mx.exp(0.3 * mx.random.normal((args.n_kv_heads, dim)))
-            keys = tqext.quantize_keys(k, bits=key_bits, means=tqext.block_means(k), balance=balance)
-            values = tqext.quantize_values(v, bits=value_bits, coding=coding)
+            keys = tqext.quantize_keys(k, bits=recipe.key_bits, means=tqext.block_means(k), balance=balance)
+            values = tqext.quantize_values(v, bits=recipe.value_bits, coding=recipe.value_coding)
         packed = [x for x in (*keys, *values) if isinstance(x, mx.array)]
         mx.eval(packed)
         for name, dtype in dtypes.items():

@@ -26,7 +26,6 @@ constexpr LatentLayout kLayout(kDim, kRows, kBuffers);
 static_assert(kLatentTile == kBlockTokens, "a tile's tokens share a mean");
 static_assert(kTokenTiles >= 1 && kOutTiles % 2 == 0 && kSteps % 2 == 0);
 
-constexpr float kLog2e = 1.44269504f;
 // A weight may grow by 2^kGrowth before the running maximum is renewed.
 constexpr float kGrowth = 8.0f;
 // What levels / 128 lack.

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import signal
 import socket
 import sys
 import tempfile
@@ -52,6 +53,8 @@ def steps(model: str, port: int, tokens: int) -> list[Step]:
         Step("tqext genrate", r"unknown command 'genrate'", 1),
         Step("tqext generate --modle x", r"unrecognized arguments: --modle", 2),
         Step("tqext generate --model ./nowhere --prompt x", r"expected a folder", 1),
+        Step("tqext generate --model . --prompt x", r"expected a model's folder, got .*config.json: No such file", 1),
+        Step(f"tqext generate --model {model} --temp warm", r"--temp: expected a number from 0 on, got 'warm'", 2),
         Step(f"tqext generate --model {model} --kv tq5", r"expected tq2, tq3, tq33, tq4 or none", 2),
         Step(f"tqext generate --model {model} --kv-bits 4", r"leave it out, or say --kv none", 2),
         Step(f"tqext generate --model {model} --prompt x -m 3 | head -1", r"=+"),
@@ -70,7 +73,12 @@ def steps(model: str, port: int, tokens: int) -> list[Step]:
                 (r"\[stopped\]", "q"),
             ),
         ),
-        Step(f"tqext generate --model {model} --prompt x -m 100000", r"", 130, answers=((r"=====", ""), ("", CTRL_C))),
+        Step(
+            f"tqext generate --model {model} --prompt 'Tell me a long story about a river.' -m 100000",
+            r"",
+            130,
+            answers=((r"=====", ""), ("", CTRL_C)),
+        ),
         # Keeps a prompt, and takes another preset for it.
         Step(
             f"tqext cache_prompt --model {model} --prompt 'Once upon a time' --prompt-cache-file kept.safetensors",
@@ -80,7 +88,7 @@ def steps(model: str, port: int, tokens: int) -> list[Step]:
         Step("tqext generate --prompt-cache-file kept.safetensors --kv tq4 --prompt x -m 2", r"which --kv tq4 does not change"),
         Step("tqext generate --prompt-cache-file lost.safetensors --prompt x", r"lost.safetensors, which is no file", 1),
         # Serves it: another server has the port, then Ctrl-C.
-        Step(f"{server} 2> server.log &", r"\[1\]"),
+        Step(f"{server} --prefix-store prompts 2> server.log &", r"\[1\]"),
         Step(f"until curl -sf localhost:{port}/health; do sleep 0.3; done", r"ok"),
         Step(f"curl -s localhost:{port}/v1/models", rf'"id": "{re.escape(model)}"'),
         Step(f"curl -s localhost:{port}/ | head -3", r"<!doctype html>"),
@@ -89,6 +97,7 @@ def steps(model: str, port: int, tokens: int) -> list[Step]:
             """'{"messages": [{"role": "user", "content": "hello"}], "max_tokens": 3}'""",
             r'"completion_tokens": 3',
         ),
+        Step(f"curl -s localhost:{port}/stats", r'"prefix_store": {"hits": 0, "misses": 1'),
         Step(f"curl -s localhost:{port}/v1/chat/completions -d '{{}}'", r"messages: expected a list of messages"),
         Step(server, r"tqext server: .*a free port, got 127.0.0.1 and \d+: Address already in use", 1),
         Step(
@@ -175,6 +184,9 @@ def main() -> None:
     parser.add_argument("--python", default=sys.executable)
     parser.add_argument("--tokens", type=int, default=600, help="of the document of tqext demo")
     options = parser.parse_args()
+    # A shell without job control has commands in the background ignore SIGINT, and so would what this one starts.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         hour(options.model, options.python, sys.stdout, options.tokens)
     except (AssertionError, pexpect.ExceptionPexpect) as error:

@@ -124,6 +124,14 @@ def gguf_name(path):
     return GGUF_NAMES[path]
 
 
+def layer_paths(settings):
+    """The places of all layers of a plain llama model."""
+    parts = [part for part in GGUF_NAMES if "." in part and not part.startswith("model.") and "_norm" not in part]
+    parts += ["input_layernorm", "post_attention_layernorm"]
+    blocks = [f"model.layers.{i}.{part}" for i in range(settings["num_hidden_layers"]) for part in parts]
+    return ["model.embed_tokens", "model.norm", "lm_head", *blocks]
+
+
 def interleave(rows, n_heads):
     """llama.cpp's order: row i and row i + half of a head side by side."""
     out = np.empty_like(rows)

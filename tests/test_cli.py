@@ -165,6 +165,7 @@ def test_usage_and_version(capsys):
 
 
 def test_names_resolve(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text("{}")
     assert models.resolve(str(tmp_path)) == str(tmp_path)
     assert models.resolve("mlx-community/some-model") == "mlx-community/some-model"
     monkeypatch.setenv("TQEXT_CACHE", str(tmp_path))

@@ -1,5 +1,6 @@
 """A user's first hour at the command line: what he is shown, and one line where he does something wrong."""
 
+import argparse
 import json
 import os
 import re
@@ -14,7 +15,7 @@ import mlx.core as mx
 import pytest
 
 from tiny import CONFIG, make_llama, save_chat_folder
-from tqext.commands import cli, demo, plan
+from tqext.commands import cli, demo, options, plan
 from tqext.presets import PRESETS
 
 TQEXT = [sys.executable, "-m", "tqext"]
@@ -147,26 +148,34 @@ def test_plan_recommends_the_most_accurate_that_fits():
         assert plan.recommended(plans, memory, 100) == name
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("16G", 16 << 30),
-        ("16GiB", 16 << 30),
-        ("16 gib", 16 << 30),
-        ("16GB", 16 * 10**9),
-        ("1.5k", 1536),
-        ("77", 77),
-        ("77B", 77),
-    ],
-)
-def test_plan_reads_sizes(text, expected):
-    assert plan.parse_bytes(text) == expected
+def test_plan_shows_what_was_measured():
+    """The whole text's KL of the recorded runs, for the two head dimensions."""
+    results = Path(__file__).parents[1] / "bench" / "results"
+    if not results.is_dir():
+        pytest.skip("the recorded runs are not in a source distribution")
+    models = {"qwen2.5-coder-1.5b-4bit": 0, "qwen2.5-coder-0.5b-4bit": 1}
+    found = {preset: [None, None] for preset in plan.QUALITY}
+    for file in ("real_models_h200.json", "by_position.json"):  # of two runs of one preset the second is shown
+        for run in json.loads((results / file).read_text())["runs"]:
+            settings = run["settings"]
+            if settings["bench"] != "by_position" or settings["model"] not in models or settings["tokens"] != 32768:
+                continue
+            for row in run["rows"]:
+                if row["text"] == "prose" and row["cache"] in found:
+                    found[row["cache"]][models[settings["model"]]] = round(row["whole"]["kl"], 4)
+    assert {preset: tuple(kl) for preset, kl in found.items()} == plan.QUALITY
+    assert plan.quality("tq2", 64) == "KL 0.0714"
+    assert plan.quality("tq2", 128) == plan.quality("tq4", 128, latent=True) == plan.quality("bonsai", 64) == "not measured"
 
 
-@pytest.mark.parametrize("text", ["", "GB", "16Q", "-16G", "0", "1e9", "16GBB", "nan", "inf"])
-def test_plan_refuses_what_is_no_size(text):
-    with pytest.raises(ValueError, match=r"\[plan\] memory: expected a size such as 16GB or 16GiB"):
-        plan.parse_bytes(text)
+def test_sizes_are_read_as_people_write_them():
+    """One meaning in all commands, and that of mlx-lm's own options."""
+    expected = {"16G": 16 * 10**9, "16GB": 16 * 10**9, "16GiB": 16 << 30, "16 gib": 16 << 30, "1.5k": 1500, "2 TB": 2 * 10**12}
+    expected |= {"512MiB": 512 << 20, ".5Ki": 512, "77": 77, "77B": 77}
+    assert {text: options.n_bytes(text) for text in expected} == expected
+    for text in ("", "GB", "16Q", "-16G", "0", "0.1", "1e9", "16GBB", "nan", "inf", "much"):
+        with pytest.raises(argparse.ArgumentTypeError, match="expected a size such as 16GB or 16GiB, got"):
+            options.n_bytes(text)
 
 
 # What goes wrong
@@ -183,7 +192,17 @@ MISTAKES = [
     ("generate --kv-tail -5 --model x", "expected a whole number from 0 on, got '-5'"),
     ("generate --kv-tail 99999999999 --model x", "[policy] tail: expected 0 to"),
     ("chat --kv-first-last -1 --model x", "expected a whole number from 0 on, got '-1'"),
-    ("generate --model FOLDER --max-tokens many", "invalid int value: 'many'"),
+    ("generate --model FOLDER --max-tokens many", "expected a whole number from 1 on, or -1 for no limit, got 'many'"),
+    ("chat --model FOLDER --max-tokens -3", "expected a whole number from 1 on, or -1 for no limit, got '-3'"),
+    ("generate --model FOLDER --temp nan", "argument --temp: expected a number from 0 on, got 'nan'"),
+    ("generate --model FOLDER --top-p 7", "argument --top-p: expected a number from 0 to 1, got '7'"),
+    ("generate --model FOLDER --seed -1", "argument --seed: expected a whole number from 0 to"),
+    ("generate --model FOLDER --max-kv-size 0", "argument --max-kv-size: expected a whole number from 1 on, got '0'"),
+    ("benchmark --model FOLDER --prompt-tokens 0", "expected a whole number from 1 on, got '0'"),
+    ("server --model FOLDER --max-tokens -1", "argument --max-tokens: expected a whole number from 1 on, got '-1'"),
+    ("server --model FOLDER --decode-concurrency -3", "expected a whole number from 1 on, got '-3'"),
+    ("server --model FOLDER --prompt-cache-bytes much", "expected a size such as 16GB or 16GiB, got 'much'"),
+    ("server --model FOLDER --prefix-store FOLDER/config.json", "expected a folder, or a place for one"),
     ("generate --model FOLDER --nonsense", "unrecognized arguments: --nonsense"),
     ("generate --model FOLDER --kv-bits 4", "--kv-bits is for mlx-lm's own cache: leave it out, or say --kv none"),
     ("plan --model FOLDER --memory 16Q", "expected a size such as 16GB or 16GiB, got '16Q'"),
@@ -199,7 +218,10 @@ MISTAKES = [
     ("generate --prompt x --prompt-cache-file FOLDER/model.safetensors", "expected a saved prompt cache"),
     ("generate --prompt x --prompt-cache-file FOLDER/config.json", "expected a saved prompt cache"),
     ("generate --model FOLDER/config.json --prompt x", "expected a folder"),
-    ("generate --model EMPTY --prompt x", "config.json"),
+    ("generate --model EMPTY --prompt x", "config.json: No such file or directory"),
+    ("plan --model CUT", "got CUT: model.safetensors is damaged, or not the whole file"),
+    ("generate --model POINTER --prompt x", "got POINTER: model.safetensors is damaged, or not the whole file"),
+    ("plan --model TEXT", "got TEXT: config.json is damaged, or not the whole file"),
     ("quantize-1bit --model FOLDER --out FOLDER", "exists"),
     ("nonsense", "unknown command 'nonsense'"),
 ]
@@ -223,11 +245,22 @@ json.dump(results, sys.stdout)
 """
 
 
+def damage(folder, copy, name, content):
+    """A model's folder with another file in it."""
+    shutil.copytree(folder, copy)
+    (copy / name).write_bytes(content)
+
+
 @pytest.fixture(scope="module")
 def transcript(folder, tmp_path_factory):
-    empty = tmp_path_factory.mktemp("empty")
+    place = tmp_path_factory.mktemp("folders")
+    weights = (folder / "model.safetensors").read_bytes()
+    (empty := place / "EMPTY").mkdir()
+    damage(folder, place / "CUT", "model.safetensors", weights[:-1])
+    damage(folder, place / "POINTER", "model.safetensors", b"version https://git-lfs.github.com/spec/v1\n")
+    damage(folder, place / "TEXT", "config.json", b"{")
     commands = [*(words for words, _ in MISTAKES), *(f"{command} --help" for command in HELP)]
-    lines = [words.replace("FOLDER", str(folder)).replace("EMPTY", str(empty)).split() for words in commands]
+    lines = [words.replace("FOLDER", str(folder)).split() for words in commands]
     # Nothing answers there.
     environment = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_CACHE": str(empty)}
     done = subprocess.run(
@@ -238,6 +271,7 @@ def transcript(folder, tmp_path_factory):
         check=False,
         timeout=300,
         env=environment,
+        cwd=place,
     )
     assert done.returncode == 0, done.stderr
     return dict(zip(commands, json.loads(done.stdout), strict=True))

@@ -189,6 +189,30 @@ def test_install_reaches_models_that_are_loaded_already(model):
     assert stock.make_prompt_cache(attached)[0].recipe.key_bits == 4
 
 
+@pytest.mark.parametrize("how", ["install", "attach", "neither", "detach"])
+def test_without_a_preset_the_one_in_effect_is_meant(how):
+    """`install("tq2")` and then `verify(model)`: the proof is of the caches that generations get."""
+    model = make_llama()  # loaded before
+    if how in ("install", "detach"):
+        tqext.install("tq2", guard=False)
+    if how == "attach":
+        tqext.attach(model, "tq2", guard=False)
+    if how == "detach":
+        tqext.detach(model)
+    expected = "tq2" if how in ("install", "attach") else "tq3"
+    recipe = tqext.PRESETS[expected].recipe
+    assert {x.recipe for x in tqext.probe(model).compressed} == {recipe}
+    assert {x.recipe for x in tqext.verify(model, guard=False).compressed} == {recipe}
+    assert {recipe for _, recipe in tqext.calibrate(model).layers} >= {recipe}
+    assert {cache.recipe for cache in tqext.make_prompt_cache(model, guard=False)} == {recipe}
+    assert {cache.recipe for cache in tqext.upgrade(stock_cache(model), model=model, guard=False)} == {recipe}
+    if how == "install":
+        assert {cache.recipe for cache in stock.make_prompt_cache(model)} == {recipe}
+        assert {cache.recipe for cache in tqext.upgrade(stock_cache(model))} == {recipe}
+    assert {x.recipe for x in tqext.probe(model, "tq4").compressed} == {tqext.PRESETS["tq4"].recipe}
+    assert {x.recipe.tail for x in tqext.probe(model, tail=9).compressed} == {9}
+
+
 def test_install_is_seen_by_modules_that_imported_the_function_by_name(model):
     importer = types.ModuleType("an_engine")
     importer.make_prompt_cache = stock.make_prompt_cache

@@ -79,6 +79,14 @@ def test_no_module_imports_itself_by_way_of_others():
     assert circle(edges) is None
 
 
+def test_tests_import_no_other_test():
+    """What several test files need is in a module of its own: support.py, cache_support.py, tiny.py and others."""
+    files = list(Path(__file__).parent.glob("*.py"))
+    assert len(files) > 60
+    for file in files:
+        assert not [name for name in imports(ast.parse(file.read_text())) if name.startswith("test_")], file.name
+
+
 @pytest.mark.parametrize(
     "line",
     [
@@ -102,10 +110,11 @@ def test_the_circle_test_sees_one(line):
         assert "tqext.kv.schedule" in circle(graph(files, source))
 
 
-def test_only_packages_whose_names_come_on_first_use_import_for_the_type_checker():
+def test_only_packages_whose_names_come_on_first_use_and_protocols_import_for_the_type_checker():
     for name, file in modules().items():
         if "TYPE_CHECKING" in file.read_text():
-            assert name in ("tqext", "tqext.mlx_lm") and file.name == "__init__.py", name
+            package = name in ("tqext", "tqext.mlx_lm") and file.name == "__init__.py"
+            assert package or name == "tqext.protocols", name
 
 
 def loaded_by(code):
@@ -121,6 +130,14 @@ OPERATORS = {"tqext", "tqext._lazy", "tqext._load", "tqext._build_info", "tqext.
 
 def test_import_loads_the_operators_and_nothing_else():
     assert loaded_by("import tqext; tqext.rotate") == OPERATORS
+
+
+def test_commands_that_say_why_nothing_loads_import_only_the_standard_library():
+    """`tqext --help` and `tqext doctor` run where MLX or the extension cannot be loaded."""
+    code = "import sys; sys.argv[0] = 'tqext'; sys.modules['mlx.core'] = None; import tqext.commands.cli, tqext.commands.doctor"
+    loaded = loaded_by(f"{code}; assert tqext.load_error is not None; import tqext.commands.metrics")
+    commands = {f"tqext.commands{name}" for name in ("", ".cli", ".doctor", ".metrics", ".options", ".versions")}
+    assert loaded == {"tqext", "tqext._lazy", "tqext._load", "tqext._build_info", "tqext.mlx_lm", "tqext.protocols", *commands}
 
 
 def test_recipes_load_no_cache():
@@ -182,3 +199,39 @@ def test_one_class_under_all_its_names(name):
     old = {"TurboQuantKVCache": "cache", "BatchTurboQuantKVCache": "batch"}[name]
     assert getattr(tqext, name) is getattr(importlib.import_module(f"tqext.{old}"), name)
     assert getattr(tqext, name).__name__ == name  # mlx-lm writes it into saved prompt caches
+
+
+def asked_of(protocol):
+    """The names in a protocol and in those that it is built on."""
+    classes = [c for c in protocol.__mro__ if c.__module__ == "tqext.protocols"]
+    names = {name for c in classes for name in [*vars(c), *vars(c).get("__annotations__", {})]}
+    return {name for name in names if not name.startswith("_")} | ({"__call__"} & {n for c in classes for n in vars(c)})
+
+
+def test_other_packages_and_our_caches_have_what_the_protocols_say():
+    """mypy cannot tell: ``__getattr__`` of modules and of tokenizers has any name."""
+    import mlx_lm.models.cache as stock
+    from transformers import PreTrainedTokenizerFast
+
+    import tiny
+    from tqext import protocols
+
+    group = stock.CacheList(stock.KVCache(), stock.ArraysCache(2))
+    stocks = [stock.KVCache(), stock.RotatingKVCache(8), stock.BatchKVCache([0]), *group.caches, group]
+    single = [tqext.TurboQuantKVCache(), tqext.TurboQuantWindowKVCache(512), tqext.TurboQuantLatentCache()]
+    batches = [tqext.BatchTurboQuantKVCache([0]), tqext.BatchTurboQuantWindowKVCache([0], 512)]
+    expected = {
+        protocols.SizedCache: [*stocks, *single, *batches],
+        protocols.CacheGroup: [group],
+        protocols.CompressedCache: [*single, *batches],
+        protocols.CompressedSequence: single,
+        protocols.Model: [tiny.make_llama()],
+        protocols.Tokenizer: [PreTrainedTokenizerFast],
+        protocols.SavedTokenizer: [PreTrainedTokenizerFast],
+    }
+    for protocol, found in expected.items():
+        assert len(asked_of(protocol)) >= 1
+        for one in found:
+            missing = {name for name in asked_of(protocol) if name not in {*dir(type(one)), *dir(one)}}
+            assert not missing, (protocol.__name__, one, missing)
+    assert asked_of(protocols.Model) == {"layers", "parameters", "modules", "named_modules", "__call__"}

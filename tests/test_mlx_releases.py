@@ -96,6 +96,7 @@ CHOICES = {
         "`TQEXT_MLX=0.32.3 pip install .`",
     ),
     "unknown": (["0.32.4", "0.32.3"], "0.40.0", "tqext was built for mlx 0.32.3 and 0.32.4, found 0.40.0", "a newer tqext"),
+    "older": (["0.32.4", "0.32.3"], "0.32.2", "tqext was built for mlx 0.32.3 and 0.32.4, found 0.32.2", "pip install"),
     "none": (["0.32.4", "0.32.3"], None, "tqext was built for mlx 0.32.3 and 0.32.4, found none", "pip install"),
     "three": (["0.32.5", "0.32.4", "0.32.3"], "1.0", "for mlx 0.32.3, 0.32.4 and 0.32.5, found 1.0", "a newer tqext"),
 }
@@ -111,6 +112,7 @@ def test_choose_names_the_remedy_in_one_sentence(case):
     assert remedy in text
     assert f"=={built[0]}" in text
     assert len(text.splitlines()) == 1
+    assert ("a newer tqext" in text) == (case in ("unknown", "three"))
     assert ("TQEXT_MLX" in text) == (case == "supported, not built")
 
 

@@ -1,5 +1,7 @@
 """Compressed caches in the models of mlx-vlm, where it is installed: pip install mlx-vlm."""
 
+import base64
+import io
 import json
 import socket
 import subprocess
@@ -10,6 +12,7 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
 import mlx.core as mx
+import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
@@ -19,12 +22,13 @@ import mlx_vlm.models.cache as vlm_cache
 import mlx_vlm.utils
 from mlx_vlm.generate.ar import BatchGenerator, generate_step
 from mlx_vlm.models.base import LanguageModelOutput
+from PIL import Image
 
 import tqext
 import tqext.mlx_lm
 from tiny import make_llama, prompt, save_chat_folder
 from tqext.mlx_lm import hooks
-from vlm_models import CONFIGS, make, with_image
+from vlm_models import CONFIGS, make, save_with_processor, with_image
 
 N_COMPRESSED = {"qwen2_5_vl": 4, "qwen3_vl": 4, "gemma3": 2}
 
@@ -276,42 +280,85 @@ SERVE = """
 import sys
 import tqext, tqext.mlx_lm
 tqext.install("tq3")
-tqext.mlx_lm.on_cache(lambda report, cache: print("made:", {type(c).__name__ for c in cache}, flush=True))
+tqext.mlx_lm.on_cache(lambda report, cache: print("made:", str(report).split(",")[0], flush=True))
 from mlx_vlm.server import main
 main()
 """
 
 
-def test_the_server_answers_together_as_one_by_one(tmp_path):
-    """Text only: the model has no processor of images."""
-    folder, log = save_chat_folder(make_llama(), tmp_path / "model"), tmp_path / "log"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    url = f"http://127.0.0.1:{port}"
+class Server:
+    """mlx-vlm's, with compressed caches. It holds the model that a request names."""
 
-    def ask(i):
-        messages = [{"role": "user", "content": "abc " * (20 + 30 * i)}]
-        body = {"model": str(folder), "max_tokens": 30, "temperature": 0, "messages": messages}
+    def __init__(self, folder, log):
+        self.log = log
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        command = [sys.executable, "-c", SERVE, "--model", str(folder), "--host", "127.0.0.1", "--port", str(port)]
+        with log.open("w") as out:
+            self.process = subprocess.Popen(command, stdout=out, stderr=out)
+        for _ in range(240):
+            try:
+                urllib.request.urlopen(f"{self.url}/health", timeout=5).close()
+                return
+            except OSError:
+                assert self.process.poll() is None, log.read_text()
+                time.sleep(0.5)
+        raise AssertionError(log.read_text())
+
+    def ask(self, folder, messages, n=30):
+        body = {"model": str(folder), "max_tokens": n, "temperature": 0, "messages": messages}
         request = urllib.request.Request(
-            f"{url}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+            f"{self.url}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
-        with urllib.request.urlopen(request, timeout=60) as answer:
+        with urllib.request.urlopen(request, timeout=120) as answer:
             return json.load(answer)["choices"][0]["message"]["content"]
 
-    command = [sys.executable, "-c", SERVE, "--model", str(folder), "--host", "127.0.0.1", "--port", str(port)]
-    with log.open("w") as out, subprocess.Popen(command, stdout=out, stderr=out) as server:
-        try:
-            for _ in range(120):
-                try:
-                    urllib.request.urlopen(f"{url}/health", timeout=2).close()
-                    break
-                except OSError:
-                    assert server.poll() is None, log.read_text()
-                    time.sleep(0.5)
-            one_by_one = [ask(i) for i in range(3)]
-            with ThreadPoolExecutor(3) as pool:
-                assert list(pool.map(ask, range(3))) == one_by_one
-        finally:
-            server.kill()
-    assert "made: {'TurboQuantKVCache'}" in log.read_text()
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    place = tmp_path_factory.mktemp("server")
+    server = Server(save_chat_folder(make_llama(), place / "text"), place / "log")
+    yield types.SimpleNamespace(ask=server.ask, folder=place / "text", log=server.log)
+    server.process.kill()
+    server.process.wait()
+
+
+def test_the_server_answers_together_as_one_by_one(server):
+    """A model that has no processor of images."""
+
+    def ask(i):
+        return server.ask(server.folder, [{"role": "user", "content": "abc " * (20 + 30 * i)}])
+
+    one_by_one = [ask(i) for i in range(3)]
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(ask, range(3))) == one_by_one
+    assert "made: tq3: 3 of 3 layers compressed" in server.log.read_text()
+
+
+def picture(seed):
+    """A PNG of random colours, as a part of a message."""
+    image, file = Image.fromarray(np.random.default_rng(seed).integers(0, 255, (112, 112, 3), np.uint8)), io.BytesIO()
+    image.save(file, "PNG")
+    return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"}}
+
+
+@pytest.mark.parametrize("kind", list(CONFIGS))
+def test_the_server_answers_about_images(server, kind, tmp_path):
+    """One by one and two at once, and then a second question about the first image."""
+    folder = save_with_processor(kind, tmp_path / kind)
+
+    def question(i):
+        return [{"role": "user", "content": [picture(i), {"type": "text", "text": "What do you see in this picture? " * 9}]}]
+
+    one_by_one = [server.ask(folder, question(i)) for i in range(2)]
+    assert one_by_one[0] and one_by_one[0] != one_by_one[1], "the picture does not matter, so this shows nothing"
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(lambda i: server.ask(folder, question(i)), range(2))) == one_by_one
+    turns = [*question(0), {"role": "assistant", "content": one_by_one[0]}, {"role": "user", "content": "Which colour is it?"}]
+    assert server.ask(folder, turns)
+    _, found, text = server.log.read_text().partition(f"Loading model: {folder}")
+    n_layers = CONFIGS[kind].get("text_config", CONFIGS[kind])["num_hidden_layers"]
+    assert found and f"made: tq3: {N_COMPRESSED[kind]} of {n_layers} layers compressed" in text
+    assert "Traceback" not in text

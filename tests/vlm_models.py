@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import mlx.core as mx
-from mlx.utils import tree_map
+from mlx.utils import tree_flatten, tree_map
 
 IMAGE, START, END = 250, 251, 252
 N_IMAGE = 16  # tokens of an image
@@ -105,3 +106,46 @@ def with_image(kind: str, text: list[int], seed: int = 0) -> tuple[list[int], mx
     if kind == "gemma3":
         return tokens, mx.random.normal((1, 3, 112, 112), key=key), {}
     return tokens, mx.random.normal((64, 3 * 2 * 14 * 14), key=key), {"image_grid_thw": mx.array([[1, 8, 8]])}
+
+
+# Ids of the tokenizer's own tokens; the characters of a text are below, what no text needs is above.
+NAMED = {IMAGE: "<|image_pad|>", START: "<|vision_start|>", END: "<|vision_end|>", 253: "<|video_pad|>", 254: "<end>"}
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role }}: {% if m.content is string %}{{ m.content }}{% else %}{% for part in m.content %}"
+    "{% if part.type == 'image' %}PLACE{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+def save_with_processor(kind: str, folder: Any) -> Any:
+    """A folder as mlx-vlm's server loads it: a token per character, and images of 112 x 112 pixels."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    folder.mkdir(parents=True, exist_ok=True)
+    model = make(kind)
+    mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(model.parameters())), {"format": "mlx"})
+    (folder / "config.json").write_text(json.dumps(CONFIGS[kind] | {"eos_token_id": 254}))
+    vocab = dict(zip(sorted(pre_tokenizers.ByteLevel.alphabet()), range(IMAGE), strict=False))
+    named = NAMED | ({START: "<start_of_image>"} if kind == "gemma3" else {})  # mlx-vlm writes it into gemma3's text
+    added = [named.get(i, f"<{i}>") for i in range(IMAGE, 300)]
+    tokenizer = Tokenizer(models.BPE(vocab=vocab | {name: IMAGE + i for i, name in enumerate(added)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(name, special=True) for name in added[: len(named)]])
+    tokenizer.add_tokens(added[len(named) :])  # an answer shows them
+    tokenizer.save(str(folder / "tokenizer.json"))
+    special = {"image_token": named[IMAGE], "boi_token": named[START], "eoi_token": named[END]}
+    words = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": "<end>",
+        "chat_template": TEMPLATE.replace("PLACE", named[START] + named[IMAGE] + named[END]),
+        "extra_special_tokens": special if kind == "gemma3" else {},
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(words))
+    images = {"image_processor_type": "Gemma3ImageProcessor", "size": {"height": 112, "width": 112}}
+    if kind != "gemma3":
+        images = {"image_processor_type": "Qwen2VLImageProcessor", "patch_size": 14, "merge_size": 2, "temporal_patch_size": 2,
+                  "min_pixels": 3136, "max_pixels": 12544}  # fmt: skip
+    (folder / "preprocessor_config.json").write_text(json.dumps(images))
+    (folder / "processor_config.json").write_text(json.dumps({"image_seq_length": N_IMAGE}))
+    return folder

@@ -5,6 +5,7 @@ import importlib
 import importlib.machinery
 import importlib.metadata
 import importlib.util
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,6 +28,10 @@ def _mlx_requirement(version: str) -> str:
     return f"'mlx[{extra}]=={version}'"
 
 
+def _numbers(release: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", release)]
+
+
 def _listed(releases: Sequence[str]) -> str:
     return " and ".join(filter(None, [", ".join(releases[:-1]), releases[-1]]))
 
@@ -47,7 +52,7 @@ def choose(built: Sequence[str], supported: Sequence[str], installed: str | None
     remedy = f"run `pip install {_mlx_requirement(built[0])}`"
     if installed in supported:
         remedy += f", or build tqext for this one: `TQEXT_MLX={installed} pip install .` in its source folder"
-    elif installed is not None:
+    elif installed is not None and _numbers(installed) > _numbers(built[0]):
         remedy += ", or look for a newer tqext"
     raise ImportError(f"tqext was built for mlx {_listed(built[::-1])}, found {installed or 'none'}: {remedy}.")
 

@@ -14,14 +14,17 @@ import random
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 from mlx_lm import stream_generate
 from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from tqext.mlx_lm import make_prompt_cache, stock_cache
+from tqext.mlx_lm.packages import AnyModel
 from tqext.presets import Policy, get_policy
+from tqext.protocols import Tokenizer
 
 MAX_TOKENS = 96  # the longest right call has some 50
 ROWS = 12
@@ -263,8 +266,8 @@ class Board:
 
 
 def tool_calls(
-    model: Any,
-    tokenizer: Any,
+    model: AnyModel,
+    tokenizer: Tokenizer | TokenizerWrapper,
     preset: str | Policy | None,
     *,
     reference: Board | None = None,
@@ -307,7 +310,7 @@ def tool_calls(
     return Board(name, tuple(answers), reference.answers if reference else ())
 
 
-def _prompt(tokenizer: Any, conversation: Conversation, i: int) -> list[int]:
+def _prompt(tokenizer: Tokenizer, conversation: Conversation, i: int) -> list[int]:
     """Tokens of a conversation up to the answer of turn `i`."""
     tools = list(conversation.tools)
     messages: list[dict[str, Any]] = [{"role": "system", "content": "Answer every request with one tool call."}]
@@ -345,8 +348,8 @@ def _plain_messages(conversation: Conversation, i: int) -> list[dict[str, Any]]:
 class KeptCache:
     """A prompt cache that is kept over the turns of a conversation."""
 
-    def __init__(self, model: Any, preset: str | Policy | None) -> None:
-        self.model, self.preset = model, preset
+    def __init__(self, model: AnyModel, preset: str | Policy | None) -> None:
+        self.model, self.preset = cast(Any, model), preset  # a Model here, a Module for mlx-lm's functions
         self.tokens: list[int] = []
         self._new()
 
@@ -354,13 +357,15 @@ class KeptCache:
         self.cache = stock_cache(self.model) if self.preset is None else make_prompt_cache(self.model, self.preset)
         self.tokens = []
 
-    def answer(self, tokenizer: Any, prompt: Sequence[int], max_tokens: int, done: Callable[[str], bool]) -> str:
+    def answer(
+        self, tokenizer: Tokenizer | TokenizerWrapper, prompt: Sequence[int], max_tokens: int, done: Callable[[str], bool]
+    ) -> str:
         """Greedy text after a prompt, of which the kept tokens are not read again. The answer is not kept."""
         self._read(list(prompt[:-1]))
         text = ""
         fork = copy.deepcopy(self.cache)
         for step in stream_generate(
-            self.model, tokenizer, mx.array(list(prompt[-1:])), max_tokens=max_tokens, prompt_cache=fork
+            self.model, cast(TokenizerWrapper, tokenizer), mx.array(list(prompt[-1:])), max_tokens=max_tokens, prompt_cache=fork
         ):
             text += step.text
             if done(text):

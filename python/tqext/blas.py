@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, TypeVar, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -15,7 +15,12 @@ from mlx.utils import tree_map
 from mlx_lm.utils import dequantize_model
 
 from tqext.mlx_lm import hooks
+from tqext.mlx_lm.packages import AnyModel
 from tqext.one_bit.nn import q1_paths
+from tqext.protocols import ModuleTree
+
+# A model of any class: it is given back.
+M = TypeVar("M", bound=AnyModel)
 
 
 def product(x: mx.array, weight: mx.array) -> mx.array:
@@ -38,19 +43,20 @@ class _BlasEmbedding(nn.Embedding):
 _SUBSTITUTES: dict[type, type] = {nn.Linear: _BlasLinear, nn.Embedding: _BlasEmbedding}
 
 
-def for_evaluation(model: Any) -> Any:
+def for_evaluation(model: M) -> M:
     """A model with its weights, also 4-bit and 16-bit ones, in fp32 and `use_blas` where MLX runs on a Linux CPU.
 
     MLX's half-precision and quantised products are up to a hundred times slower there. Everywhere else, and if some layer is
     quantised otherwise (1-bit weights), the model stays as it is.
     """
-    if not is_faster() or q1_paths(model):
+    tree = cast(nn.Module, model)
+    if not is_faster() or q1_paths(tree):
         return model
-    if any(isinstance(layer, (nn.QuantizedLinear, nn.QuantizedEmbedding)) for layer in model.modules()):
-        model = dequantize_model(model)
-    model.update(tree_map(lambda x: x.astype(mx.float32) if mx.issubdtype(x.dtype, mx.floating) else x, model.parameters()))
-    mx.eval(model.parameters())
-    return use_blas(model)
+    if any(isinstance(layer, (nn.QuantizedLinear, nn.QuantizedEmbedding)) for layer in tree.modules()):
+        tree = dequantize_model(tree)
+    tree.update(tree_map(lambda x: x.astype(mx.float32) if mx.issubdtype(x.dtype, mx.floating) else x, tree.parameters()))
+    mx.eval(tree.parameters())
+    return use_blas(cast(M, tree))
 
 
 def is_faster() -> bool:
@@ -58,7 +64,7 @@ def is_faster() -> bool:
     return bool(mx.default_device() == mx.cpu and not mx.metal.is_available())
 
 
-def use_blas(model: Any) -> Any:
+def use_blas(model: M) -> M:
     """Let the fp32 linear layers of a model compute with NumPy where MLX runs on a Linux CPU; returns the model.
 
     Every product then waits for its input, so this is for teacher-forced runs, not for serving.
@@ -72,12 +78,12 @@ def use_blas(model: Any) -> Any:
 
 
 @contextlib.contextmanager
-def used(model: Any) -> Iterator[None]:
+def used(model: ModuleTree) -> Iterator[None]:
     """`use_blas` for a while, also for the attention to exact keys and values."""
     before = [(module, type(module)) for _, module in model.named_modules()]
     hook = hooks.Hook(mx.fast, "scaled_dot_product_attention", _attention_to_arrays)
     try:
-        use_blas(model)
+        use_blas(cast(nn.Module, model))
         if is_faster():
             hook.put()
         yield
@@ -87,7 +93,7 @@ def used(model: Any) -> Iterator[None]:
             module.__class__ = cls
 
 
-def _attention_to_arrays(previous: Callable[..., Any], q: mx.array, k: Any, v: Any, **options: Any) -> Any:
+def _attention_to_arrays(previous: hooks.Function, q: mx.array, k: Any, v: Any, **options: Any) -> Any:
     if not isinstance(k, mx.array) or q.shape[2] == 1:
         return previous(q, k, v, **options)
     return attention(q, k, v, **options).astype(q.dtype)  # as MLX's: what is cached keeps its type
@@ -132,7 +138,7 @@ _FOR_NOW: dict[type, type] = {nn.Linear: _LinearForNow, nn.QuantizedLinear: _Qua
 
 
 @contextlib.contextmanager
-def products(model: Any, *, skip_rows: int | None = None) -> Iterator[None]:
+def products(model: ModuleTree, *, skip_rows: int | None = None) -> Iterator[None]:
     """Let the model's linear layers compute in fp32 with NumPy in this thread, where that is faster.
 
     Args:

@@ -15,7 +15,10 @@ from mlx_lm.models.cache import KVCache, QuantizedKVCache
 from tqext.mlx_lm import probe, stock_cache
 from tqext.mlx_lm.caches import compressed
 from tqext.mlx_lm.guard import judged
+from tqext.mlx_lm.packages import AnyModel
+from tqext.mlx_lm.reports import Layer
 from tqext.presets import Policy, get_policy
+from tqext.protocols import Cache, Model
 
 EDGES = (0, 512, 2048, 4096, 8192, 16384, 32768)
 CHUNK = 256
@@ -104,7 +107,7 @@ class ByPosition:
     layers: str = ""
 
 
-def contenders(model: Any, presets: Sequence[str | Policy], *, stock_bits: Sequence[int] = STOCK_BITS) -> list[Contender]:
+def contenders(model: AnyModel, presets: Sequence[str | Policy], *, stock_bits: Sequence[int] = STOCK_BITS) -> list[Contender]:
     """The control (uncompressed, fed in halves of a chunk), the presets, and mlx-lm's caches of so many bits.
 
     Args:
@@ -131,17 +134,17 @@ def contenders(model: Any, presets: Sequence[str | Policy], *, stock_bits: Seque
     return [Contender("uncompressed, other chunks", stock_cache(model), plain, pieces=2), *out]
 
 
-def _grows(layer: Any) -> bool:
+def _grows(layer: Layer) -> bool:
     """Whether a layer's cache is one of those that could be compressed, also if its policy leaves it alone."""
     return bool(layer.n_kv_heads) and layer.cache == "KVCache"
 
 
-def _quantised(stock: Sequence[Any], bits: int, group_size: int) -> list[Any]:
+def _quantised(stock: Sequence[Cache], bits: int, group_size: int) -> list[Cache]:
     return [QuantizedKVCache(group_size, bits) if type(c) is KVCache else c for c in stock]
 
 
 def by_position(
-    model: Any,
+    model: AnyModel,
     tokens: Sequence[int],
     entries: Sequence[Contender],
     *,
@@ -199,7 +202,7 @@ def by_position(
     return _results(reference, entries, chunk, edges)
 
 
-def _logits(model: Any, fed: mx.array, entry: Contender) -> mx.array:
+def _logits(model: Model, fed: mx.array, entry: Contender) -> mx.array:
     """fp32 logits ``[n_tokens, n_vocab]``."""
     start = time.perf_counter()
     n, parts = fed.shape[1], []

@@ -34,9 +34,10 @@ from tqext.fp16_range import fits_fp16
 from tqext.kv.latent import Projectable, ProjectedLatents
 from tqext.kv.snapshot import AttendsItself, create_mask
 from tqext.mlx_lm import hooks
-from tqext.mlx_lm.packages import logits
+from tqext.mlx_lm.packages import AnyModel, logits
 from tqext.ops import dequantize, quantize_keys, quantize_values
 from tqext.presets import Recipe
+from tqext.protocols import Cache, Model
 from tqext.ranks import Ranks
 
 # Raised when the prompt, the positions or what is derived from them changes: earlier results are then made again.
@@ -121,12 +122,12 @@ def ladder(recipe: Recipe) -> tuple[Recipe, ...]:
 # The prompt and its places
 
 
-def _arguments(model: Any) -> Any:
+def _arguments(model: AnyModel) -> Any:
     """What the model was made with; some of mlx-vlm's call it ``config``."""
     return getattr(model, "args", None) or getattr(model, "config", None)
 
 
-def _setting(model: Any, *names: str) -> Any:
+def _setting(model: AnyModel, *names: str) -> Any:
     """The first of these names that the model's arguments have, or those of its text model."""
     args = _arguments(model)
     text = args.get("text_config") if isinstance(args, dict) else getattr(args, "text_config", None)
@@ -141,13 +142,13 @@ def _setting(model: Any, *names: str) -> Any:
 _CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length")
 
 
-def known_context(model: Any) -> int | None:
+def known_context(model: AnyModel) -> int | None:
     """As `trained_context`, but None where the model's arguments do not say."""
     trained = _setting(model, *_CONTEXT_NAMES)
     return trained_context(model) if isinstance(trained, int) and trained > 0 else None
 
 
-def trained_context(model: Any) -> int:
+def trained_context(model: AnyModel) -> int:
     """Tokens that the model was trained for, RoPE scaling included; `DEFAULT_CONTEXT` where its arguments do not say."""
     trained = _setting(model, *_CONTEXT_NAMES)
     context = trained if isinstance(trained, int) and trained > 0 else DEFAULT_CONTEXT
@@ -159,13 +160,13 @@ def trained_context(model: Any) -> int:
     return context
 
 
-def offsets(model: Any, n: int = N_OFFSETS) -> list[int]:
+def offsets(model: Model, n: int = N_OFFSETS) -> list[int]:
     """Where the prompt begins: n places in the trained context, the first and the last among them."""
     last = max(0, trained_context(model) - N_TOKENS)
     return sorted({round(last * (i / (n - 1)) ** 2) for i in range(n)})
 
 
-def prompt(model: Any) -> mx.array:
+def prompt(model: Model) -> mx.array:
     """int ``[1, N_TOKENS]``: a linear congruence, its cube spread over the vocabulary.
 
     Tokenizers number common tokens first. Over 61 tokens, and over all alike, the balance of Qwen2.5-Coder-0.5B has 11 and 3 %
@@ -189,12 +190,12 @@ class _RopeCall(NamedTuple):
     """A call of ``mx.fast.rope``."""
 
     out: Any
-    rope: Callable[..., Any]
+    rope: hooks.Function
     args: tuple[Any, ...]
     options: dict[str, Any]
 
 
-def rope(previous: Callable[..., Any], x: Any, *args: Any, **options: Any) -> Any:
+def rope(previous: hooks.Function, x: Any, *args: Any, **options: Any) -> Any:
     """``mx.fast.rope``, noted while a calibration runs in this thread."""
     out = previous(x, *args, **options)
     calls = getattr(_local, "rope_calls", None)
@@ -408,7 +409,7 @@ class ObservedTokens(AttendsItself):
     def dtype(self) -> mx.Dtype:
         return self.keys.dtype
 
-    def attention(self, previous: Callable[..., mx.array], queries: mx.array, values: Any, **options: Any) -> mx.array:
+    def attention(self, previous: Callable[..., mx.array], queries: mx.array, values: object, **options: Any) -> mx.array:
         if values is not self:
             raise TypeError("[scaled_dot_product_attention] v: expected the values of the keys' cache")
         n_kv_heads = self.keys.shape[1]
@@ -556,12 +557,12 @@ def _calibrated(runs: Sequence[_Observed], recipe: Recipe) -> LayerCalibration:
     return LayerCalibration(balance, output, scores)
 
 
-MakeCache = Callable[[Callable[[bool], ObservingCache]], tuple[list[Any], dict[str, Any]]]
+MakeCache = Callable[[Callable[[bool], "ObservingCache"]], tuple[list[Cache], dict[str, "ObservingCache"]]]
 # By path: a layer under the recipes of its `ladder`, up to the first that is accurate.
 Steps = dict[str, tuple[LayerCalibration, ...]]
 
 
-def observe(model: Any, make_cache: MakeCache, recipes: Mapping[str, Recipe], ranks: Ranks) -> Steps:
+def observe(model: Model, make_cache: MakeCache, recipes: Mapping[str, Recipe], ranks: Ranks) -> Steps:
     """Run the prompt and calibrate the layers of `recipes`, each with its `ladder`.
 
     One run is enough where queries and keys come right out of ``mx.fast.rope``: they are turned to other positions. Where they
@@ -626,7 +627,7 @@ def _worst(steps: Steps, ranks: Ranks) -> Steps:
 # Kept results
 
 
-def fingerprint(model: Any) -> str:
+def fingerprint(model: Model) -> str:
     """A hash of the model's arguments and parameters: names, shapes, types, and 32 numbers of each."""
     digest = hashlib.sha256()
     args = _arguments(model)
@@ -644,7 +645,7 @@ def fingerprint(model: Any) -> str:
     return digest.hexdigest()
 
 
-def _key(model: Any, recipes: Mapping[str, Recipe]) -> str:
+def _key(model: Model, recipes: Mapping[str, Recipe]) -> str:
     codings = {path: _coding(recipe) for path, recipe in sorted(recipes.items())}
     text = json.dumps([VERSION, packed_format.VERSION, fingerprint(model), codings])
     return hashlib.sha256(text.encode()).hexdigest()[:40]
@@ -711,7 +712,7 @@ _MAX_KEPT = 32
 _kept: dict[Path, Steps] = {}  # of this process, oldest first
 
 
-def calibrate_layers(model: Any, make_cache: MakeCache, recipes: Mapping[str, Recipe]) -> Calibration:
+def calibrate_layers(model: Model, make_cache: MakeCache, recipes: Mapping[str, Recipe]) -> Calibration:
     """The calibration of these layers: what was kept, else made, kept and announced.
 
     Threads that ask for the same wait for one of them.
@@ -739,7 +740,7 @@ def calibrate_layers(model: Any, make_cache: MakeCache, recipes: Mapping[str, Re
     return Calibration(layers, seconds)
 
 
-def _made(model: Any, make_cache: MakeCache, recipes: Mapping[str, Recipe], ranks: Ranks, path: Path) -> Steps:
+def _made(model: Model, make_cache: MakeCache, recipes: Mapping[str, Recipe], ranks: Ranks, path: Path) -> Steps:
     def say(text: str) -> None:
         if ranks.is_first:
             print(f"tqext: {text}", file=sys.stderr, flush=True)

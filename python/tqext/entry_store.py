@@ -418,9 +418,14 @@ def _locked(file: int, how: int) -> bool:
 
 def _private(parent: Path, name: str) -> Path:
     """A folder in another one that only its owner can enter."""
-    parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     folder = parent / name
-    folder.mkdir(mode=0o700, exist_ok=True)
+    try:
+        parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"[PrefixStore] path: expected a folder, or a place for one, got {parent}: {error.strerror}"
+        ) from error
     status = folder.lstat()
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
         raise ValueError(f"[PrefixStore] path: expected a folder of this user, got {folder}, which is another's or no folder")

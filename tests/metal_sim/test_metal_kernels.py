@@ -17,7 +17,7 @@ import pytest
 from instances import INSTANCES
 
 import tqext
-from support import KERNEL_TOLERANCE, Problem, assert_close
+from support import FULL, KERNEL_TOLERANCE, Problem, assert_close
 
 METAL = metal_ops.ROOT / "metal"
 SOURCES = sorted(METAL.glob("*.metal")) + sorted(METAL.glob("*.h")) + [METAL / "instances.inc"]
@@ -175,23 +175,24 @@ def test_tokens_beyond_the_lengths_may_hold_anything(n_repeats, coding, value_bi
     assert_close(attend(device, problem), want, KERNEL_TOLERANCE[mx.float32])
 
 
-@pytest.mark.parametrize("dtype", [mx.float16, mx.float32], ids=str)
-def test_encoded_bytes_of_3000_tokens_are_the_cpus(fast, dtype):
+@pytest.mark.parametrize(
+    "dtype, dim", [(mx.float16, 128), (mx.float32, 96)] + [(mx.float16, 96), (mx.float32, 128)] * FULL, ids=str
+)
+def test_encoded_bytes_of_3000_tokens_are_the_cpus(fast, dtype, dim):
     """Every byte of 3000 tokens, 1000 in each of three heads. Roundings that differ show in some parameters of a thousand."""
     rng = np.random.default_rng(5)
-    for dim in (128, 96):
-        x = mx.array((rng.normal(size=(1, 3, 1000, dim)) * np.exp(rng.normal(size=dim))).astype(np.float32)).astype(dtype)
-        means, balance = tqext.block_means(x), mx.array(np.exp(rng.normal(size=(3, dim))).astype(np.float32))
-        for bits in (2, 3, 4):
-            options = dict(bits=bits, means=means, balance=balance, qjl=True)
-            packed = tqext.quantize_keys(x, **options)
-            want = packed.codes, packed.norms, packed.signs, packed.residual_norms
-            for got, array in zip(metal_ops.quantize_keys(fast, x, **options), want, strict=True):
-                assert mx.array_equal(got, array).item()
-        for coding, bits in (("groups", 2), ("groups", 4), ("lloyd", 2), ("lloyd", 3), ("lloyd", 4)):
-            want = tqext.quantize_values(x, coding=coding, bits=bits)[:2]
-            for got, array in zip(metal_ops.quantize_values(fast, x, coding=coding, bits=bits), want, strict=True):
-                assert mx.array_equal(got, array).item()
+    x = mx.array((rng.normal(size=(1, 3, 1000, dim)) * np.exp(rng.normal(size=dim))).astype(np.float32)).astype(dtype)
+    means, balance = tqext.block_means(x), mx.array(np.exp(rng.normal(size=(3, dim))).astype(np.float32))
+    for bits in (2, 3, 4):
+        options = dict(bits=bits, means=means, balance=balance, qjl=True)
+        packed = tqext.quantize_keys(x, **options)
+        want = packed.codes, packed.norms, packed.signs, packed.residual_norms
+        for got, array in zip(metal_ops.quantize_keys(fast, x, **options), want, strict=True):
+            assert mx.array_equal(got, array).item()
+    for coding, bits in (("groups", 2), ("groups", 4), ("lloyd", 2), ("lloyd", 3), ("lloyd", 4)):
+        want = tqext.quantize_values(x, coding=coding, bits=bits)[:2]
+        for got, array in zip(metal_ops.quantize_values(fast, x, coding=coding, bits=bits), want, strict=True):
+            assert mx.array_equal(got, array).item()
 
 
 def test_preempted_threads_change_nothing(checked):

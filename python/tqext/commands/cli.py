@@ -14,9 +14,10 @@ import sys
 import types
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import tqext
+from tqext import mlx_lm
 from tqext.commands.options import (
     MODEL_HELP,
     SHOWN_PRESETS,
@@ -24,8 +25,11 @@ from tqext.commands.options import (
     ArgumentParser,
     add_kv_options,
     add_store_options,
+    number_of,
     policy_of,
+    positive,
 )
+from tqext.protocols import Cache, CompressedSequence, is_compressed
 
 MLX_LM_COMMANDS = ("generate", "chat", "server", "cache_prompt", "benchmark", "evaluate")
 OWN_COMMANDS = {
@@ -83,6 +87,8 @@ class _MlxLmParser(ArgumentParser):
             options["help"] = argparse.SUPPRESS
         elif "--model" in names:
             options["help"] = MODEL_HELP
+        if "type" in options:
+            options["type"] = number_of(names, options["type"])
         return super().add_argument(*names, **options)
 
 
@@ -92,6 +98,12 @@ class _ServerParser(_MlxLmParser):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         add_store_options(self)
+
+    def add_argument(self, *names: Any, **options: Any) -> Any:
+        added = super().add_argument(*names, **options)
+        if "--max-tokens" in names:  # of requests that do not say it, where -1 is refused
+            added.type = positive
+        return added
 
 
 # Commands
@@ -216,7 +228,6 @@ def _run_mlx_lm(command: str, args: list[str]) -> None:
 
     one_bit.hook()
     witness = _Witness(verbose=options.kv_report, at_end=command == "generate")
-    from tqext import mlx_lm
 
     mlx_lm.hook()  # also without a policy: a prompt cache from a file may be compressed
     if policy is not None:
@@ -279,7 +290,7 @@ def _stoppable(stream_generate: Callable[..., Iterator[Any]]) -> Callable[..., I
         stopped: list[int] = []
         before = signal.getsignal(signal.SIGINT)
 
-        def stop(number: int, frame: Any) -> None:
+        def stop(number: int, frame: object) -> None:
             if stopped:  # the second time, at once: a long prompt may be at work
                 raise KeyboardInterrupt
             stopped.append(number)
@@ -308,12 +319,11 @@ def _chat_ui(chat_ui: Any, named: str | None) -> Any:
     return ChatUI
 
 
-def _treat_loaded_caches(module: Any, policy: Any, witness: _Witness) -> None:
+def _treat_loaded_caches(module: Any, policy: tqext.Policy | None, witness: _Witness) -> None:
     """Compress prompt caches from a file as --kv asks for once their model is there, and say what they are."""
-    from tqext import mlx_lm
     from tqext.mlx_lm import hooks
 
-    waiting: list[list[Any]] = []
+    waiting: list[list[Cache]] = []
 
     def load_prompt_cache(previous: Any, file: Any, *args: Any, **kwargs: Any) -> Any:
         if not os.path.isfile(file):
@@ -372,10 +382,10 @@ class _Witness:
     def __init__(self, *, verbose: bool, at_end: bool) -> None:
         self.verbose = verbose
         self.at_end = at_end
-        self.reports: list[Any] = []
-        self.cache: list[Any] = []
+        self.reports: list[mlx_lm.Report] = []
+        self.cache: list[Cache] = []
 
-    def see(self, report: Any, cache: list[Any]) -> None:
+    def see(self, report: mlx_lm.Report, cache: list[Cache]) -> None:
         if self.at_end:
             self.cache = cache
         if report in self.reports:
@@ -384,10 +394,10 @@ class _Witness:
         if not self.at_end:
             print(self._text(report), file=sys.stderr)
 
-    def see_loaded(self, cache: list[Any], policy: Any) -> None:
+    def see_loaded(self, cache: list[Cache], policy: tqext.Policy | None) -> None:
         """A cache from a file."""
         self.cache = cache
-        compressed = [(i, c) for i, c in enumerate(cache) if hasattr(c, "n_coded")]
+        compressed = [(i, c) for i, c in enumerate(cache) if is_compressed(c)]
         # The guard may have stepped some layers up: a cache of this policy has others that are as it says.
         other = policy is None or all(c.recipe != policy.of_layer(i, len(cache)) for i, c in compressed)
         text = f"KV cache from the file: {len(compressed)} of {len(cache)} layers compressed"
@@ -396,7 +406,7 @@ class _Witness:
             text += f" as they were saved, which --kv {name} does not change"
         print(text, file=sys.stderr)
 
-    def _text(self, report: Any) -> str:
+    def _text(self, report: mlx_lm.Report) -> str:
         return f"KV cache {report.table()}" if self.verbose else f"KV cache {report}"
 
     def finish(self) -> None:
@@ -404,11 +414,11 @@ class _Witness:
             return
         for report in self.reports:
             print(self._text(report))
-        compressed = [c for c in self.cache if hasattr(c, "n_coded")]
+        compressed = [cast(CompressedSequence, c) for c in self.cache if is_compressed(c)]
         if compressed:
             print(f"KV cache now: {self._now(compressed)}{self._later(compressed)}")
 
-    def _now(self, compressed: Sequence[Any]) -> str:
+    def _now(self, compressed: Sequence[CompressedSequence]) -> str:
         from tqext.kv.schedule import BLOCK
 
         like = max(compressed, key=lambda c: c.size())  # windows hold fewer tokens than other layers
@@ -419,7 +429,7 @@ class _Witness:
         parts = f"{like.n_coded} coded, {like.n_first} first and {like.n_tail} recent ones exact"
         return f"{like.size()} tokens in {used:.2f} MB instead of {plain:.2f} MB in fp16 ({parts})"
 
-    def _later(self, compressed: Sequence[Any]) -> str:
+    def _later(self, compressed: Sequence[CompressedSequence]) -> str:
         """What a long context would take."""
         if not self.reports or any(c.max_size is not None for c in compressed):
             return ""

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import mlx.core as mx
 from tqdm import tqdm  # type: ignore[import-untyped]
@@ -23,6 +23,7 @@ from tqext.commands.evaluate import read_text
 from tqext.commands.options import ArgumentParser, add_kv_options, policy_of, positive
 from tqext.mlx_lm import Report
 from tqext.models import load
+from tqext.protocols import Cache, Model
 
 # Fewer tokens are nearly all exact.
 MIN_TOKENS = 512
@@ -125,7 +126,9 @@ def document() -> str:
     return "\n\n".join(topics[name] for name in names if name in topics)
 
 
-def compare(model: Any, tokens: Sequence[int], *, progress: Callable[[str, int], object] = lambda what, n: None) -> Comparison:
+def compare(
+    model: Model, tokens: Sequence[int], *, progress: Callable[[str, int], object] = lambda what, n: None
+) -> Comparison:
     """Let a model read a document with its own and with a compressed cache, and go on from there with both.
 
     What comes before the compared tokens is read once, with the uncompressed cache, which is then compressed: a prompt's tokens
@@ -174,7 +177,7 @@ def _check_length(tokens: Sequence[int]) -> None:
         raise ValueError(f"[demo] tokens: expected at least {MIN_TOKENS}, got {len(tokens)}")
 
 
-def _feed(model: Any, tokens: Sequence[int], cache: list[Any], progress: Callable[[int], object]) -> Iterator[mx.array]:
+def _feed(model: Model, tokens: Sequence[int], cache: list[Cache], progress: Callable[[int], object]) -> Iterator[mx.array]:
     """Logits ``[n_tokens, n_vocab]`` of one chunk after the other, which are not computed unless somebody wants them."""
     for begin in range(0, len(tokens), CHUNK):
         chunk = mx.array(list(tokens[begin : begin + CHUNK]))
@@ -198,7 +201,9 @@ def _score(tokens: Sequence[int], chunks: Iterable[mx.array]) -> tuple[mx.array,
     return mx.concatenate(losses), mx.concatenate(best)
 
 
-def _answer(model: Any, caches: Sequence[list[Any]], last: int, progress: Callable[[int], object]) -> tuple[list[float], ...]:
+def _answer(
+    model: Model, caches: Sequence[list[Cache]], last: int, progress: Callable[[int], object]
+) -> tuple[list[float], ...]:
     """Seconds of every token that is generated with each cache, in turns; the first token of a turn is not counted."""
     tokens = [mx.array([[last]]) for _ in caches]
     seconds: tuple[list[float], ...] = tuple([] for _ in caches)

@@ -8,6 +8,7 @@ from typing import Any, cast
 import tqext
 from tqext.commands.options import ArgumentParser
 from tqext.commands.versions import versions
+from tqext.protocols import Model
 
 # Only inside of the functions, as nothing of it may be there: MLX.
 
@@ -22,7 +23,7 @@ def backend() -> str:
     return f"GPU, {info.get('device_name', 'unnamed')}"
 
 
-def tiny_model() -> Any:
+def tiny_model() -> Model:
     """A llama of two layers with random weights."""
     from mlx_lm.models import llama
 

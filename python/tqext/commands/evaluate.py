@@ -17,6 +17,7 @@ import numpy as np
 
 from tqext.commands.options import MODEL_HELP, ArgumentParser, add_kv_options, policy_of, positive
 from tqext.presets import DEFAULT_PRESET, PRESETS, Policy, get_policy
+from tqext.protocols import Cache, Model, Tokenizer
 
 REFERENCE_STEP = 256
 PROMPT_CHUNK = 2048  # of mlx-lm's own commands
@@ -47,7 +48,7 @@ class Quality:
     step: int
 
 
-def reference_logprobs(model: Any, tokens: mx.array, progress: Callable[[int], object] = lambda n: None) -> mx.array:
+def reference_logprobs(model: Model, tokens: mx.array, progress: Callable[[int], object] = lambda n: None) -> mx.array:
     """Log-probabilities ``[B, n_tokens, n_vocab]`` of the tokens ``[B, n_tokens]`` with mlx-lm's own cache."""
     from tqext.mlx_lm import stock_cache
 
@@ -59,12 +60,12 @@ def reference_logprobs(model: Any, tokens: mx.array, progress: Callable[[int], o
 
 
 def measure(
-    model: Any,
+    model: Model,
     tokens: mx.array,
     preset: str | Policy = DEFAULT_PRESET,
     *,
     reference: mx.array | None = None,
-    cache: list[Any] | None = None,
+    cache: list[Cache] | None = None,
     step: int = 8,
     progress: Callable[[int], object] = lambda n: None,
 ) -> Quality:
@@ -111,7 +112,7 @@ def measure(
     )
 
 
-def _feed(model: Any, tokens: mx.array, cache: list[Any], step: int) -> Iterator[mx.array]:
+def _feed(model: Model, tokens: mx.array, cache: list[Cache], step: int) -> Iterator[mx.array]:
     """Log-probabilities of the tokens, `step` at a time."""
     for begin in range(0, tokens.shape[1], step):
         logits = model(tokens[:, begin : begin + step], cache=cache).astype(mx.float32)
@@ -138,8 +139,8 @@ class Passkeys:
 
 
 def passkeys(
-    model: Any,
-    tokenizer: Any,
+    model: Model,
+    tokenizer: Tokenizer,
     text: str,
     presets: Sequence[str | Policy | None],
     *,
@@ -185,7 +186,7 @@ def passkeys(
 
 
 def _one_hidden(
-    model: Any, tokenizer: Any, words: Sequence[int], cache: list[Any], n_keys: int, trials: int, context: int
+    model: Model, tokenizer: Tokenizer, words: Sequence[int], cache: list[Cache], n_keys: int, trials: int, context: int
 ) -> Iterator[bool]:
     """Whether each trial's number is found. `cache` runs ahead over the text without any number."""
     rng = random.Random(f"passkey {trials} {context}")
@@ -204,7 +205,7 @@ def _one_hidden(
 
 
 def _several_hidden(
-    model: Any, tokenizer: Any, words: Sequence[int], cache: list[Any], n_keys: int, trials: int, context: int
+    model: Model, tokenizer: Tokenizer, words: Sequence[int], cache: list[Cache], n_keys: int, trials: int, context: int
 ) -> Iterator[bool]:
     """Whether each trial's number is found, each of those in one text in turn."""
     before, after = _passkey_prompt(tokenizer)
@@ -242,12 +243,12 @@ def _number(rng: random.Random) -> str:
     return str(rng.randrange(10_000, 100_000))
 
 
-def _sentence(tokenizer: Any, label: str, key: str) -> list[int]:
+def _sentence(tokenizer: Tokenizer, label: str, key: str) -> list[int]:
     text = f" {label} is {key}. Remember it: {label[0].lower()}{label[1:]} is {key}. "
     return list(tokenizer.encode(text, add_special_tokens=False))
 
 
-def _passkey_prompt(tokenizer: Any) -> tuple[list[int], str]:
+def _passkey_prompt(tokenizer: Tokenizer) -> tuple[list[int], str]:
     """The tokens before the text, and what stands after it, with ``<label>`` for what is asked."""
     intro = "There is an important piece of information hidden in the following text. Find it and memorize it.\n\n"
     content, prompt = f"{intro}<text>\n\nWhat is <label>?", None
@@ -259,19 +260,19 @@ def _passkey_prompt(tokenizer: Any) -> tuple[list[int], str]:
     return list(tokenizer.encode(before, add_special_tokens=prompt is None)), after
 
 
-def _question(tokenizer: Any, after: str, label: str) -> list[int]:
+def _question(tokenizer: Tokenizer, after: str, label: str) -> list[int]:
     """Tokens of the question with the beginning of the answer."""
     text = after.replace("<label>", label[0].lower() + label[1:])
     return list(tokenizer.encode(f"{text}{label} is", add_special_tokens=False))
 
 
-def _prefill(model: Any, cache: list[Any], tokens: Sequence[int]) -> None:
+def _prefill(model: Model, cache: list[Cache], tokens: Sequence[int]) -> None:
     for begin in range(0, len(tokens), PROMPT_CHUNK):
         model(mx.array([tokens[begin : begin + PROMPT_CHUNK]]), cache=cache)
         mx.eval([c.state for c in cache])
 
 
-def _continues_with(model: Any, tokenizer: Any, cache: list[Any], question: list[int], answer: str) -> bool:
+def _continues_with(model: Model, tokenizer: Tokenizer, cache: list[Cache], question: list[int], answer: str) -> bool:
     tokens, text = mx.array([question]), ""
     while len(text.strip()) < len(answer):
         token = model(tokens, cache=cache)[:, -1].argmax(axis=-1)
@@ -283,7 +284,7 @@ def _continues_with(model: Any, tokenizer: Any, cache: list[Any], question: list
     return text.strip().startswith(answer)
 
 
-def windows(tokenizer: Any, text: str, window: int, n_windows: int) -> mx.array:
+def windows(tokenizer: Tokenizer, text: str, window: int, n_windows: int) -> mx.array:
     """Tokens ``[n_windows, window]`` from evenly spaced places of a text.
 
     Raises:
@@ -314,7 +315,9 @@ def _bar(total: int, name: str) -> Any:
     return tqdm(total=total, desc=name, unit="token", file=sys.stderr)
 
 
-def _by_position(model: Any, tokenizer: Any, text: str, policies: Sequence[Policy], options: argparse.Namespace) -> None:
+def _by_position(
+    model: Model, tokenizer: Tokenizer, text: str, policies: Sequence[Policy], options: argparse.Namespace
+) -> None:
     from tqext.by_position import as_row, by_position, contenders, table
 
     tokens = tokenizer.encode(text)[: options.tokens]
@@ -326,7 +329,7 @@ def _by_position(model: Any, tokenizer: Any, text: str, policies: Sequence[Polic
         options.json.write_text(json.dumps(data, indent=2))
 
 
-def _agents(model: Any, tokenizer: Any, policies: Sequence[Policy], options: argparse.Namespace) -> None:
+def _agents(model: Model, tokenizer: Tokenizer, policies: Sequence[Policy], options: argparse.Namespace) -> None:
     from tqext.agents import tool_calls
 
     boards: list[Any] = []

@@ -5,9 +5,11 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
+
+from tqext.protocols import SizedCache, is_compressed
 
 # Seconds over which tokens per second are counted.
 WINDOW = 10.0
@@ -22,8 +24,10 @@ class Holding:
     Attributes:
         n_sequences: Sequences.
         n_coded: Their coded tokens. ``n_exact``: their exact ones.
-        used: Bytes of the tokens. ``reserved``: of the buffers, room for growth included.
+        used: Bytes of the tokens. ``reserved``: of the buffers, room for growth included. Both without prefixes.
         fp16: Bytes that the same tokens would take in fp16.
+        copies: Bytes of the prefixes' tokens if each sequence had its own.
+        roots: The buffers of prefixes by their number: bytes of the longest prefix's tokens, and of the buffers.
     """
 
     n_sequences: int = 0
@@ -32,40 +36,69 @@ class Holding:
     used: int = 0
     reserved: int = 0
     fp16: int = 0
+    copies: int = 0
+    roots: dict[int, tuple[int, int]] = field(default_factory=dict)
 
     def __add__(self, other: Holding) -> Holding:
-        return Holding(*(a + b for a, b in zip(asdict(self).values(), asdict(other).values(), strict=True)))
+        roots = dict(self.roots)
+        for number, (used, reserved) in other.roots.items():
+            roots[number] = max(used, roots.get(number, (0, 0))[0]), reserved
+        names = ("n_sequences", "n_coded", "n_exact", "used", "reserved", "fp16", "copies")
+        return Holding(**{name: getattr(self, name) + getattr(other, name) for name in names}, roots=roots)
+
+    def numbers(self, elsewhere: Collection[int] = ()) -> dict[str, int]:
+        """What `GAUGES` tell. The buffers of each prefix count once, and not at all if they count `elsewhere`."""
+        roots = [root for number, root in self.roots.items() if number not in elsewhere]
+        used, reserved = (sum(root[i] for root in roots) for i in range(2))
+        return {
+            "n_sequences": self.n_sequences,
+            "n_coded": self.n_coded,
+            "n_exact": self.n_exact,
+            "used": self.used + used,
+            "reserved": self.reserved + reserved,
+            "fp16": self.fp16,
+            "shared": self.copies - used,
+        }
 
 
-def holding(cache: Sequence[Any], n_sequences: int = 1) -> Holding:
+def holding(cache: Sequence[SizedCache], n_sequences: int = 1) -> Holding:
     """What a prompt cache holds: a cache of every layer, compressed or mlx-lm's own."""
-    layers = list(_flat(cache))
+    layers = list(flat(cache))
     used, reserved, fp16 = (sum(column) for column in zip(*map(_bytes, layers), strict=True)) if layers else (0, 0, 0)
-    counts = [(layer.n_coded, layer.n_exact) for layer in layers if hasattr(layer, "n_coded")]
+    copies = 0
+    roots: dict[int, tuple[int, int]] = {}
+    for prefix in (p for layer in layers if is_compressed(layer) for p in layer.prefixes if p is not None):
+        number, n = prefix.root.number, prefix.used_nbytes
+        copies += n
+        roots[number] = max(n, roots.get(number, (0, 0))[0]), prefix.root.nbytes
+    counts = [(layer.n_coded, layer.n_exact) for layer in layers if is_compressed(layer)]
     n_coded, n_exact = max(counts, key=sum, default=(0, 0))  # windows hold fewer tokens than other layers
     if not counts:
         n_exact = max((_n_tokens(layer) for layer in layers), default=0) * n_sequences
-    return Holding(n_sequences, n_coded, n_exact, used, reserved, fp16)
+    return Holding(n_sequences, n_coded, n_exact, used, reserved, fp16, copies, roots)
 
 
-def _flat(cache: Sequence[Any]) -> Iterator[Any]:
+def flat(cache: Sequence[SizedCache]) -> Iterator[SizedCache]:
+    """The cache of every layer, also where mlx-lm keeps several as one."""
     for layer in cache:
         if hasattr(layer, "caches"):
-            yield from _flat(layer.caches)
+            yield from flat(layer.caches)
         else:
             yield layer
 
 
-def _n_tokens(layer: Any) -> int:
+def _n_tokens(layer: SizedCache) -> int:
     """Tokens of each sequence in one of mlx-lm's own caches."""
     offset = getattr(layer, "_idx", getattr(layer, "offset", 0))
     return offset if isinstance(offset, int) else 0
 
 
-def _bytes(layer: Any) -> tuple[int, int, int]:
-    """Bytes used, reserved and in fp16."""
-    if hasattr(layer, "n_coded"):
-        return layer.used_nbytes, layer.nbytes, layer.fp16_nbytes
+def _bytes(layer: SizedCache) -> tuple[int, int, int]:
+    """Bytes used, reserved and in fp16; the first two without prefixes."""
+    if is_compressed(layer):
+        prefixes = {id(p): p for p in layer.prefixes if p is not None}.values()
+        of_prefixes = sum(p.used_nbytes for p in prefixes), sum({p.root.number: p.root.nbytes for p in prefixes}.values())
+        return layer.used_nbytes - of_prefixes[0], layer.nbytes - of_prefixes[1], layer.fp16_nbytes
     reserved = int(layer.nbytes)
     keys = getattr(layer, "keys", None)
     if keys is None or isinstance(keys, (tuple, list)) or keys.ndim != 4 or keys.shape[2] == 0:
@@ -113,9 +146,19 @@ class Stats:
             self._running = cache
             self._point()
 
+    def kept_roots(self) -> set[int]:
+        """The numbers of the buffers of prefixes that kept caches hold."""
+        with self._lock:
+            return {number for cache in self._kept.values() for number in cache.roots}
+
+    def kept_bytes(self) -> int:
+        """Bytes of the buffers of all kept caches."""
+        with self._lock:
+            return sum(self._kept.values(), Holding()).numbers()["reserved"]
+
     def _point(self) -> tuple[float, int, int]:
-        total = sum(self._kept.values(), self._running)
-        now = (round(time.time(), 1), total.used, total.fp16)
+        total = sum(self._kept.values(), self._running).numbers()
+        now = (round(time.time(), 1), total["used"], total["fp16"])
         if not self._points or now[0] - self._points[-1][0] >= POINT_SECONDS:
             self._points.append(now)
         return now
@@ -127,12 +170,13 @@ class Stats:
             now = self._point()
             since = time.monotonic() - WINDOW
             recent = sum(n for when, n in self._recent if when >= since)
+            kept = sum(self._kept.values(), Holding())
             return {
                 "model": self.model,
                 "counters": dict(self._counts),
                 "tokens_per_second": recent / WINDOW,
-                "running": asdict(self._running),
-                "kept": asdict(sum(self._kept.values(), Holding())),
+                "running": self._running.numbers(kept.roots),
+                "kept": kept.numbers(),
                 "points": [*self._points, now],  # the curve ends now
                 "prefix_store": prefix_store,
             }
@@ -155,6 +199,7 @@ GAUGES = {
     "used": ("used_bytes", "Bytes of the tokens"),
     "reserved": ("reserved_bytes", "Bytes of the buffers, room for growth included"),
     "fp16": ("fp16_equivalent_bytes", "Bytes that the same tokens would take in fp16"),
+    "shared": ("shared_bytes", "Bytes that the tokens would take on top if no sequences shared a prefix"),
 }
 STORE_COUNTERS = {
     "hits": "Prompts of which the prefix store gave a part",

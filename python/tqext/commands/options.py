@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
+
+import tqext
 
 UNCOMPRESSED = "none"
 # The presets for use, in the order of their sizes, and what to take them for.
@@ -39,25 +43,58 @@ def not_negative(text: str) -> int:
     return _whole_number(text, 0)
 
 
-def _whole_number(text: str, least: int) -> int:
+def token_limit(text: str) -> int:
+    """A whole number from 1 on, or -1 for no limit."""
+    if text == "-1":
+        return -1
+    try:
+        return positive(text)
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, or -1 for no limit, got {text!r}") from None
+
+
+def seed(text: str) -> int:
+    """A number of 64 bits."""
+    return _whole_number(text, 0, 2**64 - 1)
+
+
+def _whole_number(text: str, least: int, most: float = math.inf) -> int:
     try:
         number = int(text)
     except ValueError:
-        number = -1
-    if number < least:
-        raise argparse.ArgumentTypeError(f"expected a whole number from {least} on, got {text!r}")
+        number = least - 1
+    if not least <= number <= most:
+        end = f"to {most}" if most < math.inf else "on"
+        raise argparse.ArgumentTypeError(f"expected a whole number from {least} {end}, got {text!r}")
     return number
+
+
+def number_from_0(most: float = math.inf) -> Callable[[str], float]:
+    """A finite number from 0 to `most`."""
+
+    def parse(text: str) -> float:
+        try:
+            number = float(text)
+        except ValueError:
+            number = math.nan
+        if not (0 <= number <= most and math.isfinite(number)):
+            end = f"to {most}" if most < math.inf else "on"
+            raise argparse.ArgumentTypeError(f"expected a number from 0 {end}, got {text!r}")
+        return number
+
+    return parse
 
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30, "TI": 1 << 40}
 
 
 def n_bytes(text: str) -> int:
-    """A number of bytes: ``20GB``, ``512MiB``, ``1.5G``, or a bare number."""
-    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]*)?)\s*([KMGT]?I?)B?\s*", text.upper())
-    if found is None or found[2] not in _UNITS:
-        raise argparse.ArgumentTypeError(f"expected a size such as 20GB, got {text!r}")
-    return int(float(found[1]) * _UNITS[found[2]])
+    """A number of bytes: ``16GB`` and ``16G`` are 16 * 10**9, ``16GiB`` is 16 * 2**30, as in mlx-lm's own options."""
+    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([KMGT]?I?)B?\s*", text.upper())
+    size = int(float(found[1]) * _UNITS[found[2]]) if found is not None and found[2] in _UNITS else 0
+    if size < 1:
+        raise argparse.ArgumentTypeError(f"expected a size such as 16GB or 16GiB, got {text!r}")
+    return size
 
 
 def preset_name(text: str) -> str:
@@ -105,6 +142,26 @@ def add_kv_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--kv-report", action="store_true", help="report for each layer whether it is compressed, and why not")
 
 
+# Numbers of mlx-lm's options that it takes as they come, and then fails with, or not.
+_NUMBERS: dict[str, Callable[[str], Any]] = {
+    **dict.fromkeys(("--prompt-tokens", "--generation-tokens", "--batch-size", "--num-trials"), positive),
+    **dict.fromkeys(("--decode-concurrency", "--prompt-concurrency", "--prefill-step-size", "--num-draft-tokens"), positive),
+    **dict.fromkeys(("--max-kv-size", "--min-tokens-to-keep"), positive),
+    **dict.fromkeys(("--top-k", "--prompt-cache-size"), not_negative),
+    **dict.fromkeys(("--top-p", "--min-p", "--xtc-probability"), number_from_0(1)),
+    **dict.fromkeys(("--temp", "--delay"), number_from_0()),
+    "--xtc-threshold": number_from_0(0.5),
+    "--max-tokens": token_limit,
+    "--prompt-cache-bytes": n_bytes,
+    "--seed": seed,
+}
+
+
+def number_of(names: Sequence[str], parse: Any) -> Any:
+    """What reads the value of one of mlx-lm's options; `parse` is mlx-lm's own function for it."""
+    return next((_NUMBERS[name] for name in names if name in _NUMBERS), parse)
+
+
 def add_store_options(parser: argparse.ArgumentParser) -> None:
     """The options of the server's prefix store."""
     group = parser.add_argument_group("prefix store")
@@ -114,7 +171,7 @@ def add_store_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--prefix-store-size", type=n_bytes, metavar="SIZE", help=size)
 
 
-def policy_of(options: argparse.Namespace, clients: int = 1) -> Any:
+def policy_of(options: argparse.Namespace, clients: int = 1) -> tqext.Policy | None:
     """The policy that `add_kv_options` options ask for, None for no compression; `clients`: sequences that are held at once."""
     from tqext.presets import get_policy
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,18 +16,17 @@ from tqext.commands.options import (
     WINDOWS,
     WINDOWS_HELP,
     ArgumentParser,
+    n_bytes,
     positive,
     preset_name,
 )
 from tqext.presets import Policy, get_policy
+from tqext.protocols import Model
 
-# Of a number of bytes: 16G and 16GiB are powers of two, as tools of the system print them; 16GB is a power of ten.
-_SIZE = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*([KMGT]?)(I?B?)", re.IGNORECASE)
-_POWERS = " KMGT"
 # What is left to the system, the activations and the allocator's pool.
 USABLE = 0.85
 # KL of the next token in nats at head dimension 128 (Qwen2.5-Coder-1.5B) and 64 (0.5B), 32768 tokens of prose: docs/quality.md.
-QUALITY = {"tq3": (0.0133, 0.0230), "tq33": (0.0050, 0.0166), "tq4": (0.0011, 0.0040)}
+QUALITY = {"tq2": (None, 0.0714), "tq3": (0.0133, 0.0230), "tq33": (0.0050, 0.0166), "tq4": (0.0011, 0.0040)}
 # Assumed where neither the user nor the model names a context.
 DEFAULT_CONTEXT = 8192
 # From the most accurate one: the first that fits is recommended.
@@ -69,7 +66,7 @@ class Plan(NamedTuple):
         return max(0, int(each / max(self.bytes_per_token, 1)))
 
 
-def plan(model: Any, preset: str | Policy | None, clients: int = 1) -> Plan:
+def plan(model: Model, preset: str | Policy | None, clients: int = 1) -> Plan:
     """The memory of a model, from a dry run that loads no weights.
 
     Args:
@@ -97,30 +94,6 @@ def plan(model: Any, preset: str | Policy | None, clients: int = 1) -> Plan:
     return Plan("none" if preset is None else policy.name, grows, fixed, weight_bytes(model), windows, clients)
 
 
-def parse_bytes(text: str) -> int:
-    """``"16G"``, ``"16GiB"`` (both 16 * 2**30), ``"16GB"`` (16 * 10**9) and the like as a number of bytes.
-
-    Raises:
-        ValueError: The text is no size, or less than one byte.
-    """
-    found = _SIZE.fullmatch(text.strip())
-    number = 0
-    if found is not None:
-        value, prefix, unit = found.groups()
-        base = 1000 if prefix and unit.upper() == "B" else 1024
-        number = int(float(value) * base ** (_POWERS.index(prefix.upper()) if prefix else 0))
-    if number < 1:
-        raise ValueError(f"[plan] memory: expected a size such as 16GB or 16GiB, got {text!r}")
-    return number
-
-
-def _memory(text: str) -> int:
-    try:
-        return parse_bytes(text)
-    except ValueError as error:  # argparse would put a sentence of its own in its place
-        raise argparse.ArgumentTypeError(str(error).partition(": ")[2]) from None
-
-
 def total_memory() -> int:
     """Bytes of memory that a model can have: the GPU's working set, else this machine's."""
     if mx.default_device() == mx.gpu:
@@ -135,9 +108,8 @@ def quality(preset: str, head_dim: int, *, latent: bool = False) -> str:
     """The measured error of a preset in words, for models of such a head dimension; `latent`: with latent attention."""
     if preset == "none":
         return "exact"
-    if preset not in QUALITY or latent:
-        return "not measured"
-    return f"KL {QUALITY[preset][head_dim < 128]:.4f}"
+    found = None if latent else QUALITY.get(preset, (None, None))[head_dim < 128]
+    return "not measured" if found is None else f"KL {found:.4f}"
 
 
 def recommended(plans: Sequence[Plan], memory: float, context: int) -> str | None:
@@ -151,7 +123,7 @@ def main(argv: Sequence[str]) -> None:
     """The command."""
     parser = ArgumentParser(prog="tqext plan", description=__doc__, allow_abbrev=False)
     parser.add_argument("--model", required=True, help=MODEL_HELP)
-    parser.add_argument("--memory", type=_memory, help="such as 16GB or 16GiB; default: what this machine has")
+    parser.add_argument("--memory", type=n_bytes, help="such as 16GB or 16GiB; default: what this machine has")
     parser.add_argument("--context", type=positive, metavar="N", help="tokens that are to fit; default: the model's limit")
     parser.add_argument("--clients", type=positive, default=1, metavar="N", help="sequences that are held at once (default 1)")
     parser.add_argument("--kv-windows", default="auto", choices=WINDOWS, metavar="WHEN", help=WINDOWS_HELP)

@@ -20,18 +20,20 @@ import threading
 import time
 import types
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from http.server import ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, TypeVar, cast
 
 import mlx.core as mx
 import mlx_lm.server as mlx_lm_server
 from huggingface_hub.errors import CacheNotFound
 
 from tqext.commands import metrics
-from tqext.commands.metrics import Holding, holding, stats
+from tqext.commands.metrics import Holding, flat, holding, stats
+from tqext.kv import TurboQuantKVCache
 from tqext.mlx_lm.prefix_store import DEFAULT_BYTES, PrefixStore
+from tqext.protocols import Model, Tokenizer
 from tqext.ranks import Ranks
 
 # Connections that wait to be taken; the system may allow fewer.
@@ -68,7 +70,7 @@ class _Refusal(BaseException):
     """Carries a `RequestError` past mlx-lm's handler, which answers every Exception with status 404."""
 
 
-def _check(holds: bool, name: str, expected: str, got: Any) -> None:
+def _check(holds: bool, name: str, expected: str, got: object) -> None:
     if not holds:
         raise RequestError(f"[request] {name}: expected {expected}, got {got!r:.100}")
 
@@ -125,14 +127,14 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def _is_finite(value: Any) -> bool:
+def _is_finite(value: object) -> bool:
     try:
         return isinstance(value, int | float) and math.isfinite(value)
     except OverflowError:  # an integer beyond every float
         return False
 
 
-def check_tokens(prompt: list[int], args: Any, vocab_size: int) -> None:
+def check_tokens(prompt: list[int], args: mlx_lm_server.GenerationArguments, vocab_size: int) -> None:
     """Raise a RequestError unless a tokenised request fits the model.
 
     Args:
@@ -151,7 +153,9 @@ def check_tokens(prompt: list[int], args: Any, vocab_size: int) -> None:
 class Generator(mlx_lm_server.ResponseGenerator):
     """mlx-lm's generation thread, which refuses what it could not finish."""
 
-    def _tokenize(self, tokenizer: Any, request: Any, args: Any) -> Any:
+    def _tokenize(
+        self, tokenizer: Tokenizer, request: mlx_lm_server.CompletionRequest, args: mlx_lm_server.GenerationArguments
+    ) -> Any:
         """mlx-lm calls this where an exception is the request's own; what comes next is tried here for that reason."""
         tokenized = super()._tokenize(tokenizer, request, args)
         check_tokens(tokenized[0], args, self._vocab_size(tokenizer))
@@ -160,7 +164,7 @@ class Generator(mlx_lm_server.ResponseGenerator):
         mlx_lm_server._make_logits_processors(args)
         return tokenized
 
-    def _vocab_size(self, tokenizer: Any) -> int:
+    def _vocab_size(self, tokenizer: Tokenizer) -> int:
         """The model's, no more than the tokenizer's: beyond the one are no logits, beyond the other no tokens."""
         known: Any = getattr(self, "_known_vocab", None)
         if known is None or known[0] is not tokenizer:
@@ -168,7 +172,7 @@ class Generator(mlx_lm_server.ResponseGenerator):
         of_model = getattr(getattr(self.model_provider.model, "args", None), "vocab_size", None)
         return min(known[1], of_model) if isinstance(of_model, int) else int(known[1])
 
-    def __init__(self, model_provider: Any, prompt_cache: Any) -> None:
+    def __init__(self, model_provider: mlx_lm_server.ModelProvider, prompt_cache: mlx_lm_server.LRUPromptCache) -> None:
         if isinstance(prompt_cache, PromptCache):
             prompt_cache.provider = model_provider
         super().__init__(model_provider, prompt_cache)
@@ -176,7 +180,13 @@ class Generator(mlx_lm_server.ResponseGenerator):
     # As the command line names the model, which mlx-lm knows by its folder.
     model_names: frozenset[str] = frozenset()
 
-    def generate(self, request: Any, generation_args: Any, *args: Any, **kwargs: Any) -> Any:
+    def generate(
+        self,
+        request: mlx_lm_server.CompletionRequest,
+        generation_args: mlx_lm_server.GenerationArguments,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
         if generation_args.model.model in self.model_names:
             # One name for one model: mlx-lm does not batch requests that name it differently.
             model = dataclasses.replace(generation_args.model, model="default_model")
@@ -207,20 +217,23 @@ def _counted(responses: Iterator[Any]) -> Iterator[Any]:
         yield response
 
 
+T = TypeVar("T")
+
+
 class _Order(mlx_lm_server.LRUPromptCache.CacheOrder):
     """Which kept cache is thrown away next. mlx-lm calls `pop` where one makes room for others, and nowhere else."""
 
     incoming: Holding = Holding()
 
-    def push(self, model: Any, tokens: list[int], *args: Any, **kwargs: Any) -> None:
+    def push(self, model: Hashable, tokens: list[int], *args: Any, **kwargs: Any) -> None:
         super().push(model, tokens, *args, **kwargs)
         stats.keep((model, tuple(tokens)), self.incoming)
 
-    def remove(self, model: Any, tokens: list[int]) -> None:
+    def remove(self, model: Hashable, tokens: list[int]) -> None:
         super().remove(model, tokens)
         stats.drop((model, tuple(tokens)))
 
-    def pop(self) -> Any:
+    def pop(self) -> tuple[Hashable, list[int]]:
         model, tokens = super().pop()
         stats.drop((model, tuple(tokens)))
         stats.count("prompt_cache_evictions")
@@ -236,17 +249,17 @@ class PromptCache(mlx_lm_server.LRUPromptCache):
     """
 
     store: ClassVar[PrefixStore | None] = None
-    provider: Any = None
+    provider: mlx_lm_server.ModelProvider | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._lru = self._order = _Order()
         # Models whose caches cannot be stored: on all ranks, or on this one, which goes on to ask with the others.
-        self._refused: set[Any] = set()
-        self._not_saved: set[Any] = set()
+        self._refused: set[Hashable] = set()
+        self._not_saved: set[Hashable] = set()
         self._known_ranks: tuple[weakref.ref[Any], Ranks] | None = None
 
-    def fetch_nearest_cache(self, model: Any, tokens: list[int]) -> Any:
+    def fetch_nearest_cache(self, model: Hashable, tokens: list[int]) -> tuple[list[Any] | None, list[int]]:
         cache, rest = super().fetch_nearest_cache(model, tokens)
         ranks = self._ranks(model)
         if ranks is not None and not ranks.agree([len(rest)]):  # a bound in bytes can throw away other caches on other ranks
@@ -255,18 +268,27 @@ class PromptCache(mlx_lm_server.LRUPromptCache):
         n_kept = len(tokens) - len(rest)
         least = 0 if cache is None else max(STORE_GAIN, len(tokens) // STORE_SHARE)
         beyond = n_kept + least
-        found, n = self._with_store(model, self._refused, (None, 0), lambda store, m: store.fetch(m, tokens, beyond=beyond))
+        nothing: tuple[list[Any] | None, int] = (None, 0)
+        found, n = self._with_store(model, self._refused, nothing, lambda store, m: store.fetch(m, tokens, beyond=beyond))
         if found is not None:
             cache, rest = found, tokens[n:]
+            _share(found)
         stats.count("reused_tokens", len(tokens) - len(rest))
         return cache, rest
 
-    def insert_cache(self, model: Any, tokens: list[int], prompt_cache: list[Any], **kwargs: Any) -> None:
+    def insert_cache(self, model: Hashable, tokens: list[int], prompt_cache: list[Any], **kwargs: Any) -> None:
         self._with_store(model, self._not_saved, 0, lambda store, m: store.save(m, tokens, prompt_cache, end=None))
+        _share(prompt_cache)
         self._order.incoming = holding(prompt_cache)
         super().insert_cache(model, tokens, prompt_cache, **kwargs)
 
-    def _ranks(self, model: Any) -> Ranks | None:
+    def trim_to(self, *, n_sequences: int | None = None, n_bytes: int | None = None) -> None:
+        """As mlx-lm's, but what kept caches share counts once."""
+        super().trim_to(n_sequences=n_sequences)
+        while n_bytes is not None and len(self) and stats.kept_bytes() > n_bytes:
+            super().trim_to(n_sequences=len(self) - 1)
+
+    def _ranks(self, model: Hashable) -> Ranks | None:
         """The processes that hold the model which is served."""
         served = self.provider
         if served is None or served.model is None or served.model_key != model:
@@ -275,7 +297,7 @@ class PromptCache(mlx_lm_server.LRUPromptCache):
             self._known_ranks = (weakref.ref(served.model), Ranks(served.model))
         return self._known_ranks[1]
 
-    def _with_store(self, model: Any, refused: set[Any], otherwise: Any, use: Callable[[PrefixStore, Any], Any]) -> Any:
+    def _with_store(self, model: Hashable, refused: set[Hashable], otherwise: T, use: Callable[[PrefixStore, Model], T]) -> T:
         """What the store does for the model that is served, if it can keep its caches."""
         served = self.provider
         if self.store is None or model in self._refused | refused or served is None or served.model_key != model:
@@ -283,11 +305,18 @@ class PromptCache(mlx_lm_server.LRUPromptCache):
         try:
             if served.draft_model is not None:
                 raise ValueError("[server] --prefix-store: expected no draft model, got one, whose tokens are not kept")
-            return use(self.store, served.model)
+            return use(self.store, cast(Model, served.model))
         except ValueError as error:
             refused.add(model)
             logging.warning(f"Prefix store: nothing is kept of this model: {error}")
             return otherwise
+
+
+def _share(cache: Sequence[Any]) -> None:
+    """Requests that begin like this one go on from the tokens that are kept here, instead of copies."""
+    for layer in flat(cache):
+        if isinstance(layer, TurboQuantKVCache):
+            layer.share()
 
 
 class Batch(mlx_lm_server.BatchGenerator):
@@ -308,9 +337,17 @@ class Batch(mlx_lm_server.BatchGenerator):
         stats.run(Holding())
 
     def _look(self) -> None:
+        stats.run(self._running())
+
+    def _running(self) -> Holding:
         batches = (self._prompt_batch, self._generation_batch)
-        running = (holding(batch.prompt_cache, len(batch.uids)) for batch in batches if batch.uids)
-        stats.run(sum(running, Holding()))
+        return sum((holding(batch.prompt_cache, len(batch.uids)) for batch in batches if batch.uids), Holding())
+
+    @property
+    def prompt_cache_nbytes(self) -> int:
+        """Bytes of the caches of requests, without what kept caches hold as well."""
+        waiting = (holding(sequence[3]) for sequence in self._unprocessed_sequences)
+        return sum(waiting, self._running()).numbers(stats.kept_roots())["reserved"]
 
 
 # Who sends it
@@ -406,7 +443,7 @@ class Handler(mlx_lm_server.APIHandler):
         check_body(self.body, self.path)
         super().validate_model_parameters()
 
-    def handle_completion(self, request: Any, stop_words: list[str]) -> None:
+    def handle_completion(self, request: mlx_lm_server.CompletionRequest, stop_words: list[str]) -> None:
         try:
             super().handle_completion(request, stop_words)
         except _Refusal as refusal:
@@ -431,7 +468,7 @@ class Server(ThreadingHTTPServer):
         self._free = threading.Semaphore(MAX_CONNECTIONS)
         super().__init__(*args, **kwargs)
 
-    def process_request(self, request: Any, client_address: Any) -> None:
+    def process_request(self, request: Any, client_address: object) -> None:
         if self._free.acquire(blocking=False):
             super().process_request(request, client_address)
             return
@@ -442,7 +479,7 @@ class Server(ThreadingHTTPServer):
             pass
         self.shutdown_request(request)
 
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
+    def process_request_thread(self, request: Any, client_address: object) -> None:
         try:
             super().process_request_thread(request, client_address)
         finally:

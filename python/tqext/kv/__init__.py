@@ -1,6 +1,7 @@
 """The compressed KV cache of one layer: of one sequence, and of a batch.
 
-From the bottom up: tokens; schedule; codec; columns (of a batch); snapshot; buffers; state; cache; batch; forked; latent.
+From the bottom up: tokens; schedule; codec; prefix (that caches share); columns (of a batch); snapshot; prefixed_snapshot;
+buffers; state; cache; batch; forked; latent.
 Beside the last ones those of sliding windows: window_snapshot; window; window_batch.
 """
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 
 import mlx.core as mx
 import numpy as np
@@ -15,6 +15,8 @@ from tqext.kv.buffers import Buffers
 from tqext.kv.cache import TurboQuantKVCache
 from tqext.kv.codec import Codec, History, check_balance
 from tqext.kv.columns import CODED, FIRST, TAIL, Columns, Ints, StreamColumns, note_mask
+from tqext.kv.prefix import MIN_SHARE, NO_IDS, Ids, Prefix, distinct_roots, is_worth_sharing, new_ids, sharing
+from tqext.kv.prefixed_snapshot import Groups, PrefixedSnapshot
 from tqext.kv.schedule import (
     BLOCK,
     check_max_size,
@@ -31,7 +33,7 @@ from tqext.presets import Recipe
 
 class _LastOffset(threading.local):
     offset: mx.array | None = None
-    key: tuple[Any, ...] = ()
+    key: tuple[object, ...] = ()
 
 
 class LastStep(threading.local):
@@ -39,7 +41,7 @@ class LastStep(threading.local):
 
 
 class LastDue(threading.local):
-    found: tuple[tuple[Any, ...], Due | None] | None = None
+    found: tuple[tuple[object, ...], Due | None] | None = None
 
 
 _last_offset = _LastOffset()
@@ -114,6 +116,9 @@ class BatchTurboQuantKVCache(Buffers):
     Every sequence has its own numbers of first, coded and recent tokens and encodes on its own schedule, so it holds the
     bytes it would hold alone. `offset`, `left_padding` and `make_mask` speak of the left-padded batch that mlx-lm thinks of.
 
+    Sequences that are copies of one cache share its first and its coded tokens, from 512 on: the batch holds and reads one copy
+    of them. Inside, these are tokens that a sequence dropped, and attention adds what a `Prefix` gives.
+
     Args:
         left_padding: Padding of each sequence of the prompt to come.
         recipe: See `TurboQuantKVCache`.
@@ -123,6 +128,7 @@ class BatchTurboQuantKVCache(Buffers):
     """
 
     _window: int | None = None
+    can_share: ClassVar[bool] = True
     # What the caches of a model's layers share.
     _last_step: ClassVar[LastStep] = LastStep()
     _last_due: ClassVar[LastDue] = LastDue()
@@ -148,7 +154,10 @@ class BatchTurboQuantKVCache(Buffers):
         self._first: Exact | None = None
         self._tail: Exact | None = None
         self._counts: Ints = np.zeros((n, 3), np.int32)  # in the buffers: see Buffers
-        self._dropped: Ints = np.zeros(n, np.int32)
+        self._dropped: Ints = np.zeros(n, np.int32)  # with the tokens of the prefix
+        self._prefixes: list[Prefix | None] = [None] * n
+        self._groups: Groups | None = None  # None if no sequence has a prefix
+        self._ids: list[Ids] = [NO_IDS] * n  # of every coded block, those of the prefix too, unless they can never be shared
         self._left_padding: Ints = np.array(left_padding, np.int32).reshape(n)
         self._idx = 0  # columns of mlx-lm's left-padded batch
         self._calm: Calm | None = None
@@ -256,13 +265,25 @@ class BatchTurboQuantKVCache(Buffers):
     @property
     def counts(self) -> Ints:
         """int32 ``[B, 3]``: first, coded and recent tokens of each sequence."""
+        return self._own_counts + np.array(
+            [(0, 0, 0) if p is None else (p.n_first, p.n_coded, 0) for p in self._prefixes], np.int32
+        ).reshape(-1, 3)
+
+    @property
+    def _own_counts(self) -> Ints:
+        """`counts` without what is in prefixes."""
         held = self._counts[:, TAIL]
         leading = self._n_leading(held)
         return np.stack([self._counts[:, FIRST] + leading, self._counts[:, CODED], held - leading], axis=1)
 
+    @property
+    def _n_shared(self) -> Ints:
+        """int32 ``[B]``: tokens of each sequence's prefix."""
+        return np.array([0 if p is None else p.n_tokens for p in self._prefixes], np.int32)
+
     def _room(self, n_held: int) -> int:
         """Columns of a buffer of recent tokens whose longest sequence holds so many."""
-        return exact_room(n_held, int(self._counts.sum(axis=1).max(initial=0)))
+        return exact_room(n_held, int((self._counts.sum(axis=1) + self._n_shared).max(initial=0)))
 
     def _step(self, tokens: Exact) -> Snapshot:
         """One real token for every sequence."""
@@ -410,6 +431,14 @@ class BatchTurboQuantKVCache(Buffers):
             for i, (row, b, count) in enumerate(zip(rows.tolist(), begin.tolist(), n.tolist(), strict=True)):
                 buffer[row : row + 1, :, b // per : (b + count) // per] = new[i : i + 1, :, : count // per]
         self._counts[rows, CODED] += n
+        if self._has_ids:
+            self._ids = list(self._ids)
+            for row, count in zip(rows.tolist(), n.tolist(), strict=True):
+                self._ids[row] = np.concatenate([self._ids[row], new_ids(count)])
+
+    @property
+    def _has_ids(self) -> bool:
+        return self.can_share and self.max_size is None
 
     def _move_tail(self, source: Exact, columns: StreamColumns, n_dropped: Ints, n_left: Ints) -> None:
         """Make the tail of what follows the first `n_dropped` tokens of each sequence."""
@@ -442,6 +471,8 @@ class BatchTurboQuantKVCache(Buffers):
         return self._new_snapshot(history, tail.cut(0, n_tail + n_new), self._idx + n_queries, columns)
 
     def _new_snapshot(self, history: History, tail: Exact, n_tokens: int, columns: Columns) -> Snapshot:
+        if self._groups is not None:
+            return PrefixedSnapshot(history, tail, n_tokens, columns, self._groups)
         return Snapshot(history, tail, n_tokens, columns)
 
     def _columns(self, counts: Ints, widths: tuple[int, int, int], n_new: int, *, plain: bool, n_queries: int) -> Columns:
@@ -473,22 +504,31 @@ class BatchTurboQuantKVCache(Buffers):
     @property
     def n_coded(self) -> int:
         """Coded tokens of all sequences."""
-        return int(self._counts[:, CODED].sum())
+        return int(self.counts[:, CODED].sum())
 
     @property
     def n_exact(self) -> int:
         """Exact tokens of all sequences, first and recent ones."""
-        return int(self._counts.sum()) - self.n_coded
+        return int(self.counts.sum()) - self.n_coded
 
     @property
     def used_nbytes(self) -> int:
-        """Bytes of the tokens of all sequences, without padding and room for growth."""
+        """Bytes of the tokens of all sequences, a prefix that they share once, without padding and room for growth."""
         if self._codec is None or self._tail is None:
             return 0
         dims = self._codec.head_dim, self._codec.value_dim
         exact = sum(dims) * self._tail.keys.dtype.size
         n_heads = self._tail.keys.shape[1]
-        return int(n_heads * (self.n_coded * self.recipe.bytes_per_block(*dims) // BLOCK + self.n_exact * exact))
+        prefixes = {id(p): p for p in self._prefixes if p is not None}.values()
+        n_coded = int(self._counts[:, CODED].sum())
+        n_exact = int(self._counts.sum()) - n_coded + sum(p.n_first for p in prefixes)
+        n_coded += sum(p.n_coded for p in prefixes)
+        return int(n_heads * (n_coded * self.recipe.bytes_per_block(*dims) // BLOCK + n_exact * exact))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers, room for growth included, and of the prefixes that sequences share, each once."""
+        return super().nbytes + sum(distinct_roots(self._prefixes).values())
 
     @property
     def fp16_nbytes(self) -> int:
@@ -500,7 +540,9 @@ class BatchTurboQuantKVCache(Buffers):
 
     def _contents(self) -> str:
         sizes = f"{self.used_nbytes / 1e6:.2f} MB, {self.fp16_nbytes / 1e6:.2f} MB in fp16"
-        return f"{len(self._counts)} sequences, {self.n_coded} coded and {self.n_exact} exact tokens, {sizes}"
+        n_sharing = sum(p is not None for p in self._prefixes)
+        shared = f", {n_sharing} of them behind {len(self._groups.members)} shared prefixes" if self._groups else ""
+        return f"{len(self._counts)} sequences{shared}, {self.n_coded} coded and {self.n_exact} exact tokens, {sizes}"
 
     def size(self) -> int:
         """Columns of the left-padded batch."""
@@ -511,11 +553,12 @@ class BatchTurboQuantKVCache(Buffers):
         return self._codec is None
 
     @property
-    def state(self) -> list[Any]:
+    def state(self) -> list[object]:
         """All arrays, for ``mx.eval``; mlx-lm refuses to save it. Sequences are saved one by one, from `extract`."""
         self._last = None
         exact = [part for part in (self._first, self._tail) if part is not None]
-        return [*(x for part in exact for x in part), *self._packed, _NotSaved()]
+        shared = [] if self._groups is None else [x for prefix, _ in self._groups.members for x in prefix.arrays]
+        return [*(x for part in exact for x in part), *self._packed, *shared, _NotSaved()]
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> mx.array:
         """bool ``[B, 1, N, columns]`` of the left-padded batch."""
@@ -584,7 +627,9 @@ class BatchTurboQuantKVCache(Buffers):
             raise ValueError("[trim] cache: expected a complete prompt, got one whose padding is to come: call finalize first")
         n_tokens = self._counts.sum(axis=1) + self._dropped
         n_gone = np.minimum(n, n_tokens)
-        for row in np.flatnonzero(self._dropped).tolist():
+        reached = n_gone >= self._counts.sum(axis=1)
+        self._set_prefixes([None if reached[i] else prefix for i, prefix in enumerate(self._prefixes)])
+        for row in np.flatnonzero(self._dropped > self._n_shared).tolist():
             self._check_reach(row, int(n_gone[row]))
         self._last = self._calm = None
         self._counts = self._counts.copy()
@@ -616,6 +661,9 @@ class BatchTurboQuantKVCache(Buffers):
                 buffer[row : row + 1, :, :held] = x[:, :, :held]
         self._counts[row] = 0 if one._first is None else one.n_first, one.n_coded, held
         self._dropped[row] = one.n_dropped
+        prefix = self._prefixes[row]
+        n_coded = one.n_coded + (0 if prefix is None else prefix.n_coded)
+        self._ids = [*self._ids[:row], self._ids[row][: n_coded // BLOCK], *self._ids[row + 1 :]]
 
     def _shrink(self) -> None:
         assert self._codec is not None
@@ -625,7 +673,7 @@ class BatchTurboQuantKVCache(Buffers):
 
     # Rows
 
-    def filter(self, batch_indices: Any) -> None:
+    def filter(self, batch_indices: mx.array | Sequence[int]) -> None:
         """Keep the sequences of these indices, in this order.
 
         Raises:
@@ -640,6 +688,8 @@ class BatchTurboQuantKVCache(Buffers):
         self._last = self._now = self._calm = None
         self._counts = self._counts[rows]
         self._dropped = self._dropped[rows]
+        self._ids = [self._ids[row] for row in rows.tolist()]
+        self._name_prefixes([self._prefixes[row] for row in rows.tolist()])
         self._left_padding = self._left_padding[rows]
         self._skip = self._skip[rows]
         if self._remaining is not None and self._right_padding is not None:
@@ -666,19 +716,22 @@ class BatchTurboQuantKVCache(Buffers):
         _check_alike([self, other], "[extend] other")
         width = max(self._idx, other._idx)
         paddings = [c._left_padding + (width - c._idx) for c in (self, other)]
+        _share_prefixes([self, other])
         parts = _joined([self, other])
         self._last = self._calm = None
         self._left_padding = np.concatenate(paddings).astype(np.int32)
         self._skip = np.concatenate([self._skip, other._skip])
         self._counts = np.concatenate([self._counts, other._counts])
         self._dropped = np.concatenate([self._dropped, other._dropped])
+        self._ids = [*self._ids, *other._ids]
+        self._name_prefixes([*self._prefixes, *other._prefixes])
         self._idx = width
         if parts is not None:
             self._codec, self._first, self._tail, self._packed = parts
             self._now = None
 
     def _view(self, idx: int) -> TurboQuantKVCache:
-        """The cache of one sequence, on the arrays of the batch."""
+        """The cache of one sequence, on the arrays of the batch; what is in a prefix it dropped."""
         out = self._new_single()
         if self._codec is None or self._tail is None or not self._counts[idx].any():
             return out
@@ -689,8 +742,10 @@ class BatchTurboQuantKVCache(Buffers):
         out._tail = Exact(*(x[row, :, :n_held] for x in self._tail))
         if n_first and self._first is not None:
             out._first = Exact(*(x[row] for x in self._first))
-        out.n_first, out.n_coded, out.n_tail = (int(n) for n in self.counts[idx])
+        out.n_first, out.n_coded, out.n_tail = (int(n) for n in self._own_counts[idx])
         out.n_dropped = int(self._dropped[idx])
+        prefix = self._prefixes[idx]
+        out._ids = self._ids[idx] if prefix is None else self._ids[idx][len(prefix.ids) :]
         return out
 
     def _new_single(self) -> TurboQuantKVCache:
@@ -698,19 +753,102 @@ class BatchTurboQuantKVCache(Buffers):
         return TurboQuantKVCache(self.recipe, balance=self._balance, shared=self.shared, max_size=self.max_size)
 
     def extract(self, idx: int) -> TurboQuantKVCache:
-        """The cache of one sequence, as if it had been alone.
+        """The cache of one sequence, as if it had been alone; it goes on sharing its prefix.
 
         Raises:
             ValueError: There is no such sequence.
         """
         if not 0 <= idx < len(self._counts):
             raise ValueError(f"[extract] idx: expected 0 to {len(self._counts) - 1}, got {idx}")
-        out = self._view(idx)
+        out, prefix = self._view(idx), self._prefixes[idx]
         if out._codec is not None and out._tail is not None:
-            out._packed = out._codec.resized(out._packed, out.n_coded)
+            if prefix is not None:
+                counts = {"n_first": prefix.n_first, "n_coded": prefix.n_coded + out.n_coded, "n_dropped": 0}
+                vars(out).update(counts, _base=prefix, _first=prefix.first, _ids=self._ids[idx])
+            out._packed = out._codec.resized(out._packed, int(self._counts[idx, CODED]))
             out._tail = out._tail.resized(exact_room(out._tail.n_tokens, out.size()))
-            out._first = None if out._first is None else out._first.resized(out.n_first)
+            out._first = out._first if out._first is None or prefix is not None else out._first.resized(out.n_first)
         return out
+
+    # Prefixes
+
+    @property
+    def prefixes(self) -> list[Prefix | None]:
+        """The prefix of each sequence, None for none; the same object for those that share it in this batch."""
+        return list(self._prefixes)
+
+    def _name_prefixes(self, prefixes: Sequence[Prefix | None]) -> None:
+        self._prefixes = list(prefixes)
+        self._groups = Groups(prefixes) if any(prefix is not None for prefix in prefixes) else None
+
+    def _coded_parts(self, row: int, begin: int, end: int) -> list[mx.array]:
+        """The packed arrays of a sequence's coded tokens `begin` to `end`, those of its prefix counted."""
+        assert self._codec is not None
+        prefix = self._prefixes[row]
+        n = 0 if prefix is None else prefix.n_coded
+        own = [x[row : row + 1] for x in self._codec.cut(self._packed, max(begin - n, 0), max(end - n, 0))]
+        if prefix is None or begin >= n:
+            return own
+        shared = prefix.parts(begin, min(end, n))
+        return shared if end <= n else [mx.concatenate([x, y], axis=2) for x, y in zip(shared, own, strict=True)]
+
+    def _prefix_of(self, row: int, n_coded: int) -> Prefix:
+        """The first and so many coded tokens of a sequence, for others to share."""
+        assert self._codec is not None
+        prefix = self._prefixes[row]
+        if prefix is not None and prefix.n_coded >= n_coded:
+            return prefix.shortened(n_coded)
+        parts = self._coded_parts(row, 0, n_coded)
+        first = self._first if prefix is None else prefix.first
+        if prefix is None and (len(self._counts) > 1 or n_coded < MIN_SHARE * self._packed[0].shape[2]):
+            # Not the others' tokens as well.
+            parts = self._codec.resized(parts, n_coded)
+        if prefix is None and first is not None:
+            first = Exact(*(owned(x[row : row + 1]) for x in first))
+        return Prefix(self._codec, parts, first, self._ids[row][: n_coded // BLOCK])
+
+    def _set_prefixes(self, prefixes: Sequence[Prefix | None]) -> None:
+        """Let each sequence have its first and oldest coded tokens in this prefix, or in the batch's buffers."""
+        before = self._prefixes
+        if all(a is b for a, b in zip(before, prefixes, strict=True)):
+            return
+        self._last = self._now = self._calm = None
+        lengths = [[0 if p is None else p.n_coded for p in of] for of in (before, prefixes)]
+        if lengths[0] != lengths[1]:
+            assert self._codec is not None and self._tail is not None
+            n_coded = self._counts[:, CODED] + np.array(lengths[0], np.int32)
+            n_own = (n_coded - np.array(lengths[1], np.int32)).astype(np.int32)
+            room = coded_room(int(n_own.max()))
+            own = enumerate(zip(lengths[1], n_coded.tolist(), strict=True))
+            rows = [self._codec.resized(self._coded_parts(row, begin, end), room) for row, (begin, end) in own]
+            self._first = self._first_without(prefixes)
+            self._packed = [mx.concatenate(list(x)) for x in zip(*rows, strict=True)]
+            self._dropped = self._dropped - self._n_shared
+            counts = self._counts.copy()
+            counts[:, FIRST] = [
+                0 if p is not None else n if was is None else was.n_first
+                for n, was, p in zip(counts[:, FIRST].tolist(), before, prefixes, strict=True)
+            ]
+            counts[:, CODED] = n_own
+            self._counts = counts
+            self._name_prefixes(prefixes)
+            self._dropped = (self._dropped + self._n_shared).astype(np.int32)
+        else:
+            self._name_prefixes(prefixes)
+
+    def _first_without(self, prefixes: Sequence[Prefix | None]) -> Exact | None:
+        """The buffer of first tokens once the sequences have these prefixes."""
+        assert self._tail is not None
+        rows: list[Exact | None] = []
+        for row, (was, prefix) in enumerate(zip(self._prefixes, prefixes, strict=True)):
+            held = None if self._first is None else Exact(*(x[row : row + 1] for x in self._first))
+            rows.append(None if prefix is not None else held if was is None else was.first)
+        n = max((x.n_tokens for x in rows if x is not None), default=0)
+        if n == 0:
+            return None
+        none = Exact(*(x[:1, :, :0] for x in self._tail))
+        each = [(none if x is None else x).resized(n) for x in rows]
+        return Exact(mx.concatenate([x.keys for x in each]), mx.concatenate([x.values for x in each]))
 
     @classmethod
     def merge(cls, caches: Sequence[TurboQuantKVCache]) -> BatchTurboQuantKVCache:
@@ -725,6 +863,7 @@ class BatchTurboQuantKVCache(Buffers):
         merged = batches[0]
         if len(batches) > 1:
             _check_alike(batches, "[merge] caches")
+            _share_prefixes(batches)
             parts = _joined(batches)
             lengths = np.array([b._idx for b in batches], np.int32)
             merged._idx = int(lengths.max())
@@ -732,6 +871,8 @@ class BatchTurboQuantKVCache(Buffers):
             merged._skip = np.zeros(len(batches), np.int32)
             merged._counts = np.concatenate([b._counts for b in batches])
             merged._dropped = np.concatenate([b._dropped for b in batches])
+            merged._ids = [ids for b in batches for ids in b._ids]
+            merged._name_prefixes([prefix for b in batches for prefix in b._prefixes])
             if parts is not None:
                 merged._codec, merged._first, merged._tail, merged._packed = parts
         return merged
@@ -742,7 +883,7 @@ def _check_rows(ok: bool, expected: int, got: int) -> None:
         raise ValueError(f"[update_and_fetch] keys: expected {expected} sequences, got {got}")
 
 
-def _check_compressed(cache: Any, kind: type, what: str) -> None:
+def _check_compressed(cache: object, kind: type, what: str) -> None:
     if not isinstance(cache, kind):
         raise ValueError(
             f"{what}: expected compressed caches ({kind.__name__}), got a {type(cache).__name__} among them; "
@@ -776,19 +917,44 @@ def put_tokens(x: mx.array, index: mx.array, new: mx.array) -> mx.array:
 
 
 def _batch_of_one(cache: TurboQuantKVCache) -> BatchTurboQuantKVCache:
-    out: BatchTurboQuantKVCache = cache._new_batch([0])
+    out = cast(BatchTurboQuantKVCache, cache._new_batch([0]))
     if cache._codec is None or cache._tail is None:
         return out
     _check_rows(cache._tail.keys.shape[0] == 1, 1, cache._tail.keys.shape[0])
-    out._codec = cache._codec
+    base = cache._base
+    n_based = 0 if base is None else base.n_coded
     n_held = cache._n_leading + cache.n_tail
-    out._counts = np.array([[cache.size() - cache.n_coded - n_held, cache.n_coded, n_held]], np.int32)
-    out._dropped = np.array([cache.n_dropped], np.int32)
+    n_first = 0 if base is not None else cache.size() - cache.n_coded - n_held
+    out._codec = cache._codec
+    out._counts = np.array([[n_first, cache.n_coded - n_based, n_held]], np.int32)
+    out._dropped = np.array([cache.n_dropped if base is None else base.n_tokens], np.int32)
+    out._ids = [cache._ids]
+    out._name_prefixes([base])
     out._idx = cache.offset
-    out._packed = cache._codec.cut(cache._packed, 0, cache.n_coded)
+    out._packed = cache._codec.cut(cache._packed, 0, cache.n_coded - n_based)
     out._tail = cache._tail.cut(0, n_held)
-    out._first = None if cache._first is None else Exact(*(x[:] for x in cache._first))
+    out._first = None if cache._first is None or base is not None else Exact(*(x[:] for x in cache._first))
+    if base is not None and not is_worth_sharing(base.n_coded):
+        out._set_prefixes([None])
     return out
+
+
+def _share_prefixes(batches: Sequence[BatchTurboQuantKVCache]) -> None:
+    """Let the sequences of these batches, which are to be one, share the prefixes that spare the most tokens."""
+    rows = [(batch, row) for batch in batches for row in range(len(batch._counts))]
+    prefixes = [batch._prefixes[row] for batch, row in rows]
+    for members, n_coded in sharing([batch._ids[row] for batch, row in rows]):
+        # Of one that is there already the least need be copied: of as many tokens, then of more, then of fewer.
+        lengths = [(0 if (prefix := prefixes[i]) is None else prefix.n_coded, i) for i in members]
+        _, _, at = min((n != n_coded, n < n_coded, i) for n, i in lengths)
+        batch, row = rows[at]
+        shared = batch._prefix_of(row, n_coded)
+        for i in members:
+            prefixes[i] = shared
+    for batch in batches:
+        n = len(batch._counts)
+        batch._set_prefixes(prefixes[:n])
+        prefixes = prefixes[n:]
 
 
 def _check_alike(caches: Sequence[BatchTurboQuantKVCache], what: str) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import ClassVar, Self
 
 import mlx.core as mx
 
@@ -89,7 +90,7 @@ class Buffers:
         )
 
     @property
-    def to_quantized(self) -> Any:
+    def to_quantized(self) -> Callable[..., object]:
         """What mlx-lm's ``kv_bits`` looks for."""
         raise ValueError(
             f"[generate] kv_bits: expected None for a compressed cache ({type(self).__name__}), which is quantised already; "
@@ -106,7 +107,7 @@ class Buffers:
         """What is held, for a repr, which fails in no state."""
         raise NotImplementedError
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+    def __deepcopy__(self, memo: dict[int, object]) -> Self:
         """A copy that shares the balance, which never changes."""
         out = copy.copy(self)
         memo[id(self)] = out

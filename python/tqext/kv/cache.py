@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import mlx.core as mx
+import numpy as np
 
 from tqext._ext import append_token
 from tqext.kv import state as saved
 from tqext.kv.buffers import Buffers
 from tqext.kv.codec import Codec, History, check_balance
+from tqext.kv.prefix import MIN_SHARE, NO_IDS, Ids, Prefix, is_worth_sharing, new_ids
 from tqext.kv.schedule import (
     BLOCK,
     check_max_size,
@@ -44,6 +46,7 @@ class TurboQuantKVCache(Buffers):
     """
 
     batch_class: ClassVar[Any]  # BatchTurboQuantKVCache, which is built on this class and sets it
+    can_share: ClassVar[bool] = True
     _window: int | None = None
 
     def __init__(
@@ -68,6 +71,8 @@ class TurboQuantKVCache(Buffers):
         self._tail: Exact | None = None
         self._last: Snapshot | None = None
         self._summed: tuple[int, mx.array | None] | None = None  # coded tokens in the checksum so far, and their part of it
+        self._base: Prefix | None = None  # holds the first and the oldest coded tokens, and the packed buffers the others
+        self._ids: Ids = NO_IDS  # of every coded block, unless the cache can never share them
         self.n_first = 0
         self.n_coded = 0
         self.n_tail = 0
@@ -119,6 +124,7 @@ class TurboQuantKVCache(Buffers):
     def _update(self, keys: mx.array, values: mx.array) -> tuple[Snapshot, Snapshot]:
         check_tokens(keys, values, self._tail)
         self._last = None
+        self._hold_all()
         if self._codec is None:
             self._open(keys, values)
         # Before this step, not after the last one: tokens that a draft got wrong were trimmed in between, and the
@@ -198,8 +204,9 @@ class TurboQuantKVCache(Buffers):
             self._write_packed(parts, n_new, n_old)
             found = stored(exact)
         tail, first = Exact(*found[:2]), Exact(*found[2:]) if leading else self._first
+        ids = np.concatenate([self._ids, new_ids(n_new)]) if self._has_ids else NO_IDS
         counts = {"n_coded": self.n_coded - n_old + n_new, "n_tail": self.n_tail - n, "n_dropped": self.n_dropped + n_dropped}
-        vars(self).update(counts, _first=first, _tail=tail, _summed=None if n_old else self._summed)
+        vars(self).update(counts, _first=first, _tail=tail, _ids=ids, _summed=None if n_old else self._summed)
 
     def _write_packed(self, parts: Sequence[mx.array], n: int, n_dropped: int = 0) -> None:
         """Put the codes of n tokens behind those that are counted, less the oldest `n_dropped`."""
@@ -217,6 +224,7 @@ class TurboQuantKVCache(Buffers):
     def overwrite(self, *, attended: bool) -> None:
         """Flip bits of every code, or (`attended` False) fill the room that no token owns: for tests of what is read."""
         garbage = 0x5A5A5A5A
+        self._hold_all()
         self._now = None
         for i, x in enumerate(self._packed):
             if attended:
@@ -276,6 +284,7 @@ class TurboQuantKVCache(Buffers):
         if self._codec is None:
             raise ValueError("[keys_and_values] cache: expected tokens, got an empty cache")
         self.shared = True
+        self._hold_all()
         snapshot = self._last or self._snapshot()
         return snapshot, snapshot
 
@@ -307,7 +316,7 @@ class TurboQuantKVCache(Buffers):
     @property
     def used_nbytes(self) -> int:
         """Bytes of the tokens in the buffers, without room for growth."""
-        return sum(x.nbytes for x in (*self._coded_arrays(), *self._exact_arrays()))
+        return sum(x.nbytes for x in (*self._own_coded(), *self._exact_arrays(), *self._based_coded()))
 
     @property
     def fp16_nbytes(self) -> int:
@@ -362,17 +371,22 @@ class TurboQuantKVCache(Buffers):
         n_first = min(self.n_first, left)
         n_coded = (left - n_first) // BLOCK * BLOCK
         n_tail = left - n_first - n_coded
-        first, tail, packed = self._first, self._tail.cut(0, 0), self._packed
+        first, tail, packed, base = self._first, self._tail.cut(0, 0), self._packed, self._base
         if n_coded == 0 and self.n_dropped == 0 and first is not None:
             tail, first = first.cut(0, n_first), None
         if n_tail:
-            tail = tail.then(self._codec.decode(packed, n_coded, n_coded + n_tail, *(x.dtype for x in tail)))
+            block = self.coded_parts(n_coded, n_coded + BLOCK)
+            tail = tail.then(self._codec.decode(block, 0, n_tail, *(x.dtype for x in tail)))
         tail = tail.resized(exact_room(tail.n_tokens, left))
-        room = coded_room(n_coded)
+        if base is not None:
+            base = base.shortened(min(n_coded, base.n_coded)) if n_coded else None
+        n_own = n_coded - (0 if base is None else base.n_coded)
+        room = coded_room(n_own)
         if packed[0].shape[2] > 2 * room:
-            packed = self._codec.resized(self._codec.cut(packed, 0, n_coded), room)
+            packed = self._codec.resized(self._codec.cut(packed, 0, n_own), room)
         counts = {"n_first": n_first, "n_coded": n_coded, "n_tail": n_tail}
-        vars(self).update(counts, _first=first, _tail=tail, _packed=packed, _now=None, _summed=None)
+        ids = self._ids[: n_coded // BLOCK]
+        vars(self).update(counts, _first=first, _tail=tail, _packed=packed, _base=base, _ids=ids, _now=None, _summed=None)
 
     # State
 
@@ -423,6 +437,7 @@ class TurboQuantKVCache(Buffers):
         self._tail = Exact(tail_keys, tail_values)
         self.n_first, self.n_coded, self.n_tail = header.counts
         self.n_dropped = header.n_dropped
+        self._ids = new_ids(self.n_coded) if self._has_ids else NO_IDS
 
     def _take_bounds(self, header: saved.Header) -> None:
         saved.check(header.window is None, "a cache of all tokens", f"a window of {header.window}")
@@ -431,6 +446,7 @@ class TurboQuantKVCache(Buffers):
     def _coded_sum(self) -> mx.array | None:
         """The coded tokens' part of the checksum, if there are any; only that of blocks that are new is computed."""
         n, total = self._summed or (0, None)
+        self._hold_all()
         if self._codec is not None and n < self.n_coded:
             begin = [n // per for per in self._codec.per_row]
             total = saved.sum_of(self._codec.cut(self._packed, n, self.n_coded), begin, previous=total)
@@ -439,7 +455,18 @@ class TurboQuantKVCache(Buffers):
 
     def _coded_arrays(self) -> list[mx.array]:
         """The coded tokens without room for growth."""
-        return self._codec.cut(self._packed, 0, self.n_coded) if self._codec is not None and self.size() else []
+        self._hold_all()
+        return self._own_coded()
+
+    def _own_coded(self) -> list[mx.array]:
+        """Those in the packed buffers."""
+        if self._codec is None or not self.size():
+            return []
+        return self._codec.cut(self._packed, 0, self.n_coded - self._n_based)
+
+    def _based_coded(self) -> list[mx.array]:
+        """Those in the prefix that other caches may share."""
+        return [] if self._base is None else self._base.parts(0, self._base.n_coded)
 
     def _exact_arrays(self) -> list[mx.array]:
         """The exact tokens, first and recent ones, without room for growth."""
@@ -471,7 +498,7 @@ class TurboQuantKVCache(Buffers):
         pass
 
     @classmethod
-    def from_state(cls, state: Sequence[mx.array], meta_state: Any = None) -> TurboQuantKVCache:
+    def from_state(cls, state: Sequence[mx.array], meta_state: object = None) -> TurboQuantKVCache:
         """A cache from the arrays of `state`.
 
         Raises:
@@ -484,19 +511,28 @@ class TurboQuantKVCache(Buffers):
     def coded_parts(self, begin: int, end: int) -> list[mx.array]:
         """The packed arrays of the coded tokens `begin` to `end`, counted from the first coded one; whole blocks."""
         assert self._codec is not None and 0 <= begin <= end <= self.n_coded
-        return self._codec.cut(self._packed, begin, end)
+        n = self._n_based
+        if begin >= n:
+            return self._codec.cut(self._packed, begin - n, end - n)
+        assert self._base is not None
+        based = self._base.parts(begin, min(end, n))
+        if end <= n:
+            return based
+        own = self._codec.cut(self._packed, 0, end - n)
+        return [mx.concatenate([x, y], axis=2) for x, y in zip(based, own, strict=True)]
 
     def exact_parts(self) -> tuple[Exact | None, Exact]:
         """The first tokens, None if there are none, and the recent ones, once there are codes between them."""
         assert self._tail is not None and self.n_coded
         return self._first, self._tail.cut(0, self.n_tail)
 
-    def fill(self, packed: Sequence[mx.array], first: Exact | None, tail: Exact) -> None:
+    def fill(self, packed: Sequence[mx.array], first: Exact | None, tail: Exact, ids: Ids | None = None) -> None:
         """Hold these tokens, in a cache that is empty: as many exact first ones as the recipe says, and then whole blocks.
 
         Args:
             packed: As `coded_parts` gave them, of a cache with the same recipe and balance; at least one block.
             first: As `exact_parts`. ``tail``: likewise, perhaps of no token.
+            ids: Names of the blocks, the same for the same bytes. Default: new ones.
 
         Raises:
             ValueError: Arrays that do not fit the recipe or each other.
@@ -518,6 +554,62 @@ class TurboQuantKVCache(Buffers):
         vars(self).update(n_first=n_first, n_coded=n_coded, n_tail=tail.n_tokens)
         self._codec, self._packed = codec, codec.resized(packed, coded_room(n_coded))
         self._first, self._tail = first, tail
+        if self._has_ids:
+            self._ids = new_ids(n_coded) if ids is None else ids
+
+    # Sharing
+
+    @property
+    def _has_ids(self) -> bool:
+        """Whether other caches may share the blocks of this one."""
+        return self.can_share and self.max_size is None
+
+    @property
+    def _n_based(self) -> int:
+        """Coded tokens in the prefix that other caches may share."""
+        return 0 if self._base is None else self._base.n_coded
+
+    def share(self) -> None:
+        """Let copies of this cache, and what becomes of them in batches, hold its first and its coded tokens together with it.
+
+        Nothing else changes. The cache takes them back, as a copy if others have them still, when it is used again itself. A
+        cache of fewer than 512 coded tokens, and one that drops tokens, stays as it is.
+        """
+        if self._base is None and self._has_ids and is_worth_sharing(self.n_coded) and self._is_single:
+            assert self._codec is not None and self._tail is not None
+            base = Prefix(self._codec, self._packed, self._first, self._ids)
+            packed = self._codec.empty(*self._tail.keys.shape[:2])
+            vars(self).update(_base=base, _packed=packed, _now=None, _last=None)
+
+    @property
+    def prefixes(self) -> list[Prefix | None]:
+        """What each sequence shares with other caches, as `BatchTurboQuantKVCache.prefixes`."""
+        return [self._base]
+
+    @property
+    def _is_single(self) -> bool:
+        return self._tail is not None and self._tail.keys.shape[0] == 1
+
+    def _hold_all(self) -> None:
+        """Have all coded tokens in the packed buffers, as writing and attention want them."""
+        base = self._base
+        if base is None:
+            return
+        assert self._codec is not None
+        parts, n_own = base.parts(0, base.n_coded), self.n_coded - base.n_coded
+        if n_own:
+            packed = stored(self._codec.stores(parts, 0, base.n_coded, self._codec.cut(self._packed, 0, n_own)))
+        else:
+            wasteful = base.n_coded < MIN_SHARE * base.root.n_coded
+            packed = self._codec.resized(parts, coded_room(base.n_coded)) if wasteful else parts
+        vars(self).update(_base=None, _packed=packed, _now=None)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers, room for growth included; a prefix that others hold as well counts whole."""
+        if self._base is None or self._tail is None:
+            return super().nbytes
+        return int(self._base.root.nbytes + sum(x.nbytes for x in self._packed) + self._tail.nbytes)
 
     # Batches
 
@@ -531,7 +623,7 @@ class TurboQuantKVCache(Buffers):
             raise ValueError(f"[to_batch] cache: expected an empty cache, got {self.size()} tokens")
         return self._new_batch(left_padding)
 
-    def _new_batch(self, left_padding: Sequence[int]) -> Any:
+    def _new_batch(self, left_padding: Sequence[int]) -> Buffers:
         """An empty batch with this cache's settings."""
         return self.batch_class(left_padding, self.recipe, balance=self._balance, shared=self.shared, max_size=self.max_size)
 

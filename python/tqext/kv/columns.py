@@ -19,17 +19,17 @@ class _LastMask(threading.local):
     """The mask made last in this thread, and what it is the mask of."""
 
     mask: mx.array | None = None
-    key: tuple[Any, ...] = ()
+    key: tuple[object, ...] = ()
 
 
 class _LastTranslation(threading.local):
     mask: mx.array | None = None
-    key: tuple[Any, ...] = ()
+    key: tuple[object, ...] = ()
     translated: mx.array | None = None
 
 
 class _LastPlaces(threading.local):
-    key: tuple[Any, ...] = ()
+    key: tuple[object, ...] = ()
     found: tuple[mx.array, mx.array] | None = None
 
 
@@ -43,7 +43,7 @@ def note_mask(mask: mx.array, n_queries: int, n_stock: int, left_padding: Ints) 
     _last_mask.mask, _last_mask.key = mask, _mask_key(n_queries, n_stock, left_padding)
 
 
-def _mask_key(n_queries: int, n_stock: int, left_padding: Ints) -> tuple[Any, ...]:
+def _mask_key(n_queries: int, n_stock: int, left_padding: Ints) -> tuple[object, ...]:
     return (n_queries, n_stock, left_padding.tobytes())
 
 
@@ -154,12 +154,12 @@ class Columns:
         own = np.arange(self.n_stock, self.n_stock + self.n_new, dtype=np.int32)[None] - self.left_padding[:, None]
         return np.concatenate(places, axis=1).astype(np.int32), np.where(own >= start[:, None], own, NOWHERE).astype(np.int32)
 
-    def is_own(self, mask: Any, n_queries: int) -> bool:
+    def is_own(self, mask: object, n_queries: int) -> bool:
         """Whether a mask is the one that `BatchTurboQuantKVCache.make_mask` made for this step."""
         key = _mask_key(n_queries, self.n_stock, self.left_padding)
         return mask is _last_mask.mask and mask is not None and _last_mask.key == key
 
-    def _key(self) -> tuple[Any, ...]:
+    def _key(self) -> tuple[object, ...]:
         """All that the columns depend on."""
         arrays = (self.counts, self.left_padding, self.n_dropped)
         return (self.widths, self.n_new, self.n_stock, self.n_queries, *(x.tobytes() for x in arrays))

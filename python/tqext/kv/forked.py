@@ -37,7 +37,7 @@ class ForkedSnapshot(AttendsItself):
         self.n_shared = n_shared
         self.own = own
 
-    def __deepcopy__(self, memo: Any) -> ForkedSnapshot:
+    def __deepcopy__(self, memo: dict[int, object]) -> ForkedSnapshot:
         """Itself: nothing can change it."""
         return self
 
@@ -89,8 +89,7 @@ class ForkedKVCache:
     """
 
     def __init__(self, cache: TurboQuantKVCache, n: int) -> None:
-        if not isinstance(n, int) or isinstance(n, bool) or n < 1:
-            raise ValueError(f"[fork] n: expected a number of sequences, got {n!r}")
+        _check_number(n)
         if cache._codec is None or cache._tail is None or cache.n_coded == 0 or cache.max_size is not None:
             got = "a bounded one" if cache.max_size is not None else f"{cache.size()} exact tokens"
             raise ValueError(f"[fork] cache: expected an unbounded cache with coded tokens to share, got {got}")
@@ -100,7 +99,7 @@ class ForkedKVCache:
             )
         if cache._tail.keys.shape[0] != 1:
             raise ValueError(f"[fork] cache: expected one sequence, got {cache._tail.keys.shape[0]}")
-        packed = cache._codec.resized(cache._codec.cut(cache._packed, 0, cache.n_coded), cache.n_coded)
+        packed = cache._codec.resized(cache.coded_parts(0, cache.n_coded), cache.n_coded)
         self.shared_arrays: list[mx.array] = [*packed, *(cache._first or ())]
         self.n_shared = cache.n_first + cache.n_coded
         self._prefix = cache._codec.history(packed, cache._first)
@@ -136,7 +135,7 @@ class ForkedKVCache:
         _last_mask.whole, _last_mask.own = whole, own
         return whole
 
-    def filter(self, batch_indices: Any) -> None:
+    def filter(self, batch_indices: mx.array | Sequence[int]) -> None:
         """Keep the sequences of these indices, in this order."""
         self.own.filter(batch_indices)
 
@@ -161,18 +160,23 @@ class ForkedKVCache:
         return sum(x.nbytes for x in self.shared_arrays) + self.own.nbytes
 
     @property
-    def state(self) -> list[Any]:
+    def state(self) -> list[object]:
         """All arrays, for ``mx.eval``; mlx-lm refuses to save it."""
         return [*self.shared_arrays, *self.own.state]
 
     def __repr__(self) -> str:
         return f"ForkedKVCache({self.n_shared} shared tokens, {self.own!r})"
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> ForkedKVCache:
+    def __deepcopy__(self, memo: dict[int, object]) -> ForkedKVCache:
         """A copy that shares what is shared."""
         out = copy.copy(self)
         out.own = copy.deepcopy(self.own, memo)
         return out
+
+
+def _check_number(n: int) -> None:
+    if not isinstance(n, int) or isinstance(n, bool) or n < 1:
+        raise ValueError(f"[fork] n: expected a number of sequences, got {n!r}")
 
 
 def fork(caches: Sequence[Any], n: int) -> list[Any]:
@@ -186,7 +190,12 @@ def fork(caches: Sequence[Any], n: int) -> list[Any]:
         A cache for each layer. Layers that are not compressed become mlx-lm's own batches, with a copy for each sequence.
 
     Raises:
-        ValueError: As `ForkedKVCache`.
+        ValueError: As `ForkedKVCache`, and for what is no list of caches.
     """
+    if not isinstance(caches, Sequence) or isinstance(caches, str):
+        raise ValueError(f"[fork] caches: expected a list of caches, got {type(caches).__name__}")
+    if other := next((c for c in caches if not hasattr(c, "merge")), None):
+        raise ValueError(f"[fork] caches: expected caches of one sequence that can be batched, got {type(other).__name__}")
+    _check_number(n)
     # Caches of other kinds may be built on the compressed one.
     return [ForkedKVCache(c, n) if type(c) is TurboQuantKVCache else c.merge([c] * n) for c in caches]

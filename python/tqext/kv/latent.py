@@ -202,7 +202,7 @@ class ProjectedLatents(AttendsItself):
         """``[B, H, n, latent dim]`` of ``[B, H, n, dim]``: its products with latents are those of `x` with `of` them."""
         return self.project(x, not self.transpose)
 
-    def attention(self, previous: Callable[..., mx.array], queries: mx.array, values: Any, **options: Any) -> mx.array:
+    def attention(self, previous: Callable[..., mx.array], queries: mx.array, values: object, **options: Any) -> mx.array:
         if not isinstance(values, ProjectedLatents) or values.latents is not self.latents:
             raise TypeError("[scaled_dot_product_attention] v: expected values that are made of the keys' latents")
         return self.latents.attend_projected(previous, queries, self, values, **options)
@@ -216,7 +216,7 @@ class Latents(Projectable):
     def __init__(self, snapshot: Snapshot) -> None:
         self.snapshot = snapshot
 
-    def __deepcopy__(self, memo: Any) -> Latents:
+    def __deepcopy__(self, memo: dict[int, object]) -> Latents:
         """Itself, as a snapshot."""
         return self
 
@@ -228,7 +228,7 @@ class Latents(Projectable):
     def dtype(self) -> mx.Dtype:
         return self.snapshot.dtype
 
-    def attention(self, previous: Callable[..., mx.array], queries: mx.array, values: Any, **options: Any) -> mx.array:
+    def attention(self, previous: Callable[..., mx.array], queries: mx.array, values: object, **options: Any) -> mx.array:
         if values is not self:
             raise TypeError("[scaled_dot_product_attention] v: expected the latents that are the keys")
         return self.snapshot.attention(previous, queries, self.snapshot, **options)
@@ -412,6 +412,7 @@ class TurboQuantLatentCache(TurboQuantKVCache):
     """
 
     is_latent = True
+    can_share = False
 
     def __init__(self, recipe: Recipe | None = None, *, shared: bool = False) -> None:
         first_use.note()
@@ -457,6 +458,7 @@ class BatchTurboQuantLatentCache(BatchTurboQuantKVCache):
     """
 
     is_latent = True
+    can_share = False
 
     def __init__(self, left_padding: Sequence[int], recipe: Recipe | None = None, *, shared: bool = False) -> None:
         first_use.note()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, SupportsIndex
 
 import mlx.core as mx
 
@@ -81,7 +81,7 @@ def check_window_reach(n: int, n_tokens: int, n_dropped: int, window: int) -> No
         raise ValueError(f"[trim] n: expected at most {most}, as older tokens have left the window, or all, got {n}")
 
 
-def trim_count(n: Any) -> int:
+def trim_count(n: SupportsIndex) -> int:
     """A number of tokens to forget."""
     n = operator.index(n)
     if n < 0:

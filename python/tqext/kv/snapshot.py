@@ -33,7 +33,7 @@ class AttendsItself:
         self,
         previous: Callable[..., mx.array],
         queries: mx.array,
-        values: Any,
+        values: object,
         *,
         scale: float,
         mask: mx.array | str | None = None,
@@ -98,7 +98,7 @@ class Snapshot(AttendsItself):
         self.earlier: tuple[Snapshot, int] | None = None
         self.alone: tuple[Alone, ...] = ()
 
-    def __deepcopy__(self, memo: Any) -> Snapshot:
+    def __deepcopy__(self, memo: dict[int, object]) -> Snapshot:
         """Itself: a cache that is copied within a step holds one, and nothing can change it."""
         return self
 

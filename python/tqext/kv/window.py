@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import mlx.core as mx
 
 from tqext.kv import state as saved
+from tqext.kv.buffers import Buffers
 from tqext.kv.cache import TurboQuantKVCache
 from tqext.kv.codec import History
 from tqext.kv.schedule import BLOCK, MIN_WINDOW, check_window, check_window_reach, first_seen
@@ -33,6 +33,8 @@ class TurboQuantWindowKVCache(TurboQuantKVCache):
     Attributes:
         n_dropped: Tokens that have left.
     """
+
+    can_share = False
 
     def __init__(
         self, window: int, recipe: Recipe | None = None, *, balance: mx.array | None = None, shared: bool = False
@@ -114,10 +116,10 @@ class TurboQuantWindowKVCache(TurboQuantKVCache):
         self._window = header.window
 
     @classmethod
-    def from_state(cls, state: Sequence[mx.array], meta_state: Any = None) -> TurboQuantWindowKVCache:
+    def from_state(cls, state: Sequence[mx.array], meta_state: object = None) -> TurboQuantWindowKVCache:
         cache = cls(MIN_WINDOW)
         cache.state = state
         return cache
 
-    def _new_batch(self, left_padding: Sequence[int]) -> Any:
+    def _new_batch(self, left_padding: Sequence[int]) -> Buffers:
         return self.batch_class(left_padding, self.window, self.recipe, balance=self._balance, shared=self.shared)

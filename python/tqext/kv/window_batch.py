@@ -32,6 +32,7 @@ class BatchTurboQuantWindowKVCache(BatchTurboQuantKVCache):
 
     _last_step: ClassVar[LastStep] = LastStep()
     _last_due: ClassVar[LastDue] = LastDue()
+    can_share = False
 
     def __init__(
         self,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import threading
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -139,7 +138,7 @@ def _seen(n_queries: int, n_columns: int, window: int) -> mx.array:
 class _LastSeen(threading.local):
     """The masks of the last step of a batch in this thread; the layers share them."""
 
-    step: tuple[Any, ...] = ()
+    step: tuple[object, ...] = ()
 
     def __init__(self) -> None:
         self.masks: dict[tuple[int, int, int], mx.array] = {}

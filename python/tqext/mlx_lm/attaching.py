@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from mlx import nn
 
-from tqext.mlx_lm import first_use, hooks
+from tqext.mlx_lm import caches, first_use, hooks
 from tqext.mlx_lm.caches import (
     KEY,
     Attached,
@@ -17,17 +17,20 @@ from tqext.mlx_lm.caches import (
     compressed,
     kind,
     layers_of,
+    policy_for,
     stock_cache,
     stock_make_cache,
 )
 from tqext.mlx_lm.guard import judged
-from tqext.mlx_lm.packages import text_model
+from tqext.mlx_lm.packages import AnyModel, text_model
 from tqext.mlx_lm.reports import Report
 from tqext.presets import DEFAULT_PRESET, Policy, get_policy
+from tqext.protocols import Model
 
-_load_policy: Policy | None = None
 _observers: list[Callable[[Report, list[Any]], None]] = []
-_attached: list[weakref.ref[Any]] = []
+_attached: list[weakref.ref[nn.Module]] = []
+# A model of any class: it is given back.
+M = TypeVar("M", bound=AnyModel)
 _LOAD_STEP = "kv"
 
 
@@ -43,32 +46,31 @@ def install(preset: str | Policy = DEFAULT_PRESET, **overrides: Any) -> Policy:
     Returns:
         The policy in effect.
     """
-    global _load_policy
     policy = get_policy(preset, **overrides)
     with hooks.lock:
         hooks.hook()
         hooks.add_load_step(_LOAD_STEP, _load_attached)
         hooks.vlm_load_model.put()
-        _load_policy = policy
+        caches.installed = policy
         for model in _attached_models():
             if vars(model)[KEY].installed:
                 _attach(model, Attachment(policy, installed=True))
     return policy
 
 
-def _load_attached(load: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _load_attached(load: hooks.Function, *args: Any, **kwargs: Any) -> Any:
     loaded = load(*args, **kwargs)
     _attach_installed(loaded[0])
     return loaded
 
 
-def _attach_installed(model: Any) -> None:
+def _attach_installed(model: AnyModel) -> None:
     with hooks.lock:
-        if _load_policy is not None:
-            _attach(model, Attachment(_load_policy, installed=True))
+        if caches.installed is not None:
+            _attach(model, Attachment(caches.installed, installed=True))
 
 
-def _load_vlm_model(previous: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _load_vlm_model(previous: hooks.Function, *args: Any, **kwargs: Any) -> Any:
     """mlx-vlm's ``load_model``; what it loads besides may also be a model without a text model, such as an encoder."""
     model = previous(*args, **kwargs)
     text = text_model(model)
@@ -88,7 +90,6 @@ def uninstall() -> None:
     Raises:
         RuntimeError: Another extension has wrapped a hook since; take that one back first. Nothing was changed.
     """
-    global _load_policy
     with hooks.lock:
         hooks.check()
         hooks.vlm_load_model.check()
@@ -98,10 +99,10 @@ def uninstall() -> None:
         for model in _attached_models():
             _detach(model)
         _observers.clear()
-        _load_policy = None
+        caches.installed = None
 
 
-def attach(model: Any, preset: str | Policy = DEFAULT_PRESET, **overrides: Any) -> Any:
+def attach(model: M, preset: str | Policy = DEFAULT_PRESET, **overrides: Any) -> M:
     """Let a loaded model make compressed caches; returns the model.
 
     Which layers can be compressed is found out (`probe`) when the first cache is made; Metal compiles their kernels then.
@@ -135,12 +136,12 @@ class _CompressedCaches(Attached):
         attachment: Attachment = vars(self)[KEY]
         with hooks.lock:
             if attachment.report is None:
-                attachment.report = judged(self, attachment.policy)
+                attachment.report = judged(cast(Model, self), attachment.policy)
                 first_use.prepare(attachment.report)
         return attachment.report
 
 
-def _attach(model: Any, attachment: Attachment) -> Any:
+def _attach(model: AnyModel, attachment: Attachment) -> None:
     if not isinstance(model, nn.Module):
         raise ValueError(f"[attach] model: expected a model of mlx.nn, got {kind(model)}")
     names = vars(model)
@@ -156,15 +157,14 @@ def _attach(model: Any, attachment: Attachment) -> Any:
         _attached[:] = [known for known in _attached if known() is not None]
         _attached.append(weakref.ref(model))
     names.pop("make_cache", None)
-    return model
 
 
-def _make_prompt_cache(previous: Callable[..., Any], model: Any, max_kv_size: int | None = None) -> Any:
+def _make_prompt_cache(previous: hooks.Function, model: AnyModel, max_kv_size: int | None = None) -> Any:
     """mlx-lm's or mlx-vlm's own ``make_prompt_cache``, where `install` finds the models that were loaded before it."""
-    if _load_policy is not None:
+    if caches.installed is not None:
         with hooks.lock:
-            if _load_policy is not None and isinstance(model, nn.Module) and KEY not in vars(model):
-                _attach(model, Attachment(_load_policy, installed=True))
+            if caches.installed is not None and isinstance(model, nn.Module) and KEY not in vars(model):
+                _attach(model, Attachment(caches.installed, installed=True))
     if max_kv_size is not None and isinstance(model, _CompressedCaches):
         if model._tqext_report().compressed:
             return model._tqext_cache(max_kv_size)
@@ -176,11 +176,11 @@ def _make_prompt_cache(previous: Callable[..., Any], model: Any, max_kv_size: in
 hooks.make_prompt_caches_with(_make_prompt_cache)
 
 
-def _attached_models() -> list[Any]:
+def _attached_models() -> list[nn.Module]:
     return [model for known in _attached if (model := known()) is not None]
 
 
-def _detach(model: Any) -> None:
+def _detach(model: nn.Module) -> None:
     attachment = vars(model).pop(KEY, None)
     if isinstance(model, _CompressedCaches):
         object.__setattr__(model, "__class__", type(model).__bases__[1])
@@ -194,24 +194,25 @@ def on_cache(observer: Callable[[Report, list[Any]], None]) -> None:
     _observers.append(observer)
 
 
-def detach(model: Any) -> Any:
+def detach(model: M) -> M:
     """Undo `attach`, and let `install` pass the model by; returns the model."""
     if not isinstance(model, nn.Module):
         raise ValueError(f"[detach] model: expected a model of mlx.nn, got {kind(model)}")
     with hooks.lock:
-        _detach(text_model(model))
-        vars(text_model(model))[KEY] = None
+        text = cast(nn.Module, text_model(model))
+        _detach(text)
+        vars(text)[KEY] = None
     return model
 
 
 def make_prompt_cache(
-    model: Any, preset: str | Policy = DEFAULT_PRESET, *, max_kv_size: int | None = None, **overrides: Any
+    model: AnyModel, preset: str | Policy | None = None, *, max_kv_size: int | None = None, **overrides: Any
 ) -> list[Any]:
     """A prompt cache for ``mlx_lm.generate(..., prompt_cache=)``, compressed where the model allows it.
 
     Args:
         model: Any mlx-lm model.
-        preset: See `install`.
+        preset: See `install`. None: what the model is attached or installed with, else ``tq3``.
         max_kv_size: Tokens that each compressed layer keeps at most: the first ones, and of the others the last ones
             (`TurboQuantKVCache`'s ``max_size``). None: all.
         **overrides: See `tqext.presets.get_policy`.
@@ -222,12 +223,12 @@ def make_prompt_cache(
     check_model("make_prompt_cache", model)
     model = text_model(model)
     hooks.hook()
-    report = judged(model, get_policy(preset, **overrides))
+    report = judged(model, policy_for(model, preset, overrides))
     first_use.prepare(report)
     return compressed(stock_cache(model), report, max_kv_size)
 
 
-def report(model: Any) -> Report:
+def report(model: AnyModel) -> Report:
     """What an attached model's caches are like: compressed or not, and why, with the errors that the calibration found.
 
     Raises:

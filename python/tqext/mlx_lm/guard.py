@@ -6,15 +6,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from tqext.calibration import Calibration, calibrate_layers, ladder
+from tqext.calibration import Calibration, ObservingCache, calibrate_layers, ladder
 from tqext.mlx_lm.caches import replaced, stock_cache
-from tqext.mlx_lm.packages import text_model
+from tqext.mlx_lm.packages import AnyModel, text_model
 from tqext.mlx_lm.probing import probe
 from tqext.mlx_lm.reports import Layer, Report
-from tqext.presets import DEFAULT_PRESET, Policy
+from tqext.presets import Policy
+from tqext.protocols import Cache, Model
 
 
-def calibrate(model: Any, preset: str | Policy = DEFAULT_PRESET, **overrides: Any) -> Calibration:
+def calibrate(model: AnyModel, preset: str | Policy | None = None, **overrides: Any) -> Calibration:
     """The balance and the errors of every layer that a policy compresses, from a fixed prompt of 512 tokens.
 
     What the prompt shows at its own place is turned to other positions of the context that the model was trained for. The
@@ -23,7 +24,7 @@ def calibrate(model: Any, preset: str | Policy = DEFAULT_PRESET, **overrides: An
 
     Args:
         model: Any mlx-lm model.
-        preset: See `install`.
+        preset: See `install`. None: what the model is attached or installed with, else ``tq3``.
         **overrides: See `tqext.presets.get_policy`.
 
     Raises:
@@ -32,14 +33,14 @@ def calibrate(model: Any, preset: str | Policy = DEFAULT_PRESET, **overrides: An
     return _calibrate(text_model(model), probe(model, preset, **overrides).compressed)
 
 
-def _calibrate(model: Any, layers: Sequence[Layer]) -> Calibration:
+def _calibrate(model: Model, layers: Sequence[Layer]) -> Calibration:
     wanted = {layer.path: layer.recipe for layer in layers if layer.recipe is not None}
     latent = {layer.path for layer in layers if layer.is_latent}
 
-    def make_cache(new: Callable[[bool], Any]) -> tuple[list[Any], dict[str, Any]]:
-        made: dict[str, Any] = {}
+    def make_cache(new: Callable[[bool], ObservingCache]) -> tuple[list[Cache], dict[str, ObservingCache]]:
+        made: dict[str, ObservingCache] = {}
 
-        def replace_wanted(path: str, cache: Any) -> Any:
+        def replace_wanted(path: str, cache: Cache) -> Cache:
             if path in wanted:
                 made[path] = cache = new(path in latent)
             return cache
@@ -49,7 +50,7 @@ def _calibrate(model: Any, layers: Sequence[Layer]) -> Calibration:
     return calibrate_layers(model, make_cache, wanted)
 
 
-def judged(model: Any, policy: Policy, *, always: bool = False) -> Report:
+def judged(model: AnyModel, policy: Policy, *, always: bool = False) -> Report:
     """What the probe finds, calibrated, with the layers stepped up that the guard finds inaccurate.
 
     Args:

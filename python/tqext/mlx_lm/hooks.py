@@ -27,6 +27,11 @@ from tqext.kv import (
 )
 from tqext.kv.latent import Projectable, ProjectedLatents, first_use
 from tqext.kv.snapshot import AttendsItself
+from tqext.mlx_lm.packages import AnyModel
+from tqext.protocols import Cache
+
+# Of another package, with whatever arguments it takes; or what is called with one and these arguments.
+Function = Callable[..., Any]
 
 lock = threading.RLock()
 
@@ -42,13 +47,13 @@ class Hook:
         everywhere: Also replace the function in the modules that imported it by name.
     """
 
-    def __init__(self, owner: Any, name: str, call: Callable[..., Any], *, everywhere: bool = False) -> None:
+    def __init__(self, owner: Any, name: str, call: Function, *, everywhere: bool = False) -> None:
         self._owner = owner
         self.name = name
         self.call = call
         self.everywhere = everywhere
-        self.previous: Callable[..., Any] | None = None
-        self._wrapper: Callable[..., Any] | None = None
+        self.previous: Function | None = None
+        self._wrapper: Function | None = None
 
     def put(self) -> None:
         """Replace the function, unless it is replaced already."""
@@ -88,16 +93,16 @@ class Hook:
                 self._replace(self._wrapper, self.previous)
                 self.previous = self._wrapper = None
 
-    def unhooked(self) -> Callable[..., Any]:
+    def unhooked(self) -> Function:
         """The function as it is without this hook."""
         with lock:
             return self.previous or getattr(self.owner or importlib.import_module(self._owner), self.name)
 
-    def _replace(self, old: Any, new: Any) -> None:
+    def _replace(self, old: object, new: object) -> None:
         for module in self._modules(old):
             setattr(module, self.name, new)
 
-    def _modules(self, function: Any) -> Iterator[Any]:
+    def _modules(self, function: object) -> Iterator[object]:
         yield self.owner
         for module in list(sys.modules.values()) if self.everywhere else []:
             names = getattr(module, "__dict__", None)
@@ -105,7 +110,7 @@ class Hook:
                 yield module
 
 
-def _method(call: Callable[..., Any], previous: Callable[..., Any]) -> Callable[..., Any]:
+def _method(call: Function, previous: Function) -> Function:
     @functools.wraps(previous)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
         return call(previous, self, *args, **kwargs)
@@ -160,11 +165,11 @@ _imports = _Imports()
 
 # By name: ``step(load, path, *args, **kwargs)`` runs ``load(path, *args, **kwargs)``, which is mlx-lm's load_model or the step
 # before, and returns what it does.
-LoadStep = Callable[..., Any]
+LoadStep = Function
 _load_steps: dict[str, LoadStep] = {}
 
 
-def _load_model(previous: Callable[..., Any], model_path: Any, *args: Any, **kwargs: Any) -> Any:
+def _load_model(previous: Function, model_path: Any, *args: Any, **kwargs: Any) -> Any:
     load = previous
     for step in list(_load_steps.values()):
         load = functools.partial(step, load)
@@ -228,10 +233,10 @@ class CacheClasses:
             yield cls.__name__, cls  # what was saved without the hook
             yield self._as_saved[cls].__name__, cls
 
-    def _save(self, previous: Callable[..., Any], file_name: str, cache: Any, *args: Any, **kwargs: Any) -> Any:
+    def _save(self, previous: Function, file_name: str, cache: Sequence[Cache], *args: Any, **kwargs: Any) -> Any:
         return previous(file_name, [self._named(c) for c in cache], *args, **kwargs)
 
-    def _named(self, cache: Any) -> Any:
+    def _named(self, cache: Cache) -> Cache:
         if type(cache) in self._as_saved:
             return self._as_saved[type(cache)](cache)
         if isinstance(cache, mlx_lm_cache.CacheList):
@@ -243,7 +248,7 @@ def _as_saved(cls: type) -> type:
     """A class of stand-ins for caches, which mlx-lm asks for the state and for the name of the class."""
 
     class StandIn:
-        def __init__(self, cache: Any) -> None:
+        def __init__(self, cache: Cache) -> None:
             self._cache = cache
 
         def __getattr__(self, name: str) -> Any:
@@ -256,27 +261,27 @@ def _as_saved(cls: type) -> type:
 # Attention to compressed caches, and mlx-lm's making of caches
 
 
-def _attention(previous: Callable[..., Any], q: mx.array, k: Any, v: Any, *args: Any, **options: Any) -> Any:
+def _attention(previous: Function, q: mx.array, k: Any, v: Any, *args: Any, **options: Any) -> Any:
     if isinstance(k, AttendsItself):
         return k.attention(previous, q, v, *args, **options)
     return previous(q, k, v, *args, **options)
 
 
-def _multi_linear(previous: Callable[..., Any], layer: Any, x: Any, transpose: bool = True) -> Any:
+def _multi_linear(previous: Function, layer: Any, x: Any, transpose: bool = True) -> Any:
     """``MultiLinear`` of mlx-lm, with which models make the keys and values of all heads of latents."""
     if isinstance(x, Projectable):
         return ProjectedLatents(x, functools.partial(previous, layer), transpose)
     return previous(layer, x, transpose)
 
 
-def _take_along_axis(previous: Callable[..., Any], x: Any, *args: Any, **kwargs: Any) -> Any:
+def _take_along_axis(previous: Function, x: Any, *args: Any, **kwargs: Any) -> Any:
     """MLX's function, with which models with sparse attention take some of their latents."""
     if isinstance(x, Projectable):
         return _gathered(x, *args, **kwargs)
     return previous(x, *args, **kwargs)
 
 
-def _concatenate(previous: Callable[..., Any], arrays: Any, *args: Any, **kwargs: Any) -> Any:
+def _concatenate(previous: Function, arrays: Any, *args: Any, **kwargs: Any) -> Any:
     """MLX's function, with which mistral4 joins rotary keys to the keys of a prompt."""
     if isinstance(arrays, list) and arrays and isinstance(arrays[0], ProjectedLatents):
         if len(arrays) != 2 or (args, kwargs) not in (((-1,), {}), ((), {"axis": -1}), ((3,), {}), ((), {"axis": 3})):
@@ -300,33 +305,33 @@ def _multi_linear_hooks() -> list[Hook]:
     return [Hook(getattr(mla, name), "__call__", _multi_linear) for name in ("MultiLinear", "QuantizedMultiLinear")]
 
 
-_make: Callable[..., Any] | None = None
+_make: Function | None = None
 
 
-def make_prompt_caches_with(make: Callable[..., Any]) -> None:
+def make_prompt_caches_with(make: Function) -> None:
     """Let ``make(previous, model, max_kv_size)`` do what mlx-lm's ``make_prompt_cache`` does, while it is hooked."""
     global _make
     _make = make
 
 
-def _make_prompt_cache(previous: Callable[..., Any], model: Any, max_kv_size: int | None = None) -> Any:
+def _make_prompt_cache(previous: Function, model: AnyModel, max_kv_size: int | None = None) -> Any:
     return previous(model, max_kv_size) if _make is None else _make(previous, model, max_kv_size)
 
 
-_load_vlm: Callable[..., Any] | None = None
+_load_vlm: Function | None = None
 
 
-def load_vlm_models_with(load: Callable[..., Any]) -> None:
+def load_vlm_models_with(load: Function) -> None:
     """Let ``load(previous, path, ...)`` do what mlx-vlm's ``load_model`` does, while `vlm_load_model` is put."""
     global _load_vlm
     _load_vlm = load
 
 
-def _load_vlm_model(previous: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _load_vlm_model(previous: Function, *args: Any, **kwargs: Any) -> Any:
     return previous(*args, **kwargs) if _load_vlm is None else _load_vlm(previous, *args, **kwargs)
 
 
-def _trim_prompt_cache(previous: Callable[..., Any], cache: list[Any], num_tokens: int) -> Any:
+def _trim_prompt_cache(previous: Function, cache: list[Any], num_tokens: int) -> Any:
     """mlx-lm's own forgets nothing, and says nothing, where a window has moved on: a wrong draft would stay."""
     windows = [c for c in cache if isinstance(c, TurboQuantWindowKVCache)]
     if num_tokens and any(not c.is_trimmable() for c in windows) and all(c.is_trimmable() for c in cache if c not in windows):

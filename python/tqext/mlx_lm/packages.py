@@ -3,30 +3,41 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import TypeGuard
 
 import mlx.core as mx
+import mlx.nn as nn
+
+from tqext.protocols import Cache, CacheGroup, Model
+
+# A model as users have it: type checkers other than mypy see no layers and no call in what mlx-lm's loaders return.
+AnyModel = Model | nn.Module
 
 _CACHE_MODULES = ("mlx_lm.models.cache", "mlx_vlm.models.cache")
 
 
-def of_mlx_vlm(model: Any) -> bool:
+def of_mlx_vlm(model: object) -> bool:
     """Whether a model's class, or the class that `attach` has made a subclass of, is mlx-vlm's."""
     return any(cls.__module__.partition(".")[0] == "mlx_vlm" for cls in type(model).__mro__)
 
 
-def text_model(model: Any) -> Any:
+def text_model(model: AnyModel) -> Model:
     """The part of a model that keeps caches: of mlx-vlm's its ``language_model``, of mlx-lm's the model itself."""
     return getattr(model, "language_model", model) if of_mlx_vlm(model) else model
 
 
-def is_stock(cache: Any, name: str) -> bool:
+def is_stock(cache: object, name: str) -> bool:
     """Whether a cache is of this very class, mlx-lm's or mlx-vlm's (not of a subclass)."""
     return type(cache).__name__ == name and type(cache).__module__ in _CACHE_MODULES
 
 
-def logits(model: Any, tokens: mx.array, cache: Any) -> mx.array:
+def is_group(cache: object) -> TypeGuard[CacheGroup]:
+    """Whether a layer's cache holds several."""
+    return is_stock(cache, "CacheList")
+
+
+def logits(model: Model, tokens: mx.array, cache: Sequence[Cache]) -> mx.array:
     """What a model says to tokens of text that follow those in the cache.
 
     Args:
@@ -43,7 +54,7 @@ def logits(model: Any, tokens: mx.array, cache: Any) -> mx.array:
 
 
 @contextlib.contextmanager
-def _positions_of_text(model: Any) -> Iterator[None]:
+def _positions_of_text(model: Model) -> Iterator[None]:
     """Let the tokens' places be those of the cache.
 
     mlx-vlm's models with positions in three dimensions keep those of the last prompt, images included, and use them again.

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
+import mlx.nn as nn
 import mlx_lm.models.cache as mlx_lm_cache
 import numpy as np
 import numpy.typing as npt
@@ -40,12 +41,15 @@ from tqext.kv.state import STATE_VERSION
 from tqext.kv.tokens import Exact
 from tqext.kv.window import TurboQuantWindowKVCache
 from tqext.mlx_lm.caches import KEY, check_model, members, replaced
+from tqext.mlx_lm.packages import AnyModel
 from tqext.presets import Recipe
+from tqext.protocols import Cache
 from tqext.ranks import Ranks
 
 DEFAULT_BYTES = 20 * 10**9
 # Bytes that wait to be written. Of a prompt that is larger the rest is stored when it is next saved.
 MAX_PENDING = 1 << 30
+ID_BYTES = 4096
 COMPRESSED, PLAIN, STATE = "compressed", "plain", "state"
 _LENGTH = struct.Struct("<I")
 
@@ -103,9 +107,9 @@ class _Kinds:
         ValueError: A cache that cannot be stored.
     """
 
-    def __init__(self, op: str, caches: Sequence[Any]) -> None:
+    def __init__(self, op: str, caches: Sequence[Cache]) -> None:
         self.op = op
-        self.caches = list(members(caches))
+        self.caches: list[tuple[str, Any]] = list(members(caches))  # of the classes that the kinds say
         self.kinds = {path: self._kind(path, cache) for path, cache in self.caches}
         firsts = {c.recipe.first for c in self.of(COMPRESSED).values()}
         if len(firsts) > 1:
@@ -116,9 +120,10 @@ class _Kinds:
         self.needs_end = bool(self.of(STATE))
 
     def of(self, kind: str) -> dict[str, Any]:
+        """By path: of one class, `TurboQuantKVCache` or mlx-lm's ``KVCache``, unless they are of the kind `STATE`."""
         return {path: cache for path, cache in self.caches if self.kinds[path] == kind}
 
-    def _kind(self, path: str, cache: Any) -> str:
+    def _kind(self, path: str, cache: Cache) -> str:
         if isinstance(cache, TurboQuantWindowKVCache):
             return STATE
         if isinstance(cache, TurboQuantKVCache):
@@ -207,18 +212,20 @@ class PrefixStore:
         max_bytes: Of all entries together. Beyond it those go that were not used for the longest time.
 
     Raises:
-        ValueError: A folder of another user, or a bound below 1 MB.
+        ValueError: The folder cannot be made or is another user's, or the bound is below 1 MB.
     """
 
     COUNTERS = ("hits", "misses", "restored_tokens", "skipped_tokens", *EntryStore.COUNTERS)
 
     def __init__(self, path: str | Path, *, max_bytes: int = DEFAULT_BYTES) -> None:
+        if not isinstance(path, (str, Path)):
+            raise ValueError(f"[PrefixStore] path: expected a folder's name, got {type(path).__name__}")
         if max_bytes < 1 << 20:
             raise ValueError(f"[PrefixStore] max_bytes: expected at least {1 << 20}, got {max_bytes}")
         self.path = Path(path)
         self._entries = EntryStore(self.path, max_bytes)
         self._counts = dict.fromkeys(("hits", "misses", "restored_tokens", "skipped_tokens"), 0)
-        self._models: dict[int, tuple[weakref.ref[Any], Any, str, Ranks]] = {}
+        self._models: dict[int, tuple[weakref.ref[AnyModel], object, str, Ranks]] = {}
         self._lock = threading.Lock()
         self._pending: set[bytes] = set()
         self._pending_bytes = 0
@@ -226,6 +233,12 @@ class PrefixStore:
         self._writer: threading.Thread | None = threading.Thread(target=self._write, name="tqext-prefix-write", daemon=True)
         self._writer.start()
         atexit.register(self.close)
+
+    def __repr__(self) -> str:
+        if self._writer is None:
+            return f"PrefixStore({str(self.path)!r}, closed)"
+        nbytes, n = self._entries.totals()
+        return f"PrefixStore({str(self.path)!r}, {n} entries, {nbytes / 1e6:.1f} MB)"
 
     def __enter__(self) -> PrefixStore:
         return self
@@ -255,7 +268,7 @@ class PrefixStore:
         sizes = {"bytes": nbytes, "entries": n, "max_bytes": self._entries.max_bytes}
         return {**self._counts, **self._entries.counts, **sizes}
 
-    def _known(self, model: Any) -> tuple[str, Ranks]:
+    def _known(self, model: AnyModel) -> tuple[str, Ranks]:
         """The model's fingerprint, and the processes that hold it."""
         attachment = vars(model).get(KEY)
         known = self._models.get(id(model))
@@ -266,7 +279,7 @@ class PrefixStore:
     # Reading
 
     def fetch(
-        self, model: Any, tokens: Sequence[int], *, like: Sequence[Any] | None = None, beyond: int = 0
+        self, model: AnyModel, tokens: Sequence[int], *, like: Sequence[Cache] | None = None, beyond: int = 0
     ) -> tuple[list[Any] | None, int]:
         """A cache that holds the beginning of a prompt.
 
@@ -290,7 +303,7 @@ class PrefixStore:
         tokens = _countable(tokens)[: max(0, len(tokens) - 1)]
         refusal: ValueError | None = None
         try:
-            empty = list(mlx_lm_cache.make_prompt_cache(model) if like is None else like)
+            empty = list(mlx_lm_cache.make_prompt_cache(cast(nn.Module, model)) if like is None else like)
             kinds = _Kinds("PrefixStore.fetch", empty)
         except ValueError as error:
             refusal = error
@@ -343,7 +356,7 @@ class PrefixStore:
 
     def _restored(
         self,
-        empty: Sequence[Any],
+        empty: Sequence[Cache],
         kinds: _Kinds,
         keys: Sequence[bytes],
         begins: Sequence[int],
@@ -366,7 +379,7 @@ class PrefixStore:
 
     def _put_together(
         self,
-        empty: Sequence[Any],
+        empty: Sequence[Cache],
         kinds: _Kinds,
         keys: Sequence[bytes],
         begins: Sequence[int],
@@ -380,8 +393,8 @@ class PrefixStore:
                 return None
             keys = keys[1:]
         reader = _Reader(kinds, begins)
-        for payload in self._entries.read(keys):
-            reader.take(payload)
+        for key, payload in zip(keys, self._entries.read(keys), strict=False):  # which ends at one that is damaged
+            reader.take(key, payload)
         if reader.n_coded == 0 or (end is not None and reader.n_taken < len(keys)):
             return None
         n_tail = end[2] if end else 0
@@ -389,7 +402,7 @@ class PrefixStore:
 
     # Writing
 
-    def save(self, model: Any, tokens: Sequence[int], cache: Sequence[Any], *, end: bool | None = True) -> int:
+    def save(self, model: AnyModel, tokens: Sequence[int], cache: Sequence[Cache], *, end: bool | None = True) -> int:
         """Store what a cache holds of a prompt; nothing of it is kept, and what is stored already is not written again.
 
         Args:
@@ -634,13 +647,15 @@ class _Reader:
         self._description = b""
         self._first: dict[str, list[Array]] = {}
         self._whole: dict[str, list[Array]] = {}  # with room for all blocks
+        self._chain = b""
+        self._ids: list[int] = []
 
     @property
     def n_coded(self) -> int:
         return max(0, self.begins[self.n_taken] - self.kinds.first)
 
-    def take(self, payload: memoryview) -> None:
-        """The next part.
+    def take(self, key: bytes, payload: memoryview) -> None:
+        """The next part, and its key.
 
         Raises:
             ValueError: It does not fit those before, or the caches.
@@ -656,6 +671,9 @@ class _Reader:
         if description != self._description:
             raise ValueError("another description than that of the parts before")
         arrays = _Arrays(content)
+        # Caches that are read from the same files may share them. The same tokens can have been computed twice, and differ in
+        # the last bits: the end of a payload, of the last layer, tells.
+        self._chain = hashlib.sha256(self._chain + key + payload[-ID_BYTES:]).digest()
         begin, end = self.begins[self.n_taken], self.begins[self.n_taken + 1]
         if begin < self.kinds.first:
             for layer in self.layers:
@@ -667,6 +685,7 @@ class _Reader:
                 for whole, (shape, dtype) in zip(self._whole[layer.path], self._block_shapes(layer, BLOCK), strict=True):
                     rows = shape[2]
                     whole[:, :, i * rows : (i + 1) * rows] = arrays.take(shape, dtype)
+            self._ids.append(-1 - (int.from_bytes(self._chain[:8], "big") >> 1))  # those made here are above 0
         arrays.finish()
         self.n_taken += 1
 
@@ -679,7 +698,7 @@ class _Reader:
         rows = _row_shapes(cache.recipe, layer.head_dim, layer.value_dim, layer.value_dtype if cache.is_latent else None)
         return [((1, layer.n_kv_heads, n // per, width), dtype) for per, width, dtype in rows]
 
-    def caches(self, empty: Sequence[Any], tail: memoryview | None, n_tail: int) -> list[Any]:
+    def caches(self, empty: Sequence[Cache], tail: memoryview | None, n_tail: int) -> list[Any]:
         """Caches that hold the parts, and the end if there is one."""
         states: dict[str, Any] = {}
         rest = _Arrays(memoryview(b""))
@@ -689,7 +708,7 @@ class _Reader:
             rest = _Arrays(content)
         by_path = {layer.path: layer for layer in self.layers}
 
-        def new(path: str, cache: Any) -> Any:
+        def new(path: str, cache: Any) -> Cache:
             layer = by_path[path]
             if layer.kind == STATE:
                 state, meta = (rest.untree(x) for x in states[path])
@@ -708,7 +727,8 @@ class _Reader:
             first = self._exact(self._first[path], names) if self.kinds.first else None
             whole = zip(self._whole[path], self._block_shapes(layer, self.n_coded), strict=True)
             packed = [_to_mlx(x[:, :, : shape[2]], dtype) for x, (shape, dtype) in whole]
-            out.fill(packed, first, self._exact(recent, names))
+            ids = np.array(self._ids[: self.n_coded // BLOCK], np.int64)
+            out.fill(packed, first, self._exact(recent, names), ids)
             return out
 
         caches = replaced(empty, new)
@@ -719,7 +739,7 @@ class _Reader:
     def _exact(arrays: Sequence[Array], names: Sequence[str]) -> Exact:
         return Exact(*(_to_mlx(x, name) for x, name in zip(arrays, names, strict=True)))
 
-    def _plain(self, layer: _Layer, recent: Sequence[Array]) -> Any:
+    def _plain(self, layer: _Layer, recent: Sequence[Array]) -> Cache:
         cache: Any = mlx_lm_cache.KVCache()
         parts = []
         for i, whole in enumerate(self._whole[layer.path]):

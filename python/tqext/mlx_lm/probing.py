@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -13,11 +14,12 @@ from tqext.kv.latent import Projectable, ProjectedLatents, first_use, latent_rec
 from tqext.kv.schedule import BLOCK
 from tqext.kv.snapshot import AttendsItself
 from tqext.mlx_lm import hooks
-from tqext.mlx_lm.caches import check_model, layer_range, members, replaced, stock_cache
-from tqext.mlx_lm.packages import is_stock, logits, of_mlx_vlm, text_model
+from tqext.mlx_lm.caches import check_model, layer_range, members, policy_for, replaced, stock_cache
+from tqext.mlx_lm.packages import AnyModel, is_stock, logits, of_mlx_vlm, text_model
 from tqext.mlx_lm.reports import Layer, Queries, Report
 from tqext.mlx_lm.windows import LEAST_SAVING, saving, without_windows
-from tqext.presets import DEFAULT_PRESET, Policy, Recipe, get_policy
+from tqext.presets import Policy, Recipe
+from tqext.protocols import Cache, Model
 
 MAX_HEAD_DIM = 512
 LEFT_OUT = "left out by the policy"
@@ -39,11 +41,11 @@ class _ProbeTokens(AttendsItself):
         self.hits = 0
         self.queries: list[Queries] = []
 
-    def _note(self, queries: mx.array, options: dict[str, Any]) -> None:
+    def _note(self, queries: mx.array, options: Mapping[str, object]) -> None:
         self.hits += 1
         self.queries.append(Queries(queries.shape[1], _name(queries.dtype), options.get("sinks") is not None))
 
-    def attention(self, previous: Any, queries: mx.array, values: Any, **options: Any) -> mx.array:
+    def attention(self, previous: Callable[..., mx.array], queries: mx.array, values: object, **options: Any) -> mx.array:
         if values is not self:
             raise TypeError("attention got other values than the cache's")
         self._note(queries, options)
@@ -55,14 +57,19 @@ class _ProbeLatents(Projectable, _ProbeTokens):
 
     __slots__ = ()
 
-    def attention(self, previous: Any, queries: mx.array, values: Any, **options: Any) -> mx.array:
+    def attention(self, previous: Callable[..., mx.array], queries: mx.array, values: object, **options: Any) -> mx.array:
         if values is not self:
             raise TypeError("attention got other values than the latents")
         self._note(queries, options)
         return mx.zeros_like(queries)
 
     def attend_projected(
-        self, previous: Any, queries: mx.array, keys: ProjectedLatents, values: ProjectedLatents, **options: Any
+        self,
+        previous: Callable[..., mx.array],
+        queries: mx.array,
+        keys: ProjectedLatents,
+        values: ProjectedLatents,
+        **options: Any,
     ) -> mx.array:
         self._note(keys.absorbed(keys.split(queries, 1.0, None)[0]), options)
         return values.of(mx.zeros((*queries.shape[:3], self.shape[3]), queries.dtype))
@@ -119,7 +126,7 @@ class _ProbeCache(TurboQuantKVCache):
         return super().make_mask(N, return_array, window_size)
 
 
-def probe(model: Any, preset: str | Policy = DEFAULT_PRESET, **overrides: Any) -> Report:
+def probe(model: AnyModel, preset: str | Policy | None = None, **overrides: Any) -> Report:
     """Find out which caches of a model can be compressed, by a dry run that computes nothing.
 
     The model is called on two tokens and then on one, with stand-ins for the keys and values, and the result is
@@ -128,14 +135,14 @@ def probe(model: Any, preset: str | Policy = DEFAULT_PRESET, **overrides: Any) -
 
     Args:
         model: Any mlx-lm model.
-        preset: See `install`.
+        preset: See `install`. None: what the model is attached or installed with, else ``tq3``.
 
     Returns:
         A report with one entry for every cache.
     """
-    policy = get_policy(preset, **overrides)
     check_model("probe", model)
     model = text_model(model)
+    policy = policy_for(model, preset, overrides)
     hooks.hook()
     stock = stock_cache(model)
     first, n_layers = layer_range(model, len(stock))
@@ -153,14 +160,16 @@ def probe(model: Any, preset: str | Policy = DEFAULT_PRESET, **overrides: Any) -
         if failure is None:
             break
         path, reason = failure
+        at = tried[path]
+        assert isinstance(at, _ProbeCache)  # those with a reason do not fail
         window = window_of(by_path[path])
-        if window is None and path not in latent and path not in failures and tried[path].may_be_latent:
+        if window is None and path not in latent and path not in failures and at.may_be_latent:
             # What one layer stores as latents, the others do most likely.
             alike = {other for other in by_path if other.split(".")[1:] == path.split(".")[1:] and other not in failures}
             latent |= alike - set(reasons)
         else:
             latent.discard(path)
-            if path in failures or not tried[path].latent:
+            if path in failures or not at.latent:
                 # A window that one layer cannot attend to stays in all of them: one more run is enough.
                 same = [p for p, c in by_path.items() if window is not None and window_of(c) == window and p not in reasons]
                 reasons.update(dict.fromkeys([path, *same], failures.get(path, reason)))
@@ -193,12 +202,12 @@ def _alike(layers: list[Layer]) -> tuple[Layer, ...]:
     return tuple(left_alone(layer) for layer in layers)
 
 
-def window_of(cache: Any) -> int | None:
+def window_of(cache: Cache) -> int | None:
     """The tokens of mlx-lm's cache of a sliding window, None for any other cache."""
     return int(cache.max_size) if type(cache) is mlx_lm_cache.RotatingKVCache and cache.keep == 0 else None
 
 
-def why_not(cache: Any, recipe: Recipe | None, *, windows: bool = False) -> str:
+def why_not(cache: Cache, recipe: Recipe | None, *, windows: bool = False) -> str:
     """Why a cache cannot be replaced by a compressed one, as far as its class and the policy tell; empty if it can.
 
     `windows`: Sliding windows are compressed as well.
@@ -222,13 +231,13 @@ _WHY_NOT = {
 }
 
 
-def _dry_run(model: Any, reasons: dict[str, str], latent: set[str]) -> tuple[dict[str, Any], tuple[str, str] | None]:
+def _dry_run(model: Model, reasons: dict[str, str], latent: set[str]) -> tuple[dict[str, Cache], tuple[str, str] | None]:
     """Call the model on stand-ins for every cache without a reason; if it fails, the layer at which it did, and how."""
     seen: list[str] = []
     if latent:
         first_use.note()
 
-    def stand_in(path: str, cache: Any) -> Any:
+    def stand_in(path: str, cache: Cache) -> Cache:
         return cache if path in reasons else _ProbeCache(path, seen, window_of(cache), latent=path in latent)
 
     caches = replaced(stock_cache(model), stand_in)
@@ -243,14 +252,14 @@ def _dry_run(model: Any, reasons: dict[str, str], latent: set[str]) -> tuple[dic
     return tried, None
 
 
-def _judge(path: str, stock: Any, recipe: Recipe | None, reason: str | None, tried: Any) -> Layer:
+def _judge(path: str, stock: Cache, recipe: Recipe | None, reason: str | None, tried: Cache) -> Layer:
     cache = type(stock).__name__
     if reason is not None:
         keys, values = getattr(tried, "keys", None), getattr(tried, "values", None)
         if isinstance(keys, mx.array) and isinstance(values, mx.array) and keys.ndim == values.ndim == 4:
             return Layer(path, cache, None, reason, keys.shape[1], keys.shape[3], values.shape[3], keys.dtype.size)
         return Layer(path, cache, None, reason)
-    assert recipe is not None
+    assert recipe is not None and isinstance(tried, _ProbeCache)
     if not tried.tokens:
         return Layer(path, cache, None, "the model stored nothing in it")
     tokens = tried.tokens[0]

@@ -9,11 +9,12 @@ from typing import Any
 import mlx.core as mx
 
 from tqext._ext import format as packed_format
-from tqext.mlx_lm.caches import compressed, members, stock_cache
+from tqext.mlx_lm.caches import compressed, members, policy_for, stock_cache
 from tqext.mlx_lm.guard import judged
-from tqext.mlx_lm.packages import logits, text_model
+from tqext.mlx_lm.packages import AnyModel, logits, text_model
 from tqext.mlx_lm.reports import Report
-from tqext.presets import DEFAULT_PRESET, Policy, Recipe, get_policy
+from tqext.presets import Policy, Recipe
+from tqext.protocols import Cache, Model
 
 # Least coded tokens of the path proof's prompt.
 VERIFY_CODED = 96
@@ -23,7 +24,7 @@ class PathError(AssertionError):
     """A compressed layer is not what the model's logits come from."""
 
 
-def verify(model: Any, preset: str | Policy = DEFAULT_PRESET, *, n_tokens: int | None = None, **overrides: Any) -> Report:
+def verify(model: AnyModel, preset: str | Policy | None = None, *, n_tokens: int | None = None, **overrides: Any) -> Report:
     """Prove that every compressed layer's codes are accurate (`calibrate`) and are what attention reads.
 
     A random prompt is stored. Then, for one layer at a time, its packed bytes are overwritten and the logits of
@@ -31,7 +32,7 @@ def verify(model: Any, preset: str | Policy = DEFAULT_PRESET, *, n_tokens: int |
 
     Args:
         model: Any mlx-lm model.
-        preset: See `install`.
+        preset: See `install`. None: what the model is attached or installed with, else ``tq3``.
         n_tokens: Length of the prompt; some of it must come out of the exact tail. Default: enough for every layer's recipe.
 
     Returns:
@@ -40,8 +41,8 @@ def verify(model: Any, preset: str | Policy = DEFAULT_PRESET, *, n_tokens: int |
     Raises:
         PathError: A layer fails; the message names it.
     """
-    policy = get_policy(preset, **overrides)
     model = text_model(model)
+    policy = policy_for(model, preset, overrides)
     report = judged(model, policy, always=True)
     for layer in report.compressed:
         if layer.calibration is not None and not layer.calibration.accurate:
@@ -78,11 +79,11 @@ def _same(a: mx.array, b: mx.array, *, fp32: float, half: float) -> bool:
     return bool((mx.abs(a - b).max() <= tolerance * mx.abs(b).max()).item())
 
 
-def _at(cache: Sequence[Any], path: str) -> Any:
+def _at(cache: Sequence[Cache], path: str) -> Any:
     return dict(members(cache))[path]
 
 
-def _next_logits(model: Any, cache: Sequence[Any], corrupt: Sequence[str] = (), attended: bool = True) -> mx.array:
+def _next_logits(model: Model, cache: Sequence[Cache], corrupt: Sequence[str] = (), attended: bool = True) -> mx.array:
     trial = copy.deepcopy(cache)
     for path in corrupt:
         _at(trial, path).overwrite(attended=attended)

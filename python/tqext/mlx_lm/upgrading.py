@@ -11,21 +11,24 @@ from tqext.kv.cache import TurboQuantKVCache
 from tqext.kv.tokens import Exact
 from tqext.kv.window import TurboQuantWindowKVCache
 from tqext.mlx_lm import hooks
-from tqext.mlx_lm.caches import compressed_cache, compressed_windows, layer_range, members, replaced
+from tqext.mlx_lm.caches import compressed_cache, compressed_windows, layer_range, members, policy_for, replaced
 from tqext.mlx_lm.guard import judged
-from tqext.mlx_lm.packages import text_model
+from tqext.mlx_lm.packages import AnyModel, text_model
 from tqext.mlx_lm.probing import why_not, window_of
-from tqext.presets import DEFAULT_PRESET, Policy, get_policy
+from tqext.presets import Policy
+from tqext.protocols import Cache
 
 UPGRADE_CHUNK = 2048
 
 
-def upgrade(cache: list[Any], preset: str | Policy = DEFAULT_PRESET, *, model: Any = None, **overrides: Any) -> list[Any]:
+def upgrade(
+    cache: list[Any], preset: str | Policy | None = None, *, model: AnyModel | None = None, **overrides: Any
+) -> list[Any]:
     """Compress a prompt cache, also in the middle of a generation.
 
     Args:
         cache: What ``mlx_lm.models.cache.make_prompt_cache`` made; changed in place.
-        preset: See `install`.
+        preset: See `install`. None: what `model` is attached or installed with, else ``tq3``.
         model: The cache's model, for its calibration, and to leave the layers alone that it cannot attend to when compressed.
             Without it every plain ``KVCache`` is compressed, without a balance and a guard, and such a model stops with an
             error; sliding windows only with ``windows=True``.
@@ -36,18 +39,18 @@ def upgrade(cache: list[Any], preset: str | Policy = DEFAULT_PRESET, *, model: A
     Warns:
         UserWarning: Nothing was compressed, nor was it before; the message says why.
     """
-    policy = get_policy(preset, **overrides)
+    policy = policy_for(model, preset, overrides)
     if not isinstance(cache, list):
         raise ValueError(f"[upgrade] cache: expected a list of caches, got {type(cache).__name__}")
     hooks.hook()
-    model = text_model(model)
+    model = None if model is None else text_model(model)
     report = None if model is None else judged(model, policy)
     layers = {} if report is None else {layer.path: layer for layer in report.layers}
     windows = set() if report is None else compressed_windows(report)
     first, n_layers = (0, len(cache)) if model is None else layer_range(model, len(cache))
     reasons: dict[tuple[str, str], list[str]] = {}
 
-    def new(path: str, member: Any) -> Any:
+    def new(path: str, member: Cache) -> Cache:
         layer = layers.get(path)
         recipe = policy.of_layer(first + int(path.split(".")[0]), n_layers) if layer is None else layer.recipe
         if isinstance(member, TurboQuantKVCache):

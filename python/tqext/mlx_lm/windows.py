@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 from mlx.utils import tree_reduce
 
 from tqext.calibration import known_context
 from tqext.mlx_lm.reports import Layer, Report
+from tqext.protocols import Model, ModuleTree
 
 # What a client holds, for the rule of the policy's `windows`.
 CLIENT_TOKENS = 4096
@@ -16,12 +16,12 @@ CLIENT_TOKENS = 4096
 LEAST_SAVING = 0.2
 
 
-def weight_bytes(model: Any) -> int:
+def weight_bytes(model: ModuleTree) -> int:
     """Bytes of a model's weights."""
     return int(tree_reduce(lambda n, x: n + x.nbytes, model.parameters(), 0))
 
 
-def saving(model: Any, report: Report) -> float:
+def saving(model: Model, report: Report) -> float:
     """The share of the memory that the compressed windows of a report save: of the weights and of the caches of all clients.
 
     Each client holds `CLIENT_TOKENS` tokens, or as many as the model was trained for. The other layers are as the report says.

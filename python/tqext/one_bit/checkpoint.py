@@ -10,11 +10,15 @@ from typing import Any
 
 import mlx.core as mx
 import mlx_lm.utils
+from mlx.nn import Module
 
 from tqext._ext import format as _format
 from tqext.mlx_lm import hooks
 from tqext.one_bit import nn
+from tqext.protocols import SavedTokenizer
 
+# A config.json.
+Config = dict[str, Any]
 # The key of config.json that marks a native checkpoint. mlx-lm without tqext stops at the unknown *.scales.
 CONFIG_KEY = "tqext_weights"
 _FORMAT = {"format": "q1_0", "group_size": nn.GROUP_SIZE, "version": 1}
@@ -52,13 +56,13 @@ def _load_model(previous: Callable[..., Any], path: Path, *args: Any, **kwargs: 
     return loaded
 
 
-def check_native(native: Any) -> None:
+def check_native(native: object) -> None:
     """Raise a ValueError unless `native`, the config's entry, is a format this version reads."""
     if native != _FORMAT:
         raise ValueError(f"[load] config.{CONFIG_KEY}: expected {_FORMAT}, got {native}; a newer tqext may read it")
 
 
-def refuse_hadamard(config: dict[str, Any]) -> None:
+def refuse_hadamard(config: Config) -> None:
     """Raise a ValueError for 1-bit weights that are stored in a rotated space, which is not undone here."""
     quantization = config.get("quantization") or {}
     one_bit = CONFIG_KEY in config or quantization.get("bits") == 1
@@ -73,7 +77,7 @@ def _native_classes(given: Callable[..., Any] | None) -> Callable[..., Any]:
     """mlx-lm's choice of classes, with a model that takes 1-bit layers when it is given their weights."""
     choose = given or mlx_lm.utils._get_classes
 
-    def classes(config: dict[str, Any]) -> tuple[Any, Any]:
+    def classes(config: Config) -> tuple[type, type]:
         model_class, args_class = choose(config=config)
         name = config.get("torch_dtype") or config.get("dtype") or "float16"
         if name not in FLOATS:
@@ -110,7 +114,7 @@ def check_tensors(weights: dict[str, mx.array]) -> None:
             raise ValueError(f"[load] {path}.biases: expected none in a native checkpoint, got a tensor")
 
 
-def save(folder: str | Path, model: Any, config: dict[str, Any], tokenizer: Any = None) -> None:
+def save(folder: str | Path, model: Module, config: Config, tokenizer: SavedTokenizer | None = None) -> None:
     """Write a native checkpoint: an mlx-lm folder with sign words and float16 scales, 1.125 bits per weight.
 
     Args:
@@ -131,7 +135,7 @@ def save(folder: str | Path, model: Any, config: dict[str, Any], tokenizer: Any 
         tokenizer.save_pretrained(str(folder))
 
 
-def write_config(folder: Path, config: dict[str, Any]) -> None:
+def write_config(folder: Path, config: Config) -> None:
     """config.json of a native checkpoint."""
     plain = {key: value for key, value in config.items() if key not in ("quantization", "quantization_config")}
     (folder / "config.json").write_text(json.dumps({**plain, CONFIG_KEY: _FORMAT}, indent=2))

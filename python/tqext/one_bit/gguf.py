@@ -2,22 +2,26 @@
 
 Tensors of all other types are dequantised, and in a file with Q1_0 tensors the ternary ones too.
 
-Needs the package ``gguf``: ``mx.load`` drops tensors of the types it does not know without a word.
+Needs the package ``gguf`` for all types but the ternary ones and those of `plain_types`. ``mx.load`` is no substitute: it drops
+tensors of types it does not know without a word.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
 
 from tqext import disk
-from tqext.one_bit import checkpoint, gguf_file, qwen35, ternary
+from tqext.one_bit import checkpoint, gguf_file, plain_types, qwen35, ternary
+from tqext.one_bit.checkpoint import Config
+from tqext.one_bit.gguf_file import Metadata, Tensor
 from tqext.one_bit.nn import GROUP_SIZE
 
 _BLOCK_BYTES = 2 + GROUP_SIZE // 8  # fp16 scale, then sign bits, low bit first
@@ -30,7 +34,7 @@ _ARCHITECTURES = {
     qwen35.ARCHITECTURE: (qwen35.MODEL_TYPE, "Qwen3_5ForCausalLM"),
 }
 # GGUF names of the tensors of one block and of those outside, and where mlx-lm's llama and qwen3 have them.
-BLOCK_NAMES = {
+_BLOCK_NAMES = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
@@ -43,7 +47,7 @@ BLOCK_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-OUTER_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_OUTER_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 # Gemma 3 has norms after attention and after the MLP too, and its GGUF names the former as others name the latter's input norm.
 _GEMMA3_NAMES = {
     "post_attention_norm": "post_attention_layernorm",
@@ -97,7 +101,7 @@ def folder_of(path: str | Path, cache: Path) -> Path:
 
     Raises:
         ValueError: The file is not one that can be converted; the message says why.
-        ImportError: The package ``gguf`` is not installed.
+        ImportError: A tensor has a type of the package ``gguf``, which is not installed.
     """
     path = Path(path).resolve()
     stats = [(part.name, stat.st_size, stat.st_mtime_ns) for part in gguf_file.parts_of(path) for stat in [part.stat()]]
@@ -108,7 +112,9 @@ def folder_of(path: str | Path, cache: Path) -> Path:
     return disk.make_once(folder, lambda made: convert(path, made, dtype))
 
 
-def convert(path: str | Path, folder: str | Path, dtype: mx.Dtype = mx.float16, *, dense: bool = False) -> None:
+def convert(
+    path: str | Path, folder: str | Path, dtype: mx.Dtype = mx.float16, *, dense: bool = False, progress: bool = False
+) -> None:
     """Write a GGUF file of one of `_ARCHITECTURES` as an mlx-lm folder, what is not 1-bit or ternary in `dtype`.
 
     Args:
@@ -116,14 +122,15 @@ def convert(path: str | Path, folder: str | Path, dtype: mx.Dtype = mx.float16, 
         folder: Must not exist.
         dtype: Of the dequantised weights and of ternary weights' scales.
         dense: Also take a file without any 1-bit or ternary tensor. All its weights are dequantised, which makes them larger.
+        progress: Show a bar on stderr.
 
     Raises:
         ValueError: The file is not one that can be converted; the message says why.
-        ImportError: The package ``gguf`` is not installed.
+        ImportError: A tensor has a type of the package ``gguf``, which is not installed.
     """
     tensors, metadata = read(path)
     try:
-        _convert(path, Path(folder), tensors, metadata, dtype, dense)
+        _convert(path, Path(folder), tensors, metadata, dtype, dense, progress)
     except (ValueError, OSError):
         raise
     except Exception as error:  # of whatever kind tokenizers or a metadata entry of another type make
@@ -131,8 +138,16 @@ def convert(path: str | Path, folder: str | Path, dtype: mx.Dtype = mx.float16, 
 
 
 def _convert(
-    path: str | Path, folder: Path, tensors: dict[str, Any], metadata: dict[str, Any], dtype: mx.Dtype, dense: bool
+    path: str | Path,
+    folder: Path,
+    tensors: dict[str, Tensor],
+    metadata: Metadata,
+    dtype: mx.Dtype,
+    dense: bool,
+    progress: bool,
 ) -> None:
+    from tqdm import tqdm  # type: ignore[import-untyped]
+
     fold = qwen35.read_fold(metadata, tensors)
     if dense and fold is None:
         tensors = _tied(tensors)
@@ -141,7 +156,8 @@ def _convert(
     # One config names one form of packed weights; a file of both is not known.
     packed_kinds = {tensor.tensor_type.name for tensor in tensors.values()}
     keep_ternary = "Q1_0" not in packed_kinds
-    for name, tensor in tensors.items():
+    bar = tqdm(tensors.items(), desc="Converting", unit="tensor", file=sys.stderr, disable=not progress)
+    for name, tensor in bar:
         made = _convert_tensor(name, tensor, config, dtype, keep_ternary, fold)
         mx.eval(made)  # or the fp32 values of all tensors are held until the end
         weights.update(made)
@@ -170,7 +186,7 @@ def _modules(weights: dict[str, mx.array], fold: qwen35.Fold | None) -> list[dic
     return [
         {
             "path": path,
-            "embedding": path == OUTER_NAMES["token_embd"],
+            "embedding": path == _OUTER_NAMES["token_embd"],
             "dtype": "float16",  # the only name that mlx-lm takes; it computes in the dtype of the input
             "block": fold.block_size if fold is not None and f"{path}.signs" in weights else 0,
         }
@@ -178,7 +194,7 @@ def _modules(weights: dict[str, mx.array], fold: qwen35.Fold | None) -> list[dic
     ]
 
 
-def _tied(tensors: dict[str, Any]) -> dict[str, Any]:
+def _tied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of a model with one matrix for embedding and output: where a file holds two quantisations, the finer one."""
     embedding, output = tensors.get("token_embd.weight"), tensors.get("output.weight")
     if embedding is None or output is None or list(embedding.shape) != list(output.shape):
@@ -192,12 +208,12 @@ def _tied(tensors: dict[str, Any]) -> dict[str, Any]:
     return {name: finer if name == "token_embd.weight" else tensor for name, tensor in tensors.items() if tensor is not output}
 
 
-def read(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def read(path: str | Path) -> tuple[dict[str, Tensor], Metadata]:
     """Tensors and metadata of a GGUF file, the data still on disk.
 
     Raises:
         ValueError: The file cannot be read, or its weights are Hadamard-folded and those of another model than qwen35.
-        ImportError: The package ``gguf`` is not installed.
+        ImportError: A tensor has a type of the package ``gguf``, which is not installed.
     """
     tensors, metadata = gguf_file.read(path)
     folded = [name for name in metadata if "hadamard" in name.lower()]
@@ -211,7 +227,7 @@ def read(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _convert_tensor(
-    name: str, tensor: Any, config: dict[str, Any], dtype: mx.Dtype, keep_ternary: bool, fold: qwen35.Fold | None
+    name: str, tensor: Tensor, config: Config, dtype: mx.Dtype, keep_ternary: bool, fold: qwen35.Fold | None
 ) -> dict[str, mx.array]:
     path = _mlx_name(name, config["model_type"])
     restore = _order_of(name, path, config, fold)
@@ -247,7 +263,7 @@ def _convert_tensor(
     return {f"{path}.{suffix}": mx.array(plain).astype(dtype)}
 
 
-def _order_of(name: str, path: str, config: dict[str, Any], fold: qwen35.Fold | None) -> Callable[[np.ndarray], np.ndarray]:
+def _order_of(name: str, path: str, config: Config, fold: qwen35.Fold | None) -> Callable[[np.ndarray], np.ndarray]:
     """From llama.cpp's order of a tensor's rows and columns to mlx-lm's."""
     if config["model_type"] == "llama" and path.endswith(("self_attn.q_proj", "self_attn.k_proj")):
         heads = config["num_attention_heads" if path.endswith("q_proj") else "num_key_value_heads"]
@@ -274,23 +290,22 @@ def unpack_blocks(data: np.ndarray, name: str = "tensor") -> tuple[np.ndarray, n
     return words.reshape(data.shape[0], -1), scales
 
 
-def _plain(tensor: Any, name: str, n_rows: int | None = None) -> np.ndarray:
-    """A tensor (its first rows) of floats, or of a type that the gguf package decodes, as fp32."""
+def _plain(tensor: Tensor, name: str, n_rows: int | None = None) -> np.ndarray:
+    """A tensor (its first rows) of floats, or of a type that is decoded here or by the gguf package, as fp32."""
+    data, kind = np.asarray(tensor.data)[:n_rows], tensor.tensor_type
+    if isinstance(kind, ternary.Type):
+        return ternary.dequantize(*ternary.unpack(data, kind, name))
+    if isinstance(kind, plain_types.Type):
+        return kind.decode(data)
     from gguf import quants
 
-    data = np.asarray(tensor.data)[:n_rows]
-    if isinstance(tensor.tensor_type, ternary.Type):
-        return ternary.dequantize(*ternary.unpack(data, tensor.tensor_type, name))
-    if tensor.tensor_type.name in ("F32", "F16"):
-        return data.astype(np.float32)
     try:
-        return np.asarray(quants.dequantize(data, tensor.tensor_type), np.float32)
+        return np.asarray(quants.dequantize(data, cast(Any, kind)), np.float32)
     except NotImplementedError:
-        kind = tensor.tensor_type.name
-        raise ValueError(f"[gguf] {name}: expected Q1_0 or a type that the gguf package decodes, got {kind}") from None
+        raise ValueError(f"[gguf] {name}: expected Q1_0 or a type that the gguf package decodes, got {kind.name}") from None
 
 
-def _check_layers(tensors: dict[str, Any], n_layers: int, interval: int) -> None:
+def _check_layers(tensors: dict[str, Tensor], n_layers: int, interval: int) -> None:
     """Raise a ValueError unless every layer has the tensors of its kind, and there are as many as the metadata says.
 
     Of `interval` layers the last one is of another kind than those before it.
@@ -313,7 +328,7 @@ def _mlx_name(name: str, model_type: str) -> str:
     """mlx-lm's name of a weight's layer, or of another parameter."""
     stem, _, suffix = name.rpartition(".")
     more = {"gemma3_text": _GEMMA3_NAMES, qwen35.MODEL_TYPE: qwen35.BLOCK_NAMES}.get(model_type, {})
-    names = BLOCK_NAMES | more
+    names = _BLOCK_NAMES | more
     block = name.split(".", 2)
     if len(block) == 3 and block[0] == "blk" and block[1].isdigit():
         part, _, kind = block[2].partition(".")
@@ -321,8 +336,8 @@ def _mlx_name(name: str, model_type: str) -> str:
             return f"model.layers.{block[1]}.{qwen35.PARAMETERS[block[2]]}"
         if part in names and kind in ("weight", "bias"):
             return f"model.layers.{block[1]}.{names[part]}" + (".bias" if kind == "bias" else "")
-    elif suffix in ("weight", "bias") and stem in OUTER_NAMES:
-        return OUTER_NAMES[stem] + (".bias" if suffix == "bias" else "")
+    elif suffix in ("weight", "bias") and stem in _OUTER_NAMES:
+        return _OUTER_NAMES[stem] + (".bias" if suffix == "bias" else "")
     reason = " (rope factors of Llama 3.1 and later)" if stem == "rope_freqs" else ""
     raise ValueError(f"[gguf] {name}: expected a tensor of a plain {model_type} model, got an unknown name{reason}")
 
@@ -333,7 +348,7 @@ def _uninterleave_rows(rows: np.ndarray, n_heads: int) -> np.ndarray:
     return np.ascontiguousarray(rows.reshape(n_heads, n // n_heads // 2, 2, width).swapaxes(1, 2).reshape(n, width))
 
 
-def _config(metadata: dict[str, Any], tensors: dict[str, Any]) -> dict[str, Any]:
+def _config(metadata: Metadata, tensors: dict[str, Tensor]) -> Config:
     arch = metadata.get("general.architecture")
     if arch not in _ARCHITECTURES:
         raise ValueError(f"[gguf] general.architecture: expected one of {sorted(_ARCHITECTURES)}, got {arch!r}")
@@ -347,7 +362,7 @@ def _config(metadata: dict[str, Any], tensors: dict[str, Any]) -> dict[str, Any]
 
     _check_metadata(metadata, arch)
     n_heads, hidden = int(get("attention.head_count")), int(get("embedding_length"))
-    config: dict[str, Any] = {
+    config: Config = {
         "model_type": _ARCHITECTURES[arch][0],
         "architectures": [_ARCHITECTURES[arch][1]],
         "hidden_size": hidden,
@@ -395,14 +410,14 @@ def _config(metadata: dict[str, Any], tensors: dict[str, Any]) -> dict[str, Any]
     return config
 
 
-def _tokens(metadata: dict[str, Any]) -> list[str]:
+def _tokens(metadata: Metadata) -> list[str]:
     tokens = metadata.get("tokenizer.ggml.tokens")
     if not tokens:
         raise ValueError("[gguf] tokenizer.ggml.tokens: expected a vocabulary, got none")
     return list(tokens)
 
 
-def _check_metadata(metadata: dict[str, Any], arch: str) -> None:
+def _check_metadata(metadata: Metadata, arch: str) -> None:
     """Raise a ValueError for metadata that changes what the model computes, or how it is used, and is not taken over."""
     if (kind := metadata.get("general.type", "model")) != "model":
         raise ValueError(f"[gguf] general.type: expected 'model', got {kind!r}")
@@ -416,7 +431,7 @@ def _check_metadata(metadata: dict[str, Any], arch: str) -> None:
             raise ValueError(f"[gguf] tokenizer.ggml.{key}: expected none, which cannot be followed here, got {value!r:.100}")
 
 
-def _vocab_size(metadata: dict[str, Any], tensors: dict[str, Any]) -> int:
+def _vocab_size(metadata: Metadata, tensors: dict[str, Tensor]) -> int:
     """Rows of the embedding. There may be more of them than tokens, and fewer if the surplus tokens are unused."""
     tokens = _tokens(metadata)
     if "token_embd.weight" not in tensors:
@@ -430,7 +445,7 @@ def _vocab_size(metadata: dict[str, Any], tensors: dict[str, Any]) -> int:
     return n_rows
 
 
-def _token_id(metadata: dict[str, Any], role: str) -> int | None:
+def _token_id(metadata: Metadata, role: str) -> int | None:
     """The token of a role (bos, eos, eot, ...), None if the file names none."""
     number, n_tokens = metadata.get(f"tokenizer.ggml.{role}_token_id"), len(_tokens(metadata))
     if number is not None and not (isinstance(number, int) and 0 <= number < n_tokens):
@@ -438,12 +453,12 @@ def _token_id(metadata: dict[str, Any], role: str) -> int | None:
     return number
 
 
-def _special_ids(metadata: dict[str, Any]) -> dict[str, int]:
+def _special_ids(metadata: Metadata) -> dict[str, int]:
     ids = {role: _token_id(metadata, role) for role in ("bos", "eos")}
     return {f"{role}_token_id": value for role, value in ids.items() if value is not None}
 
 
-def _stop_ids(metadata: dict[str, Any]) -> list[int]:
+def _stop_ids(metadata: Metadata) -> list[int]:
     """Tokens that end an answer: the end of the text first, then those of a turn or message."""
     stops = [_token_id(metadata, role) for role in ("eos", "eot", "eom")]
     # Whatever their type: Gemma's are exported as normal tokens.
@@ -451,7 +466,7 @@ def _stop_ids(metadata: dict[str, Any]) -> list[int]:
     return list(dict.fromkeys(number for number in stops if number is not None))
 
 
-def _write_tokenizer(metadata: dict[str, Any], folder: Path) -> None:
+def _write_tokenizer(metadata: Metadata, folder: Path) -> None:
     from tokenizers import AddedToken, processors
 
     makers = {"gpt2": _byte_level_tokenizer, "llama": _sentencepiece_tokenizer}
@@ -472,7 +487,7 @@ def _write_tokenizer(metadata: dict[str, Any], folder: Path) -> None:
         tokenizer.post_processor = template
     tokenizer.save(str(folder / "tokenizer.json"))
 
-    config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    config: Config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     for role in ("bos", "eos", "unknown", "padding"):
         if (number := _token_id(metadata, role)) is not None:
             config[{"unknown": "unk", "padding": "pad"}.get(role, role) + "_token"] = tokens[number]
@@ -481,7 +496,7 @@ def _write_tokenizer(metadata: dict[str, Any], folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
 
 
-def _token_kinds(metadata: dict[str, Any]) -> list[int]:
+def _token_kinds(metadata: Metadata) -> list[int]:
     tokens = _tokens(metadata)
     kinds = list(metadata.get("tokenizer.ggml.token_type", [_NORMAL] * len(tokens)))
     if len(kinds) != len(tokens):
@@ -489,7 +504,7 @@ def _token_kinds(metadata: dict[str, Any]) -> list[int]:
     return kinds
 
 
-def _byte_level_tokenizer(metadata: dict[str, Any]) -> Any:
+def _byte_level_tokenizer(metadata: Metadata) -> Any:
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     pre = metadata.get("tokenizer.ggml.pre", "default")
@@ -515,7 +530,7 @@ def _byte_level_tokenizer(metadata: dict[str, Any]) -> Any:
     return tokenizer
 
 
-def _sentencepiece_tokenizer(metadata: dict[str, Any]) -> Any:
+def _sentencepiece_tokenizer(metadata: Metadata) -> Any:
     """SentencePiece's BPE: pairs are merged in the order of the scores of what they make."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
@@ -545,5 +560,5 @@ def _sentencepiece_tokenizer(metadata: dict[str, Any]) -> Any:
     return tokenizer
 
 
-def _vocabulary(metadata: dict[str, Any]) -> dict[str, int]:
+def _vocabulary(metadata: Metadata) -> dict[str, int]:
     return {token: i for i, token in enumerate(_tokens(metadata))}

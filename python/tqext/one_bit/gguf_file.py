@@ -1,7 +1,8 @@
 """The container of a GGUF file: metadata and tensors, each size compared with the file's before anything is read.
 
-Types, their sizes and their decoders are those of the package ``gguf``. Its reader is not used: it takes a Python step for
-every element of an array, 10 s for an ordinary vocabulary and for ever for a number in a damaged file.
+Types that `ternary` and `plain_types` do not have are those of the package ``gguf``, with their sizes and decoders. Its reader
+is not used: it takes a Python step for every element of an array, 10 s for an ordinary vocabulary and for ever for a number in
+a damaged file.
 Source of the layout: ggml/docs/gguf.md, versions 2 and 3.
 """
 
@@ -11,11 +12,11 @@ import math
 import re
 import struct
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from tqext.one_bit import ternary
+from tqext.one_bit import plain_types, ternary
 
 _SCALARS = {0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8"}
 _STRING, _ARRAY = 8, 9
@@ -35,12 +36,24 @@ _FOREIGN = {
 _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf", re.IGNORECASE)
 
 
+# By name. A value has any type that its file gives it; what reads one says what it expects.
+Metadata = dict[str, Any]
+
+
+class TensorType(Protocol):
+    """What all types of tensors have, the package ``gguf``'s as well."""
+
+    @property
+    def name(self) -> str:
+        """As in the program that writes it."""
+
+
 class Tensor(NamedTuple):
     """A tensor of a file.
 
     Attributes:
         name: Its name.
-        tensor_type: A ``gguf.GGMLQuantizationType``, or a `ternary.Type` of a type in `ternary.TYPES`.
+        tensor_type: A `plain_types.Type`, a `ternary.Type`, or for all other types a ``gguf.GGMLQuantizationType``.
         shape: In ggml's order, columns first.
         n_bytes: Size in the file.
         data_offset: Place in the file.
@@ -48,14 +61,14 @@ class Tensor(NamedTuple):
     """
 
     name: str
-    tensor_type: Any
+    tensor_type: TensorType
     shape: tuple[int, ...]
     n_bytes: int
     data_offset: int
     data: np.ndarray
 
 
-def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read(path: str | Path) -> tuple[dict[str, Tensor], Metadata]:
     """Tensors and metadata of a model, of all the parts of a split file.
 
     Args:
@@ -63,7 +76,7 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
     Raises:
         ValueError: A damaged file, a big-endian one, a part that is missing or does not belong to the others.
-        ImportError: The package ``gguf`` is not installed.
+        ImportError: A tensor has a type of the package ``gguf``, which is not installed.
     """
     parts = [_read_part(part) for part in parts_of(path)]
     tensors, metadata = dict(parts[0][0]), parts[0][1]
@@ -103,7 +116,7 @@ def parts_of(path: str | Path) -> list[Path]:
     return paths
 
 
-def _check_part(path: str | Path, number: int, metadata: dict[str, Any], n_parts: int) -> None:
+def _check_part(path: str | Path, number: int, metadata: Metadata, n_parts: int) -> None:
     got = metadata.get("split.no", 0), metadata.get("split.count", 0) or 1
     if got == (number, n_parts):
         return
@@ -176,13 +189,12 @@ class _Cursor:
         return np.dtype(_SCALARS[kind])
 
 
-def _read_part(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    _gguf()
+def _read_part(path: Path) -> tuple[dict[str, Tensor], Metadata]:
     data = np.memmap(path, mode="r") if path.stat().st_size else np.empty(0, np.uint8)
     try:
         cursor = _Cursor(data)
         n_tensors, n_values = _header(cursor)
-        metadata: dict[str, Any] = {}
+        metadata: Metadata = {}
         for _ in range(n_values):
             name = cursor.string()
             if name in metadata:
@@ -205,7 +217,7 @@ def _header(cursor: _Cursor) -> tuple[int, int]:
     return cursor.u64(), cursor.u64()
 
 
-def _alignment(metadata: dict[str, Any]) -> int:
+def _alignment(metadata: Metadata) -> int:
     alignment = metadata.get("general.alignment", _ALIGNMENT)
     if not isinstance(alignment, int) or alignment <= 0 or alignment & (alignment - 1):
         raise ValueError(f"expected a power of two as general.alignment, got {alignment!r}")
@@ -261,16 +273,15 @@ def _place(
 
 def _layout(
     name: str, shape: tuple[int, ...], kind: int, ternary_types: dict[int, ternary.Type]
-) -> tuple[Any, np.dtype[Any], int]:
+) -> tuple[TensorType, np.dtype[Any], int]:
     """A tensor's type, the dtype of its data and the bytes of a row."""
-    gguf = _gguf()
-    tensor_type: Any
+    tensor_type: TensorType
     if kind in _FOREIGN:
         raise ValueError(f"expected a type of {name} that is read here, got {kind}, which was {_FOREIGN[kind]}")
-    if kind in ternary_types:
-        tensor_type = ternary_types[kind]
-        n_block, block_bytes = tensor_type.block, tensor_type.block_bytes
+    if own := ternary_types.get(kind) or plain_types.TYPES.get(kind):
+        tensor_type, n_block, block_bytes = own, own.block, own.block_bytes
     else:
+        gguf = _gguf()
         try:
             tensor_type = gguf.GGMLQuantizationType(kind)
         except ValueError:
@@ -286,5 +297,7 @@ def _gguf() -> Any:
     try:
         import gguf
     except ImportError as error:
-        raise ImportError("GGUF files are read with the package gguf: run `pip install 'tqext[gguf]'`") from error
+        raise ImportError(
+            "this GGUF file has a type that is read with the package gguf: run `pip install 'tqext[gguf]'`"
+        ) from error
     return gguf

@@ -19,6 +19,9 @@ from typing import Any
 
 import numpy as np
 
+from tqext.one_bit.checkpoint import Config
+from tqext.one_bit.gguf_file import Metadata, Tensor
+
 ARCHITECTURE = "qwen35"
 MODEL_TYPE = "qwen3_5"
 FOLDED_MODEL_TYPE = "prism_hadamard_qwen35"
@@ -77,7 +80,7 @@ def settings(get: Any) -> dict[str, Any]:
     }
 
 
-def ungrouped_rows(x: np.ndarray, part: str, config: dict[str, Any]) -> np.ndarray:
+def ungrouped_rows(x: np.ndarray, part: str, config: Config) -> np.ndarray:
     """The rows of a tensor `part` of a block (or its values, if it has one axis) in mlx-lm's order."""
     n_keys, n_values = config["linear_num_key_heads"], config["linear_num_value_heads"]
     begin = 2 * n_keys * config["linear_key_head_dim"] if part in ("attn_qkv", "ssm_conv1d") else 0
@@ -86,7 +89,7 @@ def ungrouped_rows(x: np.ndarray, part: str, config: dict[str, Any]) -> np.ndarr
     return np.concatenate([x[:begin], _regroup(x[begin:], n_keys, n_values, part)])
 
 
-def ungrouped_columns(x: np.ndarray, config: dict[str, Any]) -> np.ndarray:
+def ungrouped_columns(x: np.ndarray, config: Config) -> np.ndarray:
     """The columns of an ``ssm_out`` that is not folded, or the groups' scales of such a matrix, in mlx-lm's order."""
     return np.ascontiguousarray(_regroup(x.T, config["linear_num_key_heads"], config["linear_num_value_heads"], "ssm_out").T)
 
@@ -123,7 +126,7 @@ class Fold:
         return self.signs[width]
 
 
-def read_fold(metadata: dict[str, Any], tensors: dict[str, Any]) -> Fold | None:
+def read_fold(metadata: Metadata, tensors: dict[str, Tensor]) -> Fold | None:
     """The rotations of a file, None if it has none.
 
     Raises:
@@ -167,7 +170,7 @@ def read_fold(metadata: dict[str, Any], tensors: dict[str, Any]) -> Fold | None:
     return Fold(block_size, frozenset(forward) | frozenset(inverse), signs)
 
 
-def _signs(metadata: dict[str, Any]) -> dict[int, np.ndarray]:
+def _signs(metadata: Metadata) -> dict[int, np.ndarray]:
     widths = metadata.get(f"{_PREFIX}sign_widths") or []
     values = np.asarray(metadata.get(f"{_PREFIX}sign_values") or [], np.float32)
     if not widths or min(widths) <= 0 or len(set(widths)) < len(widths) or sum(widths) != values.size:
@@ -177,7 +180,7 @@ def _signs(metadata: dict[str, Any]) -> dict[int, np.ndarray]:
     return dict(zip(widths, np.split(values, np.cumsum(widths)[:-1]), strict=True))
 
 
-def finish(config: dict[str, Any], fold: Fold | None, modules: list[dict[str, Any]]) -> dict[str, Any]:
+def finish(config: Config, fold: Fold | None, modules: list[dict[str, Any]]) -> dict[str, Any]:
     """config.json from the settings of the text model."""
     outer: dict[str, Any] = {
         key: config[key] for key in ("torch_dtype", "bos_token_id", "eos_token_id", "quantization") if key in config
