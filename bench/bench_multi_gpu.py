@@ -39,11 +39,12 @@ from mlx_lm.models import qwen2
 import bench_cuda
 import tqext
 from bench_decode_step import PHASES, Run
+from shapes import QWEN3_8B
 from timing import save, table
 from tqext.mlx_lm import stock_cache
 from tqext.nn import Q1Linear
 
-SHAPE = {name: value for name, value in bench_cuda.MODEL.items() if name != "head_dim"} | {"model_type": "qwen2"}
+SHAPE = {name: value for name, value in QWEN3_8B.items() if name != "head_dim"} | {"model_type": "qwen2"}
 TINY = {
     **SHAPE,
     "hidden_size": 256,
