@@ -33,10 +33,11 @@ BENCHES = {
     "peers": "bench_peers.py",
     "prompts": "bench_prompts.py",
     "cuda": "bench_cuda.py",
+    "multi-gpu": "bench_multi_gpu.py",
     "report": "report.py",
 }
 # They need arguments, a GPU, a large download, or what other benches wrote.
-NOT_IN_ALL = ("agents", "cuda", "exact-tokens", "fetch-models", "texts", "report")
+NOT_IN_ALL = ("agents", "cuda", "exact-tokens", "fetch-models", "multi-gpu", "texts", "report")
 
 
 def title(path: Path) -> str:

@@ -458,6 +458,44 @@ def other(bench: str) -> str:
     return "\n".join(parts)
 
 
+PARTS = {"one": "one GPU", "tensor": "two, heads", "pipeline": "two, layers"}
+
+
+def multi_gpu() -> str:
+    """One model on one GPU and on two: a row for each case, columns for how it is split."""
+    found = []
+    for machine, run in runs("multi-gpu"):
+        prompts: dict[tuple[Any, ...], dict[str, Any]] = {}
+        steps: dict[tuple[Any, ...], dict[str, Any]] = {}
+        for r in run["rows"]:
+            name, case = PARTS[r["part"]], {"weights": r["weights"], "cache": r["cache"]}
+            memory = max(r["peak GB"])
+            if "prompt ms" in r:
+                row = prompts.setdefault((*case.values(), r["tokens"]), {**case, "tokens": r["tokens"]})
+                row |= {f"{name}: ms": r["prompt ms"], f"{name}: GB": memory, f"{name}: error": r.get("error")}
+            else:
+                row = steps.setdefault((*case.values(), r["context"]), {**case, "context": r["context"]})
+                row |= {f"{name}: tokens/s": r["tokens/s"], f"{name}: GB": memory}
+        head = {"weights": "", "cache": ""}
+        names = PARTS.values()
+        of_prompts = {
+            **head,
+            "tokens": "d",
+            **{f"{name}: ms": ".0f" for name in names},
+            **{f"{name}: GB": ".1f" for name in names},
+        }
+        of_prompts |= {f"{name}: error": ".0e" for name in list(names)[1:]}
+        of_steps = {
+            **head,
+            "context": "d",
+            **{f"{name}: tokens/s": ".0f" for name in names},
+            **{f"{name}: GB": ".1f" for name in names},
+        }
+        tables = (markdown(list(prompts.values()), of_prompts), markdown(list(steps.values()), of_steps))
+        found.append(f"{source(machine, run)}\n\nPrompts:\n\n{tables[0]}\n\nDecoding:\n\n{tables[1]}\n")
+    return "\n".join(found)
+
+
 def main() -> None:
     plt.rcParams["svg.hashsalt"] = "tqext"  # the same data give the same bytes
     OUT.mkdir(parents=True, exist_ok=True)
@@ -488,6 +526,7 @@ def main() -> None:
     for name, text in (
         ("real_models.md", "\n".join(f"## {title}\n\n{text}" for title, text in real.items() if text)),
         ("cuda.md", cuda()),
+        ("several_machines.md", multi_gpu()),
         ("measurements.md", "\n".join(f"## {title}\n\n{text}" for title, text in sections.items() if text)),
     ):
         (OUT / name).write_text(text.rstrip() + "\n")

@@ -1,7 +1,7 @@
 """What test_distributed.py launches twice: a model in two parts on compressed caches; rank 0 writes its tokens.
 
-``PART FILE`` are the arguments: ``tensor`` parts are KV heads, ``pipeline`` parts are layers; ``one-bit`` is ``tensor`` with
-1-bit weights.
+``PART FILE FOLDER`` are the arguments, the folder that of a prefix store: ``tensor`` parts are KV heads, ``pipeline`` parts are
+layers; ``one-bit`` is ``tensor`` with 1-bit weights.
 """
 
 import json
@@ -12,14 +12,16 @@ from mlx_lm.generate import batch_generate
 
 import tqext
 import tqext.mlx_lm
+from distributed_prefix_check import check
 from q1_models import make_one_bit
 from tiny import Words, greedy, make_llama, make_qwen2, prompt
 
-part, file = sys.argv[1:]
+part, file, folder = sys.argv[1:]
 group = mx.distributed.init(strict=True)
 assert group.size() == 2
 model = {"tensor": make_llama, "one-bit": make_one_bit, "pipeline": make_qwen2}[part]()
 by_head = part != "pipeline"
+whole_logits = model(mx.array([prompt(40)]))
 if by_head:
     if part == "tensor":
         whole = tqext.calibrate(model).layers
@@ -38,6 +40,9 @@ if by_head:
             assert mx.allclose(by_rank[key].balance, own, rtol=1e-3), "each rank has the balance of its heads"
 else:
     model.model.pipeline(group)
+# Of the order of fp32's rounding: the sums over the ranks are made in another order.
+own_logits = model(mx.array([prompt(40)]))
+assert mx.allclose(own_logits, whole_logits, rtol=0, atol=2e-5 * mx.abs(whole_logits).max().item())
 # Layers of the middle only: a stage must know where in the whole model its layers are.
 tqext.attach(model, "tq3", first_last=0 if by_head else 1)
 cache = model.make_cache()
@@ -52,6 +57,12 @@ else:
     cache = model.make_cache()
     tokens = greedy(model, prompt(250), 12, cache=cache)
     assert [c.n_coded > 0 for c in cache] == [True] * len(cache)
+if part == "tensor":
+    check(tqext.attach(model, "tq33", guard=False, balance=False), part, folder, 512, more=True)
+if part == "pipeline":
+    # Rank 1 has the first layer alone, and no compressed one: its parts begin elsewhere.
+    check(tqext.attach(model, "tq33", guard=False, balance=False, first_last=1), part, folder, 512, more=False)
+tqext.attach(model, "tq3")
 batch = batch_generate(model, Words(), [prompt(250), prompt(40, 1)], max_tokens=12, return_token_ids=True).token_ids
 mx.eval(mx.distributed.all_sum(mx.array(1), group=group))
 if group.rank() == 0:

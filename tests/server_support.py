@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -16,14 +17,20 @@ MAX_TOKENS = 24
 
 
 class Server:
-    def __init__(self, folder, *options, named=None):
+    """``launcher``: words of a command that starts the server's processes; all are interrupted as from a terminal."""
+
+    def __init__(self, folder, *options, named=None, launcher=()):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
-        command = [sys.executable, "-m", "tqext", "server", "--model", named or str(folder), "--port", str(self.port)]
+        self.launched = bool(launcher)
+        command = [*launcher, sys.executable, "-m", "tqext", "server"]
+        command += ["--model", named or str(folder), "--port", str(self.port)]
         command += options
         self.log = (folder / "server.log").open("w+")
-        self.process = subprocess.Popen(command, stdout=self.log, stderr=subprocess.STDOUT, env=with_steady_malloc())
+        self.process = subprocess.Popen(
+            command, stdout=self.log, stderr=subprocess.STDOUT, env=with_steady_malloc(), start_new_session=self.launched
+        )
         deadline = time.monotonic() + 120
         while True:
             try:
@@ -82,7 +89,10 @@ class Server:
         reply.close()
 
     def close(self):
-        self.process.terminate()
+        if self.launched:
+            os.killpg(self.process.pid, signal.SIGINT)
+        else:
+            self.process.terminate()
         self.process.wait(20)
         self.log.close()
 

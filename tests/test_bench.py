@@ -27,6 +27,7 @@ sys.path.insert(0, str(BENCH))
 
 import bench_agents  # noqa: E402
 import bench_by_position  # noqa: E402
+import bench_multi_gpu  # noqa: E402
 import code_tasks  # noqa: E402
 import fetch_models  # noqa: E402
 import texts  # noqa: E402
@@ -358,3 +359,25 @@ def test_decode_step_sweep_writes_rows(tmp_path):
         for cache in ("uncompressed", "tq3")
     ]
     assert all(row["tokens/s"] > 0 and row["cache GB"] > 0 for row in run["rows"])
+
+
+def test_multi_gpu_bench_gives_the_logits_of_one_process(tmp_path, monkeypatch):
+    """Two ranks on the CPU, with half of the heads each."""
+    out = tmp_path / "out.json"
+    small = ["--tiny", "--prompt", "200", "--contexts", "200", "--steps", "1", "--repeats", "1", "--layers", "2"]
+    small += ["--parts", "one", "tensor", "--weights", "q1"]
+    monkeypatch.setattr(sys, "argv", ["bench", "--device", "cpu", *small, "--json", str(out)])
+    bench_multi_gpu.main()
+    (run,) = json.loads(out.read_text())["runs"]
+    assert run["measured"]["failed"] == []
+    cases = [("q1", cache) for cache in ("uncompressed", "tq3")]
+    prompts = [row for row in run["rows"] if "prompt ms" in row]
+    found = [(row["part"], row["weights"], row["cache"]) for row in prompts]
+    assert found == [(part, *case) for part in ("one", "tensor") for case in cases]
+    assert all(row["error"] < 1e-5 and row["same"] for row in prompts if row["part"] == "tensor")
+    steps = [row for row in run["rows"] if "step ms" in row]
+    assert len(steps) == len(prompts) and all(row["times"] > 0 for row in steps)
+    one, tensor = ([row for row in steps if row["part"] == part] for part in ("one", "tensor"))
+    for alone, split in zip(one, tensor, strict=True):
+        assert [2 * size for size in split["caches GB"]] == pytest.approx(alone["caches GB"] * 2)
+        assert len(split["peak GB"]) == 2 and max(split["weights GB"]) < alone["weights GB"][0]

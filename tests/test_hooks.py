@@ -19,7 +19,7 @@ from mlx_lm.generate import BatchGenerator, generate_step
 import q1_models
 import tqext
 import tqext.mlx_lm
-from tiny import greedy, logits_after, make_llama, make_qwen2, prompt, save_folder
+from tiny import greedy, logits_after, make_llama, make_qwen2, prompt, save_chat_folder, save_folder
 from tqext import BatchTurboQuantKVCache, TurboQuantKVCache, nn, one_bit
 from tqext.mlx_lm import stock_cache
 
@@ -398,3 +398,21 @@ def test_load_hook_reaches_models_loaded_later(tmp_path, model):
     assert kinds(loaded.make_cache()) == {TurboQuantKVCache}
     want = logits_after(model, stock.make_prompt_cache(model), prompt(30))
     assert mx.array_equal(logits_after(loaded, loaded.make_cache(), prompt(30)), want)
+
+
+def test_sharded_load_asks_for_no_sum_on_the_cpu(tmp_path, monkeypatch):
+    """NCCL has none. Other sums go on as they are, and MLX has its function back in the end."""
+    folder = save_chat_folder(make_llama(), tmp_path / "model")
+
+    def all_sum(x, *, group=None, stream=None):
+        if isinstance(stream, mx.DeviceType) and stream == mx.cpu:
+            raise RuntimeError("There is no Stream(gpu, 1) in current thread.")
+        return x
+
+    monkeypatch.setattr(mx.distributed, "all_sum", all_sum)
+    with pytest.raises(RuntimeError, match="no Stream"):
+        mlx_lm.utils.sharded_load(str(folder))
+    tqext.install("tq3", guard=False)
+    loaded, _ = mlx_lm.utils.sharded_load(str(folder))
+    assert mx.distributed.all_sum is all_sum
+    assert isinstance(stock.make_prompt_cache(loaded)[0], TurboQuantKVCache)

@@ -196,3 +196,14 @@ def test_shard_linear_still_splits_affine_layers(rng):
     part = shard_linear(layer, "all-to-sharded", group=mx.distributed.init())
     x = mx.array(rng.normal(size=(3, 256)).astype(np.float32))
     assert_close(part(x), to_numpy(layer(x)), 1e-6)
+
+
+@pytest.mark.parametrize("sharding", ["all-to-sharded", "sharded-to-all"])
+def test_shard_linear_refuses_layers_that_rotate_their_inputs(sharding):
+    """MLX would take the weights and forget the rotation."""
+    folded = pytest.importorskip("mlx_lm.models.prism_hadamard_qwen35")
+    group, width = mx.distributed.init(), 1024
+    rotated, plain = (folded.HadamardQuantizedLinear(width, 48, block) for block in (width, 0))
+    with pytest.raises(ValueError, match=r"\[shard_linear\] module: expected .+, got a HadamardQuantizedLinear with signs"):
+        shard_linear(rotated, sharding, group=group)
+    assert shard_linear(plain, sharding, group=group)(mx.ones((1, width))).shape == (1, 48)

@@ -38,6 +38,7 @@ from tqext.mlx_lm.packages import AnyModel, logits
 from tqext.ops import dequantize, quantize_keys, quantize_values
 from tqext.presets import Recipe
 from tqext.protocols import Cache, Model
+from tqext.ranks import Ranks
 
 # Raised when the prompt, the positions or what is derived from them changes: earlier results are then made again.
 VERSION = 4
@@ -613,43 +614,14 @@ def _same(a: _Observed, b: _Observed) -> bool:
     return all(bool(mx.allclose(x, y, rtol=1e-3, atol=1e-6).item()) for x, y in pairs)
 
 
-# Several processes
-
-
-class Ranks:
-    """The processes that hold parts of one model, and have to do the same.
-
-    Attributes:
-        group: Of all of them, None if the model is whole.
-        split: Whether they have parts of the same layers (tensor parallelism), not other layers (a pipeline).
-    """
-
-    def __init__(self, model: Model) -> None:
-        self.group: mx.distributed.Group | None = None
-        self.split = False
-        if getattr(getattr(model, "model", model), "pipeline_size", 1) > 1:
-            self.group = mx.distributed.init()
-        else:
-            found = (x for _, m in model.named_modules() for x in vars(m).values() if isinstance(x, mx.distributed.Group))
-            self.group = next((group for group in found if group.size() > 1), None)
-            self.split = self.group is not None
-        self.n = 1 if self.group is None else int(self.group.size())
-        self.is_first = self.group is None or self.group.rank() == 0
-
-    def all(self, flag: bool) -> bool:
-        """Whether it holds on every rank: all of them run the model, or none."""
-        if self.group is None:
-            return flag
-        return bool((mx.distributed.all_sum(mx.array(int(flag)), group=self.group) == self.n).item())
-
-    def worst(self, steps: Steps) -> Steps:
-        """Each layer's errors on the rank where they are largest, so that all choose the same recipe for their heads."""
-        if not self.split:
-            return steps
-        errors = mx.array([[c.output_error, c.score_error] for layer in steps.values() for c in layer])
-        rows: Any = mx.distributed.all_max(errors, group=self.group).tolist()
-        next_row = iter(rows)
-        return {path: tuple(LayerCalibration(c.balance, *next(next_row)) for c in layer) for path, layer in steps.items()}
+def _worst(steps: Steps, ranks: Ranks) -> Steps:
+    """Each layer's errors on the rank where they are largest, so that all choose the same recipe for their heads."""
+    if not ranks.split:
+        return steps
+    errors = mx.array([[c.output_error, c.score_error] for layer in steps.values() for c in layer])
+    rows: Any = ranks.largest(errors).tolist()
+    next_row = iter(rows)
+    return {path: tuple(LayerCalibration(c.balance, *next(next_row)) for c in layer) for path, layer in steps.items()}
 
 
 # Kept results
@@ -777,7 +749,7 @@ def _made(model: Model, make_cache: MakeCache, recipes: Mapping[str, Recipe], ra
         say(f"calibrating {len(recipes)} layers with {N_TOKENS} tokens, once for these weights")
     begin = time.perf_counter()
     try:
-        steps = ranks.worst(observe(model, make_cache, recipes, ranks))
+        steps = _worst(observe(model, make_cache, recipes, ranks), ranks)
     except Exception as error:
         raise RuntimeError(
             f"[calibrate] model: expected one that attends to {N_TOKENS} tokens, got {type(error).__name__}: {error}; "

@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 import types
+import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from http.server import ThreadingHTTPServer
 from pathlib import Path
@@ -33,6 +34,7 @@ from tqext.commands.metrics import Holding, flat, holding, stats
 from tqext.kv import TurboQuantKVCache
 from tqext.mlx_lm.prefix_store import DEFAULT_BYTES, PrefixStore
 from tqext.protocols import Model, Tokenizer
+from tqext.ranks import Ranks
 
 # Connections that wait to be taken; the system may allow fewer.
 BACKLOG = 128
@@ -252,15 +254,22 @@ class PromptCache(mlx_lm_server.LRUPromptCache):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._lru = self._order = _Order()
-        self._refused: set[Hashable] = set()  # models whose caches cannot be stored
+        # Models whose caches cannot be stored: on all ranks, or on this one, which goes on to ask with the others.
+        self._refused: set[Hashable] = set()
+        self._not_saved: set[Hashable] = set()
+        self._known_ranks: tuple[weakref.ref[Any], Ranks] | None = None
 
     def fetch_nearest_cache(self, model: Hashable, tokens: list[int]) -> tuple[list[Any] | None, list[int]]:
         cache, rest = super().fetch_nearest_cache(model, tokens)
+        ranks = self._ranks(model)
+        if ranks is not None and not ranks.agree([len(rest)]):  # a bound in bytes can throw away other caches on other ranks
+            cache, rest = None, tokens
         stats.count("prompt_cache_misses" if cache is None else "prompt_cache_hits")
         n_kept = len(tokens) - len(rest)
         least = 0 if cache is None else max(STORE_GAIN, len(tokens) // STORE_SHARE)
+        beyond = n_kept + least
         nothing: tuple[list[Any] | None, int] = (None, 0)
-        found, n = self._with_store(model, nothing, lambda store, m: store.fetch(m, tokens, beyond=n_kept + least))
+        found, n = self._with_store(model, self._refused, nothing, lambda store, m: store.fetch(m, tokens, beyond=beyond))
         if found is not None:
             cache, rest = found, tokens[n:]
             _share(found)
@@ -268,7 +277,7 @@ class PromptCache(mlx_lm_server.LRUPromptCache):
         return cache, rest
 
     def insert_cache(self, model: Hashable, tokens: list[int], prompt_cache: list[Any], **kwargs: Any) -> None:
-        self._with_store(model, 0, lambda store, m: store.save(m, tokens, prompt_cache, end=None))
+        self._with_store(model, self._not_saved, 0, lambda store, m: store.save(m, tokens, prompt_cache, end=None))
         _share(prompt_cache)
         self._order.incoming = holding(prompt_cache)
         super().insert_cache(model, tokens, prompt_cache, **kwargs)
@@ -279,17 +288,26 @@ class PromptCache(mlx_lm_server.LRUPromptCache):
         while n_bytes is not None and len(self) and stats.kept_bytes() > n_bytes:
             super().trim_to(n_sequences=len(self) - 1)
 
-    def _with_store(self, model: Hashable, otherwise: T, use: Callable[[PrefixStore, Model], T]) -> T:
+    def _ranks(self, model: Hashable) -> Ranks | None:
+        """The processes that hold the model which is served."""
+        served = self.provider
+        if served is None or served.model is None or served.model_key != model:
+            return None
+        if self._known_ranks is None or self._known_ranks[0]() is not served.model:
+            self._known_ranks = (weakref.ref(served.model), Ranks(served.model))
+        return self._known_ranks[1]
+
+    def _with_store(self, model: Hashable, refused: set[Hashable], otherwise: T, use: Callable[[PrefixStore, Model], T]) -> T:
         """What the store does for the model that is served, if it can keep its caches."""
         served = self.provider
-        if self.store is None or model in self._refused or served is None or served.model_key != model:
+        if self.store is None or model in self._refused | refused or served is None or served.model_key != model:
             return otherwise
         try:
             if served.draft_model is not None:
                 raise ValueError("[server] --prefix-store: expected no draft model, got one, whose tokens are not kept")
             return use(self.store, cast(Model, served.model))
         except ValueError as error:
-            self._refused.add(model)
+            refused.add(model)
             logging.warning(f"Prefix store: nothing is kept of this model: {error}")
             return otherwise
 
@@ -524,14 +542,11 @@ def guard(module: Any, named: str | None = None) -> None:
 
 
 def keep_prefixes(folder: str, max_bytes: int | None) -> None:
-    """Let the server keep prefixes of prompts in a folder.
+    """Let the server keep prefixes of prompts in a folder; each of several ranks keeps its own part of the model's.
 
     Raises:
-        ValueError: The folder is of no use, or there is more than one process: their stores would differ.
+        ValueError: The folder is of no use.
     """
-    n_ranks = mx.distributed.init().size()
-    if n_ranks > 1:
-        raise ValueError(f"[server] --prefix-store: expected one process, got {n_ranks}, which would not find the same tokens")
     store = PrefixStore(folder, max_bytes=DEFAULT_BYTES if max_bytes is None else max_bytes)
     PromptCache.store = store
     stats.prefix_store = store.stats

@@ -344,7 +344,26 @@ def _trim_prompt_cache(previous: Function, cache: list[Any], num_tokens: int) ->
     return previous(cache, num_tokens)
 
 
+def _all_sum(previous: Callable[..., Any], x: Any, *, group: Any = None, stream: Any = None) -> Any:
+    is_cpu = isinstance(stream, mx.DeviceType) and stream == mx.cpu
+    return previous(x, group=group, stream=None if is_cpu else stream)
+
+
+def _sharded_load(previous: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """mlx-lm waits for the other ranks with a sum on the CPU, which MLX's NCCL refuses.
+
+    Without a device each backend takes its own: the CPU, but for NCCL.
+    """
+    hook = Hook(mx.distributed, "all_sum", _all_sum)
+    hook.put()
+    try:
+        return previous(*args, **kwargs)
+    finally:
+        hook.take_back()
+
+
 attention = Hook(mx.fast, "scaled_dot_product_attention", _attention)
+sharded_load = Hook(mlx_lm.utils, "sharded_load", _sharded_load, everywhere=True)
 make_prompt_cache = Hook(mlx_lm_cache, "make_prompt_cache", _make_prompt_cache, everywhere=True)
 take_along_axis = Hook(mx, "take_along_axis", _take_along_axis)
 concatenate = Hook(mx, "concatenate", _concatenate)
@@ -365,6 +384,7 @@ _parts: tuple[Any, ...] = (
     make_prompt_cache,
     vlm_make_prompt_cache,
     trim_prompt_cache,
+    sharded_load,
     cache_classes,
 )
 # Calls of theirs take 0.8 us longer, whoever makes them: they are replaced once there are latents.
@@ -379,7 +399,8 @@ def _hook_latents() -> None:
 def hook() -> None:
     """Route ``mx.fast.scaled_dot_product_attention`` over a snapshot to the snapshot; all other calls go on as before.
 
-    Also make ``make_prompt_cache`` of mlx-lm and of mlx-vlm see `install` and refuse what compressed caches cannot do.
+    Also make ``make_prompt_cache`` of mlx-lm and of mlx-vlm see `install` and refuse what compressed caches cannot do, and
+    ``sharded_load`` of mlx-lm work over NCCL.
     """
     with lock:
         for part in _parts:

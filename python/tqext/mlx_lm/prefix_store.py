@@ -19,7 +19,8 @@ import queue
 import struct
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+import zlib
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -43,6 +44,7 @@ from tqext.mlx_lm.caches import KEY, check_model, members, replaced
 from tqext.mlx_lm.packages import AnyModel
 from tqext.presets import Recipe
 from tqext.protocols import Cache
+from tqext.ranks import Ranks
 
 DEFAULT_BYTES = 20 * 10**9
 # Bytes that wait to be written. Of a prompt that is larger the rest is stored when it is next saved.
@@ -136,8 +138,8 @@ class _Kinds:
             raise ValueError(f"[{self.op}] cache: expected compressed caches or mlx-lm's, got {cls.__name__} at layer {path}")
         return STATE
 
-    def space(self, model_hash: str) -> bytes:
-        """A hash of all that decides what stored bytes mean."""
+    def space(self, model_hash: str, part: list[Any] | None) -> bytes:
+        """A hash of all that decides what stored bytes mean; `part`: that of the model which a rank has, None if all."""
         layers = []
         for path, cache in self.caches:
             how: Any = None
@@ -146,7 +148,8 @@ class _Kinds:
                 how = [dataclasses.asdict(cache.recipe), balance]
                 how += [cache.window] if isinstance(cache, TurboQuantWindowKVCache) else []
             layers.append([path, type(cache).__name__, self.kinds[path], how])
-        text = json.dumps([VERSION, packed_format.VERSION, STATE_VERSION, model_hash, layers], sort_keys=True)
+        what = [VERSION, packed_format.VERSION, STATE_VERSION, model_hash, layers, *([] if part is None else [part])]
+        text = json.dumps(what, sort_keys=True)
         return hashlib.sha256(text.encode()).digest()
 
     # Places
@@ -222,7 +225,7 @@ class PrefixStore:
         self.path = Path(path)
         self._entries = EntryStore(self.path, max_bytes)
         self._counts = dict.fromkeys(("hits", "misses", "restored_tokens", "skipped_tokens"), 0)
-        self._models: dict[int, tuple[weakref.ref[AnyModel], object, str]] = {}
+        self._models: dict[int, tuple[weakref.ref[AnyModel], object, str, Ranks]] = {}
         self._lock = threading.Lock()
         self._pending: set[bytes] = set()
         self._pending_bytes = 0
@@ -265,12 +268,13 @@ class PrefixStore:
         sizes = {"bytes": nbytes, "entries": n, "max_bytes": self._entries.max_bytes}
         return {**self._counts, **self._entries.counts, **sizes}
 
-    def _space(self, model: AnyModel, kinds: _Kinds) -> bytes:
+    def _known(self, model: AnyModel) -> tuple[str, Ranks]:
+        """The model's fingerprint, and the processes that hold it."""
         attachment = vars(model).get(KEY)
         known = self._models.get(id(model))
         if known is None or known[0]() is not model or known[1] is not attachment:
-            known = self._models[id(model)] = (weakref.ref(model), attachment, fingerprint(model))
-        return kinds.space(known[2])
+            known = self._models[id(model)] = (weakref.ref(model), attachment, fingerprint(model), Ranks(model))
+        return known[2:]
 
     # Reading
 
@@ -285,31 +289,40 @@ class PrefixStore:
             like: A prompt cache without tokens, of the kind that is wanted. Default: what mlx-lm makes for the model.
             beyond: Nothing that holds no more than so many tokens is of use.
 
+        Of a model that several processes hold all of them have to call this, with the same tokens: each restores its part from
+        its own entries, as many tokens as all of them have.
+
         Returns:
             The cache and how many of the tokens it holds; None and 0 if nothing of use is stored.
 
         Raises:
-            ValueError: A cache that cannot be stored.
+            ValueError: A cache that cannot be stored, on this rank or on another, or ranks with other tokens.
         """
         check_model("PrefixStore.fetch", model)
-        empty = list(mlx_lm_cache.make_prompt_cache(cast(nn.Module, model)) if like is None else like)
-        kinds = _Kinds("PrefixStore.fetch", empty)
-        space = self._space(model, kinds)
+        model_hash, ranks = self._known(model)
         tokens = _countable(tokens)[: max(0, len(tokens) - 1)]
+        refusal: ValueError | None = None
+        try:
+            empty = list(mlx_lm_cache.make_prompt_cache(cast(nn.Module, model)) if like is None else like)
+            kinds = _Kinds("PrefixStore.fetch", empty)
+        except ValueError as error:
+            refusal = error
+        if not ranks.all(refusal is None):
+            raise refusal or ValueError("[PrefixStore.fetch] cache: expected one that can be stored on all ranks, got another")
+        if not ranks.agree([len(tokens), zlib.crc32(np.array(tokens, "<i8").tobytes()) >> 1]):
+            raise ValueError("[PrefixStore.fetch] tokens: expected the same on all ranks, got others")
         begins = kinds.begins(len(tokens))
-        keys = _chain(space, tokens, begins)
-        known = self._entries.known(keys)
-        n_known = next((i for i, key in enumerate(keys) if key not in known), len(keys))
+        keys = _chain(kinds.space(model_hash, ranks.place), tokens, begins)
+        places = {n: end for n, end in self._places(kinds, keys, begins, tokens).items() if n > beyond}
         found = None
-        for end in self._ends(keys[:n_known], begins, tokens, kinds.needs_end):
-            if begins[end[0]] + end[2] > beyond:
-                found = self._restored(empty, kinds, keys, begins, end)
-            if found is not None:
-                break
-        if found is None and not kinds.needs_end and begins[n_known] > max(kinds.first, beyond):
-            found = self._restored(empty, kinds, keys[:n_known], begins, None)
-            if found is not None and found[1] <= beyond:  # what is damaged is not found
-                found = None
+        while found is None and (n := _longest(places, len(tokens), ranks)):
+            found = self._restored(empty, kinds, keys, begins, n, places[n])
+            n_got = found[1] if found else 0
+            # Without an end all places up to what was read are left; one that is damaged leaves all places before it.
+            most = n - 1 if places[n] is not None else min(n - 1, n_got)
+            places = {m: end for m, end in places.items() if m <= most}
+            if ranks.least(n_got) < n and (ranks.n > 1 or n_got <= beyond):
+                found = None  # parts are damaged, here or elsewhere
         with self._lock:
             if found is not None:
                 self._counts["hits"] += 1
@@ -318,21 +331,28 @@ class PrefixStore:
                 self._counts["misses"] += 1
         return found or (None, 0)
 
-    def _ends(
-        self, keys: Sequence[bytes], begins: Sequence[int], tokens: Sequence[int], needed: bool
-    ) -> list[tuple[int, bytes, int]]:
-        """The ends of prompts that these tokens begin with, the longest first: parts before it, key, tokens.
+    def _places(
+        self, kinds: _Kinds, keys: Sequence[bytes], begins: Sequence[int], tokens: Sequence[int]
+    ) -> dict[int, tuple[int, bytes, int] | None]:
+        """How many of these tokens can be restored: with an end (see `_ends`), or None from blocks alone."""
+        known = self._entries.known(keys)
+        n_known = next((i for i, key in enumerate(keys) if key not in known), len(keys))
+        places: dict[int, tuple[int, bytes, int] | None] = {}
+        if not kinds.needs_end:
+            places = dict.fromkeys(n for n in begins[: n_known + 1] if n > kinds.first)
+        for end in self._ends(keys[:n_known], begins, tokens):
+            places[begins[end[0]] + end[2]] = end
+        return places
 
-        Those that reach less far than the blocks are of use where the blocks alone are not.
-        """
+    def _ends(self, keys: Sequence[bytes], begins: Sequence[int], tokens: Sequence[int]) -> list[tuple[int, bytes, int]]:
+        """The ends of prompts that these tokens begin with: parts before it, key, tokens."""
         place = {key: i + 1 for i, key in enumerate(keys)}
         found = []
         for key, parent, n in self._entries.ends(keys):
             i = place[parent]
             if begins[i] + n <= len(tokens) and _link(parent, tokens[begins[i] : begins[i] + n], b"end") == key:
                 found.append((i, key, n))
-        found = [end for end in found if needed or begins[end[0]] + end[2] >= begins[len(keys)]]
-        return sorted(found, key=lambda end: -(begins[end[0]] + end[2]))
+        return found
 
     def _restored(
         self,
@@ -340,10 +360,11 @@ class PrefixStore:
         kinds: _Kinds,
         keys: Sequence[bytes],
         begins: Sequence[int],
+        n: int,
         end: tuple[int, bytes, int] | None,
     ) -> tuple[list[Any], int] | None:
-        """The cache of these parts and perhaps of an end; of fewer parts, if some are damaged and there is no end."""
-        n_parts = end[0] if end else len(keys)
+        """The cache of n tokens, perhaps with an end; of fewer, if parts are damaged and there is no end."""
+        n_parts = end[0] if end else list(begins).index(n)
         used = [*([end[1]] if end else []), *keys[:n_parts]]
         try:
             found = self._put_together(empty, kinds, used, begins[: n_parts + 1], end)
@@ -407,7 +428,8 @@ class PrefixStore:
         if n_stored == 0:
             return 0
         begins = kinds.begins(n_stored)
-        space = self._space(model, kinds)
+        model_hash, ranks = self._known(model)
+        space = kinds.space(model_hash, ranks.place)
         keys = _chain(space, plain, begins)
         with self._lock:
             known = self._entries.known(keys) | self._pending
@@ -466,6 +488,15 @@ class PrefixStore:
                 with self._lock:
                     self._pending.difference_update(entry.key for entry, _ in job.entries)
                     self._pending_bytes -= job.nbytes
+
+
+def _longest(places: Collection[int], n_tokens: int, ranks: Ranks) -> int:
+    """The largest number of tokens that all ranks can restore, 0 if there is none."""
+    if ranks.n == 1:
+        return max(places, default=0)
+    flags = np.zeros(n_tokens + 1, np.int32)
+    flags[list(places)] = 1
+    return int(np.flatnonzero(np.array(ranks.sums(flags)) == ranks.n).max(initial=0))
 
 
 def _countable(tokens: Sequence[int]) -> list[int]:

@@ -17,6 +17,8 @@ from tqext._ext import q1_dequantize, q1_matmul, q1_quantize
 GROUP_SIZE = _format.Q1_GROUP
 # float16 keeps 11 bits: a scale that needs more, or is out of its range, is not one of this format.
 _SCALE_TOLERANCE = 2.0**-11
+# What MLX's shard_linear cuts.
+_AFFINE_PARAMETERS = ("weight", "scales", "biases", "bias")
 
 
 class _Q1Module(nn.Module):
@@ -134,6 +136,12 @@ def _support_shard_linear() -> None:
             layer: nn.Module, *, segments: int | list[int] = 1, group: mx.distributed.Group | None = None
         ) -> nn.Module:
             if not isinstance(layer, Q1Linear):
+                if unknown := sorted(set(layer.parameters()) - set(_AFFINE_PARAMETERS)):
+                    # MLX would drop it without a word; mlx-lm's Hadamard-folded layers rotate their inputs by it.
+                    raise ValueError(
+                        f"[shard_linear] module: expected a layer of {', '.join(_AFFINE_PARAMETERS)}, got a "
+                        f"{type(layer).__name__} with {unknown[0]}: split the model's layers (a pipeline) and not its heads"
+                    )
                 return previous(layer, segments=segments, group=group)
             group = group or mx.distributed.init()
             return ours(**_shard_parameters(layer, columns, segments, group), group=group)
