@@ -108,6 +108,18 @@ def test_from_quantized_leaves_other_layers():
     model = q1_models.make_model(q1_models.config())
     mlx.nn.quantize(model, group_size=64, bits=4)
     assert str(nn.from_quantized(model)) == "0 layers with 1-bit weights"
+    # Two bits that are not ternary: biases that are not -scales.
+    model = q1_models.make_model(q1_models.config())
+    mlx.nn.quantize(model, group_size=128, bits=2)
+    assert str(nn.from_quantized(model)) == "0 layers with 1-bit weights"
+    layer = model.model.layers[0].mlp.up_proj
+    layer.scales = mx.abs(layer.scales).astype(mx.float16).astype(mx.float32)
+    layer.biases = -layer.scales
+    x = mx.random.normal((3, 256))
+    want = to_numpy(layer(x)).astype(np.float64)
+    assert str(swap := nn.from_quantized(model)) == "0 layers with 1-bit weights, 1 with ternary ones"
+    assert swap.ternary == nn.ternary_paths(model) == ["model.layers.0.mlp.up_proj"]
+    assert_close(model.model.layers[0].mlp.up_proj(x), want, 1e-5)
     model = q1_models.make_affine(q1_models.make_model(q1_models.config()), group_size=64)
     with pytest.raises(ValueError, match=r"group_size: expected 128, got 64"):
         nn.from_quantized(model)

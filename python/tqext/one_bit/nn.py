@@ -128,7 +128,12 @@ class _TernaryModule(nn.Module):
     def _product(self, x: mx.array) -> mx.array:
         if self.block:
             x = _rotated(x.astype(mx.float32) * self["signs"], self.block).astype(x.dtype)
-        return ternary_matmul(x, self["weight"], self["scales"])
+        return ternary_matmul(x, self["weight"], self._half_scales())
+
+    def _half_scales(self) -> mx.array:
+        """``set_dtype`` of a model makes other types of them."""
+        scales = self["scales"]
+        return scales if scales.dtype == mx.float16 else scales.astype(mx.float16)
 
     def _extra_repr(self) -> str:
         fold = f", block={self.block}" if self.block else ""
@@ -196,7 +201,9 @@ class TernaryEmbedding(_TernaryModule):
         self.freeze()
 
     def __call__(self, x: mx.array) -> mx.array:
-        scales = self["scales"][x]
+        scales = self._half_scales()[x]
+        if self.dtype != mx.float16:  # which holds the scales; a bf16 row is rounded once, at the end
+            scales = scales.astype(mx.float32)
         rows = mx.dequantize(self["weight"][x], scales, -scales, group_size=GROUP_SIZE, bits=2)
         if self.block:
             rows = _rotated(rows.astype(mx.float32), self.block) * self["signs"]
@@ -314,15 +321,19 @@ class Swap:
     """What a conversion did.
 
     Attributes:
-        swapped: Paths of the layers that are 1-bit or ternary now.
+        swapped: Paths of the layers that are 1-bit now.
         kept: Paths of the candidates that were left as they were, with the reason.
+        ternary: Paths of the layers that are ternary now.
     """
 
     swapped: list[str] = field(default_factory=list)
     kept: dict[str, str] = field(default_factory=dict)
+    ternary: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        text = f"{len(self.swapped)} layers with 1-bit or ternary weights"
+        text = f"{len(self.swapped)} layers with 1-bit weights"
+        if self.ternary:
+            text += f", {len(self.ternary)} with ternary ones"
         if self.kept:
             path, reason = next(iter(self.kept.items()))
             text += f", {len(self.kept)} left as they were ({path}: {reason})"
@@ -355,7 +366,7 @@ def from_quantized(model: nn.Module, *, strict: bool = True) -> Swap:
     for path, layer in _leaves(model):
         if ternary := _ternary_layer(layer):
             replaced.append((path, ternary))
-            swap.swapped.append(path)
+            swap.ternary.append(path)
             continue
         affine = isinstance(layer, (*_AFFINE_LINEAR, nn.QuantizedEmbedding))
         if not affine or layer.bits != 1 or getattr(layer, "mode", "affine") != "affine":
@@ -463,7 +474,7 @@ def _why_not_q1(layer: Any) -> str | None:
 
 def _ternary_layer(layer: Any) -> nn.Module | None:
     """The ternary layer that computes what an affine 2-bit layer does, None if there is none."""
-    folded = sys.modules.get(_FOLDED_MODULE)
+    folded: Any = sys.modules.get(_FOLDED_MODULE)
     is_folded = folded is not None and isinstance(layer, folded.HadamardQuantizedLinear)  # the embedding is one too
     if not is_folded and type(layer) not in (nn.QuantizedLinear, nn.QuantizedEmbedding):
         return None
@@ -479,10 +490,8 @@ def _ternary_layer(layer: Any) -> nn.Module | None:
     mx.eval(scales)
     block = layer.block if is_folded else 0
     signs = layer.signs if block else None
-    if is_folded and isinstance(layer, folded.HadamardQuantizedEmbedding):  # type: ignore[union-attr]
-        return TernaryEmbedding(layer.weight, scales, mx.float16, block=block, signs=signs)
-    if isinstance(layer, nn.QuantizedEmbedding):
-        return TernaryEmbedding(layer.weight, scales, layer.scales.dtype)
+    if isinstance(layer, folded.HadamardQuantizedEmbedding if is_folded else nn.QuantizedEmbedding):
+        return TernaryEmbedding(layer.weight, scales, layer.scales.dtype, block=block, signs=signs)
     return TernaryLinear(layer.weight, scales, layer.get("bias"), block=block, signs=signs)
 
 
