@@ -42,10 +42,13 @@ def check(x, weight, scales):
     return out
 
 
+SHAPES = {"small": [(1, 128), (31, 256), (33, 640)], "large": [(257, 384), (300, 4096), (64, 12288), (530, 1024)]}
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_ternary_matmul_matches_float64(dtype, rng):
-    shapes = [(1, 128), (31, 256), (33, 640), (257, 384), (300, 4096), (64, 12288), (530, 1024)]
-    for rows, cols in shapes:
+@pytest.mark.parametrize("size", SHAPES)
+def test_ternary_matmul_matches_float64(size, dtype, rng):
+    for rows, cols in SHAPES[size]:
         weight, scales = problem(rng, rows, cols)
         x = mx.array(rng.normal(size=(33, cols)).astype(np.float32)).astype(DTYPES[dtype])
         want = exact(x, weight, scales)
