@@ -117,8 +117,10 @@ def main() -> None:
     columns = {"op": "", "type": "", "weights": "", "rows": "d", "ms": ".3f", "least": ".3f", "spread %": ".0f"}
     print(timing.table(rows, {**columns, "MB": ".1f", "GB/s": ".2f", "share %": ".0f", "tqext is": ".0f"}))
     if args.json:
-        settings = {"bench": "q1_matmul", "weights": args.weights, "shapes": args.shapes, "rows": args.rows, "isa": tqext.isa()}
+        settings = {"bench": "q1_matmul", "shapes": args.shapes, "rows": args.rows, "isa": tqext.isa()}
         settings["threads"] = tqext.num_threads()
+        if args.weights != "q1":  # older runs do not name it
+            settings["weights"] = args.weights
         timing.save(args.json, settings, {"read_gb_per_s": bandwidth}, rows)
 
 
