@@ -283,7 +283,10 @@ TERNARY_MATRICES = ((17408, 5120), (5120, 17408), (248320, 5120))
 
 
 def ternary(copy):
-    """Beside MLX's product of the same words with float16 scales and biases, weights decoded for the call, and fp16 weights."""
+    """Beside MLX's product of the same words with float16 scales and biases, and fp16 weights.
+
+    Of many rows also the weights decoded for the call, and the kernel for a few rows, eight at a time.
+    """
     for out, cols in TERNARY_MATRICES:
         n_bytes = out * cols * 2.125 / 8
         weights = [(words(out, cols // 16), halves(out, cols // 128)) for _ in range(max(2, min(8, int(150e6 / n_bytes) + 1)))]
@@ -292,13 +295,15 @@ def ternary(copy):
         mx.eval(weights, biases, dense)
         affine = [(weight, scales, bias) for (weight, scales), bias in zip(weights, biases, strict=True)]
         settings = {"group_size": 128, "bits": 2}
-        for n, dtype in ((1, "float16"), (2, "float16"), (4, "float16"), (8, "float16"), (1, "bfloat16"), (8, "bfloat16"),
-                         (16, "float16"), (64, "float16"), (512, "float16"), (16, "bfloat16"), (512, "bfloat16")):  # fmt: skip
-            if n > 8 and out > 100000:
+        kernel = mx.compile(tqext.ternary_matmul, shapeless=True)  # traced with one row, it stays the kernel with many
+        kernel(halves(1, cols), *weights[0])
+        for n, dtype in ((16, "float16"), (1, "float16"), (8, "float16"), (64, "float16"), (512, "float16"), (32, "float16"),
+                         (2, "float16"), (4, "float16"), (16, "bfloat16"), (512, "bfloat16"), (1, "bfloat16")):  # fmt: skip
+            if (n > 8 or dtype != "float16") and out > 100000:
                 continue
             x = halves(n, cols).astype(getattr(mx, dtype))
             mx.eval(x)
-            effort = {"n": 20, "repeats": 5} if n <= 8 else {"n": 4, "repeats": 3}
+            effort = {"n": 20, "repeats": 5} if n <= 8 else {"n": 6, "repeats": 3}
 
             def decoded(_, k, x=x, affine=affine):
                 wide = mx.float16 if x.dtype == mx.float16 else mx.float32
@@ -315,6 +320,7 @@ def ternary(copy):
                 row["fp16 us"], _ = timed(lambda _, k, x=x, w=dense: x @ w[k % 2].T, **effort)
             if n > 8:
                 row["decoded us"], _ = timed(decoded, **effort)
+                row["kernel us"], _ = timed(lambda _, k, x=x, w=weights, f=kernel: f(x, *w[k % len(w)]), **effort)
             yield row
         del weights, biases, dense, affine
 

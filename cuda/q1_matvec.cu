@@ -77,7 +77,7 @@ struct Batch {
       for (int i = 0; i < 4; i++) top = max(top, __float_as_uint(x[u][i]) & 0x7fffffffu);
       top = __reduce_max_sync(kAllLanes, top);
       finite[u] = top < 0x7f800000u;
-      exponent[u] = min(max(int(top >> 23) - 126, -90), 128);  // below 2^exponent
+      exponent[u] = min(max(int(top >> 23) - 126, -100), 128);  // below 2^exponent
       const float up = power_of_two(kBits - kWeightBits - exponent[u]);
       constexpr int kLimit = (1 << (kBits - kWeightBits)) - 1;
       total[u] = 0;
