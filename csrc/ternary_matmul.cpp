@@ -27,7 +27,7 @@ void check_product(const mx::array& x, const mx::array& weight, const mx::array&
 mx::array affine_product(const mx::array& x, const mx::array& weight, const mx::array& scales, mx::Stream stream) {
   // bf16 could not hold the scales: fp32 holds them and bf16 x exactly.
   const mx::Dtype type = x.dtype() == mx::bfloat16 ? mx::float32 : x.dtype();
-  // Its CUDA kernels take rows that follow each other for granted; what lies so already is not copied.
+  // Its CUDA kernels refuse rows that do not follow each other; what lies so already is not copied.
   const mx::array words = mx::contiguous(weight, false, stream);
   const mx::array factors = mx::contiguous(mx::astype(scales, type, stream), false, stream);
   const mx::array y = mx::quantized_matmul(mx::astype(x, type, stream), words, factors, mx::negative(factors, stream), true,
