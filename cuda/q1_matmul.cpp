@@ -383,7 +383,7 @@ void TernaryMatmul::eval_gpu(const std::vector<mx::array>& inputs, mx::array& ou
                        32 * kQ1Warps, device);
   });
   auto& encoder = mx::cu::get_command_encoder(stream());
-  for (const mx::array& input : inputs) encoder.set_input_array(input);
+  depend_on(encoder, inputs);
   encoder.set_output_array(out);
   void* arguments[] = {&p};
   const unsigned blocks = (p.n_rows + kQ1Warps - 1) / kQ1Warps, inputs_y = (p.n_inputs + kTernaryInputs - 1) / kTernaryInputs;

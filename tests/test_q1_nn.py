@@ -169,6 +169,23 @@ def test_shard_linear_splits_columns(rng):
         shard_linear(layer, "sharded-to-all", group=Group(0, 4))
 
 
+def test_shard_linear_splits_ternary_layers(rng):
+    words = mx.array(rng.integers(0, 2**32, (48, 16), dtype=np.uint32))
+    layer = nn.TernaryLinear(words, mx.array(rng.normal(size=(48, 2)).astype(np.float16)), mx.array(rng.normal(size=48)))
+    x = mx.array(rng.normal(size=(3, 256)).astype(np.float32))
+    whole, total = to_numpy(layer(x)), 0
+    for r in range(2):
+        rows = shard_linear(layer, "all-to-sharded", group=Group(r, 2))
+        assert type(rows) is nn.TernaryAllToShardedLinear
+        assert_close(rows(x), whole[:, 24 * r : 24 * r + 24].astype(np.float64), 1e-5)
+        columns = shard_linear(layer, "sharded-to-all", group=Group(r, 2))
+        assert type(columns) is nn.TernaryShardedToAllLinear and columns.weight.shape == (48, 8)
+        total = total + tqext.ternary_matmul(x[:, 128 * r : 128 * r + 128], columns.weight, columns.scales)
+    assert_close(total + layer.bias, whole.astype(np.float64), 1e-5)
+    alone = shard_linear(layer, "sharded-to-all", group=mx.distributed.init())
+    assert_close(alone(x), whole.astype(np.float64), 1e-5)
+
+
 @pytest.mark.parametrize("segments", [2, [0.3]])
 def test_shard_linear_cuts_columns_at_groups(segments, rng):
     layer = linear(rng, bias=False, columns=8 * 128)
