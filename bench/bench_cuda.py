@@ -5,7 +5,7 @@ has a floor of about 25 us. As in a model each call of attention waits for the o
 a second figure is of calls that do not wait, which MLX may run side by side. The arrays rotate among several sets, together
 larger than the last-level cache.
 
-    python bench/bench_cuda.py --json bench/results/h100.json [--only attention presets shapes lists q1 scores model]
+    python bench/bench_cuda.py --json bench/results/h100.json [--only attention presets shapes lists q1 ternary scores model]
 """
 
 import argparse
@@ -278,6 +278,53 @@ def q1(copy):
     yield {"rows": "all of an 8B model", "rows of x": 1, "us": us, "spread": spread, "GB/s": gbs, "share": gbs / copy}
 
 
+# A feed-forward layer and the head of Qwen3.5-27B.
+TERNARY_MATRICES = ((17408, 5120), (5120, 17408), (248320, 5120))
+
+
+def ternary(copy):
+    """Beside MLX's product of the same words with float16 scales and biases, and fp16 weights.
+
+    Of many rows also the weights decoded for the call, and the kernel for a few rows, eight at a time.
+    """
+    for out, cols in TERNARY_MATRICES:
+        n_bytes = out * cols * 2.125 / 8
+        weights = [(words(out, cols // 16), halves(out, cols // 128)) for _ in range(max(2, min(8, int(150e6 / n_bytes) + 1)))]
+        biases = [-scales for _, scales in weights]
+        dense = [halves(out, cols) for _ in range(2)]
+        mx.eval(weights, biases, dense)
+        affine = [(weight, scales, bias) for (weight, scales), bias in zip(weights, biases, strict=True)]
+        settings = {"group_size": 128, "bits": 2}
+        kernel = mx.compile(tqext.ternary_matmul, shapeless=True)  # traced with one row, it stays the kernel with many
+        kernel(halves(1, cols), *weights[0])
+        for n, dtype in ((16, "float16"), (1, "float16"), (8, "float16"), (64, "float16"), (512, "float16"), (32, "float16"),
+                         (2, "float16"), (4, "float16"), (16, "bfloat16"), (512, "bfloat16"), (1, "bfloat16")):  # fmt: skip
+            if (n > 8 or dtype != "float16") and out > 100000:
+                continue
+            x = halves(n, cols).astype(getattr(mx, dtype))
+            mx.eval(x)
+            effort = {"n": 20, "repeats": 5} if n <= 8 else {"n": 6, "repeats": 3}
+
+            def decoded(_, k, x=x, affine=affine):
+                wide = mx.float16 if x.dtype == mx.float16 else mx.float32
+                w = mx.dequantize(affine[k % 2][0], *(y.astype(wide) for y in affine[k % 2][1:]), **settings)
+                return (x.astype(wide) @ w.T).astype(x.dtype)
+
+            us, spread = timed(lambda _, k, x=x, w=weights: tqext.ternary_matmul(x, *w[k % len(w)]), **effort)
+            row = {"rows": out, "columns": cols, "rows of x": n, "type": dtype, "us": us, "spread": spread}
+            row |= {"GB/s": n_bytes / us / 1e3, "share": n_bytes / us / 1e3 / copy}
+            if dtype == "float16":
+                row["affine us"], _ = timed(
+                    lambda _, k, x=x, w=affine: mx.quantized_matmul(x, *w[k % len(w)], transpose=True, **settings), **effort
+                )
+                row["fp16 us"], _ = timed(lambda _, k, x=x, w=dense: x @ w[k % 2].T, **effort)
+            if n > 8:
+                row["decoded us"], _ = timed(decoded, **effort)
+                row["kernel us"], _ = timed(lambda _, k, x=x, w=weights, f=kernel: f(x, *w[k % len(w)]), **effort)
+            yield row
+        del weights, biases, dense, affine
+
+
 def scores(_copy):
     """The TurboQuant paper's claim ("up to 8 x"): scores of compressed keys against a product with fp32 keys."""
     for heads, keys in ((8, 131072), (64, 32768)):
@@ -402,7 +449,7 @@ def end_to_end(_copy, weights=tuple(CASES), budget=math.inf):
 
 def main():
     parts = {"attention": attention, "presets": presets, "shapes": shapes, "lists": lists}
-    parts |= {"q1": q1, "scores": scores, "model": end_to_end}
+    parts |= {"q1": q1, "ternary": ternary, "scores": scores, "model": end_to_end}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--only", nargs="*", choices=list(parts), default=list(parts))

@@ -19,6 +19,7 @@
 #include "q1_quantize.h"
 #include "rotate.h"
 #include "store_tokens.h"
+#include "ternary_matmul.h"
 #include "turboquant_attention.h"
 #include "turboquant_encode.h"
 #include "word_sum.h"
@@ -41,6 +42,7 @@ void bind_format(nb::module_& m) {
   format.attr("DIM_STEP") = int(tqext::kDimStep);
   format.attr("CODEBOOK_TOP") = int(tqext::kCodebookTop);
   format.attr("Q1_GROUP") = int(tqext::kQ1Group);
+  format.attr("TERNARY_GROUP") = int(tqext::kTernaryGroup);
   format.attr("ROTATION_SEED") = TQ_ROTATION_SEED;
   format.attr("RESIDUAL_SEED") = TQ_RESIDUAL_SEED;
   format.def("padded_dim", &tqext::padded_dim, "head_dim"_a, "Head dimension rounded up to a multiple of UNIT.");
@@ -327,6 +329,27 @@ Example:
     >>> weight, scales = tqext.q1_quantize(mx.random.normal((512, 256)))
     >>> tqext.q1_matmul(mx.ones((3, 256)), weight, scales).shape
     (3, 512))");
+  m.def("ternary_matmul", &tqext::ternary_matmul, "x"_a, "weight"_a, "scales"_a, nb::kw_only(), "stream"_a = nb::none(),
+        R"(``x @ W.T`` with ternary weights: ``y[r] = sum over groups g of scale[r, g] * sum((code - 1) * x)``, on the codes.
+
+A weight is ``scale * (code - 1)``. The words are those of MLX's affine 2-bit weights with groups of 128, whose biases are
+``-scales``. On a GPU more than 8 rows of x take ``mx.quantized_matmul`` over the same words; sums are fp32 otherwise.
+
+Args:
+    x (array): float32, float16 or bfloat16 ``[..., cols]``; any strides.
+    weight (array): uint32 ``[rows, cols / 16]``; column 16i + j is bits 2j and 2j + 1 of word i.
+    scales (array): float16 ``[rows, cols / 128]``.
+
+Returns:
+    array: ``[..., rows]`` in the dtype of x.
+
+Raises:
+    ValueError: a wrong shape or dtype.
+
+Example:
+    >>> weight, scales = mx.full((512, 16), 0xAAAAAAAA, dtype=mx.uint32), mx.ones((512, 2), mx.float16)  # all +1
+    >>> tqext.ternary_matmul(mx.ones((3, 256)), weight, scales)[0, 0].item()
+    256.0)");
 
   m.def(
       "isa", [] { return tqext::cpu::isa_name(tqext::cpu::active_isa()); },

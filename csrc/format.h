@@ -29,6 +29,9 @@
 // 1-bit weights, Q1_0 in groups of 128 along a row: weight uint32[rows, cols / 32], scales float16[rows, cols / 128];
 //   column 32i + b of a row = bit b of word i, 1 = +scale, 0 = -scale. The words of ggml's block_q1_0 and of MLX's affine
 //   1-bit weights are the same.
+// Ternary weights in groups of 128 along a row: weight uint32[rows, cols / 16], scales float16[rows, cols / 128];
+//   column 16i + j of a row = bits 2j, 2j + 1 of word i; codes 0, 1, 2, 3 = -scale, 0, +scale, 2 * scale. The words of PQ2_0
+//   blocks (PrismML) and of MLX's affine 2-bit weights are the same.
 // Random signs: splitmix64 (Steele, Lea, Flood 2014), see sign_word; the same for all heads and layers.
 #pragma once
 
@@ -57,9 +60,11 @@ enum : int {
   kMaxDim = 512,  // padded
   kDimStep = 8,   // head dimensions must be multiples of it
   kMaxKeyLevels = 16,
-  kCodebookTop = 127,  // the outermost level of every codebook
-  kQ1Group = 128,      // weights that share a scale
-  kQ1Words = 4,        // words of a group
+  kCodebookTop = 127,   // the outermost level of every codebook
+  kQ1Group = 128,       // weights that share a scale
+  kQ1Words = 4,         // words of a group
+  kTernaryGroup = 128,  // weights that share a scale
+  kTernaryWords = 8,    // words of a group
 };
 
 // How values are coded.
@@ -125,5 +130,6 @@ TQ_FN int hadamard_factor(int dim) {
 #if !defined(__METAL_VERSION__)
 static_assert(kUnit == 32 && kGroup == 32, "a unit of key codes and a group of values are whole words");
 static_assert(kQ1Words * 32 == kQ1Group, "a group of 1-bit weights is whole words");
+static_assert(kTernaryWords * 16 == kTernaryGroup && kTernaryGroup == kQ1Group, "kernels take both");
 }  // namespace tqext
 #endif

@@ -8,6 +8,7 @@
 #include "q1_quantize.h"
 #include "rotate.h"
 #include "store_tokens.h"
+#include "ternary_matmul.h"
 #include "turboquant_attention.h"
 #include "turboquant_encode.h"
 #include "word_sum.h"
@@ -31,6 +32,7 @@ void WordSum::eval_gpu(const std::vector<mx::array>&, mx::array&) { no_gpu("word
 void Q1Quantize::eval_gpu(const std::vector<mx::array>&, std::vector<mx::array>&) { no_gpu("q1_quantize"); }
 void Q1Dequantize::eval_gpu(const std::vector<mx::array>&, mx::array&) { no_gpu("q1_dequantize"); }
 void Q1Matmul::eval_gpu(const std::vector<mx::array>&, mx::array&) { no_gpu("q1_matmul"); }
+void TernaryMatmul::eval_gpu(const std::vector<mx::array>&, mx::array&) { no_gpu("ternary_matmul"); }
 
 bool gpu_has_kernel(const TurboQuantAttention::State&, const mx::array&) { return true; }
 bool gpu_has_latent_kernel(int, int, int, mx::Stream) { return false; }

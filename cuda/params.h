@@ -171,9 +171,12 @@ struct TokenStoresParams {
 enum : int { kQ1Warps = 8, kQ1Chunk = 8 };
 enum : int { kQ1Multiply, kQ1Quantize, kQ1Dequantize, kQ1Prepare, kQ1GemmPrepare, kQ1Gemm };
 
+// Rows of x that a warp of ternary_matmul.cu takes.
+enum : int { kTernaryInputs = 8 };
+
 struct Q1Params {
   const void* x;           // [n_inputs, 128 * n_groups]
-  const uint32_t* weight;  // [n_rows, 4 * n_groups]
+  const uint32_t* weight;  // [n_rows, 4 * n_groups], of ternary weights 8 * n_groups
   const uint16_t* scales;  // [n_rows, n_groups]
   void* out;               // [n_inputs, n_rows], contiguous
   void* prepared;          // x as the product wants it: [blocks of columns][chunks of groups] of q1_prepared_bytes

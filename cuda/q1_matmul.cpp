@@ -1,4 +1,4 @@
-// eval_gpu of q1_matmul, q1_quantize and q1_dequantize.
+// eval_gpu of q1_matmul, ternary_matmul, q1_quantize and q1_dequantize.
 #include "q1_matmul.h"
 
 #include <algorithm>
@@ -12,6 +12,7 @@
 #include "params.h"
 #include "q1_quantize.h"
 #include "runtime.h"
+#include "ternary_matmul.h"
 
 namespace tqext {
 
@@ -38,26 +39,30 @@ Kernel find_kernel(int operation, mx::Dtype type, int row_tiles, int column_tile
 
 // The kernel for a few rows of x, and its launch.
 struct Matvec {
-  int inputs, warps, stages, shared_bytes;
+  int weight_bits, inputs, warps, stages, shared_bytes;
 };
 
-// The largest ring that the device's shared memory leaves room for; shared_bytes 0: none.
-Matvec plan_matvec(int n_inputs, int n_groups, bool is_float32, int device_bytes) {
-  Matvec m{1, 0, 0, 0};
+// The largest ring that the device's shared memory leaves room for; shared_bytes 0: none. n_groups: of 128 bits.
+Matvec plan_matvec(int weight_bits, int n_inputs, int n_groups, bool is_float32, int device_bytes) {
+  Matvec m{weight_bits, 1, 0, 0, 0};
   while (m.inputs < n_inputs) m.inputs *= 2;
   for (const auto& [warps, stages] : {std::pair{16, 4}, {16, 3}, {8, 4}, {8, 3}, {8, 2}}) {
     const int bytes = Q1MatvecLayout(m.inputs, is_float32, warps, stages).total(n_groups, m.inputs);
-    if (bytes <= device_bytes) return {m.inputs, warps, stages, bytes};
+    if (bytes <= device_bytes) return {weight_bits, m.inputs, warps, stages, bytes};
   }
   return m;
 }
 
 Kernel find_matvec(mx::Dtype type, const Matvec& m, int device) {
-  static OnceMap<std::array<int, 5>, Kernel> kernels;
-  return kernels.get({type_code(type), m.inputs, m.warps, m.stages, device}, [&] {
-    const std::string binary =
-        compile("q1_matvec.cu", {{"TYPE", type_code(type)}, {"INPUTS", m.inputs}, {"WARPS", m.warps}, {"STAGES", m.stages}},
-                true, device);
+  static OnceMap<std::array<int, 6>, Kernel> kernels;
+  return kernels.get({type_code(type), m.inputs, m.warps, m.stages, m.weight_bits, device}, [&] {
+    const std::string binary = compile("q1_matvec.cu",
+                                       {{"TYPE", type_code(type)},
+                                        {"INPUTS", m.inputs},
+                                        {"WARPS", m.warps},
+                                        {"STAGES", m.stages},
+                                        {"WEIGHT_BITS", m.weight_bits}},
+                                       true, device);
     return load_kernel(binary, "q1_matvec", device_info(device).shared_bytes, 32 * m.warps, device);
   });
 }
@@ -94,7 +99,8 @@ int as_int(int64_t x) {
 }
 
 // Few rows of x and weights as they are stored: true when the binary tensor cores take them.
-bool run_matvec(const Q1Params& q, mx::Dtype type, const std::vector<mx::array>& inputs, mx::array& out, mx::Stream stream) {
+bool run_matvec(const Q1Params& q, int weight_bits, mx::Dtype type, const std::vector<mx::array>& inputs, mx::array& out,
+                mx::Stream stream) {
   const int device = stream.device.index;
   const DeviceInfo& info = device_info(device);
   auto multiple = [](const void* pointer, int of) { return reinterpret_cast<uintptr_t>(pointer) % of == 0; };
@@ -102,7 +108,8 @@ bool run_matvec(const Q1Params& q, mx::Dtype type, const std::vector<mx::array>&
       q.weight_stride[0] % kQ1Words || q.scale_stride[0] % 2 || !multiple(q.weight, 16) || !multiple(q.scales, 4)) {
     return false;
   }
-  const Matvec plan = plan_matvec(q.n_inputs, q.n_groups, type == mx::float32, info.shared_bytes);
+  const int n_groups = weight_bits * q.n_groups;  // of 128 bits
+  const Matvec plan = plan_matvec(weight_bits, q.n_inputs, n_groups, type == mx::float32, info.shared_bytes);
   if (!plan.shared_bytes) return false;
   const Kernel kernel = find_matvec(type, plan, device);
 
@@ -116,12 +123,13 @@ bool run_matvec(const Q1Params& q, mx::Dtype type, const std::vector<mx::array>&
   p.scale_stride = q.scale_stride[0];
   p.n_inputs = q.n_inputs;
   p.n_rows = q.n_rows;
-  p.n_groups = q.n_groups;
+  p.n_groups = n_groups;
   // As many warps share a tile as make the busiest one do least; few, where that is equal.
   const int n_tiles = (p.n_rows + 15) / 16;
   int64_t least = 0;
   for (int shares = 1; shares <= plan.warps; shares *= 2) {
-    const int groups = (p.n_groups / 2 + shares - 1) / shares * 2, seats = info.n_multiprocessors * (plan.warps / shares);
+    const int pair = 2 * weight_bits;  // scales come in pairs
+    const int groups = (p.n_groups / pair + shares - 1) / shares * pair, seats = info.n_multiprocessors * (plan.warps / shares);
     // The first tiles cost about four groups on top of their own, what joins the shares; later ones hide it.
     const int64_t tiles = (n_tiles + seats - 1) / seats, cost = tiles * groups + 4 * std::min<int64_t>(tiles, 4);
     if (shares > 1 && cost >= least) continue;
@@ -270,15 +278,12 @@ bool run_gemm(const Q1Params& q, const std::vector<mx::array>& inputs, mx::array
 
 }  // namespace
 
-void Q1Matmul::eval_gpu(const std::vector<mx::array>& inputs, mx::array& out) {
-  check_backend("q1_matmul");
-  const int device = stream().device.index;
-  if (out.size() == 0) {
-    allocate_output(out, device);
-    return;
-  }
+namespace {
+
+// All but the output.
+Q1Params params_of(const std::vector<mx::array>& inputs, const char* op) {
   const mx::array &x = inputs[0], &weight = inputs[1], &scales = inputs[2];
-  const Matrix rows = as_matrix(x, "q1_matmul", "x");
+  const Matrix rows = as_matrix(x, op, "x");
   Q1Params p{};
   p.x = device_pointer(x);
   p.weight = static_cast<const uint32_t*>(device_pointer(weight));
@@ -292,11 +297,25 @@ void Q1Matmul::eval_gpu(const std::vector<mx::array>& inputs, mx::array& out) {
   p.n_inputs = as_int(rows.n_rows);
   p.n_rows = weight.shape(0);
   p.n_groups = scales.shape(1);
+  return p;
+}
+
+}  // namespace
+
+void Q1Matmul::eval_gpu(const std::vector<mx::array>& inputs, mx::array& out) {
+  check_backend("q1_matmul");
+  const int device = stream().device.index;
+  if (out.size() == 0) {
+    allocate_output(out, device);
+    return;
+  }
+  const mx::array &x = inputs[0], &weight = inputs[1], &scales = inputs[2];
+  Q1Params p = params_of(inputs, "q1_matmul");
 
   if (run_gemm(p, inputs, out, stream())) return;
   allocate_output(out, device);
   p.out = device_pointer(out);
-  if (run_matvec(p, x.dtype(), inputs, out, stream())) return;
+  if (run_matvec(p, 1, x.dtype(), inputs, out, stream())) return;
   const int parts = x.dtype() == mx::float32 ? 2 : 1, columns = p.n_inputs * parts;
   const int column_tiles = columns <= 8 ? 1 : columns <= 16 ? 2 : 4;
   // Few rows: more shares of the groups, so that all multiprocessors have blocks.
@@ -332,6 +351,43 @@ bool gpu_multiplies_bits(const mx::array& x, mx::Stream stream) {
   constexpr int64_t kManyRows = 384, kManyRowsOfWarpgroups = 4096;
   const int64_t rows = device_info(stream.device.index).architecture == 90 ? kManyRowsOfWarpgroups : kManyRows;
   return int64_t(x.size()) < rows * x.shape(-1);
+}
+
+void TernaryMatmul::eval_gpu(const std::vector<mx::array>& inputs, mx::array& out) {
+  check_backend("ternary_matmul");
+  const int device = stream().device.index;
+  allocate_output(out, device);
+  if (out.size() == 0) return;
+  Q1Params p = params_of(inputs, "ternary_matmul");
+  p.out = device_pointer(out);
+  const mx::Dtype type = inputs[0].dtype();
+  // Of a wide weight, shared memory holds fewer rows of x: several launches, each of which reads the weights.
+  int rows = kMatvecInputs;
+  while (rows > 1 &&
+         !plan_matvec(2, rows, 2 * p.n_groups, type == mx::float32, device_info(device).shared_bytes).shared_bytes) {
+    rows /= 2;
+  }
+  int done = 0;
+  for (; done < p.n_inputs; done += rows) {
+    Q1Params part = p;
+    part.n_inputs = std::min(rows, p.n_inputs - done);
+    part.x = static_cast<const char*>(p.x) + done * p.x_stride[0] * int64_t(type.size());
+    part.out = static_cast<char*>(p.out) + done * int64_t(p.n_rows) * int64_t(type.size());
+    if (!run_matvec(part, 2, type, inputs, out, stream())) break;
+  }
+  if (done >= p.n_inputs) return;
+
+  static OnceMap<std::array<int, 2>, Kernel> kernels;
+  const Kernel kernel = kernels.get({type_code(type), device}, [&] {
+    return load_kernel(compile("ternary_matmul.cu", {{"TYPE", type_code(type)}}, true, device), "ternary_matmul", 0,
+                       32 * kQ1Warps, device);
+  });
+  auto& encoder = mx::cu::get_command_encoder(stream());
+  depend_on(encoder, inputs);
+  encoder.set_output_array(out);
+  void* arguments[] = {&p};
+  const unsigned blocks = (p.n_rows + kQ1Warps - 1) / kQ1Warps, inputs_y = (p.n_inputs + kTernaryInputs - 1) / kTernaryInputs;
+  add_kernel(encoder, "ternary_matmul", kernel, {blocks, inputs_y, 1}, 32 * kQ1Warps, 0, arguments, inputs);
 }
 
 void Q1Quantize::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {

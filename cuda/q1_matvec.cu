@@ -1,14 +1,17 @@
-// Products of a few rows of x with 1-bit weights (format.h) by binary tensor cores.
+// Products of a few rows of x with 1-bit and with ternary weights (format.h) by binary tensor cores.
 //
 // The 128 bits of a group are one row of a binary product as they lie in memory: nothing is unpacked. Per row of x and group, x
 // becomes fixed point of 16 bits (24 with fp32) below a power of two; each bit plane is one column of the product, whose AND
 // and population count are exact. The planes of a group belong to the same scale, so that only their weighted sum meets a
 // float.
 //
+// Codes of two bits are two columns of bits side by side: the low bits meet x, the high bits 2 x, and what they sum up to is
+// the codes times x. A group below is 128 bits, then: 64 weights, two groups to a scale.
+//
 // One block per multiprocessor takes tiles of 16 rows of the weight; its warps share a tile's groups (p.shares of them work on
 // one tile, each with a ring of its own in shared memory), and x is prepared while the first weights are on their way.
 //
-// Compile-time: TYPE, INPUTS (rows of x), WARPS, STAGES.
+// Compile-time: TYPE, INPUTS (rows of x), WARPS, STAGES, WEIGHT_BITS.
 #include "device.cuh"
 
 namespace tqext::cuda {
@@ -17,7 +20,7 @@ namespace {
 constexpr int kType = TYPE, kInputs = INPUTS, kStages = STAGES;
 constexpr int kWarps = WARPS, kThreads = 32 * kWarps;
 constexpr int kSets = kType == kTypeFloat32 ? 3 : 2;  // of eight bit planes
-constexpr int kBits = 8 * kSets;
+constexpr int kBits = 8 * kSets, kWeightBits = WEIGHT_BITS;
 constexpr int kGroups = kMatvecGroups;  // of a stage
 constexpr Q1MatvecLayout kLayout(kInputs, kType == kTypeFloat32, kWarps, kStages);
 
@@ -56,7 +59,8 @@ struct Batch {
       const bool there = group < p.n_groups && input < p.n_inputs;
 #pragma unroll
       for (int i = 0; i < 4; i++) {
-        const int64_t at = input * p.x_stride[0] + int64_t(kQ1Group * group + 32 * i + lane) * p.x_stride[1];
+        const int column = (kQ1Group * group + 32 * i + lane) / kWeightBits;
+        const int64_t at = input * p.x_stride[0] + int64_t(column) * p.x_stride[1];
         x[u][i] = there ? load_element<kType>(p.x, at) : 0.0f;
       }
     }
@@ -73,14 +77,15 @@ struct Batch {
       for (int i = 0; i < 4; i++) top = max(top, __float_as_uint(x[u][i]) & 0x7fffffffu);
       top = __reduce_max_sync(kAllLanes, top);
       finite[u] = top < 0x7f800000u;
-      exponent[u] = min(max(int(top >> 23) - 126, -90), 128);  // below 2^exponent
-      const float up = power_of_two(kBits - 1 - exponent[u]);
-      constexpr int kLimit = (1 << (kBits - 1)) - 1;
+      exponent[u] = min(max(int(top >> 23) - 126, -100), 128);  // below 2^exponent
+      const float up = power_of_two(kBits - kWeightBits - exponent[u]);
+      constexpr int kLimit = (1 << (kBits - kWeightBits)) - 1;
       total[u] = 0;
 #pragma unroll
       for (int i = 0; i < 4; i++) {
         q[u][i] = min(__float2int_rn(x[u][i] * up), kLimit);
         total[u] += q[u][i];
+        if (kWeightBits == 2 && lane % 2) q[u][i] *= 2;
       }
       total[u] = __reduce_add_sync(kAllLanes, total[u]);
     }
@@ -106,8 +111,8 @@ struct Batch {
 #pragma unroll
         for (int i = 0; i < 4; i++) to[i * kLayout.sets] = words[i];
       }
-      // The result is twice the sum where bits are set less the sum of all. Lanes j of a quad count in units of 4^j: two of
-      // them share the total, so that it stays small.
+      // The result is twice the sum where bits are set less the sum of all: of all x, and of x and x for the two bits of a
+      // code. Lanes j of a quad count in units of 4^j: two of them share the total, so that it stays small.
       if (lane < 4) {
         Column column;
         column.start = lane == 0 ? -(total[u] & 3) : lane == 1 ? -(total[u] >> 2) : 0;
@@ -151,7 +156,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) q1_matvec(const __grid
 #pragma unroll
       for (int k = 0; k < 2; k++) {
         const int r = 8 * k + (lane >> 2), row = min(16 * tile + r, p.n_rows - 1);
-        if (2 * j < n) copy_async_word(to + 2048 + 16 * r + 4 * j, p.scales + row * p.scale_stride + group0 + 2 * j, 4);
+        if (2 * kWeightBits * j < n) {
+          copy_async_word(to + 2048 + 16 * r + 4 * j, p.scales + row * p.scale_stride + group0 / kWeightBits + 2 * j, 4);
+        }
       }
       if (++chunk == n_chunks) {
         chunk = 0;
@@ -195,17 +202,19 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) q1_matvec(const __grid
         if (t >= n) break;
         uint32_t w[2][2];
         load_matrices(w[0][0], w[0][1], w[1][0], w[1][1], shared_address(data) + (weights_at ^ (16 * t)));
-        const uint32_t pairs[2] = {t == 0   ? scales[0].x
-                                   : t == 2 ? scales[0].y
-                                   : t == 4 ? scales[0].z
-                                            : scales[0].w,
-                                   t == 0   ? scales[1].x
-                                   : t == 2 ? scales[1].y
-                                   : t == 4 ? scales[1].z
-                                            : scales[1].w};
+        constexpr int kPerWord = 2 * kWeightBits;  // groups
+        uint32_t pairs[2];
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+          pairs[r] = t / kPerWord == 0   ? scales[r].x
+                     : t / kPerWord == 1 ? scales[r].y
+                     : t / kPerWord == 2 ? scales[r].z
+                                         : scales[r].w;
+        }
 #pragma unroll
         for (int k = 0; k < 2; k++) {
-          const float scale[2] = {half_to_float(uint16_t(pairs[0] >> 16 * k)), half_to_float(uint16_t(pairs[1] >> 16 * k))};
+          const int shift = 16 * ((t + k) / kWeightBits % 2);
+          const float scale[2] = {half_to_float(uint16_t(pairs[0] >> shift)), half_to_float(uint16_t(pairs[1] >> shift))};
 #pragma unroll
           for (int input = 0; input < kInputs; input++) {
             const char* record = records + ((group0 + t + k) * kInputs + input) * kLayout.record;

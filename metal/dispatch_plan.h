@@ -758,9 +758,10 @@ inline std::vector<Dispatch> pipelines_of_a_layer(AttentionShape s, bool has_mea
   return all;
 }
 
-// --- 1-bit weights ----------------------------------------------------------------------------------------------------
+// --- 1-bit and ternary weights
+// ----------------------------------------------------------------------------------------------------
 
-enum class Q1Op : int32_t { kMatmul, kQuantize, kDequantize };
+enum class Q1Op : int32_t { kMatmul, kQuantize, kDequantize, kTernary };
 
 enum : int {
   kQ1VecInputs = 8,    // rows of x up to which the weight's bytes are the limit
@@ -773,7 +774,13 @@ enum : int {
 inline Dispatch plan_q1(Q1Op op, Type type, const Q1MatmulParams& p) {
   auto divide_up = [](int64_t a, int64_t b) { return uint32_t((a + b - 1) / b); };
   Dispatch d;
-  if (op == Q1Op::kMatmul && p.n_inputs <= kQ1VecInputs) {
+  if (op == Q1Op::kTernary) {
+    const int inputs = p.n_inputs <= 2 ? p.n_inputs : p.n_inputs <= 4 ? 4 : 8, bytes = inputs <= 4 ? 4 : 2;
+    d = make_dispatch("ternary_matvec", "q1_matmul", "TQ_TERNARY_MATVEC", type, Suffix::kInputs, {inputs, bytes});
+    d.grid[0] = divide_up(p.n_rows, kQ1VecRows);
+    d.grid[1] = divide_up(p.n_inputs, inputs);
+    d.threads = 128;
+  } else if (op == Q1Op::kMatmul && p.n_inputs <= kQ1VecInputs) {
     // As many bytes per lane as the registers hold with their columns of x: 32 or 64 numbers.
     const int inputs = p.n_inputs <= 2 ? p.n_inputs : p.n_inputs <= 4 ? 4 : 8, bytes = inputs <= 2 ? 4 : inputs == 4 ? 2 : 1;
     d = make_dispatch("q1_matvec", "q1_matmul", "TQ_Q1_MATVEC", type, Suffix::kInputs, {inputs, bytes});

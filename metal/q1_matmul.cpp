@@ -3,6 +3,7 @@
 #include "launch.h"
 #include "mlx/allocator.h"
 #include "q1_quantize.h"
+#include "ternary_matmul.h"
 
 namespace tqext {
 
@@ -26,21 +27,29 @@ void run(mx::Stream stream, Q1Op op, mx::Dtype type, const Q1MatmulParams& param
   metal::launch(stream, metal::plan_q1(op, metal::type_of(type), params), bindings, params, kQ1Params);
 }
 
+void multiply(mx::Stream stream, Q1Op op, const std::vector<mx::array>& inputs, mx::array& out) {
+  out.set_data(mx::allocator::malloc(out.nbytes()));
+  if (out.size() == 0) return;
+  // Without columns the sums are empty; any array stands in for the inputs that are never read.
+  const bool empty = inputs[0].size() == 0;
+  const Rows x = empty ? Rows{out, int(out.size() / out.shape(-1)), 0} : rows_of(stream, inputs[0]);
+  const Rows weight = empty ? Rows{out, out.shape(-1), 0} : rows_of(stream, inputs[1]);
+  const Rows scales = empty ? Rows{out, out.shape(-1), 0} : rows_of(stream, inputs[2]);
+  const Q1MatmulParams params{x.n, weight.n, empty ? 0 : inputs[2].shape(-1), x.stride, weight.stride, scales.stride};
+  run(stream, op, out.dtype(), params,
+      {{kQ1X, &x.data, false}, {kQ1Weight, &weight.data, false}, {kQ1Scales, &scales.data, false}, {kQ1Out, &out, true}});
+}
+
 }  // namespace
 
 bool gpu_multiplies_bits(const mx::array&, mx::Stream) { return true; }
 
 void Q1Matmul::eval_gpu(const std::vector<mx::array>& inputs, mx::array& out) {
-  out.set_data(mx::allocator::malloc(out.nbytes()));
-  if (out.size() == 0) return;
-  // Without columns the sums are empty; any array stands in for the inputs that are never read.
-  const bool empty = inputs[0].size() == 0;
-  const Rows x = empty ? Rows{out, int(out.size() / out.shape(-1)), 0} : rows_of(stream(), inputs[0]);
-  const Rows weight = empty ? Rows{out, out.shape(-1), 0} : rows_of(stream(), inputs[1]);
-  const Rows scales = empty ? Rows{out, out.shape(-1), 0} : rows_of(stream(), inputs[2]);
-  const Q1MatmulParams params{x.n, weight.n, empty ? 0 : inputs[2].shape(-1), x.stride, weight.stride, scales.stride};
-  run(stream(), Q1Op::kMatmul, out.dtype(), params,
-      {{kQ1X, &x.data, false}, {kQ1Weight, &weight.data, false}, {kQ1Scales, &scales.data, false}, {kQ1Out, &out, true}});
+  multiply(stream(), Q1Op::kMatmul, inputs, out);
+}
+
+void TernaryMatmul::eval_gpu(const std::vector<mx::array>& inputs, mx::array& out) {
+  multiply(stream(), Q1Op::kTernary, inputs, out);
 }
 
 void Q1Quantize::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {

@@ -1,10 +1,12 @@
-// Q1_0 weights (format.h): x W^T for a few rows of x and for many, packing and unpacking.
+// Q1_0 and ternary weights (format.h): x W^T for a few rows of x and for many, packing and unpacking.
 //
 // matvec  1 to 8 rows of x. The weight's bytes, 1.125 bits per weight, are read once for all rows. A weight costs an AND and
 //         an FMA per row of x: 2 lane operations for one row, against 2.1 that an M4 Max has per weight at full bandwidth
 //         (128 lanes x 40 cores x 1.6 GHz over 546 GB/s): both limits are near. Not measured on a GPU.
 //         Bits are used in place: a weight byte is loaded as it is, and byte & (1 << j), read as half, is the subnormal
-//         2^(j - 24); x is held as x 2^(12 - j), and the sum is multiplied by 2^12 once.
+//         2^(j - 24); x is held as x 2^(12 - j), and the sum is multiplied by 2^12 once. Codes of two bits are used in the same
+//         way: byte & (3 << 2 j) is code 2^(2 j - 24), so that a ternary weight costs no more operations than a sign bit. Many
+//         rows of x are MLX's own product; a graph compiled without shapes brings them here, eight at a time.
 // matmul  8x8 matrices: the threadgroup's rows of x are staged per group of 128 columns, +-scale is put straight into the
 //         operand's registers. The multiplications are the limit (18 cycles each; 4 per decoded operand).
 #include <metal_simdgroup>
@@ -22,23 +24,26 @@ constant constexpr int kMatSimdgroups = 8, kMatInputs = 32,
                        kMatRows = 16;  // rows of x per threadgroup, of the weight per simdgroup
 constant constexpr int kPackSimdgroups = 4;
 
-// Partial sum of the bits of one byte: sum over its ones of x 2^-12; x is scaled as above.
+// Partial sum of the codes of one byte: sum of code x 2^-12; x is scaled as above.
+template <int BITS>
 inline float masked_sum(uchar byte, thread const float* x, float sum) {
-  const ushort bits = ushort(byte);
+  const ushort bits = ushort(byte), mask = ushort((1 << BITS) - 1);
 #pragma clang loop unroll(full)
-  for (int j = 0; j < 8; j++) sum = fma(x[j], float(as_type<half>(ushort(bits & ushort(1 << j)))), sum);
+  for (int j = 0; j < 8 / BITS; j++) sum = fma(x[j], float(as_type<half>(ushort(bits & ushort(mask << BITS * j)))), sum);
   return sum;
 }
 
-// y[n, r] for NX rows of x. A lane holds BYTES bytes of every weight row of its simdgroup and the 8 BYTES columns of x under
-// them, in steps of 256 BYTES columns.
-template <typename T, int NX, int BYTES>
+// y[n, r] for NX rows of x and weights of BITS bits. A lane holds BYTES bytes of every weight row of its simdgroup and the
+// columns of x under them.
+template <typename T, int NX, int BYTES, int BITS>
 [[kernel]] void q1_matvec(const device T* x [[buffer(kQ1X)]], const device uchar* weight [[buffer(kQ1Weight)]],
                           const device half* scales [[buffer(kQ1Scales)]], device T* out [[buffer(kQ1Out)]],
                           constant Q1MatmulParams& p [[buffer(kQ1Params)]], uint2 tg [[threadgroup_position_in_grid]],
                           uint sg [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
   const int row0 = (int(tg.x) * kVecSimdgroups + int(sg)) * kVecRows;
-  const int n_bytes = 16 * p.n_groups;
+  constexpr int kColumns = 8 / BITS, kGroupBytes = kQ1Group / kColumns;
+  const int n_bytes = kGroupBytes * p.n_groups;
+  const int input0 = BITS == 1 ? 0 : int(tg.y) * NX, n_inputs = p.n_inputs - input0;
   float sum[NX][kVecRows];
   for (int n = 0; n < NX; n++) {
     for (int r = 0; r < kVecRows; r++) sum[n][r] = 0.0f;
@@ -46,20 +51,20 @@ template <typename T, int NX, int BYTES>
   for (int start = 0; start < n_bytes; start += 32 * BYTES) {
     const int byte = start + BYTES * int(lane);
     const bool mine = byte < n_bytes;
-    float part[NX][8 * BYTES], total[NX];
+    float part[NX][kColumns * BYTES], total[NX];
 #pragma clang loop unroll(full)
     for (int n = 0; n < NX; n++) {
       total[n] = 0.0f;
-      for (int i = 0; i < 8 * BYTES; i++) {
-        const float value = mine && n < p.n_inputs ? float(x[long(n) * p.x_stride + 8 * byte + i]) : 0.0f;
+      for (int i = 0; i < kColumns * BYTES; i++) {
+        const float value = mine && n < n_inputs ? float(x[long(input0 + n) * p.x_stride + kColumns * byte + i]) : 0.0f;
         total[n] += value;
-        part[n][i] = value * as_type<float>(uint(127 + 12 - i % 8) << 23);
+        part[n][i] = value * as_type<float>(uint(127 + 12 - i % kColumns * BITS) << 23);
       }
     }
     for (int r = 0; r < kVecRows; r++) {
       if (row0 + r >= p.n_rows || !mine) continue;
       const device uchar* w = weight + 4 * (long(row0 + r) * p.weight_stride) + byte;
-      const float scale = float(scales[long(row0 + r) * p.scale_stride + byte / 16]);
+      const float scale = float(scales[long(row0 + r) * p.scale_stride + byte / kGroupBytes]);
       uchar bits[BYTES];
       if (BYTES == 4) {
         const uchar4 all = *reinterpret_cast<const device uchar4*>(w);
@@ -73,15 +78,16 @@ template <typename T, int NX, int BYTES>
 #pragma clang loop unroll(full)
       for (int n = 0; n < NX; n++) {
         float ones = 0.0f;
-        for (int b = 0; b < BYTES; b++) ones = masked_sum(bits[b], part[n] + 8 * b, ones);
-        sum[n][r] = fma(scale, fma(ones, 8192.0f, -total[n]), sum[n][r]);  // 2 * 2^12
+        for (int b = 0; b < BYTES; b++) ones = masked_sum<BITS>(bits[b], part[n] + kColumns * b, ones);
+        // +-1 is twice the bit less one: 2 * 2^12. A ternary weight is the code less one.
+        sum[n][r] = fma(scale, fma(ones, BITS == 1 ? 8192.0f : 4096.0f, -total[n]), sum[n][r]);
       }
     }
   }
   for (int n = 0; n < NX; n++) {
     for (int r = 0; r < kVecRows; r++) {
       const float y = simd_sum(sum[n][r]);
-      if (lane == 0 && n < p.n_inputs && row0 + r < p.n_rows) out[long(n) * p.n_rows + row0 + r] = T(y);
+      if (lane == 0 && n < n_inputs && row0 + r < p.n_rows) out[long(input0 + n) * p.n_rows + row0 + r] = T(y);
     }
   }
 }
@@ -196,7 +202,9 @@ template <typename T>
 }
 
 #define TQ_Q1_MATVEC(name, type, inputs, bytes) \
-  template [[host_name(name)]] [[kernel]] decltype(q1_matvec<type, inputs, bytes>) q1_matvec<type, inputs, bytes>;
+  template [[host_name(name)]] [[kernel]] decltype(q1_matvec<type, inputs, bytes, 1>) q1_matvec<type, inputs, bytes, 1>;
+#define TQ_TERNARY_MATVEC(name, type, inputs, bytes) \
+  template [[host_name(name)]] [[kernel]] decltype(q1_matvec<type, inputs, bytes, 2>) q1_matvec<type, inputs, bytes, 2>;
 #define TQ_Q1_MATMUL(name, type) template [[host_name(name)]] [[kernel]] decltype(q1_matmul<type>) q1_matmul<type>;
 #define TQ_Q1_QUANTIZE(name, type) template [[host_name(name)]] [[kernel]] decltype(q1_quantize<type>) q1_quantize<type>;
 #define TQ_Q1_DEQUANTIZE(name, type) template [[host_name(name)]] [[kernel]] decltype(q1_dequantize<type>) q1_dequantize<type>;

@@ -551,7 +551,7 @@ def check_rotate(rng):
 
 
 def check_one_bit(rng):
-    """q1_matmul, q1_dequantize and q1_quantize over the same random bits."""
+    """q1_matmul, q1_dequantize, q1_quantize and ternary_matmul over the same random bits."""
     rows, groups = int(rng.integers(1, 70)), int(rng.integers(1, 9))
     weight = words(rng, rows, 4 * groups)
     scales = halves(rng, rows, groups)
@@ -569,7 +569,22 @@ def check_one_bit(rng):
     again = tqext.q1_quantize(laid_out(rng, mx.array(dense.astype(np.float32))))
     # Of +-scale the mean of the magnitudes is the scale; its sign goes into the bits.
     compare(tqext.q1_dequantize(*again), dense, 1e-3, np.abs(dense).max(), "q1_quantize")
-    return error
+    # The same words as codes of two bits, of half as many columns.
+    groups = weight.shape[1] // 8
+    if groups == 0:
+        return error
+    views = laid_out(rng, weight[:, : 8 * groups]), laid_out(rng, scales[:, :groups])
+    dense = reference.ternary_weights(to_numpy(views[0]), to_numpy(views[1]))
+    x, exact = x[..., : 128 * groups], exact[..., : 128 * groups]
+    # On a GPU many rows are MLX's product, in TF32 unless they are fp16.
+    many = on_cuda() and x.size > 8 * x.shape[-1]
+    largest = np.abs(exact).max() * np.abs(dense).max() * (128 * groups) ** 0.5
+    rows_of_x = x if on_cuda() and x.ndim > 2 else laid_out(rng, x)
+    ternary = compare(
+        evaluate(rng, tqext.ternary_matmul, [rows_of_x, *views]), exact @ dense.T,
+        max(tolerance, 5e-3 if many else 0), largest, "ternary_matmul",
+    )  # fmt: skip
+    return max(error, ternary)
 
 
 KINDS = [

@@ -496,3 +496,13 @@ def attention(
                 total = weight.sum() + np.exp(sink - top)
                 out[b, h, i] = weight @ values[b, h // n_repeats][columns] / total
     return out
+
+
+# ---- ternary weights ---------------------------------------------------------------------------
+
+
+def ternary_weights(words, scales):
+    """Words uint32 [rows, cols / 16] and scales [rows, cols / 128] as weights; code j of a word is at bit 2j."""
+    codes = words[..., None] >> np.arange(0, 32, 2, dtype=np.uint32) & 3
+    values = codes.reshape(len(words), 16 * words.shape[1]).astype(np.float64) - 1
+    return values * np.repeat(scales.astype(np.float64), 128, axis=-1)

@@ -227,9 +227,10 @@ def test_one_bit_weights_compile_for_every_architecture(architecture):
         compile_kernel("q1_matmul.cu", architecture, optimised=FULL, **defines)
     optimised = FULL or architecture in ("sm_80", "sm_90")
     for kind, inputs, warps in ((1, 1, 16), (0, 2, 16), (2, 8, 8)):
-        defines = dict(TYPE=kind, INPUTS=inputs, WARPS=warps, STAGES=3)
+        defines = dict(TYPE=kind, INPUTS=inputs, WARPS=warps, STAGES=3, WEIGHT_BITS=2 if inputs == 2 else 1)
         log = compile_kernel("q1_matvec.cu", architecture, optimised=optimised, **defines)
         assert "0 bytes spill stores" in log or not optimised, log
+    compile_kernel("ternary_matmul.cu", architecture, optimised=FULL, TYPE=1)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

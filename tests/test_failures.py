@@ -32,6 +32,7 @@ calls = dict(
     q1_quantize=lambda: tqext.q1_quantize(mx.ones((600, 128))),
     q1_dequantize=lambda: tqext.q1_dequantize(words(600, 4), half(600, 1)),
     q1_matmul=lambda: tqext.q1_matmul(mx.ones((1, 128)), words(600, 4), half(600, 1)),
+    ternary_matmul=lambda: tqext.ternary_matmul(mx.ones((1, 128)), words(600, 8), half(600, 1)),
 )
 for name, call in calls.items():
     for _ in range(5):

@@ -162,7 +162,7 @@ PUBLIC = {
     "TurboQuantKVCache TurboQuantLatentCache TurboQuantWindowKVCache __version__ latent_attention "
     "attach available_isas block_means calibrate dequantize detach format get_policy install isa load make_prompt_cache "
     "num_threads probe q1_dequantize q1_matmul q1_quantize quantize_keys quantize_values rotate shared_prefix_attention "
-    "turboquant_attention uninstall upgrade verify",
+    "ternary_matmul turboquant_attention uninstall upgrade verify",
     "tqext.mlx_lm": "Layer MAX_HEAD_DIM PathError Report UPGRADE_CHUNK VERIFY_CODED attach calibrate detach hook install "
     "make_prompt_cache on_cache probe report stock_cache uninstall upgrade verify",
     "tqext.cache": "BLOCK GROWTH Exact STATE_MAGIC STATE_VERSION Snapshot TurboQuantKVCache",
@@ -172,8 +172,8 @@ PUBLIC = {
     "tqext.ops": "PackedKeys PackedValues dequantize latent_attention quantize_keys quantize_values rotate "
     "shared_prefix_attention "
     "turboquant_attention",
-    "tqext.nn": "GROUP_SIZE Q1AllToShardedLinear Q1Embedding Q1Linear Q1ShardedToAllLinear Swap from_quantized insert_empty "
-    "q1_paths quantize",
+    "tqext.nn": "GROUP_SIZE Q1AllToShardedLinear Q1Embedding Q1Linear Q1ShardedToAllLinear Swap TernaryAllToShardedLinear "
+    "TernaryEmbedding TernaryLinear TernaryShardedToAllLinear from_quantized insert_empty q1_paths quantize ternary_paths",
     "tqext.one_bit": "CONFIG_KEY check_native check_tensors hook one_bit_paths refuse_hadamard save unhook write_config",
     "tqext.gguf": "convert folder_of read unpack_blocks",
     "tqext.calibration": "Calibration LayerCalibration calibrate_layers",

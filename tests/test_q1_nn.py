@@ -108,6 +108,18 @@ def test_from_quantized_leaves_other_layers():
     model = q1_models.make_model(q1_models.config())
     mlx.nn.quantize(model, group_size=64, bits=4)
     assert str(nn.from_quantized(model)) == "0 layers with 1-bit weights"
+    # Two bits that are not ternary: biases that are not -scales.
+    model = q1_models.make_model(q1_models.config())
+    mlx.nn.quantize(model, group_size=128, bits=2)
+    assert str(nn.from_quantized(model)) == "0 layers with 1-bit weights"
+    layer = model.model.layers[0].mlp.up_proj
+    layer.scales = mx.abs(layer.scales).astype(mx.float16).astype(mx.float32)
+    layer.biases = -layer.scales
+    x = mx.random.normal((3, 256))
+    want = to_numpy(layer(x)).astype(np.float64)
+    assert str(swap := nn.from_quantized(model)) == "0 layers with 1-bit weights, 1 with ternary ones"
+    assert swap.ternary == nn.ternary_paths(model) == ["model.layers.0.mlp.up_proj"]
+    assert_close(model.model.layers[0].mlp.up_proj(x), want, 1e-5)
     model = q1_models.make_affine(q1_models.make_model(q1_models.config()), group_size=64)
     with pytest.raises(ValueError, match=r"group_size: expected 128, got 64"):
         nn.from_quantized(model)
@@ -155,6 +167,23 @@ def test_shard_linear_splits_columns(rng):
     assert_close(total, to_numpy(layer(x)), 1e-5)
     with pytest.raises(ValueError, match=error_line("shard_linear", "group")):
         shard_linear(layer, "sharded-to-all", group=Group(0, 4))
+
+
+def test_shard_linear_splits_ternary_layers(rng):
+    words = mx.array(rng.integers(0, 2**32, (48, 16), dtype=np.uint32))
+    layer = nn.TernaryLinear(words, mx.array(rng.normal(size=(48, 2)).astype(np.float16)), mx.array(rng.normal(size=48)))
+    x = mx.array(rng.normal(size=(3, 256)).astype(np.float32))
+    whole, total = to_numpy(layer(x)), 0
+    for r in range(2):
+        rows = shard_linear(layer, "all-to-sharded", group=Group(r, 2))
+        assert type(rows) is nn.TernaryAllToShardedLinear
+        assert_close(rows(x), whole[:, 24 * r : 24 * r + 24].astype(np.float64), 1e-5)
+        columns = shard_linear(layer, "sharded-to-all", group=Group(r, 2))
+        assert type(columns) is nn.TernaryShardedToAllLinear and columns.weight.shape == (48, 8)
+        total = total + tqext.ternary_matmul(x[:, 128 * r : 128 * r + 128], columns.weight, columns.scales)
+    assert_close(total + layer.bias, whole.astype(np.float64), 1e-5)
+    alone = shard_linear(layer, "sharded-to-all", group=mx.distributed.init())
+    assert_close(alone(x), whole.astype(np.float64), 1e-5)
 
 
 @pytest.mark.parametrize("segments", [2, [0.3]])

@@ -5,6 +5,7 @@ import json
 
 import gguf
 import mlx.core as mx
+import mlx.nn
 import mlx_lm.utils
 import numpy as np
 import pytest
@@ -240,12 +241,29 @@ def test_folded_qwen35_gguf_computes_what_the_unfolded_weights_do(tied, tmp_path
     path, model = write(tmp_path / "model.gguf", folded=True, tied=tied)
     again, _ = tqext.load(str(path))
     layer = again.language_model.model.layers[0].mlp.down_proj
-    assert type(layer).__name__ == "HadamardQuantizedLinear" and layer.block == BLOCK
-    if mx.default_device() == mx.cpu:
-        assert layer.scales.dtype == mx.float32 and again(mx.array([[1, 2]])).dtype == mx.float32
+    assert isinstance(layer, tqext.nn.TernaryLinear) and layer.block == BLOCK and layer.scales.dtype == mx.float16
+    assert len(tqext.nn.ternary_paths(again)) == 2 * 3 + 4 + 3 + (1 if tied else 2)
+    dtype = mx.float32 if mx.default_device() == mx.cpu else mx.float16
+    assert again(mx.array([[1, 2]])).dtype == dtype
+    # Scales that are float16 in the file are so whatever becomes of the model's other weights.
     again.set_dtype(mx.float32)
-    # mlx-lm's embedding gives fp16 all the same, 2**-11 of its values.
-    assert_close(logits(again), logits(model), 4e-3)
+    assert_close(logits(again), logits(model), 1e-4 if dtype == mx.float32 else 4e-3)
+
+
+@needs_folded_model
+def test_folded_layers_compute_what_mlx_lms_own_do(folded_file, tmp_path):
+    loader.convert(folded_file[0], tmp_path / "made", mx.float32)
+    theirs, _ = mlx_lm.utils.load_model(tmp_path / "made")
+    ours, _ = tqext.load(str(tmp_path / "made"))
+    tokens = mx.array([[3, 7, 11]])
+    # Their embedding rounds to fp16.
+    embedding = theirs.language_model.model.embed_tokens, ours.language_model.model.embed_tokens
+    assert_close(embedding[1](tokens), to_numpy(embedding[0](tokens)).astype(np.float64), 1e-3)
+    x = mx.random.normal((3, INNER))
+    down = [model.language_model.model.layers[0].mlp.down_proj for model in (theirs, ours)]
+    assert_close(down[1](x), to_numpy(down[0](x)).astype(np.float64), 1e-5)
+    with pytest.raises(ValueError, match=r"\[shard_linear\] layer: expected weights without a rotation"):
+        mlx.nn.layers.distributed.shard_linear(down[1], "all-to-sharded")
 
 
 @needs_folded_model

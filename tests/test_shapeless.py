@@ -16,7 +16,23 @@ from tqext import PackedKeys, PackedValues
 # TQEXT_FUZZ=100000 tries that many calls of every operator, others than the usual ones.
 CALLS = int(os.environ.get("TQEXT_FUZZ", 0))
 F32, F16, U32, I32, BOOL = mx.float32, mx.float16, mx.uint32, mx.int32, mx.bool_
-SIZES = {"B": 2, "H": 2, "Q": 4, "L": 3, "n": 70, "m": 2, "f": 4, "t": 9, "K": 83, "D": 64, "R": 5, "W": 8, "G": 2, "C": 256}
+SIZES = {
+    "B": 2,
+    "H": 2,
+    "Q": 4,
+    "L": 3,
+    "n": 70,
+    "m": 2,
+    "f": 4,
+    "t": 9,
+    "K": 83,
+    "D": 64,
+    "R": 5,
+    "W": 8,
+    "V": 16,
+    "G": 2,
+    "C": 256,
+}
 
 
 class Operator:
@@ -142,6 +158,10 @@ OPERATORS = {
         lambda x, weight, scales: tqext.q1_matmul(x, weight, scales),
         x=(F32, "n", "C"), weight=(U32, "R", "W"), scales=(F16, "R", "G"),
     ),
+    "ternary_matmul": Operator(
+        lambda x, weight, scales: tqext.ternary_matmul(x, weight, scales),
+        x=(F32, "n", "C"), weight=(U32, "R", "V"), scales=(F16, "R", "G"),
+    ),
 }  # fmt: skip
 # These reshape or slice by the traced numbers: other shapes are errors, also where the operator itself would take them.
 TRACED_SHAPES_ONLY = (
@@ -156,7 +176,7 @@ DEPENDENT = {
     "f": lambda s: {"K": s["f"] + s["n"] + s["t"]},
     "t": lambda s: {"K": s["f"] + s["n"] + s["t"]},
     "H": lambda s: {"Q": 2 * s["H"]},
-    "C": lambda s: {"W": s["C"] // 32, "G": s["C"] // 128},
+    "C": lambda s: {"W": s["C"] // 32, "V": s["C"] // 16, "G": s["C"] // 128},
 }
 
 

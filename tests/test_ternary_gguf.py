@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import q1_models
+import reference
 import tqext
 from support import assert_close, to_numpy
 from tqext import gguf as loader
@@ -197,6 +198,8 @@ def decoded_weights(model):
         if isinstance(layer, (mlx.nn.QuantizedLinear, mlx.nn.QuantizedEmbedding)):
             settings = {"group_size": layer.group_size, "bits": layer.bits}
             out[path] = to_numpy(mx.dequantize(layer.weight, layer.scales, layer.biases, **settings))
+        elif isinstance(layer, (tqext.nn.TernaryLinear, tqext.nn.TernaryEmbedding)):
+            out[path] = reference.ternary_weights(to_numpy(layer.weight), to_numpy(layer.scales))
     return out
 
 
@@ -206,7 +209,13 @@ def check_same(again, model, group_sizes):
     assert got.keys() == want.keys()
     for name, value in got.items():
         np.testing.assert_array_equal(value, want[name], err_msg=name)
-    assert {layer.group_size for _, layer in again.named_modules() if hasattr(layer, "bits")} == group_sizes
+    layers = {path: layer for path, layer in again.named_modules() if hasattr(layer, "bits")}
+    assert {layer.group_size for layer in layers.values()} == group_sizes
+    # What the kernels take is theirs, and takes 2.125 bits a weight.
+    ternary = {path: layer for path, layer in layers.items() if layer.group_size == 128}
+    assert sorted(tqext.nn.ternary_paths(again)) == sorted(ternary)
+    for path, layer in ternary.items():
+        assert 8 * (layer.weight.nbytes + layer.scales.nbytes) / got[path].size == 2.125 and "biases" not in layer
     assert_close(q1_models.logits(again), to_numpy(q1_models.logits(model)).astype(np.float64), 1e-5)
 
 
@@ -277,6 +286,7 @@ def test_conversion_to_bfloat16_rounds_scales_only(tmp_path):
     path, model = write(tmp_path / "model.gguf", "PQ2_0", "qwen3")
     loader.convert(path, tmp_path / "model", mx.bfloat16)
     again, _ = tqext.load(str(tmp_path / "model"))
+    assert again(mx.array([[1, 2]])).dtype == mx.bfloat16
     want = to_numpy(model.model.layers[0].mlp.up_proj.weight)
     got = decoded_weights(again)["model.layers.0.mlp.up_proj"]
     np.testing.assert_array_equal(np.sign(got), np.sign(want))

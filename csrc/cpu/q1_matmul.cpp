@@ -7,6 +7,7 @@
 
 #include "eval.h"
 #include "q1_matmul_kernels.h"
+#include "ternary_matmul.h"
 
 namespace tqext {
 
@@ -64,6 +65,7 @@ const T* contiguous_rows(const cpu::View& x, ptrdiff_t& stride, std::unique_ptr<
 struct Work {
   cpu::View x, weight, scales;
   void* out;
+  cpu::Q1MatmulKernel* kernel;
 
   void run() const {
     const int n_rows = weight.shape[0], n_inputs = int(x.n_rows()), n_cols = x.shape.back();
@@ -90,7 +92,6 @@ struct Work {
     const int tile = (n_inputs + n_tiles - 1) / n_tiles;
     const int share = n_rows / (2 * cpu::num_threads()) / kRowStep * kRowStep;
     const int rows = std::clamp(share, kMinRows, kMaxRows), n_chunks = cpu::row_blocks(n_rows, rows);
-    cpu::Q1MatmulKernel* const kernel = cpu::q1_matmul_kernel_of(cpu::active_isa());
     // Neighbouring tasks share their weights, which then come from a cache.
     cpu::parallel_for(n_chunks * n_tiles, [&](int task) {
       const int first = task % n_tiles * tile, count = std::min(tile, n_inputs - first);
@@ -116,12 +117,22 @@ struct Work {
   }
 };
 
+void multiply(const char* op, cpu::Q1MatmulKernel* kernel, mx::Stream stream, const std::vector<mx::array>& inputs,
+              mx::array& out) {
+  auto encoder = cpu::prepare(op, stream, inputs, {out});
+  encoder.dispatch([work = Work{cpu::View(inputs[0]), cpu::View(inputs[1]), cpu::View(inputs[2]), out.data<void>(), kernel}] {
+    work.run();
+  });
+}
+
 }  // namespace
 
 void Q1Matmul::eval_cpu(const std::vector<mx::array>& inputs, mx::array& out) {
-  auto encoder = cpu::prepare("q1_matmul", stream(), inputs, {out});
-  encoder.dispatch(
-      [work = Work{cpu::View(inputs[0]), cpu::View(inputs[1]), cpu::View(inputs[2]), out.data<void>()}] { work.run(); });
+  multiply("q1_matmul", cpu::q1_matmul_kernel_of(cpu::active_isa()), stream(), inputs, out);
+}
+
+void TernaryMatmul::eval_cpu(const std::vector<mx::array>& inputs, mx::array& out) {
+  multiply("ternary_matmul", cpu::ternary_matmul_kernel_of(cpu::active_isa()), stream(), inputs, out);
 }
 
 }  // namespace tqext

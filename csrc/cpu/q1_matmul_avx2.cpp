@@ -10,20 +10,20 @@
 #define TQ_AVX2 __attribute__((target("avx2,f16c,fma")))
 #define TQ_AVX2_INLINE __attribute__((target("avx2,f16c,fma"), always_inline)) inline
 
-// As the AVX-512 kernel, with tables of 8 floats: lane = row of 8, three columns a lookup. A word takes ten lookups of
-// three columns and one of two.
+// As the AVX-512 kernel, with tables of 8 floats: lane = row of 8, three bits a lookup. A word takes ten lookups of three bits
+// and one of two.
 
 namespace tqext::cpu {
 namespace {
 
-constexpr int kGroup = 128, kWords = kGroup / 32;
-constexpr int kTable = 8;         // floats
-constexpr int kLookups = 11;      // of a word
-constexpr int kTile = 8;          // rows
-constexpr int kPanelTables = 16;  // inputs * groups whose tables are built at a time: 22 KiB, L1 with room for weights
+constexpr int kGroup = 128, kQuad = 4;  // columns, words that are transposed together
+constexpr int kTable = 8;               // floats
+constexpr int kLookups = 11;            // of a word
+constexpr int kTile = 8;                // rows
+constexpr int kPanelTables = 16;  // inputs * groups of bits whose tables are built at a time: 22 KiB, L1 with room for weights
 
 struct Words {
-  __m256i word[kWords];  // lane = row
+  __m256i word[kQuad];  // lane = row
 };
 
 TQ_AVX2_INLINE __m256i load_pair(const uint32_t* w, ptrdiff_t stride) {  // rows 0 and 4
@@ -49,14 +49,25 @@ TQ_AVX2_INLINE __m256 load_scales(const uint16_t* s, ptrdiff_t stride) {
   return _mm256_cvtph_ps(_mm_unpacklo_epi64(four(s), four(s + 4 * stride)));
 }
 
+// Of the eight indices, what their bit `place` adds when it is bit b of a word.
+template <int kBits>
+TQ_AVX2_INLINE __m256 factors(int place, int b) {
+  const __m256i index = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), bit = _mm256_set1_epi32(1 << place);
+  return _mm256_blendv_ps(_mm256_set1_ps(BitFactor<kBits>::zero(b)), _mm256_set1_ps(BitFactor<kBits>::one(b)),
+                          _mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_and_si256(index, bit), bit)));
+}
+
 // The tables of one word of one input, `step` floats apart.
+template <int kBits>
 TQ_AVX2 void build_tables(const float* x, float* table, ptrdiff_t step) {
-  const __m256 sign0 = _mm256_setr_ps(-1, 1, -1, 1, -1, 1, -1, 1);
-  const __m256 sign1 = _mm256_setr_ps(-1, -1, 1, 1, -1, -1, 1, 1);
-  const __m256 sign2 = _mm256_setr_ps(-1, -1, -1, -1, 1, 1, 1, 1);
-  for (int i = 0; i < kLookups; ++i, x += 3, table += step) {
-    __m256 t = _mm256_fmadd_ps(sign1, _mm256_set1_ps(x[1]), _mm256_mul_ps(sign0, _mm256_set1_ps(x[0])));
-    if (i + 1 < kLookups) t = _mm256_fmadd_ps(sign2, _mm256_set1_ps(x[2]), t);  // the last has two columns
+  using Factor = BitFactor<kBits>;
+#pragma GCC unroll 11
+  for (int i = 0; i < kLookups; ++i, table += step) {
+    const int b = 3 * i;
+    __m256 t = _mm256_mul_ps(factors<kBits>(0, b), _mm256_set1_ps(x[Factor::column(b)]));
+    t = _mm256_fmadd_ps(factors<kBits>(1, b + 1), _mm256_set1_ps(x[Factor::column(b + 1)]), t);
+    // The last has two bits.
+    if (i + 1 < kLookups) t = _mm256_fmadd_ps(factors<kBits>(2, b + 2), _mm256_set1_ps(x[Factor::column(b + 2)]), t);
     _mm256_store_ps(table, t);
   }
 }
@@ -76,10 +87,10 @@ TQ_AVX2_INLINE void add_word(__m256i index, const float* tables, __m256 (&acc)[n
   }
 }
 
-template <int n_inputs>
+template <int kBits, int n_inputs>
 TQ_AVX2 void run(const Q1Matrix& m, const float* x, ptrdiff_t x_stride, int row_begin, int row_end, float* out,
                  ptrdiff_t out_stride) {
-  constexpr int kPanelGroups = kPanelTables / n_inputs;
+  constexpr int kWords = kGroup * kBits / 32, kPanelGroups = std::max(kPanelTables / (n_inputs * kBits), 1);
   constexpr int kWordTables = kLookups * n_inputs * kTable;
   constexpr int n_chains = n_inputs == 1 ? 4 : n_inputs == 2 ? 2 : 1;  // hides the latency of the addition
   alignas(32) float tables[kPanelGroups * kWords * kWordTables];
@@ -90,7 +101,8 @@ TQ_AVX2 void run(const Q1Matrix& m, const float* x, ptrdiff_t x_stride, int row_
     const int n_groups = std::min(kPanelGroups, m.n_groups - panel);
     for (int i = 0; i < n_inputs; ++i)
       for (int w = 0; w < n_groups * kWords; ++w)
-        build_tables(x + i * x_stride + panel * kGroup + w * 32, tables + w * kWordTables + i * kTable, n_inputs * kTable);
+        build_tables<kBits>(x + i * x_stride + panel * kGroup + w * (32 / kBits), tables + w * kWordTables + i * kTable,
+                            n_inputs * kTable);
     for (int tile = row_begin; tile < row_end; tile += kTile) {
       const int n_rows = std::min(kTile, row_end - tile);
       const uint32_t* weight = m.weight + tile * m.weight_stride + panel * kWords;
@@ -110,17 +122,20 @@ TQ_AVX2 void run(const Q1Matrix& m, const float* x, ptrdiff_t x_stride, int row_
 #pragma GCC unroll 8
       for (int i = 0; i < n_inputs; ++i) total[i] = _mm256_setzero_ps();
       for (int g = 0; g < n_groups; ++g) {
-        if (g % 4 == 0 && n_rows == kTile)  // a cache line holds four groups
+        if (g * kWords % 16 == 0 && n_rows == kTile)  // a cache line holds 16 words
           for (int r = 0; r < kTile; ++r)
             _mm_prefetch(reinterpret_cast<const char*>(weight + (kTile + r) * weight_stride + g * kWords), _MM_HINT_T0);
-        const Words words = load_words(weight + g * kWords, weight_stride);
         __m256 acc[n_inputs][n_chains];
 #pragma GCC unroll 8
         for (int i = 0; i < n_inputs; ++i)
           for (int c = 0; c < n_chains; ++c) acc[i][c] = _mm256_setzero_ps();
         const float* const group_tables = tables + g * kWords * kWordTables;
+#pragma GCC unroll 1
+        for (int quad = 0; quad < kWords; quad += kQuad) {
+          const Words words = load_words(weight + g * kWords + quad, weight_stride);
 #pragma GCC unroll 4
-        for (int w = 0; w < kWords; ++w) add_word(words.word[w], group_tables + w * kWordTables, acc);
+          for (int w = 0; w < kQuad; ++w) add_word(words.word[w], group_tables + (quad + w) * kWordTables, acc);
+        }
         const __m256 scale = load_scales(scales + g, scale_stride);
 #pragma GCC unroll 8
         for (int i = 0; i < n_inputs; ++i) {
@@ -144,7 +159,12 @@ TQ_AVX2 void run(const Q1Matrix& m, const float* x, ptrdiff_t x_stride, int row_
 
 void q1_matmul_avx2(const Q1Matrix& m, const float* x, ptrdiff_t x_stride, int n_inputs, int row_begin, int row_end, float* out,
                     ptrdiff_t out_stride) {
-  with_inputs(n_inputs, [&]<int n>() { run<n>(m, x, x_stride, row_begin, row_end, out, out_stride); });
+  with_inputs(n_inputs, [&]<int n>() { run<1, n>(m, x, x_stride, row_begin, row_end, out, out_stride); });
+}
+
+void ternary_matmul_avx2(const Q1Matrix& m, const float* x, ptrdiff_t x_stride, int n_inputs, int row_begin, int row_end,
+                         float* out, ptrdiff_t out_stride) {
+  with_inputs(n_inputs, [&]<int n>() { run<2, n>(m, x, x_stride, row_begin, row_end, out, out_stride); });
 }
 
 }  // namespace tqext::cpu

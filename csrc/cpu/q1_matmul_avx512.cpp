@@ -15,7 +15,8 @@
 
 // A register of 16 floats is a table of the 16 signed sums of four inputs, and vpermps looks 16 rows up in it at
 // once: lane = row, and the low four bits of a lane are the sign bits of its next four columns. One lookup and one
-// addition serve 64 weights (a masked addition serves 16 and needs a mask register loaded for each).
+// addition serve 64 weights (a masked addition serves 16 and needs a mask register loaded for each). Of codes with two bits
+// the four bits are two columns: twice the lookups for twice the bytes.
 //
 // One row of x: 16 rows of 128 columns are 288 bytes, 32 lookups, 32 additions, 28 shifts and 20 shuffles, on two ports
 // 21 ns at 2.7 GHz; with the lines moved from memory and L2 it takes 41 ns, where the machine reads as many bytes in
@@ -26,14 +27,14 @@
 namespace tqext::cpu {
 namespace {
 
-constexpr int kGroup = 128, kWords = kGroup / 32, kLookups = kGroup / 4;
-constexpr int kTable = 16;        // floats
-constexpr int kTile = 32;         // rows: two index registers share each table that is loaded
-constexpr int kPanelTables = 32;  // inputs * groups whose tables are built at a time: 64 KiB of L2
+constexpr int kGroup = 128, kQuad = 4;  // columns, words that are transposed together by load_words
+constexpr int kTable = 16;              // floats
+constexpr int kTile = 32;               // rows: two index registers share each table that is loaded
+constexpr int kPanelTables = 32;        // inputs * groups of bits whose tables are built at a time: 64 KiB of L2
 
 // Word w of 16 rows, lane = row.
 struct Words {
-  __m512i word[kWords];
+  __m512i word[kQuad];
 };
 
 TQ_AVX512_INLINE __m512i load_quarter(const uint32_t* w, ptrdiff_t stride) {  // rows 0, 4, 8, 12: four words each
@@ -104,7 +105,16 @@ TQ_AVX512_INLINE __m512 load_scales(const ScalePair& pair, int group) {
   return _mm512_cvtph_ps(_mm256_load_si256(reinterpret_cast<const __m256i*>(pair[group % 2])));
 }
 
+template <int kBits>
 TQ_AVX512 void build_tables(const float* x, int n_lookups, float* table, ptrdiff_t step) {
+  if constexpr (kBits == 2) {
+    const __m512i index = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), one = _mm512_set1_epi32(1);
+    const __m512 factor0 = _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_and_si512(index, _mm512_set1_epi32(3)), one));
+    const __m512 factor1 = _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_srli_epi32(index, 2), one));
+    for (int i = 0; i < n_lookups; ++i, x += 2, table += step)
+      _mm512_store_ps(table, _mm512_fmadd_ps(factor1, _mm512_set1_ps(x[1]), _mm512_mul_ps(factor0, _mm512_set1_ps(x[0]))));
+    return;
+  }
   const __m512 minus = _mm512_set1_ps(-1), plus = _mm512_set1_ps(1);
   const __m512 sign0 = _mm512_mask_blend_ps(0xaaaa, minus, plus), sign1 = _mm512_mask_blend_ps(0xcccc, minus, plus);
   const __m512 sign2 = _mm512_mask_blend_ps(0xf0f0, minus, plus), sign3 = _mm512_mask_blend_ps(0xff00, minus, plus);
@@ -135,30 +145,34 @@ TQ_AVX512_INLINE void add_word(__m512i index0, __m512i index1, const float* tabl
 }
 
 // One group of one tile, before the scale.
-template <int n_inputs>
+template <int kWords, int n_inputs>
 TQ_AVX512_INLINE void tile_group(const uint32_t* w, ptrdiff_t stride, const float* tables, __m512 (&sum)[2][n_inputs]) {
   constexpr int n_chains = n_inputs == 1 ? 2 : 1;  // hides the latency of the addition
   __m512 acc[2][n_inputs][n_chains];
 #pragma GCC unroll 8
   for (int i = 0; i < n_inputs; ++i)
     for (int c = 0; c < n_chains; ++c) acc[0][i][c] = acc[1][i][c] = _mm512_setzero_ps();
-  const Words low = load_words(w, stride), high = load_words(w + 16 * stride, stride);
-  if constexpr (n_inputs <= 2) {
-#pragma GCC unroll 4
-    for (int k = 0; k < kWords; ++k) add_word(low.word[k], high.word[k], tables + k * 8 * n_inputs * kTable, acc);
-  } else {
 #pragma GCC unroll 1
-    for (int k = 0; k < kWords; ++k) add_word(low.word[k], high.word[k], tables + k * 8 * n_inputs * kTable, acc);
+  for (int quad = 0; quad < kWords; quad += kQuad, w += kQuad) {
+    const Words low = load_words(w, stride), high = load_words(w + 16 * stride, stride);
+    if constexpr (n_inputs <= 2) {
+#pragma GCC unroll 4
+      for (int k = 0; k < kQuad; ++k, tables += 8 * n_inputs * kTable) add_word(low.word[k], high.word[k], tables, acc);
+    } else {
+#pragma GCC unroll 1
+      for (int k = 0; k < kQuad; ++k, tables += 8 * n_inputs * kTable) add_word(low.word[k], high.word[k], tables, acc);
+    }
   }
 #pragma GCC unroll 8
   for (int i = 0; i < n_inputs; ++i)
     for (int t = 0; t < 2; ++t) sum[t][i] = n_chains == 2 ? _mm512_add_ps(acc[t][i][0], acc[t][i][n_chains - 1]) : acc[t][i][0];
 }
 
-template <int n_inputs>
+template <int kBits, int n_inputs>
 TQ_AVX512 void run(const Q1Matrix& m, const float* x, ptrdiff_t x_stride, int row_begin, int row_end, float* out,
                    ptrdiff_t out_stride) {
-  constexpr int kPanelGroups = kPanelTables / n_inputs;
+  constexpr int kWords = kGroup * kBits / 32, kLookups = 8 * kWords;
+  constexpr int kPanelGroups = std::max(kPanelTables / (n_inputs * kBits), 1);
   constexpr int kTurn = 256;  // rows that use a group's tables while these are in L1
   alignas(64) float tables[kPanelGroups * kLookups * n_inputs * kTable];
   alignas(64) ScalePair scales[(kPanelGroups + 1) / 2][kTurn / 16];
@@ -168,7 +182,7 @@ TQ_AVX512 void run(const Q1Matrix& m, const float* x, ptrdiff_t x_stride, int ro
   for (int panel = 0; panel < m.n_groups; panel += kPanelGroups) {
     const int n_groups = std::min(kPanelGroups, m.n_groups - panel);
     for (int i = 0; i < n_inputs; ++i)
-      build_tables(x + i * x_stride + panel * kGroup, n_groups * kLookups, tables + i * kTable, n_inputs * kTable);
+      build_tables<kBits>(x + i * x_stride + panel * kGroup, n_groups * kLookups, tables + i * kTable, n_inputs * kTable);
     for (int turn = row_begin; turn < row_end; turn += kTurn) {
       const int turn_end = std::min(turn + kTurn, row_end);
       const int last_tile = turn + (turn_end - turn) / kTile * kTile;  // the one that is not full, if any
@@ -197,7 +211,7 @@ TQ_AVX512 void run(const Q1Matrix& m, const float* x, ptrdiff_t x_stride, int ro
           const ptrdiff_t stride = full ? m.weight_stride : kPanelGroups * kWords;
           const uint32_t* weight = full ? m.weight + tile * stride + panel * kWords : padded_weight;
           __m512 acc[2][n_inputs];
-          tile_group<n_inputs>(weight + g * kWords, stride, tables + g * kLookups * n_inputs * kTable, acc);
+          tile_group<kWords, n_inputs>(weight + g * kWords, stride, tables + g * kLookups * n_inputs * kTable, acc);
           const ScalePair* const scale = scales[g / 2] + (tile - turn) / 16;
           const __m512 scale0 = load_scales(scale[0], g), scale1 = load_scales(scale[1], g);
 #pragma GCC unroll 8
@@ -226,8 +240,8 @@ TQ_AVX512 void run(const Q1Matrix& m, const float* x, ptrdiff_t x_stride, int ro
 }
 
 constexpr int kTallTile = 64;    // rows that share each table that is loaded
-constexpr int kTallGroups = 96;  // groups whose tables are built at a time: 192 KiB of L2
-constexpr int kLineGroups = 4;   // groups of a row in a cache line
+constexpr int kTallTables = 96;  // groups of bits whose tables are built at a time: 192 KiB of L2
+constexpr int kLineWords = 16;   // of a row in a cache line
 
 // Reads ahead, line by line and row after row as they lie in memory; line by line over all rows was 17 % slower, two
 // groups' lines at once 18 % (matrices beyond the last-level cache, Cascade Lake).
@@ -270,14 +284,16 @@ TQ_AVX512 __attribute__((noinline)) void stage_line(const uint32_t* weight, ptrd
 }
 
 // One row of x, kTallTile rows of the weight or more.
+template <int kBits>
 TQ_AVX512 void run_one(const Q1Matrix& m, const float* x, int row_begin, int row_end, float* out) {
-  constexpr int kParts = kTallTile / 16;
+  constexpr int kWords = kGroup * kBits / 32, kLookups = 8 * kWords, kTallGroups = kTallTables / kBits;
+  constexpr int kParts = kTallTile / 16, kLineGroups = kLineWords / kWords;
   auto* const tables = static_cast<float*>(scratch(kTallGroups * kLookups * kTable * sizeof(float)));
-  alignas(64) uint32_t words[2][kLineGroups * kWords][kTallTile];  // of the line in use, and of the next
+  alignas(64) uint32_t words[2][kLineWords][kTallTile];  // of the line in use, and of the next
   alignas(64) ScalePair scales[16][kParts];
   for (int panel = 0; panel < m.n_groups; panel += kTallGroups) {
     const int n_groups = std::min(kTallGroups, m.n_groups - panel);
-    build_tables(x + panel * kGroup, n_groups * kLookups, tables, kTable);
+    build_tables<kBits>(x + panel * kGroup, n_groups * kLookups, tables, kTable);
     Ahead<kWords * 4> weight_ahead(m.weight + row_begin * m.weight_stride + panel * kWords, n_groups, m.weight_stride * 4);
     Ahead<2> scales_ahead(m.scales + row_begin * m.scale_stride + panel, n_groups, m.scale_stride * 2);
     for (int done = row_begin; done < row_end; done += kTallTile) {
@@ -297,7 +313,8 @@ TQ_AVX512 void run_one(const Q1Matrix& m, const float* x, int row_begin, int row
           for (int t = 0; t < kParts; ++t)
             transpose_scales(scale + 16 * t * m.scale_stride + g, m.scale_stride, std::min(32, n_groups - g), &scales[0][t],
                              kParts);
-        if (const int next = (g / kLineGroups + 1) * kLineGroups; next < n_groups) stage(next, g % kLineGroups);
+        if (const int next = (g / kLineGroups + 1) * kLineGroups; next < n_groups)
+          for (int t = g % kLineGroups; t < kParts; t += kLineGroups) stage(next, t);
         weight_ahead.fetch();
         scales_ahead.fetch();
         const float* table = tables + g * kLookups * kTable;
@@ -339,8 +356,14 @@ TQ_AVX512 void run_one(const Q1Matrix& m, const float* x, int row_begin, int row
 
 void q1_matmul_avx512(const Q1Matrix& m, const float* x, ptrdiff_t x_stride, int n_inputs, int row_begin, int row_end,
                       float* out, ptrdiff_t out_stride) {
-  if (n_inputs == 1 && row_end - row_begin >= kTallTile) return run_one(m, x, row_begin, row_end, out);
-  with_inputs(n_inputs, [&]<int n>() { run<n>(m, x, x_stride, row_begin, row_end, out, out_stride); });
+  if (n_inputs == 1 && row_end - row_begin >= kTallTile) return run_one<1>(m, x, row_begin, row_end, out);
+  with_inputs(n_inputs, [&]<int n>() { run<1, n>(m, x, x_stride, row_begin, row_end, out, out_stride); });
+}
+
+void ternary_matmul_avx512(const Q1Matrix& m, const float* x, ptrdiff_t x_stride, int n_inputs, int row_begin, int row_end,
+                           float* out, ptrdiff_t out_stride) {
+  if (n_inputs == 1 && row_end - row_begin >= kTallTile) return run_one<2>(m, x, row_begin, row_end, out);
+  with_inputs(n_inputs, [&]<int n>() { run<2, n>(m, x, x_stride, row_begin, row_end, out, out_stride); });
 }
 
 }  // namespace tqext::cpu

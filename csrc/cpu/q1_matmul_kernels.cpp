@@ -18,4 +18,20 @@ Q1MatmulKernel* q1_matmul_kernel_of([[maybe_unused]] Isa isa) {
   }
 }
 
+Q1MatmulKernel* ternary_matmul_kernel_of([[maybe_unused]] Isa isa) {
+  switch (isa) {
+#if defined(__x86_64__)
+    case Isa::kAvx2:
+      return ternary_matmul_avx2;
+    case Isa::kAvx512:
+      return ternary_matmul_avx512;
+#elif defined(__aarch64__)
+    case Isa::kNeonDotprod:
+      return ternary_matmul_neon_dotprod;
+#endif
+    default:
+      return ternary_matmul_portable;
+  }
+}
+
 }  // namespace tqext::cpu

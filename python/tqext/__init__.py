@@ -23,6 +23,7 @@ else:
         q1_dequantize,
         q1_matmul,
         q1_quantize,
+        ternary_matmul,
     )
     from tqext.ops import (
         PackedKeys,
@@ -117,6 +118,7 @@ __all__ = [
     "quantize_values",
     "rotate",
     "shared_prefix_attention",
+    "ternary_matmul",
     "turboquant_attention",
     "uninstall",
     "upgrade",

@@ -16,7 +16,7 @@ from mlx_lm.utils import dequantize_model
 
 from tqext.mlx_lm import hooks
 from tqext.mlx_lm.packages import AnyModel
-from tqext.one_bit.nn import q1_paths
+from tqext.one_bit.nn import q1_paths, ternary_paths
 from tqext.protocols import ModuleTree
 
 # A model of any class: it is given back.
@@ -47,10 +47,10 @@ def for_evaluation(model: M) -> M:
     """A model with its weights, also 4-bit and 16-bit ones, in fp32 and `use_blas` where MLX runs on a Linux CPU.
 
     MLX's half-precision and quantised products are up to a hundred times slower there. Everywhere else, and if some layer is
-    quantised otherwise (1-bit weights), the model stays as it is.
+    quantised otherwise (1-bit, ternary weights), the model stays as it is.
     """
     tree = cast(nn.Module, model)
-    if not is_faster() or q1_paths(tree):
+    if not is_faster() or q1_paths(tree) or ternary_paths(tree):
         return model
     if any(isinstance(layer, (nn.QuantizedLinear, nn.QuantizedEmbedding)) for layer in tree.modules()):
         tree = dequantize_model(tree)

@@ -1,4 +1,4 @@
-"""Layers with 1-bit weights, under the name by which other programs import them; see `tqext.one_bit.nn`."""
+"""Layers with 1-bit and ternary weights, under the name by which other programs import them; see `tqext.one_bit.nn`."""
 
 from tqext.one_bit.nn import (
     GROUP_SIZE,
@@ -7,10 +7,15 @@ from tqext.one_bit.nn import (
     Q1Linear,
     Q1ShardedToAllLinear,
     Swap,
+    TernaryAllToShardedLinear,
+    TernaryEmbedding,
+    TernaryLinear,
+    TernaryShardedToAllLinear,
     from_quantized,
     insert_empty,
     q1_paths,
     quantize,
+    ternary_paths,
 )
 
 __all__ = [
@@ -20,8 +25,13 @@ __all__ = [
     "Q1Linear",
     "Q1ShardedToAllLinear",
     "Swap",
+    "TernaryAllToShardedLinear",
+    "TernaryEmbedding",
+    "TernaryLinear",
+    "TernaryShardedToAllLinear",
     "from_quantized",
     "insert_empty",
     "q1_paths",
     "quantize",
+    "ternary_paths",
 ]

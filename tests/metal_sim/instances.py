@@ -39,6 +39,8 @@ INSTANCES = {
         'TQ_Q1_MATVEC("a", half, 1, 4)',
         'TQ_Q1_MATVEC("b", bfloat, 8, 1)',
         'TQ_Q1_MATMUL("c", bfloat)',
+        'TQ_TERNARY_MATVEC("f", half, 1, 4)',
+        'TQ_TERNARY_MATVEC("g", bfloat, 8, 2)',
         'TQ_Q1_QUANTIZE("d", half)',
         'TQ_Q1_DEQUANTIZE("e", bfloat)',
     ],

@@ -538,7 +538,7 @@ def rotate(device, x, inverse=False):
 def _q1(device, op, dtype, sizes, buffers):
     """sizes: n_inputs, n_rows, n_groups, x_stride, weight_stride, scale_stride."""
     params = np.array(sizes, np.int32)
-    kind = ["matmul", "quantize", "dequantize"].index(op)
+    kind = ["matmul", "quantize", "dequantize", "ternary"].index(op)
     plan = json.loads(plans().tq_plan_q1(kind, TYPES.index(dtype), params.ctypes.data_as(ctypes.c_void_p)))
     if 0 in plan["grid"]:
         return
@@ -553,7 +553,7 @@ def _rows(device, x) -> np.ndarray:
     return np.ascontiguousarray(array).reshape(int(np.prod(array.shape[:-1])), array.shape[-1])
 
 
-def q1_matmul(device, x, weight, scales):
+def q1_matmul(device, x, weight, scales, op="matmul"):
     """`tqext.q1_matmul`."""
     rows, words, halves = _rows(device, x), _rows(device, weight), _rows(device, scales)
     out = sim.Output((*x.shape[:-1], weight.shape[0]), _numpy_type(x.dtype))
@@ -561,8 +561,13 @@ def q1_matmul(device, x, weight, scales):
         steps = [y.strides[0] // y.itemsize for y in (rows, words, halves)]
         names = {"kQ1X": rows, "kQ1Weight": words, "kQ1Scales": halves}
         buffers = {name: buffer_of(y) for name, y in names.items() if y.size} | {"kQ1Out": out}
-        _q1(device, "matmul", x.dtype, [rows.shape[0], words.shape[0], halves.shape[1], *steps], buffers)
+        _q1(device, op, x.dtype, [rows.shape[0], words.shape[0], halves.shape[1], *steps], buffers)
     return _to_mx(out.array, x.dtype)
+
+
+def ternary_matmul(device, x, weight, scales):
+    """The kernel of `tqext.ternary_matmul`, which the operator calls for up to 8 rows of x, for any number of them."""
+    return q1_matmul(device, x, weight, scales, "ternary")
 
 
 def q1_quantize(device, w):

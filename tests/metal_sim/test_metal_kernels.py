@@ -109,6 +109,10 @@ def test_matvec_reads_every_weight_byte_once(checked):
         metal_ops.q1_matmul(checked, mx.ones((n, 1280)), weight, mx.ones((37, 10), mx.float16))
         ((_, stats),) = checked.log
         assert stats.buffer_read[metal_ops.ENUM["kQ1Weight"]] == weight.nbytes
+        checked.reset()
+        metal_ops.ternary_matmul(checked, mx.ones((n, 640)), weight, mx.ones((37, 5), mx.float16))
+        ((_, stats),) = checked.log
+        assert stats.buffer_read[metal_ops.ENUM["kQ1Weight"]] == weight.nbytes
 
 
 # --- realistic sizes, schedules ---------------------------------------------------------------------------------------

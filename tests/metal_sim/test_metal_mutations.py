@@ -440,7 +440,7 @@ def test_mutation_of_a_rounding_is_caught_by_3000_tokens(name):
 
 
 Q1_MUTATIONS = {
-    "columns of the next group": ("q1_matvec", "byte / 16]", "byte / 32]", 2),
+    "columns of the next group": ("q1_matvec", "byte / kGroupBytes]", "byte / (2 * kGroupBytes)]", 2),
     "rows beyond the last one": ("q1_matvec", "if (row0 + r >= p.n_rows || !mine) continue;", "if (!mine) continue;", 2),
     "tile staged without a barrier": ("q1_matmul", BARRIER, "", 9),
     "sign of the wrong bit": ("q1_matmul", "8 * (step % 4) + row)", "8 * (step % 4) + column)", 9),

@@ -71,6 +71,8 @@ MOST = {
     ("turboquant_encode", "TQ_QUANTIZE_VALUES_LLOYD", "half, 128, 3"): (44, 0, 1000, []),
     ("q1_matmul", "TQ_Q1_MATVEC", "half, 1, 4"): (82, 0, 1100, [750]),
     ("q1_matmul", "TQ_Q1_MATVEC", "half, 8, 1"): (150, 17, 2000, [1050]),
+    ("q1_matmul", "TQ_TERNARY_MATVEC", "half, 1, 4"): (60, 0, 650, [400]),
+    ("q1_matmul", "TQ_TERNARY_MATVEC", "half, 8, 2"): (148, 20, 2100, [1060]),
 }
 
 

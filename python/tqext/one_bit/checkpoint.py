@@ -28,7 +28,7 @@ _LOAD_STEP = "1-bit"
 
 
 def hook() -> None:
-    """Let ``mlx_lm.utils.load_model`` load 1-bit checkpoints into `tqext.nn` layers; other models load as before."""
+    """Let ``mlx_lm.utils.load_model`` load 1-bit and ternary checkpoints into `tqext.nn` layers; others load as before."""
     hooks.add_load_step(_LOAD_STEP, _load_model)
 
 
@@ -129,6 +129,8 @@ def save(folder: str | Path, model: Module, config: Config, tokenizer: SavedToke
     folder = Path(folder)
     if not nn.q1_paths(model):
         raise ValueError("[save] model: expected 1-bit layers, got none")
+    if ternary := nn.ternary_paths(model):
+        raise ValueError(f"[save] model: expected no ternary layers beside 1-bit ones, got {ternary[0]}")
     mlx_lm.utils.save_model(folder, model)
     write_config(folder, config)
     if tokenizer is not None:

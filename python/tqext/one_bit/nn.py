@@ -1,7 +1,12 @@
-"""Layers with 1-bit weights (Q1_0: sign bits, one float16 scale per 128 weights), and the ways to get them."""
+"""Layers with 1-bit weights (Q1_0: sign bits) and ternary ones (codes of two bits), and the ways to get them.
+
+Both have one float16 scale per 128 weights.
+"""
 
 from __future__ import annotations
 
+import math
+import sys
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -12,13 +17,15 @@ from mlx.nn.layers import distributed
 from mlx.utils import tree_flatten, tree_unflatten
 
 from tqext._ext import format as _format
-from tqext._ext import q1_dequantize, q1_matmul, q1_quantize
+from tqext._ext import q1_dequantize, q1_matmul, q1_quantize, ternary_matmul
 
 GROUP_SIZE = _format.Q1_GROUP
 # float16 keeps 11 bits: a scale that needs more, or is out of its range, is not one of this format.
 _SCALE_TOLERANCE = 2.0**-11
 # What MLX's shard_linear cuts.
 _AFFINE_PARAMETERS = ("weight", "scales", "biases", "bias")
+# mlx-lm's layers whose weights have a rotation of their inputs folded in; the module is there when such a model is.
+_FOLDED_MODULE = "mlx_lm.models.prism_hadamard_qwen35"
 
 
 class _Q1Module(nn.Module):
@@ -103,6 +110,112 @@ class Q1Embedding(_Q1Module):
         return cls(weight, scales, embedding.weight.dtype)
 
 
+class _TernaryModule(nn.Module):
+    """Codes of two bits and scales, with the rotation that is folded into them, if there is one."""
+
+    def __init__(self, weight: mx.array, scales: mx.array, block: int = 0, signs: mx.array | None = None) -> None:
+        super().__init__()
+        self.group_size = GROUP_SIZE
+        self.bits = 2
+        self.mode = "ternary"  # as that of Q1 layers: unknown to MLX
+        self.block = block
+        self.weight = weight
+        self.scales = scales
+        if block:
+            self.signs = signs if signs is not None else mx.ones(self._columns(), mx.float32)
+
+    def _columns(self) -> int:
+        return int(self["weight"].shape[1]) * 16
+
+    def _product(self, x: mx.array) -> mx.array:
+        if self.block:
+            x = _rotated(x.astype(mx.float32) * self["signs"], self.block).astype(x.dtype)
+        return ternary_matmul(x, self["weight"], self._half_scales())
+
+    def _half_scales(self) -> mx.array:
+        """``set_dtype`` of a model makes other types of them."""
+        scales = self["scales"]
+        return scales if scales.dtype == mx.float16 else scales.astype(mx.float16)
+
+    def _extra_repr(self) -> str:
+        fold = f", block={self.block}" if self.block else ""
+        return f"input_dims={self._columns()}, output_dims={self.weight.shape[0]}, bias={'bias' in self}, ternary{fold}"
+
+
+def _rotated(x: mx.array, block: int) -> mx.array:
+    """Normalised Walsh-Hadamard matrix times each block of the last axis."""
+    return mx.hadamard_transform(x.reshape(-1, block), scale=1 / math.sqrt(block)).reshape(x.shape)
+
+
+class TernaryLinear(_TernaryModule):
+    """Linear layer with ternary weights: ``y = x @ W.T + bias``, with ``W`` never decoded: 2.125 bits per weight.
+
+    Args:
+        weight: uint32 ``[output_dims, input_dims / 16]``, codes 0, 1, 2 for ``-scale``, 0, ``+scale``, low bits first.
+        scales: float16 ``[output_dims, input_dims / 128]``.
+        bias: ``[output_dims]`` or None.
+        block: Inputs that are rotated together before the product (a power of two; by the normalised Walsh-Hadamard matrix),
+            for weights that have this rotation folded in. 0: none.
+        signs: float32 ``[input_dims]`` of -1 and 1, which multiply the inputs before the rotation; None: all 1.
+    """
+
+    def __init__(
+        self,
+        weight: mx.array,
+        scales: mx.array,
+        bias: mx.array | None = None,
+        *,
+        block: int = 0,
+        signs: mx.array | None = None,
+    ) -> None:
+        super().__init__(weight, scales, block, signs)
+        if bias is not None:
+            self.bias = bias
+        self.freeze()
+
+    def __call__(self, x: mx.array) -> mx.array:
+        y = self._product(x)
+        return y + self["bias"] if "bias" in self else y
+
+
+class TernaryEmbedding(_TernaryModule):
+    """Embedding with ternary weights.
+
+    Args:
+        weight: uint32 ``[num_embeddings, dims / 16]``.
+        scales: float16 ``[num_embeddings, dims / 128]``.
+        dtype: Of the vectors that come out.
+        block: As for `TernaryLinear`; a row is rotated back.
+        signs: As for `TernaryLinear`.
+    """
+
+    def __init__(
+        self,
+        weight: mx.array,
+        scales: mx.array,
+        dtype: mx.Dtype = mx.float16,
+        *,
+        block: int = 0,
+        signs: mx.array | None = None,
+    ) -> None:
+        super().__init__(weight, scales, block, signs)
+        self.dtype = dtype
+        self.freeze()
+
+    def __call__(self, x: mx.array) -> mx.array:
+        scales = self._half_scales()[x]
+        if self.dtype != mx.float16:  # which holds the scales; a bf16 row is rounded once, at the end
+            scales = scales.astype(mx.float32)
+        rows = mx.dequantize(self["weight"][x], scales, -scales, group_size=GROUP_SIZE, bits=2)
+        if self.block:
+            rows = _rotated(rows.astype(mx.float32), self.block) * self["signs"]
+        return rows.astype(self.dtype)
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        """``x`` times the transposed embedding: the logits of a model with tied embeddings."""
+        return self._product(x)
+
+
 class Q1AllToShardedLinear(Q1Linear):
     """Q1Linear whose output rows are split over a group (see ``mlx.nn.AllToShardedLinear``)."""
 
@@ -123,19 +236,39 @@ class Q1ShardedToAllLinear(Q1Linear):
         return y + self["bias"] if "bias" in self else y
 
 
+class TernaryAllToShardedLinear(TernaryLinear):
+    """TernaryLinear whose output rows are split over a group (see ``mlx.nn.AllToShardedLinear``)."""
+
+    def __init__(self, weight: mx.array, scales: mx.array, bias: mx.array | None, group: mx.distributed.Group) -> None:
+        super().__init__(weight, scales, bias)
+        self.group = group
+
+
+class TernaryShardedToAllLinear(TernaryLinear):
+    """TernaryLinear whose input columns are split over a group, with the sum over it (``mlx.nn.ShardedToAllLinear``)."""
+
+    def __init__(self, weight: mx.array, scales: mx.array, bias: mx.array | None, group: mx.distributed.Group) -> None:
+        super().__init__(weight, scales, bias)
+        self.group = group
+
+    def __call__(self, x: mx.array) -> mx.array:
+        y = mx.distributed.all_sum(self._product(x), group=self.group)
+        return y + self["bias"] if "bias" in self else y
+
+
 def _support_shard_linear() -> None:
-    """Let ``mlx.nn``'s shard_linear, which knows Linear and takes the rest for affine, split Q1Linear too.
+    """Let ``mlx.nn``'s shard_linear, which knows Linear and takes the rest for affine, split the layers here too.
 
     Models hold shard_linear by name, so the two constructors that it looks up when it is called are the place to hook in.
     """
 
-    def extend(affine: Any, ours: Any, columns: bool) -> None:
+    def extend(affine: Any, one_bit: Any, ternary: Any, columns: bool) -> None:
         previous = affine.from_quantized_linear
 
         def from_quantized_linear(
             layer: nn.Module, *, segments: int | list[int] = 1, group: mx.distributed.Group | None = None
         ) -> nn.Module:
-            if not isinstance(layer, Q1Linear):
+            if not isinstance(layer, (Q1Linear, TernaryLinear)):
                 if unknown := sorted(set(layer.parameters()) - set(_AFFINE_PARAMETERS)):
                     # MLX would drop it without a word; mlx-lm's Hadamard-folded layers rotate their inputs by it.
                     raise ValueError(
@@ -143,17 +276,23 @@ def _support_shard_linear() -> None:
                         f"{type(layer).__name__} with {unknown[0]}: split the model's layers (a pipeline) and not its heads"
                     )
                 return previous(layer, segments=segments, group=group)
+            if isinstance(layer, TernaryLinear) and layer.block:
+                raise ValueError(
+                    f"[shard_linear] layer: expected weights without a rotation of their inputs, got blocks of {layer.block}, "
+                    "which may not be cut"
+                )
             group = group or mx.distributed.init()
+            ours = one_bit if isinstance(layer, Q1Linear) else ternary
             return ours(**_shard_parameters(layer, columns, segments, group), group=group)
 
         affine.from_quantized_linear = staticmethod(from_quantized_linear)
 
-    extend(distributed.QuantizedAllToShardedLinear, Q1AllToShardedLinear, columns=False)
-    extend(distributed.QuantizedShardedToAllLinear, Q1ShardedToAllLinear, columns=True)
+    extend(distributed.QuantizedAllToShardedLinear, Q1AllToShardedLinear, TernaryAllToShardedLinear, columns=False)
+    extend(distributed.QuantizedShardedToAllLinear, Q1ShardedToAllLinear, TernaryShardedToAllLinear, columns=True)
 
 
 def _shard_parameters(
-    layer: Q1Linear, columns: bool, segments: int | list[int], group: mx.distributed.Group
+    layer: Q1Linear | TernaryLinear, columns: bool, segments: int | list[int], group: mx.distributed.Group
 ) -> dict[str, mx.array | None]:
     size, rank = group.size(), group.rank()
     n = layer.scales.shape[1] if columns else layer.scales.shape[0]
@@ -192,13 +331,17 @@ class Swap:
     Attributes:
         swapped: Paths of the layers that are 1-bit now.
         kept: Paths of the candidates that were left as they were, with the reason.
+        ternary: Paths of the layers that are ternary now.
     """
 
     swapped: list[str] = field(default_factory=list)
     kept: dict[str, str] = field(default_factory=dict)
+    ternary: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         text = f"{len(self.swapped)} layers with 1-bit weights"
+        if self.ternary:
+            text += f", {len(self.ternary)} with ternary ones"
         if self.kept:
             path, reason = next(iter(self.kept.items()))
             text += f", {len(self.kept)} left as they were ({path}: {reason})"
@@ -209,14 +352,16 @@ _AFFINE_LINEAR = (nn.QuantizedLinear, distributed.QuantizedAllToShardedLinear, d
 
 
 def from_quantized(model: nn.Module, *, strict: bool = True) -> Swap:
-    """Replace MLX's affine 1-bit layers by Q1 layers, in place: 1.125 instead of 1.25 bits per weight.
+    """Replace MLX's affine 1-bit layers by Q1 layers, and 2-bit ones with ternary weights by ternary layers, in place.
 
-    An affine weight is ``scale * bit + bias``; it is ``+-scale / 2`` where the bias is ``-scale / 2``, which is checked. Works
-    before and after ``model.shard``.
+    An affine weight is ``scale * code + bias``. With one bit it is ``+-scale / 2`` where the bias is ``-scale / 2``, which is
+    checked: 1.125 instead of 1.25 bits per weight. With two bits it is ternary where the bias is ``-scale``: 2.125 instead of
+    2.25 bits (2.5 with float32 scales); layers with other biases, or scales that float16 does not hold, stay. mlx-lm's folded
+    layers ('Bonsai 2') keep their rotation. Works before and after ``model.shard``, with two bits before it.
 
     Args:
-        model: Any module; layers that are not affine with one bit and groups of 128 stay.
-        strict: Raise where biases are not ``-scales / 2``, else leave the layer.
+        model: Any module; layers that are not affine with groups of 128 stay.
+        strict: Raise where biases of one bit are not ``-scales / 2``, else leave the layer.
 
     Returns:
         What was replaced and what was not.
@@ -227,6 +372,10 @@ def from_quantized(model: nn.Module, *, strict: bool = True) -> Swap:
     swap = Swap()
     replaced: list[tuple[str, nn.Module]] = []
     for path, layer in _leaves(model):
+        if ternary := _ternary_layer(layer):
+            replaced.append((path, ternary))
+            swap.ternary.append(path)
+            continue
         affine = isinstance(layer, (*_AFFINE_LINEAR, nn.QuantizedEmbedding))
         if not affine or layer.bits != 1 or getattr(layer, "mode", "affine") != "affine":
             continue
@@ -295,6 +444,11 @@ def q1_paths(model: nn.Module) -> list[str]:
     return [path for path, layer in _leaves(model) if isinstance(layer, _Q1Module)]
 
 
+def ternary_paths(model: nn.Module) -> list[str]:
+    """Paths of the ternary layers of a model."""
+    return [path for path, layer in _leaves(model) if isinstance(layer, _TernaryModule)]
+
+
 def _leaves(model: nn.Module) -> list[tuple[str, Any]]:
     return tree_flatten(model.leaf_modules(), is_leaf=lambda m: isinstance(m, nn.Module))  # type: ignore[return-value]
 
@@ -324,6 +478,29 @@ def _why_not_q1(layer: Any) -> str | None:
     if n := lost.sum().item():
         return f"scales: expected halves that float16 holds, got others in {n} of {scales.size} groups"
     return None
+
+
+def _ternary_layer(layer: Any) -> nn.Module | None:
+    """The ternary layer that computes what an affine 2-bit layer does, None if there is none."""
+    folded: Any = sys.modules.get(_FOLDED_MODULE)
+    is_folded = folded is not None and isinstance(layer, folded.HadamardQuantizedLinear)  # the embedding is one too
+    if not is_folded and type(layer) not in (nn.QuantizedLinear, nn.QuantizedEmbedding):
+        return None
+    if (layer.bits, layer.group_size, getattr(layer, "mode", "affine")) != (2, GROUP_SIZE, "affine"):
+        return None
+    if layer.get("biases") is None:
+        return None
+    given = layer.scales.astype(mx.float32)
+    scales = layer.scales.astype(mx.float16)
+    same = mx.all(scales.astype(mx.float32) == given) & mx.all(layer.biases.astype(mx.float32) == -given)
+    if not same.item():
+        return None
+    mx.eval(scales)
+    block = layer.block if is_folded else 0
+    signs = layer.signs if block else None
+    if isinstance(layer, folded.HadamardQuantizedEmbedding if is_folded else nn.QuantizedEmbedding):
+        return TernaryEmbedding(layer.weight, scales, layer.scales.dtype, block=block, signs=signs)
+    return TernaryLinear(layer.weight, scales, layer.get("bias"), block=block, signs=signs)
 
 
 def _q1_layer(layer: Any, scales: mx.array) -> nn.Module:
