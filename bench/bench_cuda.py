@@ -12,6 +12,7 @@ import argparse
 import gc
 import importlib.util
 import math
+import os
 import statistics
 import time
 from pathlib import Path
@@ -287,6 +288,7 @@ def ternary(copy):
 
     Of many rows also the weights decoded for the call, and the kernel for a few rows, eight at a time.
     """
+    os.environ["TQEXT_TERNARY_KERNEL"] = "1"  # else MLX's product is called
     for out, cols in TERNARY_MATRICES:
         n_bytes = out * cols * 2.125 / 8
         weights = [(words(out, cols // 16), halves(out, cols // 128)) for _ in range(max(2, min(8, int(150e6 / n_bytes) + 1)))]

@@ -13,6 +13,7 @@ import tqext
 from support import DTYPES, assert_close, error_line, to_numpy
 
 pytestmark = pytest.mark.usefixtures("device")
+os.environ.setdefault("TQEXT_TERNARY_KERNEL", "1")  # the CUDA kernel is to be asked for
 
 # The last rounding, to the result's type; sums are fp32. Relative to the largest output.
 TOLERANCE = {mx.float32: 1e-5, mx.float16: 6e-4, mx.bfloat16: 5e-3}
