@@ -333,7 +333,8 @@ Example:
         R"(``x @ W.T`` with ternary weights: ``y[r] = sum over groups g of scale[r, g] * sum((code - 1) * x)``, on the codes.
 
 A weight is ``scale * (code - 1)``. The words are those of MLX's affine 2-bit weights with groups of 128, whose biases are
-``-scales``. On a GPU more than 8 rows of x take ``mx.quantized_matmul`` over the same words; sums are fp32 otherwise.
+``-scales``. With Metal more than 8 rows of x, and with CUDA any number of them unless ``TQEXT_TERNARY_KERNEL=1``, take
+``mx.quantized_matmul`` over the same words; sums are fp32 otherwise.
 
 Args:
     x (array): float32, float16 or bfloat16 ``[..., cols]``; any strides.

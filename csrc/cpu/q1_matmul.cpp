@@ -128,11 +128,11 @@ void multiply(const char* op, cpu::Q1MatmulKernel* kernel, mx::Stream stream, co
 }  // namespace
 
 void Q1Matmul::eval_cpu(const std::vector<mx::array>& inputs, mx::array& out) {
-  multiply("q1_matmul", cpu::q1_matmul_kernel_of(cpu::active_isa()), stream(), inputs, out);
+  multiply("q1_matmul", cpu::matmul_kernel_of(cpu::active_isa(), 1), stream(), inputs, out);
 }
 
 void TernaryMatmul::eval_cpu(const std::vector<mx::array>& inputs, mx::array& out) {
-  multiply("ternary_matmul", cpu::ternary_matmul_kernel_of(cpu::active_isa()), stream(), inputs, out);
+  multiply("ternary_matmul", cpu::matmul_kernel_of(cpu::active_isa(), 2), stream(), inputs, out);
 }
 
 }  // namespace tqext

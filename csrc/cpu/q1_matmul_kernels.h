@@ -30,8 +30,8 @@ using Q1MatmulKernel = void(const Q1Matrix& w, const float* x, ptrdiff_t x_strid
 Q1MatmulKernel q1_matmul_portable, q1_matmul_avx2, q1_matmul_avx512, q1_matmul_neon_dotprod;
 Q1MatmulKernel ternary_matmul_portable, ternary_matmul_avx2, ternary_matmul_avx512, ternary_matmul_neon_dotprod;
 
-TQ_CORE Q1MatmulKernel* q1_matmul_kernel_of(Isa isa);
-TQ_CORE Q1MatmulKernel* ternary_matmul_kernel_of(Isa isa);
+// bits: 1, or 2 for ternary weights.
+TQ_CORE Q1MatmulKernel* matmul_kernel_of(Isa isa, int bits);
 
 // A weight is a sum over its bits. What bit b of a word adds, as a factor of the x of its column: a product, so that NaN in x
 // reaches every row whatever its bits.

@@ -68,7 +68,7 @@ int check(Isa isa, int every) {
       for (int n_inputs = 1; n_inputs <= kQ1MaxInputs; n_inputs++)
         for (int bits : {1, 2}) {
           if ((cols > 1000 && rows > 70) || n++ % every != 0) continue;
-          Q1MatmulKernel* const kernel = bits == 1 ? q1_matmul_kernel_of(isa) : ternary_matmul_kernel_of(isa);
+          Q1MatmulKernel* const kernel = matmul_kernel_of(isa, bits);
           const double error = error_of(kernel, bits, rows, rows > 60 ? 5 : 0, cols, n_inputs);
           worst[bits - 1] = std::fmax(worst[bits - 1], error);
           if (error <= kTolerance) continue;

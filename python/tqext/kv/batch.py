@@ -15,7 +15,7 @@ from tqext.kv.buffers import Buffers
 from tqext.kv.cache import TurboQuantKVCache
 from tqext.kv.codec import Codec, History, check_balance
 from tqext.kv.columns import CODED, FIRST, TAIL, Columns, Ints, StreamColumns, note_mask
-from tqext.kv.prefix import MIN_SHARE, NO_IDS, Ids, Prefix, distinct_roots, is_worth_sharing, new_ids, sharing
+from tqext.kv.prefix import NO_IDS, Ids, Prefix, distinct_roots, is_wasteful, is_worth_sharing, new_ids, sharing
 from tqext.kv.prefixed_snapshot import Groups, PrefixedSnapshot
 from tqext.kv.schedule import (
     BLOCK,
@@ -800,7 +800,7 @@ class BatchTurboQuantKVCache(Buffers):
             return prefix.shortened(n_coded)
         parts = self._coded_parts(row, 0, n_coded)
         first = self._first if prefix is None else prefix.first
-        if prefix is None and (len(self._counts) > 1 or n_coded < MIN_SHARE * self._packed[0].shape[2]):
+        if prefix is None and (len(self._counts) > 1 or is_wasteful(n_coded, self._packed[0].shape[2])):
             # Not the others' tokens as well.
             parts = self._codec.resized(parts, n_coded)
         if prefix is None and first is not None:

@@ -12,7 +12,7 @@ from tqext._ext import append_token
 from tqext.kv import state as saved
 from tqext.kv.buffers import Buffers
 from tqext.kv.codec import Codec, History, check_balance
-from tqext.kv.prefix import MIN_SHARE, NO_IDS, Ids, Prefix, is_worth_sharing, new_ids
+from tqext.kv.prefix import NO_IDS, Ids, Prefix, is_wasteful, is_worth_sharing, new_ids
 from tqext.kv.schedule import (
     BLOCK,
     check_max_size,
@@ -600,7 +600,7 @@ class TurboQuantKVCache(Buffers):
         if n_own:
             packed = stored(self._codec.stores(parts, 0, base.n_coded, self._codec.cut(self._packed, 0, n_own)))
         else:
-            wasteful = base.n_coded < MIN_SHARE * base.root.n_coded
+            wasteful = is_wasteful(base.n_coded, base.root.n_coded)
             packed = self._codec.resized(parts, coded_room(base.n_coded)) if wasteful else parts
         vars(self).update(_base=None, _packed=packed, _now=None)
 

@@ -105,7 +105,7 @@ class Prefix:
             return self
         found = self._shorter.get(n_coded)
         if found is None:
-            if n_coded < MIN_SHARE * self.root.n_coded:
+            if is_wasteful(n_coded, self.root.n_coded):
                 parts, root = self._codec.resized(self.parts(0, n_coded), n_coded), None
             else:
                 parts, root = self._parts, self.root
@@ -117,6 +117,11 @@ class Prefix:
 def is_worth_sharing(n_coded: int) -> bool:
     """Whether so many coded tokens get their own place when caches begin with them."""
     return n_coded >= MIN_SHARED
+
+
+def is_wasteful(n_coded: int, n_held: int) -> bool:
+    """Whether buffers of `n_held` coded tokens are too large to be kept for so many of them."""
+    return n_coded < MIN_SHARE * n_held
 
 
 def distinct_roots(prefixes: Sequence[Prefix | None]) -> dict[int, int]:
