@@ -288,7 +288,6 @@ def ternary(copy):
 
     Of many rows also the weights decoded for the call, and the kernel for a few rows, eight at a time.
     """
-    os.environ["TQEXT_TERNARY_KERNEL"] = "1"  # else MLX's product is called
     for out, cols in TERNARY_MATRICES:
         n_bytes = out * cols * 2.125 / 8
         weights = [(words(out, cols // 16), halves(out, cols // 128)) for _ in range(max(2, min(8, int(150e6 / n_bytes) + 1)))]

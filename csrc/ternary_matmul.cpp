@@ -1,7 +1,6 @@
 #include "ternary_matmul.h"
 
-#include <cstdlib>
-#include <string_view>
+#include <optional>
 
 #include "check_arrays.h"
 #include "cpu/environment.h"
@@ -33,21 +32,30 @@ mx::array affine_product(const mx::array& x, const mx::array& weight, const mx::
   // Its CUDA kernels refuse rows that do not follow each other; what lies so already is not copied.
   const mx::array words = mx::contiguous(weight, false, stream);
   const mx::array factors = mx::contiguous(mx::astype(scales, type, stream), false, stream);
+  const mx::array biases = mx::negative(factors, stream);
   const mx::array rows = mx::astype(x.ndim() == 1 ? mx::expand_dims(x, 0, stream) : x, type, stream);
-  const mx::array y =
-      mx::quantized_matmul(rows, words, factors, mx::negative(factors, stream), true, kTernaryGroup, 2, "affine", stream);
+  mx::array y = rows;
+#ifdef __APPLE__
+  constexpr bool decoded = false;
+#else
+  // A tile of MLX's CUDA product of fp32 has 64 KB from 33 rows on, more than its launch asks for.
+  const bool decoded = type == mx::float32;
+#endif
+  if (decoded) {
+    const mx::array dense = mx::dequantize(words, factors, biases, kTernaryGroup, 2, "affine", std::nullopt, type, stream);
+    y = mx::matmul(rows, mx::transpose(dense, stream), stream);
+  } else {
+    y = mx::quantized_matmul(rows, words, factors, biases, true, kTernaryGroup, 2, "affine", stream);
+  }
   return mx::astype(x.ndim() == 1 ? mx::squeeze(y, 0, stream) : y, x.dtype(), stream);
 }
 
 // Rows of x up to which a GPU's own kernel computes; of more, MLX's product.
-int gpu_rows() {
-#ifdef __APPLE__
-  return kTernaryGpuRows;
-#else
-  // The tests of the CUDA kernel have not passed on a GPU yet, so it is to be asked for.
-  const char* asked = std::getenv("TQEXT_TERNARY_KERNEL");
-  return asked && std::string_view(asked) == "1" ? kTernaryGpuRows : 0;
+int64_t gpu_rows([[maybe_unused]] mx::Dtype type) {
+#ifndef __APPLE__
+  if (type != mx::float16) return kTernaryDecodedRows;
 #endif
+  return kTernaryGpuRows;
 }
 
 }  // namespace
@@ -56,7 +64,7 @@ mx::array ternary_matmul(const mx::array& x, const mx::array& weight, const mx::
   check_product(x, weight, scales);
   const mx::Stream stream = mx::to_stream(s);
   cpu::check_environment(stream);
-  if (stream.device == mx::Device::gpu && int64_t(x.size()) > int64_t(gpu_rows()) * x.shape(-1) && weight.size() > 0) {
+  if (stream.device == mx::Device::gpu && int64_t(x.size()) > gpu_rows(x.dtype()) * x.shape(-1) && weight.size() > 0) {
     return affine_product(x, weight, scales, stream);
   }
   auto primitive = std::make_shared<TernaryMatmul>(stream);

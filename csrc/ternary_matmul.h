@@ -30,7 +30,7 @@ class TernaryMatmul : public mx::UnaryPrimitive {
   bool is_equivalent(const Primitive&) const override { return true; }
 };
 
-// Rows of x up to which a GPU's own kernels are faster.
-constexpr int kTernaryGpuRows = 8;
+// Rows of x up to which a GPU's own kernels compute; on CUDA, of x that MLX would multiply with weights decoded to fp32.
+constexpr int kTernaryGpuRows = 8, kTernaryDecodedRows = 64;
 
 }  // namespace tqext
