@@ -11,8 +11,8 @@ larger than the last-level cache.
 import argparse
 import gc
 import importlib.util
+import itertools
 import math
-import os
 import statistics
 import time
 from pathlib import Path
@@ -280,10 +280,11 @@ def q1(copy):
 
 
 # A feed-forward layer and the head of Qwen3.5-27B.
+TERNARY_ROWS = (1, 2, 4, 7, 8, 16, 32, 64, 512)
 TERNARY_MATRICES = ((17408, 5120), (5120, 17408), (248320, 5120))
 
 
-def ternary(copy):
+def ternary(copy, rows=TERNARY_ROWS):
     """Beside MLX's product of the same words with float16 scales and biases, and fp16 weights.
 
     Of many rows also the weights decoded for the call, and the kernel for a few rows, eight at a time.
@@ -298,9 +299,8 @@ def ternary(copy):
         settings = {"group_size": 128, "bits": 2}
         kernel = mx.compile(tqext.ternary_matmul, shapeless=True)  # traced with one row, it stays the kernel with many
         kernel(halves(1, cols), *weights[0])
-        for n, dtype in ((16, "float16"), (1, "float16"), (8, "float16"), (64, "float16"), (512, "float16"), (32, "float16"),
-                         (2, "float16"), (4, "float16"), (16, "bfloat16"), (512, "bfloat16"), (1, "bfloat16")):  # fmt: skip
-            if (n > 8 or dtype != "float16") and out > 100000:
+        for n, dtype in itertools.product(rows, ("float16", "bfloat16")):
+            if (n > 8 or dtype != "float16") and out > 100000 or dtype != "float16" and n not in (1, 16, 512):
                 continue
             x = halves(n, cols).astype(getattr(mx, dtype))
             mx.eval(x)
@@ -454,6 +454,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--only", nargs="*", choices=list(parts), default=list(parts))
+    parser.add_argument("--rows", type=int, nargs="*", default=TERNARY_ROWS, help="of x, for `ternary`")
     parser.add_argument("--weights", nargs="*", choices=list(CASES), default=list(CASES), help="of the model")
     parser.add_argument("--budget", type=float, default=math.inf, help="seconds for each kind of weights of the model")
     arguments = parser.parse_args()
@@ -463,9 +464,9 @@ def main():
     copy = copy_bandwidth()
     print(f"{mx.device_info()['device_name']}: MLX copies {copy:.0f} GB/s", flush=True)
     for name in arguments.only:
-        options = {"weights": arguments.weights, "budget": arguments.budget} if name == "model" else {}
+        options = {"model": {"weights": arguments.weights, "budget": arguments.budget}, "ternary": {"rows": arguments.rows}}
         rows = []
-        for row in parts[name](copy, **options):
+        for row in parts[name](copy, **options.get(name, {})):
             rows.append({key: round(x, 3) if isinstance(x, float) else x for key, x in row.items() if x is not None})
             print(name, rows[-1], flush=True)
             if arguments.json:  # after each row: a long run that is cut off keeps what it has

@@ -13,6 +13,7 @@ QWEN3_8B = {
     "head_dim": 128,
     "rms_norm_eps": 1e-6,
     "rope_theta": 1e6,
+    "max_position_embeddings": 262144,
     "vocab_size": 151936,
     "tie_word_embeddings": False,
 }

@@ -333,8 +333,9 @@ Example:
         R"(``x @ W.T`` with ternary weights: ``y[r] = sum over groups g of scale[r, g] * sum((code - 1) * x)``, on the codes.
 
 A weight is ``scale * (code - 1)``. The words are those of MLX's affine 2-bit weights with groups of 128, whose biases are
-``-scales``. More than 8 rows of x on a GPU take ``mx.quantized_matmul`` over the same words; with CUDA float32 and bfloat16
-rows take the kernel up to 64, and then weights decoded to float32 and TF32 products. Sums are fp32 otherwise.
+``-scales``. More than 8 rows of x with Metal, and more than 7 float16 rows with CUDA, take ``mx.quantized_matmul`` over the
+same words; more than 24 rows of other types with CUDA take weights decoded to float32 and TF32 products. Sums are fp32
+otherwise.
 
 Args:
     x (array): float32, float16 or bfloat16 ``[..., cols]``; any strides.

@@ -52,10 +52,11 @@ mx::array affine_product(const mx::array& x, const mx::array& weight, const mx::
 
 // Rows of x up to which a GPU's own kernel computes; of more, MLX's product.
 int64_t gpu_rows([[maybe_unused]] mx::Dtype type) {
-#ifndef __APPLE__
-  if (type != mx::float16) return kTernaryDecodedRows;
+#ifdef __APPLE__
+  return kTernaryMetalRows;
+#else
+  return type == mx::float16 ? kTernaryCudaRows : kTernaryCudaWideRows;
 #endif
-  return kTernaryGpuRows;
 }
 
 }  // namespace

@@ -30,7 +30,8 @@ class TernaryMatmul : public mx::UnaryPrimitive {
   bool is_equivalent(const Primitive&) const override { return true; }
 };
 
-// Rows of x up to which a GPU's own kernels compute; on CUDA, of x that MLX would multiply with weights decoded to fp32.
-constexpr int kTernaryGpuRows = 8, kTernaryDecodedRows = 64;
+// Rows of x up to which a GPU's own kernels compute. On CUDA, beyond them: float16 rows by MLX's product of the codes, others
+// by its product with weights decoded to fp32.
+constexpr int kTernaryMetalRows = 8, kTernaryCudaRows = 7, kTernaryCudaWideRows = 24;
 
 }  // namespace tqext

@@ -260,13 +260,22 @@ mx::array composed_attention(const mx::array& queries, const PackedKeys& k, cons
   auto tokens_of = [&](const mx::array& x, int begin, int end) {
     return mx::slice(x, {0, 0, begin, 0}, {x.shape(0), x.shape(1), end, x.shape(3)}, s);
   };
+  // The caller's tokens may lie anywhere. MLX's products on CUDA read past the end of what lies at an odd address, or refuse
+  // it.
+  auto aligned = [&](const mx::array& x) {
+#ifdef __APPLE__
+    return x;
+#else
+    return s.device == mx::Device::gpu ? mx::multiply(x, mx::array(1, x.dtype()), s) : x;
+#endif
+  };
   auto attend_exact = [&](const std::optional<ExactTokens>& tokens, int column, int n_tokens) {
     for (int begin = 0; begin < n_tokens; begin += n_columns) {
       const int end = std::min(begin + n_columns, n_tokens);
       // In the query's type, as everywhere.
       const mx::array keys = mx::astype(tokens_of(after(tokens->first), begin, end), q.dtype(), s);
-      attend(column + begin, end - begin, mx::astype(keys, score_type, s),
-             mx::astype(tokens_of(after(tokens->second), begin, end), q.dtype(), s));
+      attend(column + begin, end - begin, aligned(mx::astype(keys, score_type, s)),
+             aligned(mx::astype(tokens_of(after(tokens->second), begin, end), q.dtype(), s)));
     }
   };
   attend_exact(options.first, 0, n.n_first);

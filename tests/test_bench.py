@@ -13,6 +13,7 @@ import mlx_lm
 import numpy as np
 import pytest
 from mlx.utils import tree_map
+from mlx_lm.models import qwen3
 
 from tiny import make_llama, save_chat_folder
 from tqext import agents, models
@@ -30,6 +31,7 @@ import bench_by_position  # noqa: E402
 import bench_multi_gpu  # noqa: E402
 import code_tasks  # noqa: E402
 import fetch_models  # noqa: E402
+import shapes  # noqa: E402
 import texts  # noqa: E402
 
 
@@ -50,6 +52,10 @@ def bench(*args, check=True):
     done = subprocess.run(command, cwd=BENCH.parent, capture_output=True, text=True, check=False, timeout=600)
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
+
+
+def test_the_shape_of_the_8b_model_makes_a_model():
+    qwen3.ModelArgs.from_dict(shapes.QWEN3_8B)
 
 
 def test_quality_by_position_writes_rows_and_goes_on(folder, text, tmp_path):
