@@ -300,7 +300,7 @@ def ternary(copy, rows=TERNARY_ROWS):
         kernel = mx.compile(tqext.ternary_matmul, shapeless=True)  # traced with one row, it stays the kernel with many
         kernel(halves(1, cols), *weights[0])
         for n, dtype in itertools.product(rows, ("float16", "bfloat16")):
-            if (n > 8 or dtype != "float16") and out > 100000 or dtype != "float16" and n not in (1, 16, 512):
+            if ((n > 8 or dtype != "float16") and out > 100000) or (dtype != "float16" and n not in (1, 16, 512)):
                 continue
             x = halves(n, cols).astype(getattr(mx, dtype))
             mx.eval(x)

@@ -117,6 +117,8 @@ void latent_attention(const TurboQuantAttention::State& state, const AttentionIn
   const int most = std::max(1, std::min(device_info(device).n_multiprocessors / blocks, n_tiles / 2));
   p.splits = std::min<int>(most, kMaxLatentSplits);
 
+  limit_work_ahead(in.q, stream);
+
   constexpr size_t kSmall = size_t(1) << 20;
   const size_t results_size = size_t(blocks) * p.splits * variant.rows * (variant.dim + 2);
   mx::array results({int(blocks), p.splits, variant.rows * (variant.dim + 2)}, mx::float32, nullptr, std::vector<mx::array>{});

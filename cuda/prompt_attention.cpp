@@ -179,6 +179,8 @@ bool prompt_attention(const TurboQuantAttention::State& state, const AttentionIn
   const size_t result = size_t(variant.rows) * (variant.value_dim + 2) * sizeof(float);
   const int splits = count_splits(blocks, n_tiles, resident, result * blocks);
 
+  limit_work_ahead(q, stream);
+
   // What is large is MLX's, which counts it and gives it back; what is small costs less as this backend's own.
   constexpr size_t kSmallOutput = size_t(1) << 20, kSmallResults = size_t(1) << 22;
   const size_t result_bytes = splits > 1 ? result * blocks * splits : 0;

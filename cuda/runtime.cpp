@@ -3,6 +3,8 @@
 #include <dlfcn.h>
 
 #include <algorithm>
+#include <chrono>
+#include <condition_variable>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -417,6 +419,42 @@ Workspace workspace(mx::Stream stream, size_t zeroed, size_t bytes) {
     found = by_stream.emplace(stream, Workspace{memory, zeros, size}).first;
   }
   return found->second;
+}
+
+namespace {
+
+// Parts of a stream's work that have been started by limit_work_ahead and are not done.
+struct WorkAhead {
+  std::mutex mutex;
+  std::condition_variable done;
+  std::map<mx::Stream, int> parts;
+};
+WorkAhead& work_ahead() {
+  static auto* all = new WorkAhead;  // leaked: handlers may run while the process ends
+  return *all;
+}
+
+}  // namespace
+
+void limit_work_ahead(const mx::array& q, mx::Stream stream) {
+  constexpr int kMostParts = 2, kFewTokens = 64;
+  constexpr size_t kSmall = size_t(2) << 20;
+  constexpr std::chrono::seconds kPatience{5};  // a device that has failed calls no handlers, and MLX reports it
+  if (q.shape(2) < kFewTokens || q.nbytes() < kSmall) return;
+  WorkAhead& ahead = work_ahead();
+  auto& encoder = mx::cu::get_command_encoder(stream);
+  {
+    std::lock_guard lock(ahead.mutex);
+    ahead.parts[stream]++;
+  }
+  encoder.add_completed_handler([stream, &ahead] {
+    std::lock_guard lock(ahead.mutex);
+    ahead.parts[stream]--;
+    ahead.done.notify_all();
+  });
+  encoder.commit();
+  std::unique_lock lock(ahead.mutex);
+  ahead.done.wait_for(lock, kPatience, [&] { return ahead.parts[stream] <= kMostParts; });
 }
 
 void depend_on(mx::cu::CommandEncoder& encoder, const std::vector<mx::array>& inputs) {

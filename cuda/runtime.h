@@ -29,6 +29,7 @@ class CommandEncoder {
   __attribute__((weak)) void add_completed_handler(std::function<void()> handler);
   __attribute__((weak)) void add_kernel_node_raw(CUfunc_st* kernel, dim3 grid, dim3 block, dim3 cluster, uint32_t shared_bytes,
                                                  void** arguments);
+  __attribute__((weak)) void commit();
 };
 __attribute__((weak)) CommandEncoder& get_command_encoder(Stream stream);
 
@@ -92,6 +93,11 @@ struct Workspace {
 Workspace workspace(mx::Stream stream, size_t zeroed, size_t bytes);
 // After a launch that failed: whether the zeroed bytes are zero is not known any more. The next kernel gets other memory.
 void forget_workspace(mx::Stream stream);
+
+// Before the attention of a prompt's layer: starts what the stream has to do so far, and waits until all but two such parts are
+// done. MLX starts a hundred kernels at once and waits after ten times as many, which is most of a model's layers: all their
+// temporary arrays would be in memory together. Few query tokens have small ones, and nothing is done for them.
+void limit_work_ahead(const mx::array& q, mx::Stream stream);
 
 // Says that the next kernel reads these arrays. Of arrays without elements MLX may have none in memory.
 void depend_on(mx::cu::CommandEncoder& encoder, const std::vector<mx::array>& inputs);
