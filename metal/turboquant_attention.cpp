@@ -112,6 +112,7 @@ void TurboQuantAttention::eval_gpu(const std::vector<mx::array>& inputs, mx::arr
   if (in.indices) {
     shape.has_indices = 1;
     shape.n_listed = in.indices->shape(3);
+    shape.n_lists = in.indices->shape(2);
     shape.indices = metal::broadcast_strides(*in.indices);
     bind(kAttentionIndices, *in.indices);
   }
