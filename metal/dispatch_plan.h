@@ -174,7 +174,7 @@ enum : int {
   kMaxRowBlocks = 8,     // of the matrix kernel: 64 rows, 256 threads
   kMatrixGroups = 4,     // simdgroups per threadgroup that the matrix kernel aims at
   kListedQueries = 16,   // a draft's; more: MLX's operations gather the tokens for the prompt kernel
-  kLatentQueries = 8,    // a step's; more rows: products of matrices by MLX's own kernels
+  kLatentQueries = 64,   // a step's, as caches have it; a prompt's are products of matrices by MLX's own kernels
   kPromptRange = 512,    // fewest tokens of a threadgroup of the prompt kernel that are worth a rotation of its rows
 };
 
@@ -740,7 +740,16 @@ inline std::vector<Dispatch> pipelines_of_a_layer(AttentionShape s, bool has_mea
     const bool known = std::any_of(all.begin(), all.end(), [&](const Dispatch& x) { return x.same_pipeline(d); });
     if (!known) all.push_back(d);
   };
-  if (has_attention_kernel(s.head_dim, s.value_dim, s.hadamard)) {
+  if (s.latent && has_latent_kernel(s.head_dim, 1)) {
+    // Steps of any number of tokens, before and after the first block is coded. Scores of rotary keys come as a mask.
+    s.n_queries = s.n_tail = 1;
+    s.mask_kind = kMaskFloat;
+    for (int n_coded : {0, int(kBlockTokens)}) {
+      s.n_coded = n_coded;
+      s.means_kind = has_means && n_coded > 0 ? kMeansHalf : kMeansNone;
+      for (const Dispatch& d : plan_attention(s).dispatches) add(d);
+    }
+  } else if (!s.latent && has_attention_kernel(s.head_dim, s.value_dim, s.hadamard)) {
     // Prompts of a few tokens, and chunks of long ones.
     for (int n_queries : {16, 128, 512, 2048}) {
       s.n_queries = n_queries;
@@ -757,6 +766,15 @@ inline std::vector<Dispatch> pipelines_of_a_layer(AttentionShape s, bool has_mea
   tokens.head_dim = s.head_dim;
   tokens.bits = s.key_bits;
   add(plan_encode(EncodeOp::kQuantizeKeys, tokens).dispatch);
+  if (s.latent) {
+    // Pieces of a prompt are decoded in the type of the exact latents, those of composed attention in that of the scores, and
+    // the tokens that a model's sparse attention has picked in fp32.
+    for (Type type : {token_type, s.type, Type::kFloat32}) {
+      tokens.type = type;
+      add(plan_encode(EncodeOp::kDequantizeLevels, tokens).dispatch);
+    }
+    return all;
+  }
   tokens.head_dim = s.value_dim;
   tokens.bits = s.value_bits;
   const bool lloyd = s.value_coding == kValueLloyd;

@@ -164,6 +164,7 @@ int prepare_pipelines(const LayerShapes& layer) {
   shape.has_balance = layer.has_balance;
   shape.has_residual = layer.has_residual;
   shape.has_sinks = layer.has_sinks;
+  shape.latent = layer.latent;
   shape.n_cores = metal::gpu_cores(s);
   const auto all = metal::pipelines_of_a_layer(shape, layer.has_means, metal::type_of(layer.token_dtype), layer.has_window);
   for (const metal::Dispatch& d : all) metal::prepare(s, d);
