@@ -392,7 +392,7 @@ Example:
       "prepare_pipelines",
       [](int n_q_heads, int n_kv_heads, int head_dim, int value_dim, mx::Dtype query_dtype, mx::Dtype token_dtype, int key_bits,
          int value_bits, const std::string& coding, const std::string& rotation, bool means, bool balance, bool qjl, bool sinks,
-         bool window) {
+         bool window, bool latent) {
         return tqext::prepare_pipelines({.n_q_heads = n_q_heads,
                                          .n_kv_heads = n_kv_heads,
                                          .head_dim = head_dim,
@@ -407,10 +407,12 @@ Example:
                                          .has_balance = balance,
                                          .has_residual = qjl,
                                          .has_sinks = sinks,
-                                         .has_window = window});
+                                         .has_window = window,
+                                         .latent = latent});
       },
       nb::kw_only(), "n_q_heads"_a, "n_kv_heads"_a, "head_dim"_a, "value_dim"_a, "query_dtype"_a, "token_dtype"_a, "key_bits"_a,
       "value_bits"_a, "value_coding"_a, "rotation"_a, "means"_a, "balance"_a, "qjl"_a, "sinks"_a, "window"_a = false,
+      "latent"_a = false,
       "Compiles the Metal kernels that a layer's cache will launch, before its first prompt; returns their number. 0, and "
       "nothing is done, on the CPU and on CUDA.");
   m.def("num_threads", &tqext::cpu::num_threads, "Threads of the CPU kernels; TQEXT_NUM_THREADS overrides the number.");

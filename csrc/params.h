@@ -33,7 +33,7 @@ struct AttentionParams {
   int32_t n_first, n_coded, n_tail;
   int32_t n_ranges, range_tokens;  // of coded tokens: partial results of a KV head, tokens of a threadgroup
   int32_t n_exact_ranges;          // kExactRange each, or all
-  int32_t n_listed, unused;        // tokens of a list, of which ranges are then; and 4 bytes of a multiple of 8
+  int32_t n_listed, n_lists;       // tokens of a list, of which ranges are then; lists of a KV head: 1 or n_queries
   int32_t n_parts;                 // partial results of a KV head, coded ranges first
   int32_t row_blocks;              // matrix kernel: blocks of 8 rows that share a staged tile
   int32_t group_words;             // matrix kernel: threadgroup memory of the simdgroups that share a tile

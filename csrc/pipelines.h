@@ -30,6 +30,7 @@ struct LayerShapes {
   int key_bits, value_bits, value_coding;
   std::string rotation;
   bool has_means, has_balance, has_residual, has_sinks, has_window;
+  bool latent;  // its values are its keys
 };
 
 // Compiles what the generations of one sequence will launch, before the first of them; returns the number of pipelines. 0, and

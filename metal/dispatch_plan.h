@@ -149,7 +149,7 @@ struct AttentionShape {
   int32_t key_bits, value_bits, value_coding, hadamard, causal;
   int32_t means_kind, has_balance, has_residual, mask_kind, has_sinks, has_left_padding, has_lengths;
   int32_t latent;  // values are the keys
-  int32_t has_indices, n_listed;
+  int32_t has_indices, n_listed, n_lists;
   int32_t n_cores;  // of the GPU
   float scale;
   Strides4 q, means, first_keys, first_values, tail_keys, tail_values, mask, indices;
@@ -173,7 +173,8 @@ enum : int {
   kQueryMemory = 16384,  // of it for the matrix kernel's queries
   kMaxRowBlocks = 8,     // of the matrix kernel: 64 rows, 256 threads
   kMatrixGroups = 4,     // simdgroups per threadgroup that the matrix kernel aims at
-  kLatentQueries = 8,    // a step's; more rows: products of matrices by MLX's own kernels
+  kListedQueries = 16,   // a draft's; more: MLX's operations gather the tokens for the prompt kernel
+  kLatentQueries = 64,   // a step's, as caches have it; a prompt's are products of matrices by MLX's own kernels
   kPromptRange = 512,    // fewest tokens of a threadgroup of the prompt kernel that are worth a rotation of its rows
 };
 
@@ -183,8 +184,8 @@ inline bool has_attention_kernel(int head_dim, int value_dim, bool hadamard) {
   return k <= kMaxMetalDim && v <= kMaxMetalDim && (!hadamard || (hadamard_factor(k) && hadamard_factor(v)));
 }
 
-// Whether one of them reads lists of tokens: for a single query.
-inline bool has_listed_kernel(int n_queries) { return n_queries == 1; }
+// Whether one of them reads lists of tokens.
+inline bool has_listed_kernel(int n_queries) { return n_queries <= kListedQueries; }
 
 // The same for latents, which are keys and values.
 inline bool has_latent_kernel(int head_dim, int n_queries) {
@@ -332,6 +333,10 @@ struct MatrixShape {
   int row_blocks, groups, group_words, query_bytes;
 };
 
+// Lists of tokens of a KV head, each for the rows of a query, or one for all rows; without lists as with one.
+inline int n_lists(const AttentionShape& s) { return s.has_indices ? s.n_lists : 1; }
+
+// n_rows: of a list.
 inline MatrixShape matrix_shape(const AttentionShape& s, int k, int v, int n_rows) {
   MatrixShape m;
   const bool lloyd = s.value_coding == kValueLloyd;
@@ -379,7 +384,7 @@ inline AttentionChoice choose_attention(const AttentionShape& s) {
   const int k = padded_dim(s.head_dim), v = padded_dim(s.value_dim), heads = s.batch * s.n_kv_heads;
   const int n_rows = s.n_q_heads / s.n_kv_heads * s.n_queries, n_exact = s.n_first + s.n_tail;
   AttentionChoice c{};
-  const int wanted = std::max(1, divide_up(kThreadgroupsPerCore * s.n_cores, heads));
+  const int wanted = std::max(1, divide_up(kThreadgroupsPerCore * s.n_cores, heads * n_lists(s)));
   const int n_coded = s.has_indices ? s.n_listed : s.n_coded;
   const int tiles = divide_up(n_coded, kSplitTokens), tiles_per_range = std::max(1, divide_up(tiles, wanted));
   c.split_ranges = {tiles_per_range * kSplitTokens, divide_up(tiles, tiles_per_range), false};
@@ -392,7 +397,7 @@ inline AttentionChoice choose_attention(const AttentionShape& s) {
         std::max<int>(kPromptRange, divide_up(divide_up(s.n_coded + n_exact, n_ranges), kBlockTokens) * kBlockTokens);
     c.prompt_ranges[wide] = {tokens, divide_up(s.n_coded, tokens), s.n_coded + n_exact <= tokens};
   }
-  c.matrix = matrix_shape(s, k, v, n_rows);
+  c.matrix = matrix_shape(s, k, v, n_rows / n_lists(s));
   if (s.has_indices) {  // the one kernel that copies bytes of tokens before it decodes them
     c.kernel = AttentionKernel::kMatrix;
     return c;
@@ -444,6 +449,7 @@ inline AttentionParams attention_params(const AttentionShape& s) {
   p.mask = s.mask;
   p.indices = s.indices;
   p.n_listed = s.n_listed;
+  p.n_lists = n_lists(s);
   p.key_codes = s.key_codes;
   p.key_norms = s.key_norms;
   p.key_signs = s.key_signs;
@@ -533,7 +539,7 @@ inline AttentionPlan plan_attention(const AttentionShape& s, const AttentionChoi
     attend.threadgroup_bytes = {uint32_t(matrix.query_bytes), uint32_t(tile_bytes)};
     p.n_ranges = n_threadgroups * groups;
     attend.grid[0] = n_threadgroups + p.n_exact_ranges;
-    attend.grid[2] = divide_up(p.n_rows, 8 * p.row_blocks);
+    attend.grid[2] = p.n_lists * divide_up(p.n_rows / p.n_lists, 8 * p.row_blocks);
   }
   attend.grid[1] = heads;
   attend.constants = constants;
@@ -734,7 +740,16 @@ inline std::vector<Dispatch> pipelines_of_a_layer(AttentionShape s, bool has_mea
     const bool known = std::any_of(all.begin(), all.end(), [&](const Dispatch& x) { return x.same_pipeline(d); });
     if (!known) all.push_back(d);
   };
-  if (has_attention_kernel(s.head_dim, s.value_dim, s.hadamard)) {
+  if (s.latent && has_latent_kernel(s.head_dim, 1)) {
+    // Steps of any number of tokens, before and after the first block is coded. Scores of rotary keys come as a mask.
+    s.n_queries = s.n_tail = 1;
+    s.mask_kind = kMaskFloat;
+    for (int n_coded : {0, int(kBlockTokens)}) {
+      s.n_coded = n_coded;
+      s.means_kind = has_means && n_coded > 0 ? kMeansHalf : kMeansNone;
+      for (const Dispatch& d : plan_attention(s).dispatches) add(d);
+    }
+  } else if (!s.latent && has_attention_kernel(s.head_dim, s.value_dim, s.hadamard)) {
     // Prompts of a few tokens, and chunks of long ones.
     for (int n_queries : {16, 128, 512, 2048}) {
       s.n_queries = n_queries;
@@ -751,6 +766,15 @@ inline std::vector<Dispatch> pipelines_of_a_layer(AttentionShape s, bool has_mea
   tokens.head_dim = s.head_dim;
   tokens.bits = s.key_bits;
   add(plan_encode(EncodeOp::kQuantizeKeys, tokens).dispatch);
+  if (s.latent) {
+    // Pieces of a prompt are decoded in the type of the exact latents, those of composed attention in that of the scores, and
+    // the tokens that a model's sparse attention has picked in fp32.
+    for (Type type : {token_type, s.type, Type::kFloat32}) {
+      tokens.type = type;
+      add(plan_encode(EncodeOp::kDequantizeLevels, tokens).dispatch);
+    }
+    return all;
+  }
   tokens.head_dim = s.value_dim;
   tokens.bits = s.value_bits;
   const bool lloyd = s.value_coding == kValueLloyd;

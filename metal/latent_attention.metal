@@ -1,5 +1,5 @@
-// Attention of a decoding step over packed latents that are keys and values at once (latent_attention.h): one KV head serves
-// all query heads. D = 256 or 512. A threadgroup of eight simdgroups takes 16 rows and a range of tokens.
+// Attention of a step of up to 64 tokens over packed latents that are keys and values at once (latent_attention.h): one KV head
+// serves all query heads. D = 256 or 512. A threadgroup of eight simdgroups takes 16 rows and a range of tokens.
 //
 //   S [16 rows x 16 tokens] = Q K^T, Out [16 rows x D] += P K. A simdgroup has an eighth of the dimensions of all 16 rows,
 //   queries and sums in registers, so that an operand from threadgroup memory serves two products. The simdgroups leave their

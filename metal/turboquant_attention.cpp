@@ -112,6 +112,7 @@ void TurboQuantAttention::eval_gpu(const std::vector<mx::array>& inputs, mx::arr
   if (in.indices) {
     shape.has_indices = 1;
     shape.n_listed = in.indices->shape(3);
+    shape.n_lists = in.indices->shape(2);
     shape.indices = metal::broadcast_strides(*in.indices);
     bind(kAttentionIndices, *in.indices);
   }
@@ -163,6 +164,7 @@ int prepare_pipelines(const LayerShapes& layer) {
   shape.has_balance = layer.has_balance;
   shape.has_residual = layer.has_residual;
   shape.has_sinks = layer.has_sinks;
+  shape.latent = layer.latent;
   shape.n_cores = metal::gpu_cores(s);
   const auto all = metal::pipelines_of_a_layer(shape, layer.has_means, metal::type_of(layer.token_dtype), layer.has_window);
   for (const metal::Dispatch& d : all) metal::prepare(s, d);

@@ -2,7 +2,7 @@
 // rows of its KV head.
 //
 //   split    up to 4 rows (query heads x queries of one KV head), fp32 FMA; with one range it writes the result itself
-//   matrix   up to 8 rows per simdgroup, 8x8 matrices, several row blocks on one staged tile
+//   matrix   up to 8 rows per simdgroup, 8x8 matrices, several row blocks on one staged tile; reads lists of tokens
 //   combine  merges the partial results of a row, rotates back, divides
 //
 // Bytes per token and KV head, D = 128, 3-bit keys, against 512 in fp16; the mean of a block is 4 bytes a token:
@@ -739,15 +739,18 @@ struct ValueCodes {
   }
 };
 
-// What the means of eight blocks add to the scores of rows row0 and row0 + 1: those of block `row` on this lane.
+// Row `row` of those that attend to a list. Where each query has its own, they are the rows of a query: one for each head.
+inline int row_of_list(constant AttentionParams& p, int list, int row) { return has_indices ? row * p.n_lists + list : row; }
+
+// What the means of eight blocks add to the scores of rows row0 and row1: those of block `row` on this lane.
 template <typename T, int K>
-inline float2 stage_offsets(constant AttentionParams& p, const device T* q, int batch, int kv_head, int row0,
+inline float2 stage_offsets(constant AttentionParams& p, const device T* q, int batch, int kv_head, int row0, int row1,
                             threadgroup const half* half_means, threadgroup const float* float_means, int row, int column) {
   const int n_repeats = p.n_rows / p.n_queries;
-  const int head0 = kv_head * n_repeats + row0 / p.n_queries, head1 = kv_head * n_repeats + (row0 + 1) / p.n_queries;
+  const int head0 = kv_head * n_repeats + row0 / p.n_queries, head1 = kv_head * n_repeats + row1 / p.n_queries;
   const device T* q0 = q + batch * p.q.batch + head0 * p.q.head + row0 % p.n_queries * p.q.token + row * p.q.last;
-  const device T* q1 = q + batch * p.q.batch + head1 * p.q.head + (row0 + 1) % p.n_queries * p.q.token + row * p.q.last;
-  const bool has0 = row0 < p.n_rows, has1 = row0 + 1 < p.n_rows;
+  const device T* q1 = q + batch * p.q.batch + head1 * p.q.head + row1 % p.n_queries * p.q.token + row * p.q.last;
+  const bool has0 = row0 < p.n_rows, has1 = row1 < p.n_rows;
   simdgroup_float8x8 a, b, sum;
   put(sum, float2(0.0f));
 #pragma clang loop unroll(disable)
@@ -766,18 +769,20 @@ inline float2 stage_offsets(constant AttentionParams& p, const device T* q, int 
   return get(sum) * p.score_scale;
 }
 
-// Row r, dimension d at queries[(r / 8 * K + d) * 8 + r % 8]. scratch: K numbers of this simdgroup.
+// Row r of the list's, from first_row on: dimension d at queries[(r / 8 * K + d) * 8 + r % 8]. scratch: K numbers of this
+// simdgroup.
 template <typename T, int K>
 inline void stage_matrix_queries(constant AttentionParams& p, const device T* q, const device float* balance, int batch,
-                                 int kv_head, int first_row, int n_rows, int n_blocks, threadgroup float* queries_all,
+                                 int kv_head, int list, int first_row, int n_blocks, threadgroup float* queries_all,
                                  threadgroup float* residual_queries, threadgroup float* scratch, uint sg, uint lane,
                                  uint n_sg) {
   constexpr int NU = K / 32;
   for (int r = int(sg); r < 8 * n_blocks; r += int(n_sg)) {
     float x[NU], residual[NU];
     for (int i = 0; i < NU; i++) x[i] = residual[i] = 0.0f;
-    if (first_row + r < n_rows) {
-      load_query<T, K>(p, q, batch, kv_head, first_row + r, x, lane);
+    const int row = row_of_list(p, list, first_row + r);
+    if (row < p.n_rows) {
+      load_query<T, K>(p, q, batch, kv_head, row, x, lane);
       prepare_query<K>(p, balance, kv_head, x, residual, scratch, lane);
     }
     for (int i = 0; i < NU; i++) {
@@ -817,12 +822,12 @@ inline void stage_listed_means(constant AttentionParams& p, const device uchar* 
   }
 }
 
-// The ids of a tile, and what their blocks' means add to the scores of rows row0 and row0 + 1: those of token 8 i + row in
+// The ids of a tile, and what their blocks' means add to the scores of rows row0 and row1: those of token 8 i + row in
 // offsets[i]. The means lie where the tile will.
 template <typename T, int K>
 inline void stage_list(constant AttentionParams& p, const device int* list, Bounds b, int base, int n, threadgroup int* ids,
                        const device uchar* means, threadgroup uint* tile, const device T* q, int batch, int kv_head, int row0,
-                       int row, int column, bool alone, int my_thread, int n_threads, thread float2* offsets) {
+                       int row1, int row, int column, bool alone, int my_thread, int n_threads, thread float2* offsets) {
   threadgroup half* half_means = reinterpret_cast<threadgroup half*>(tile);
   threadgroup float* float_means = reinterpret_cast<threadgroup float*>(tile);
   tile_barrier(alone);
@@ -834,7 +839,7 @@ inline void stage_list(constant AttentionParams& p, const device int* list, Boun
     if (means_kind == kMeansNone) continue;
     stage_listed_means<K>(p, means, ids + 8 * i, half_means, float_means, my_thread, n_threads);
     tile_barrier(alone);
-    offsets[i] = stage_offsets<T, K>(p, q, batch, kv_head, row0, half_means, float_means, row, column);
+    offsets[i] = stage_offsets<T, K>(p, q, batch, kv_head, row0, row1, half_means, float_means, row, column);
     tile_barrier(alone);
   }
 }
@@ -942,20 +947,21 @@ inline void add_lloyd_values(threadgroup const uint* words0, float2 scaled, thre
   }
 }
 
-// What a group of simdgroups has found for rows row0 and row0 + 1.
+// What a group of simdgroups has found for rows row0 and row1.
 template <int V, int VB, bool LLOYD>
 inline void write_matrix_part(thread simdgroup_float8x8* acc, thread const float2* bias_acc, float2 row_max, float2 row_sum,
-                              int row0, int n_rows, int row, device float* parts, device float* states) {
+                              int row0, int row1, int n_rows, int row, device float* parts, device float* states) {
   for (int k = 0; k < 2; k++) {
-    if (row0 + k >= n_rows) continue;
+    const int r = k ? row1 : row0;
+    if (r >= n_rows) continue;
 #pragma clang loop unroll(full)
     for (int s = 0; s < V / 8; s++) {
       const float unit = LLOYD ? 1.0f / float(kCodebookTop) : ValueCodes<V, VB>::weight(s);
-      parts[long(row0 + k) * V + 8 * s + row] = fma(get(acc[s])[k], unit, bias_acc[s / 4][k]);
+      parts[long(r) * V + 8 * s + row] = fma(get(acc[s])[k], unit, bias_acc[s / 4][k]);
     }
     if (row == 0) {
-      states[long(row0 + k) * 2] = row_max[k];
-      states[long(row0 + k) * 2 + 1] = row_sum[k];
+      states[long(r) * 2] = row_max[k];
+      states[long(r) * 2 + 1] = row_sum[k];
     }
   }
 }
@@ -972,13 +978,15 @@ template <typename T, int K, int V, int KB, int VB, int VC>
   TQ_ATTENTION_HEAD
   const int n_rows = p.n_rows, n_blocks = p.row_blocks, n_groups = int(n_sg) / n_blocks;
   const int block = int(sg) % n_blocks, group = int(sg) / n_blocks;
-  const int first_row = 8 * n_blocks * int(tg.z);  // of this threadgroup
+  const int n_lists = has_indices ? p.n_lists : 1, list = int(tg.z) % n_lists;
+  const int first_row = 8 * n_blocks * (int(tg.z) / n_lists);  // of this threadgroup among those of its list
   const int n_exact = p.n_first + p.n_tail;
 
   if (int(tg.x) * n_groups >= p.n_ranges) {
     const int range = int(tg.x) - p.n_ranges / n_groups, begin = range * kExactRange;
     const long part = (long(tg.y) * p.n_parts + p.n_ranges + range) * n_rows;
-    for (int row = first_row; row < min(n_rows, first_row + 8 * n_blocks); row += 8) {
+    const int exact_row = 8 * n_blocks * int(tg.z);  // of all rows: these tokens are the same for all lists
+    for (int row = exact_row; row < min(n_rows, exact_row + 8 * n_blocks); row += 8) {
       attend_exact<T, K, V, 8>(p, bounds, q, first_keys, first_values, tail_keys, tail_values, mask, batch, kv_head, row,
                                min(8, n_rows - row), begin, min(n_exact, begin + kExactRange),
                                reinterpret_cast<threadgroup float*>(tiles), parts + (part + row) * V, states + (part + row) * 2,
@@ -993,17 +1001,18 @@ template <typename T, int K, int V, int KB, int VB, int VC>
   }
   // Row r, dimension d at [(r / 8 * K + d) * 8 + r % 8]; the residual queries follow.
   threadgroup float* residual_queries = queries_all + 8 * n_blocks * K;
-  stage_matrix_queries<T, K>(p, q, balance, batch, kv_head, first_row, n_rows, n_blocks, queries_all, residual_queries,
+  stage_matrix_queries<T, K>(p, q, balance, batch, kv_head, list, first_row, n_blocks, queries_all, residual_queries,
                              reinterpret_cast<threadgroup float*>(tiles) + sg * K, sg, lane, n_sg);
   threadgroup_barrier(mem_flags::mem_threadgroup);
 
   const int row = int(lane / 4 & 4u) + int(lane / 2 & 3u), column = int(lane / 4 & 2u) * 2 + int(lane & 1u) * 2;
   threadgroup const float* queries = queries_all + (block * K + row) * 8 + column;
-  const int row0 = first_row + 8 * block + column;
+  const int row0 = row_of_list(p, list, first_row + 8 * block + column);
+  const int row1 = row_of_list(p, list, first_row + 8 * block + column + 1);
   const int2 limit =
-      int2(coded_limit(p, bounds.coded_end, row0 % p.n_queries), coded_limit(p, bounds.coded_end, (row0 + 1) % p.n_queries));
+      int2(coded_limit(p, bounds.coded_end, row0 % p.n_queries), coded_limit(p, bounds.coded_end, row1 % p.n_queries));
   const long mask0 = mask_kind != kMaskNone && row0 < n_rows ? mask_row(p, batch, kv_head, row0) : 0;
-  const long mask1 = mask_kind != kMaskNone && row0 + 1 < n_rows ? mask_row(p, batch, kv_head, row0 + 1) : 0;
+  const long mask1 = mask_kind != kMaskNone && row1 < n_rows ? mask_row(p, batch, kv_head, row1) : 0;
   const bool skips = mask_kind != kMaskNone || is_causal;
 
   simdgroup_float8x8 acc[V / 8];
@@ -1033,7 +1042,7 @@ template <typename T, int K, int V, int KB, int VB, int VC>
     range.begin = min(p.n_listed, int(tg.x) * p.range_tokens);
     range.end = min(p.n_listed, range.begin + p.range_tokens);
     range.block_begin = range.begin;
-    indices += batch * p.indices.batch + kv_head * p.indices.head;
+    indices += batch * p.indices.batch + kv_head * p.indices.head + list * p.indices.token;
   }
   threadgroup int* ids = reinterpret_cast<threadgroup int*>(key_tile + p.group_words - 32);  // behind tile and means
   const int block_tokens = kBlockTokens * n_groups;
@@ -1045,8 +1054,8 @@ template <typename T, int K, int V, int KB, int VB, int VC>
     const int tile = begin + 32 * i_tile, base = max(tile, range.begin), n = clamp(min(tile + 32, end) - base, 0, 32);
     float2 listed_offsets[4];  // of the tokens of scores[rt]
     if (has_indices) {
-      stage_list<T, K>(p, indices, bounds, base, n, ids, means, key_tile, q, batch, kv_head, row0, row, column, n_blocks == 1,
-                       my_thread, n_threads, listed_offsets);
+      stage_list<T, K>(p, indices, bounds, base, n, ids, means, key_tile, q, batch, kv_head, row0, row1, row, column,
+                       n_blocks == 1, my_thread, n_threads, listed_offsets);
     }
     if (!has_indices && means_kind != kMeansNone && i_tile % (2 * kStagedBlocks) == 0) {
       tile_barrier(n_blocks == 1);
@@ -1054,7 +1063,7 @@ template <typename T, int K, int V, int KB, int VB, int VC>
       threadgroup float* float_means = reinterpret_cast<threadgroup float*>(key_tile);
       stage_means<K>(p, means, tile / kBlockTokens, end, half_means, float_means, my_thread, n_threads);
       tile_barrier(n_blocks == 1);
-      block_offsets = stage_offsets<T, K>(p, q, batch, kv_head, row0, half_means, float_means, row, column);
+      block_offsets = stage_offsets<T, K>(p, q, batch, kv_head, row0, row1, half_means, float_means, row, column);
     }
     tile_barrier(n_blocks == 1);
     stage_words(key_codes, p.key_codes.token, ids, base, n, KW, key_tile, my_thread, n_threads);
@@ -1093,7 +1102,7 @@ template <typename T, int K, int V, int KB, int VB, int VC>
       if (mask_kind != kMaskNone) {
         const long at = (p.n_first + number) * p.mask.last;
         const float2 bias = float2(live0 && row0 < n_rows ? mask_bias(mask, mask0 + at) : 0.0f,
-                                   live1 && row0 + 1 < n_rows ? mask_bias(mask, mask1 + at) : 0.0f);
+                                   live1 && row1 < n_rows ? mask_bias(mask, mask1 + at) : 0.0f);
         live0 = live0 && bias.x != -INFINITY;
         live1 = live1 && bias.y != -INFINITY;
         x = x + bias;
@@ -1146,7 +1155,8 @@ template <typename T, int K, int V, int KB, int VB, int VC>
   row_sum = row_sums(row_sum);
   for (int g = 0; !LLOYD && g < NG; g++) bias_acc[g] = row_sums(bias_acc[g]);
   const long part = (long(tg.y) * p.n_parts + int(tg.x) * n_groups + group) * n_rows;
-  write_matrix_part<V, VB, LLOYD>(acc, bias_acc, row_max, row_sum, row0, n_rows, row, parts + part * V, states + part * 2);
+  write_matrix_part<V, VB, LLOYD>(acc, bias_acc, row_max, row_sum, row0, row1, n_rows, row, parts + part * V,
+                                  states + part * 2);
 }
 
 // --- combine ----------------------------------------------------------------------------------------------------------

@@ -76,6 +76,7 @@ class AttentionShape(ctypes.Structure):
                 "latent",
                 "has_indices",
                 "n_listed",
+                "n_lists",
                 "n_cores",
             ]
         ]
@@ -360,7 +361,7 @@ def turboquant_attention(
         array = as_numpy(indices)
         bind("kAttentionIndices", array)
         steps = [0 if n == 1 else step // 4 for n, step in zip(array.shape, array.strides, strict=True)]
-        shape.has_indices, shape.n_listed, shape.indices = 1, array.shape[3], STRIDES4(*steps)
+        shape.has_indices, shape.n_lists, shape.n_listed, shape.indices = 1, *array.shape[2:], STRIDES4(*steps)
     shape.has_sinks, shape.has_left_padding, shape.has_lengths = (
         sinks is not None,
         left_padding is not None,

@@ -486,3 +486,16 @@ def test_sources_pass_the_strict_syntax_check_and_the_lint(name):
     plain = msl_translate.preprocess(path, metal_ops.INCLUDES, shim=sim.INCLUDE / "msl_pp", clang=sim.CLANG)
     ours = {str(metal_ops.ROOT / folder) for folder in ("metal", "csrc")}
     assert msl_lint.lint(plain, lambda file: any(file.startswith(folder) for folder in ours)) == []
+
+
+def test_latents_of_a_long_step_fill_the_gpu_by_their_rows():
+    """64 tokens of DeepSeek V3's 128 heads: one range of coded tokens and one of exact ones. More tokens are composed."""
+    lib = metal_ops.plans()
+    for n_cores in (8, 80):
+        shape = metal_ops.AttentionShape(
+            batch=1, n_q_heads=128, n_kv_heads=1, n_queries=64, head_dim=512, value_dim=512, n_first=4, n_coded=1 << 17,
+            n_tail=200, key_bits=3, value_bits=3, value_coding=1, hadamard=1, latent=1, n_cores=n_cores, scale=1.0,
+        )  # fmt: skip
+        plan = metal_ops.plan_attention(lib, shape)[0]
+        assert plan["dispatches"][0]["grid"] == [2, 1, 128 * 64 // 16] and plan["part_numbers"] == 2 * 128 * 64 * 512
+    assert lib.tq_has_latent_kernel(512, 64) and not lib.tq_has_latent_kernel(512, 65)

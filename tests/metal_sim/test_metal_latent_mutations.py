@@ -17,6 +17,7 @@ BLOCKS = dict(n_repeats=5, n_coded=1300, balance=True)
 EXACT = dict(n_repeats=5, n_coded=40, n_first=4, n_tail=37)
 CAUSAL = dict(n_repeats=9, n_rows=2, n_coded=40, n_tail=5, mask="causal")
 SPOILT = dict(n_repeats=5, n_coded=200, n_first=3, n_tail=9, mask="spoilt")
+FOLLOW_UP = dict(n_repeats=1, n_rows=20, n_coded=40, n_tail=9, mask="causal")
 PADDED = dict(n_repeats=5, n_coded=150, padding=45)
 # name -> (function, text, replacement, occurrence, shape of the problem)
 MUTATIONS = {
@@ -53,6 +54,8 @@ MUTATIONS = {
     "exact tokens of another threadgroup": (KERNEL, "(int(tg.x) - p.n_ranges) * each", "0", 1, EXACT),
     "first tokens from the tail": (KERNEL, "is_first = mine < p.n_first", "is_first = mine < 0", 1, EXACT),
     "exact tokens after the query": (KERNEL, "- p.n_queries + my_row % p.n_queries", "- 1", 1, CAUSAL),
+    "rows of the first block": (KERNEL, "first_row = kLatentRows * int(tg.z)", "first_row = 0", 1, FOLLOW_UP),
+    "coded tokens after the query": (KERNEL, "my_row % p.n_queries) : 0", "weight_row % p.n_queries) : 0", 1, FOLLOW_UP),
     "rows beyond the last one written": (KERNEL, "if (r < n_rows) {\n        *rein", "if (true) {\n        *rein", 1, SMALL),
     "part of another range": (KERNEL, "p.n_parts + int(tg.x)", "p.n_parts", 1, EXACT),
     "weight 0 times a NaN norm": (KERNEL, "skips && weight == 0.0f", "false", 1, SPOILT),
@@ -98,6 +101,6 @@ def test_mutation_of_latents_is_caught(name, mutant):  # noqa: F811 - a fixture
 
 
 def test_unmutated_kernel_passes_the_same_checks(mutant):  # noqa: F811 - a fixture
-    for shape in (SMALL, BLOCKS, EXACT, CAUSAL, SPOILT, PADDED, dict(SMALL, n_repeats=16)):
+    for shape in (SMALL, BLOCKS, EXACT, CAUSAL, SPOILT, PADDED, FOLLOW_UP, dict(SMALL, n_repeats=16)):
         call, want = mutation_case(**shape)
         assert not caught(mutant, call, lambda out, want=want: assert_close(out, want, KERNEL_TOLERANCE[mx.float32])), shape

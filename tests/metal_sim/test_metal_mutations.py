@@ -114,7 +114,7 @@ MUTATIONS = {
     "tile read before it is staged": (MATRIX, "tile_barrier(n_blocks == 1);", "", 4, ROWS),
     "simdgroup barrier where two simdgroups share a tile": (MATRIX, "tile_barrier(n_blocks == 1);", "tile_barrier(true);", 4, MANY),
     "wrong column of the operand": (MATRIX, "row) * 8 + column;", "row) * 8 + row;", 1, ROWS),
-    "rows beyond the last one written": (MATRIX, "if (row0 + k >= n_rows) continue;", "", 1, MANY),
+    "rows beyond the last one written": (MATRIX, "if (r >= n_rows) continue;", "", 1, MANY),
     "scale of another token": (MATRIX, "tile_params[t * NG + g]", "tile_params[row * NG + g]", 1, ROWS),
     "one part left out": (COMBINE, "p.n_parts, p.n_ranges", "p.n_parts - 1, p.n_ranges", 1, SMALL),
     "misaligned read": (SPLIT, "4 * KB * unit + Keys::kBytes * part_of_unit;", "4 * KB * unit + Keys::kBytes * part_of_unit + 1;", 1, SMALL),
@@ -144,7 +144,7 @@ MUTATIONS = {
     "offset of another lane's rows": (MATRIX, "int(lane & 9u)", "int(lane & 8u)", 1, MEANS_ROWS),
     "means of the first eight blocks kept": (MATRIX, "i_tile % (2 * kStagedBlocks) == 0", "i_tile == 0", 1, LONG_ROWS),
     "blocks shared out one tile off": (MATRIX, "+ block_tokens - 1) / block_tokens * kBlockTokens", "+ block_tokens - 1) / block_tokens * kBlockTokens - 32", 1, MEANS_ROWS),
-    "means of another row's query": ("stage_offsets", "(row0 + 1) % p.n_queries", "row0 % p.n_queries", 1, dict(MEANS, n_repeats=3, n_rows=3)),
+    "means of another row's query": ("stage_offsets", "row1 % p.n_queries", "row0 % p.n_queries", 1, dict(MEANS, n_repeats=3, n_rows=3)),
     # Lloyd-Max values
     "norm of the value not applied": (SPLIT, "scaled = weight * as_type<float>(tile_params[t]);", "", 1, LLOYD),
     "norm of another value": (SPLIT, "as_type<float>(tile_params[t])", "as_type<float>(tile_params[lane])", 1, LLOYD),

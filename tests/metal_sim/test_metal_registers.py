@@ -30,6 +30,7 @@ CONSTANTS = {
     "turboquant_encode": {},
     "q1_matmul": {},
 }  # fmt: skip
+CONSTANTS["turboquant_attention of lists"] = CONSTANTS["turboquant_attention"] | {"has_indices": 1}
 # source, instance -> most registers, most of them spilled with 128, most instructions, most of them in the longest loops that
 # are in no other one: over tiles of 32 coded tokens, for the matrix kernel also over exact tokens; over 16 coded latents, then
 # over 8 exact ones; over blocks of weights. The encoder has none.
@@ -57,6 +58,7 @@ MOST = {
     ("turboquant_attention", "TQ_MATRIX", "half, 64, 64, 3, 3, 1"): (124, 0, 4200, [1700, 1080]),
     ("turboquant_attention", "TQ_MATRIX", "half, 128, 128, 3, 3, 1"): (163, 0, 5200, [1770, 1620]),
     ("turboquant_attention", "TQ_MATRIX", "half, 256, 256, 3, 3, 1"): (202, 45, 7000, [2760, 1910]),
+    ("turboquant_attention of lists", "TQ_MATRIX", "half, 128, 128, 3, 3, 1"): (167, 0, 5500, [2020, 1780]),
     ("turboquant_attention", "TQ_COMBINE", "half, 128"): (33, 0, 400, [60]),
     ("turboquant_prompt", "TQ_PROMPT", "half, 64, 64, 3, 3, 1, 64"): (124, 0, 4800, [2120]),
     ("turboquant_prompt", "TQ_PROMPT", "half, 64, 64, 3, 3, 1, 32"): (131, 0, 4900, [2120]),
@@ -77,7 +79,7 @@ MOST = {
 
 
 def compiled(source, macro, arguments, text=None):
-    body = text if text is not None else f'#include "{source}.metal"'
+    body = text if text is not None else f'#include "{source.partition(" ")[0]}.metal"'
     kernel = f'{body}\n{macro}("k", {arguments})\n'
     return sim.compile_for_gpu(kernel, CONSTANTS[source], includes=metal_ops.INCLUDES, limit=LIMIT)
 

@@ -23,8 +23,6 @@ def _shapes(report: Report) -> list[tuple[tuple[str, Any], ...]]:
     """The arguments of `prepare_pipelines` for every layer and kind of query."""
     all_shapes = []
     for layer in report.compressed:
-        if layer.is_latent:  # compiled at their first step: the scores' mask depends on the model
-            continue
         recipe = layer.recipe
         assert recipe is not None
         for queries in layer.queries:
@@ -32,7 +30,7 @@ def _shapes(report: Report) -> list[tuple[tuple[str, Any], ...]]:
                 "n_q_heads": queries.n_heads,
                 "n_kv_heads": layer.n_kv_heads,
                 "head_dim": layer.head_dim,
-                "value_dim": layer.value_dim,
+                "value_dim": layer.head_dim if layer.is_latent else layer.value_dim,
                 "query_dtype": getattr(mx, queries.dtype),
                 "token_dtype": getattr(mx, str(layer.dtype)),
                 "key_bits": recipe.key_bits,
@@ -44,6 +42,7 @@ def _shapes(report: Report) -> list[tuple[tuple[str, Any], ...]]:
                 "qjl": recipe.qjl,
                 "sinks": queries.has_sinks,
                 "window": layer.window is not None,
+                "latent": layer.is_latent,
             }
             all_shapes.append(tuple(shapes.items()))
     return all_shapes
