@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
 
 #include "attention_arguments.h"
@@ -23,16 +24,20 @@ struct Variant {
   int type, mask;
   int rows = 0, slots = 0, blocks = 1;
   bool warpgroups = false;
+  int tiles = kTilesInBlock;
 
   uint64_t id() const {
     uint64_t x = key_dim / 32;
-    for (int y : {value_dim / 32, key_bits, value_bits, int(lloyd), type, mask, rows / 16, slots, blocks, int(warpgroups)}) {
+    for (int y :
+         {value_dim / 32, key_bits, value_bits, int(lloyd), type, mask, rows / 16, slots, blocks, int(warpgroups), tiles}) {
       x = x * 17 + y;
     }
     return x;
   }
   int shared_bytes() const { return PromptLayout(key_dim, value_dim, rows, type, slots).total; }
-  int threads() const { return 32 * (producer_teams(rows, type, warpgroups) * kProducerWarps + rows / 16); }
+  // A tile of keys and one of values, wherever they are.
+  int tile_bytes() const { return 2 * PromptLayout(key_dim, value_dim, rows, type, slots).slot; }
+  int threads() const { return 32 * (producer_teams(rows, type, warpgroups, tiles) * kProducerWarps + rows / 16); }
   int dim() const { return std::max(key_dim, value_dim); }
 
   // Products of warpgroups where the device has them and their 64 rows fit into a block's shared memory. False: no choice fits.
@@ -75,8 +80,12 @@ struct Variant {
                                         {"MASK", mask},
                                         {"SLOTS", slots},
                                         {"BLOCKS_PER_SM", blocks},
-                                        {"WGMMA", warpgroups}},
+                                        {"WGMMA", warpgroups},
+                                        {"TILES", tiles}},
                                        true, device, warpgroups);
+    if (tiles == kTilesMade) {
+      return load_kernel(binary, "prompt_tiles", tile_bytes() + PromptLayout::kAlignment, 64 * kProducerWarps, device);
+    }
     return load_kernel(binary, "prompt_attention", shared_bytes(), threads(), device);
   }
 };
@@ -103,6 +112,19 @@ int count_splits(int64_t row_tiles, int n_tiles, int resident_blocks, size_t res
     }
   }
   return best;
+}
+
+// Of how many heads at once tiles are decoded before they are multiplied; 0: by the blocks that multiply them. Worth it where
+// many row tiles read them and the blocks of so many heads fill the device.
+int decoded_heads(int n_heads, int row_tiles, size_t head_bytes, int n_multiprocessors) {
+  constexpr size_t kMostBytes = size_t(144) << 20;
+  constexpr int kFewTiles = 8;
+  if (row_tiles < kFewTiles) return 0;
+  for (int heads = 1; heads <= n_heads && heads * head_bytes <= kMostBytes; heads++) {
+    const int blocks = heads * row_tiles, places = (blocks + n_multiprocessors - 1) / n_multiprocessors * n_multiprocessors;
+    if (n_heads % heads == 0 && 10 * blocks >= 9 * places) return heads;
+  }
+  return 0;
 }
 
 // Rows of elements next to each other that start at multiples of `bytes`.
@@ -158,6 +180,17 @@ bool prompt_attention(const TurboQuantAttention::State& state, const AttentionIn
                   .type = type_code(q.dtype()),
                   .mask = mask_code(in.mask)};
   if (!variant.choose(n_rows, device_info(device))) return false;
+  const int n_heads = q.shape(0) * p.n_kv_heads, row_tiles = (n_rows + variant.rows - 1) / variant.rows;
+  auto tiles_of = [](int n_tokens) { return (n_tokens + kPromptTile - 1) / kPromptTile; };
+  const int n_tiles = tiles_of(p.n_first + p.n_tail) + tiles_of(p.n_coded);
+  const int n_multiprocessors = device_info(device).n_multiprocessors;
+  // Each row attends to all coded tokens: what none attends to must not be read.
+  int together = 0;
+  if (variant.warpgroups && variant.rows == 128 && variant.type != kTypeFloat32 && !in.left_padding && !in.lengths &&
+      (!p.causal || p.n_tail >= p.n_queries) && !std::getenv("TQX_NO_TILES")) {
+    together = decoded_heads(n_heads, row_tiles, size_t(n_tiles) * variant.tile_bytes(), n_multiprocessors);
+  }
+  if (together > 0) variant.tiles = kTilesCopied;
   const Kernel kernel = find_kernel(variant, device);
 
   p.wide_keys = rows_aligned(in.key_codes, alignment_of(4 * code_words(variant.key_dim, variant.key_bits)));
@@ -171,13 +204,10 @@ bool prompt_attention(const TurboQuantAttention::State& state, const AttentionIn
   pack_half_levels(codebook(state.key_bits, variant.key_dim), p.key_levels);
   if (variant.lloyd) pack_half_levels(codebook(state.value_bits, variant.value_dim), p.value_levels);
 
-  const int n_heads = q.shape(0) * p.n_kv_heads, row_tiles = (n_rows + variant.rows - 1) / variant.rows;
-  auto tiles_of = [](int n_tokens) { return (n_tokens + kPromptTile - 1) / kPromptTile; };
-  const int n_tiles = tiles_of(p.n_first + p.n_tail) + tiles_of(p.n_coded);
-  const int resident = device_info(device).n_multiprocessors * kernel.blocks_per_multiprocessor;
+  const int resident = n_multiprocessors * kernel.blocks_per_multiprocessor;
   const int64_t blocks = int64_t(n_heads) * row_tiles;
   const size_t result = size_t(variant.rows) * (variant.value_dim + 2) * sizeof(float);
-  const int splits = count_splits(blocks, n_tiles, resident, result * blocks);
+  const int splits = together > 0 ? 1 : count_splits(blocks, n_tiles, resident, result * blocks);
 
   limit_work_ahead(q, stream);
 
@@ -196,6 +226,11 @@ bool prompt_attention(const TurboQuantAttention::State& state, const AttentionIn
                     std::vector<mx::array>{});
     large.push_back(*results);
   }
+  std::optional<mx::array> tiles;
+  if (together > 0) {
+    tiles.emplace(mx::Shape{together, n_tiles, variant.tile_bytes()}, mx::uint8, nullptr, std::vector<mx::array>{});
+    large.push_back(*tiles);
+  }
   if (!large.empty()) allocate_through_mlx(large, q, stream);
   p.out = device_pointer(out);
   auto& encoder = mx::cu::get_command_encoder(stream);
@@ -211,6 +246,28 @@ bool prompt_attention(const TurboQuantAttention::State& state, const AttentionIn
     if (results) encoder.set_output_array(*results);
   }
   void* arguments[] = {&p};
+  if (tiles) {
+    Variant made = variant;
+    made.tiles = kTilesMade;
+    made.mask = kMaskNone;
+    const Kernel make = find_kernel(made, device);
+    p.tiles = static_cast<char*>(device_pointer(*tiles));
+    p.n_tiles = n_tiles;
+    encoder.add_completed_handler([kept = *tiles] {});  // until the kernels have run
+    for (p.head0 = 0; p.head0 < n_heads; p.head0 += together) {
+      // Each kernel says that it writes the tiles, which orders them.
+      depend_on(encoder, inputs);
+      encoder.set_output_array(*tiles);
+      add_kernel(encoder, "prompt_tiles", make, {unsigned(n_tiles), unsigned(together), 1}, 64 * kProducerWarps,
+                 make.shared_bytes, arguments, inputs);
+      depend_on(encoder, inputs);
+      encoder.set_output_array(*tiles);
+      encoder.set_output_array(out);
+      add_kernel(encoder, "prompt_attention", kernel, {unsigned(row_tiles), 1, unsigned(together)}, unsigned(variant.threads()),
+                 kernel.shared_bytes, arguments, inputs);
+    }
+    return true;
+  }
   try {
     add_kernel(encoder, "prompt_attention", kernel, {unsigned(row_tiles), unsigned(splits), unsigned(n_heads)},
                unsigned(variant.threads()), kernel.shared_bytes, arguments, inputs);

@@ -18,7 +18,10 @@
 // The exact tiles' sum is rotated once before the coded tiles are added to it, and all of it back at the end.
 //
 // Compile-time: KEY_DIM, VALUE_DIM (padded), KEY_BITS, VALUE_BITS, LLOYD, ROWS (a multiple of 16; WGMMA: of 64), TYPE, MASK,
-// SLOTS, BLOCKS_PER_SM, WGMMA.
+// SLOTS, BLOCKS_PER_SM, WGMMA, TILES (prompt_params.h).
+//
+// With many row tiles each tile of tokens would be decoded by as many blocks. Then a launch before (TILES = 2) decodes all of
+// some heads into memory, as tiles lie in a slot, and the producers copy them with the copy engine (TILES = 1).
 #include "device.cuh"
 #include "levels.cuh"
 #include "prompt_params.h"
@@ -30,7 +33,8 @@ namespace {
 constexpr int kKeyDim = KEY_DIM, kValueDim = VALUE_DIM, kKeyBits = KEY_BITS, kValueBits = VALUE_BITS;
 constexpr int kRows = ROWS, kType = TYPE, kMask = MASK, kSlots = SLOTS;
 constexpr bool kLloyd = LLOYD, kGroups = WGMMA;
-constexpr int kConsumerWarps = kRows / 16, kProducers = 32 * kProducerWarps, kTeams = producer_teams(kRows, kType, kGroups);
+constexpr int kConsumerWarps = kRows / 16, kProducers = 32 * kProducerWarps;
+constexpr int kTeams = producer_teams(kRows, kType, kGroups, TILES);
 constexpr int kThreads = kTeams * kProducers + 32 * kConsumerWarps;
 constexpr int kKeyUnits = kKeyDim / kUnit, kValueUnits = kValueDim / kUnit, kValueWords = kValueUnits * kValueBits;
 constexpr int kKeySteps = kKeyDim / 16, kValueTiles = kValueDim / 8, kTokenTiles = kPromptTile / 8;
@@ -39,7 +43,8 @@ constexpr bool kFloat32 = kType == kTypeFloat32;
 constexpr bool kQueryInRegisters = kKeyDim <= 128 && !kFloat32 && BLOCKS_PER_SM == 1 && (kGroups || kRows <= 64);
 // With several blocks in a multiprocessor or two warpgroups of consumers, producers give registers to consumers.
 constexpr bool kMoveRegisters = kGroups && (kRows == 128 || BLOCKS_PER_SM > 1);
-constexpr int kProducerRegisters = kTeams == 2 ? 56 : 88, kConsumerRegisters = kTeams == 2 ? 200 : kRows == 128 ? 208 : 168;
+constexpr int kProducerRegisters = TILES == kTilesCopied ? 40 : kTeams == 2 ? 56 : 88;
+constexpr int kConsumerRegisters = TILES == kTilesCopied ? 232 : kTeams == 2 ? 200 : kRows == 128 ? 208 : 168;
 
 // A weight may grow by 2^kGrowth before the running maximum is renewed, which is rare after the first tile. kMostSum: so much
 // can the weights of 16 tokens sum up to then.
@@ -125,6 +130,7 @@ struct Range {
   int first_query, last_query;  // of the row tile
   int token_begin, token_end;   // coded tokens that some row attends to
 
+  Range() = default;
   TQ_DEVICE Range(const PromptParams& p, const Sequence& sequence, int row0, int split, int n_splits) {
     first_query = row0 / p.n_repeats;
     last_query = (min(row0 + kRows, sequence.n_rows) - 1) / p.n_repeats;
@@ -639,6 +645,52 @@ TQ_DEVICE void produce(const PromptParams& p, const Sequence& sequence, const Ra
     }
   }
 }
+
+#if TILES == 1
+// The producers where tiles are decoded already: one thread starts the copies, all bring the means.
+TQ_DEVICE void copy_tiles(const PromptParams& p, const Sequence& sequence, const Range& range, const Memory& memory, int tid) {
+  const char* tiles = p.tiles + int64_t(blockIdx.z) * p.n_tiles * (2 * kLayout.slot);
+  const int n_exact = (sequence.n_exact + kPromptTile - 1) / kPromptTile;
+  Cursor cursor;
+  auto wait = [&] { slot_barrier_wait(memory.emptied(cursor), cursor.parity ^ 1); };
+  auto copy = [&](int64_t at) {
+    __syncwarp();
+    if (tid == 0) {
+      barrier_expect(memory.filled(cursor), kLayout.slot);
+      copy_bulk(memory.slot(cursor), tiles + at * kLayout.slot, kLayout.slot, memory.filled(cursor));
+    } else if (tid % 32 == 0) {
+      slot_barrier_arrive(memory.filled(cursor));
+    }
+    cursor.next();
+  };
+#pragma unroll 1
+  for (int tile = range.exact_begin; tile < range.exact_end; tile++) {
+    wait();
+    copy(2 * tile);
+    wait();
+    copy(2 * tile + 1);
+  }
+  const int begin = range.coded_begin;
+  WideMeans means;
+  if (p.wide_means && begin < range.coded_end) means.load(p, sequence, begin, tid);
+#pragma unroll 1
+  for (int tile = begin; tile < range.coded_end; tile++) {
+    wait();
+    if (p.means && (tile - begin) % kPromptMeans == 0) {
+      // The consumers have read the means before: they released the first keys that came with them.
+      if (p.wide_means) {
+        means.store(memory, tid);
+      } else {
+        copy_means(p, sequence, memory, tile, tid);
+      }
+    }
+    copy(2 * int64_t(n_exact + tile));
+    if (p.wide_means && (tile + 1 - begin) % kPromptMeans == 0) means.load(p, sequence, tile + 1, tid);
+    wait();
+    copy(2 * int64_t(n_exact + tile) + 1);
+  }
+}
+#endif
 
 // ---- Consumers: 16 query rows of each warp ----
 
@@ -1360,6 +1412,60 @@ TQ_DEVICE void write_rows(const PromptParams& p, const Sequence& sequence, int t
 
 }  // namespace
 
+#if TILES == 2
+// Decodes tiles into memory. Grid: (tiles of a head, heads); one team for keys and one for values.
+extern "C" __global__ void __launch_bounds__(2 * kProducers) prompt_tiles(const __grid_constant__ PromptParams p) {
+  extern __shared__ __align__(1024) char dynamic[];
+  const uint32_t start = shared_address(dynamic), base = (start + kLayout.kAlignment - 1) & ~(kLayout.kAlignment - 1u);
+  const int tid = threadIdx.x, team = __shfl_sync(kAllLanes, tid / kProducers, 0);
+  const int token = tid % kPromptTile, half = __shfl_sync(kAllLanes, tid % kProducers / kPromptTile, 0);
+  const Sequence sequence(p, p.head0 + blockIdx.y);
+  const int tile = blockIdx.x, n_exact = (sequence.n_exact + kPromptTile - 1) / kPromptTile;
+  const uint32_t slot = base + team * kLayout.slot;
+  auto acquire = [&] { return slot; };
+  if (tile < n_exact) {
+    const ExactToken t(p, sequence, tile * kPromptTile + token);
+    auto row = [&](const void* first, const int64_t (&first_stride)[4], const void* tail, const int64_t (&tail_stride)[4]) {
+      const int64_t* stride = t.is_first ? first_stride : tail_stride;
+      return static_cast<const Element<kType>*>(t.is_first ? first : tail) + sequence.b * stride[0] + sequence.h * stride[1] +
+             t.index * stride[2];
+    };
+    if (team == 0) {
+      copy_exact<kKeyUnits>(row(p.first_keys, p.first_key_stride, p.tail_keys, p.tail_key_stride),
+                            t.is_first ? p.first_key_stride[3] : p.tail_key_stride[3], t.there, p.head_dim, p.wide_exact, 0,
+                            token, half, acquire);
+    } else {
+      copy_exact<kValueUnits>(row(p.first_values, p.first_value_stride, p.tail_values, p.tail_value_stride),
+                              t.is_first ? p.first_value_stride[3] : p.tail_value_stride[3], t.there, p.value_dim, p.wide_exact,
+                              0, token, half, acquire);
+    }
+  } else {
+    Range range;
+    range.coded_begin = tile - n_exact;
+    range.token_begin = 0;
+    range.token_end = p.n_coded;
+    if (team == 0) {
+      const KeySide side(p, sequence, range, token, half, tid);
+      decode_levels<kKeyUnits, kKeyBits>(side.next, p.key_levels, side.next.norm, slot, token, half);
+    } else {
+      const ValueSide side(p, sequence, range, token, half);
+#if LLOYD
+      decode_levels<kValueUnits, kValueBits>(side.next, p.value_levels, side.next.norm, slot, token, half);
+#else
+      if (half == 0) {
+        decode_groups<0>(side.next, slot, token);
+      } else {
+        decode_groups<1>(side.next, slot, token);
+      }
+#endif
+    }
+  }
+  __syncthreads();
+  uint4* to = reinterpret_cast<uint4*>(p.tiles + (int64_t(blockIdx.y) * p.n_tiles + tile) * (2 * kLayout.slot));
+#pragma unroll
+  for (int i = tid; i < 2 * kLayout.slot / 16; i += 2 * kProducers) to[i] = load_shared(base + 16 * i);
+}
+#else
 extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM) prompt_attention(const __grid_constant__ PromptParams p) {
   extern __shared__ __align__(1024) char dynamic[];
   const uint32_t start = shared_address(dynamic), base = (start + kLayout.kAlignment - 1) & ~(kLayout.kAlignment - 1u);
@@ -1368,7 +1474,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM) prompt_att
   const int tid = threadIdx.x, lane = tid & 31;
   const int warp = __shfl_sync(kAllLanes, tid >> 5, 0);  // tells the compiler that it is uniform
   // The last rows first: of causal ones they take longest.
-  const int row_tile = gridDim.x - 1 - blockIdx.x, split = blockIdx.y, n_splits = gridDim.y, head = blockIdx.z;
+  const int row_tile = gridDim.x - 1 - blockIdx.x, split = blockIdx.y, n_splits = gridDim.y, head = p.head0 + blockIdx.z;
   const int tile_row0 = row_tile * kRows;
   if (tid < kSlots) {
     Cursor c;
@@ -1391,7 +1497,11 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM) prompt_att
 #if WGMMA
     if constexpr (kMoveRegisters) set_registers_down<kProducerRegisters>();
 #endif
+#if TILES == 1
+    copy_tiles(p, sequence, range, memory, tid);
+#else
     produce(p, sequence, range, memory, tid);
+#endif
   } else {
 #if WGMMA
     if constexpr (kMoveRegisters) set_registers_up<kConsumerRegisters>();
@@ -1411,5 +1521,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM) prompt_att
     }
   }
 }
+
+#endif
 
 }  // namespace tqext::cuda

@@ -10,10 +10,13 @@ namespace tqext::cuda {
 // tensor-core product.
 enum : int { kPromptTile = 64, kProducerWarps = 4, kPromptMeans = 8, kMaxPromptSlots = 8, kMaxPromptSplits = 64 };
 
+// Where tiles are decoded: by the blocks that multiply them, or by a launch before, into memory, from which those blocks copy.
+enum : int { kTilesInBlock, kTilesCopied, kTilesMade };
+
 // Producer warps work in teams of kProducerWarps. Two teams, one of keys and one of values, keep up with two warpgroups of
-// consumers.
-constexpr int producer_teams(int rows, int type, bool warpgroups) {
-  return warpgroups && rows == 128 && type != kTypeFloat32 ? 2 : 1;
+// consumers; one team copies decoded tiles.
+constexpr int producer_teams(int rows, int type, bool warpgroups, int tiles) {
+  return warpgroups && rows == 128 && type != kTypeFloat32 && tiles != kTilesCopied ? 2 : 1;
 }
 
 // Shared memory, in bytes; the host asks for `total`. Tiles of keys, of values and of query rows are runs of 64 dimensions one
@@ -74,12 +77,14 @@ struct PromptParams {
   float* partial_out;                     // [heads, row tiles, splits, consumer warps, value_dim / 8, 32 lanes, 4]
   float* partial_state;                   // [heads, row tiles, splits, rows, 2]: max, sum
   uint32_t* counters;                     // [heads, row tiles], zero before and after
+  char* tiles;                            // decoded, of heads from head0 on: [heads, n_tiles, keys and values], as in a slot
   int64_t q_stride[4], key_code_stride[4], key_norm_stride[3], value_code_stride[4], value_param_stride[4];
   int64_t mean_stride[4], balance_stride[2];
   int64_t first_key_stride[4], first_value_stride[4], tail_key_stride[4], tail_value_stride[4], mask_stride[4];
   int64_t sinks_stride, left_padding_stride, lengths_stride[2];
   int32_t n_kv_heads, n_repeats, n_queries, head_dim, value_dim, n_first, n_coded, n_tail;
   int32_t means_kind, causal, hadamard;
+  int32_t head0, n_tiles;  // of this launch's heads the first; tiles of a head, the exact ones first
   // 16-byte loads are possible: of each array's rows.
   int32_t wide_keys, wide_values, wide_exact, wide_means;
   float scale;  // of scores, times log2(e), not negative

@@ -113,6 +113,7 @@ PROMPT = {
     "SLOTS": 4,
     "BLOCKS_PER_SM": 1,
     "WGMMA": 0,
+    "TILES": 0,
 }
 VALUES = [{"VALUE_BITS": bits, "LLOYD": lloyd} for bits, lloyd in ((2, 0), (4, 0), (2, 1), (3, 1), (4, 1))]
 
