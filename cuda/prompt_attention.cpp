@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
 
 #include "attention_arguments.h"
@@ -187,7 +186,7 @@ bool prompt_attention(const TurboQuantAttention::State& state, const AttentionIn
   // Each row attends to all coded tokens: what none attends to must not be read.
   int together = 0;
   if (variant.warpgroups && variant.rows == 128 && variant.type != kTypeFloat32 && !in.left_padding && !in.lengths &&
-      (!p.causal || p.n_tail >= p.n_queries) && !std::getenv("TQX_NO_TILES")) {
+      (!p.causal || p.n_tail >= p.n_queries)) {
     together = decoded_heads(n_heads, row_tiles, size_t(n_tiles) * variant.tile_bytes(), n_multiprocessors);
   }
   if (together > 0) variant.tiles = kTilesCopied;

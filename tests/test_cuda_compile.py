@@ -153,6 +153,8 @@ def test_prompt_attention_value_codings_compile(values, architecture):
         {"ROWS": 64, "KEY_DIM": 192, "VALUE_DIM": 128, "MASK": 2},
         {"ROWS": 64, "KEY_DIM": 224, "VALUE_DIM": 160, "TYPE": 2, "MASK": 1},
         {"KEY_DIM": 96, "VALUE_DIM": 64, "MASK": 1},
+        {"TILES": 1, "SLOTS": 8, "VALUE_BITS": 3, "LLOYD": 1},
+        {"TILES": 2, "SLOTS": 8},
         {"KEY_DIM": 64, "VALUE_DIM": 96, "KEY_BITS": 2, "TYPE": 0},
         {"KEY_DIM": 32, "VALUE_DIM": 32, "MASK": 2, "TYPE": 0},
     ],
@@ -161,7 +163,8 @@ def test_prompt_attention_variants_compile(changes):
     # Two blocks with a preset's values, the largest dimensions, a mask with half of a head's dimensions, and float32.
     optimised = changes.get("KEY_DIM") in (32, 256) or changes.get("VALUE_BITS") == 3 or changes.get("MASK") == 1
     compile_prompt("sm_90", optimised=optimised and changes.get("TYPE") != 2, **changes)
-    compile_prompt("sm_80", **(changes | {"BLOCKS_PER_SM": 1}))
+    if "TILES" not in changes:
+        compile_prompt("sm_80", **(changes | {"BLOCKS_PER_SM": 1}))
 
 
 @pytest.mark.parametrize("rows", [16, 32])
