@@ -96,7 +96,8 @@ int count_splits(int64_t row_tiles, int n_tiles, int resident_blocks, size_t res
   for (int splits = 1; splits <= kMaxPromptSplits; splits++) {
     if (splits > 1 && (splits * kMinTiles > n_tiles || splits * result_bytes > kMostBytes)) break;
     const int64_t waves = (row_tiles * splits + resident_blocks - 1) / resident_blocks;
-    const double time = double(waves) * ((n_tiles + splits - 1) / splits + kAround) + (splits > 1 ? splits + kJoin : 0);
+    const int64_t tiles = (n_tiles + splits - 1) / splits;  // of a block
+    const double time = double(waves) * double(tiles + kAround) + (splits > 1 ? splits + kJoin : 0);
     if (splits == 1 || time < least) {
       least = time;
       best = splits;

@@ -155,7 +155,7 @@ void* try_allocate(size_t bytes, int device) {
   if (result == kOutOfMemory) return nullptr;
   check_driver(result, pools ? "cuMemAllocAsync" : "cuMemAlloc");
   if (pools) check_driver(driver().stream_synchronize(nullptr), "cuStreamSynchronize");
-  return reinterpret_cast<void*>(pointer);
+  return reinterpret_cast<void*>(pointer);  // NOLINT(performance-no-int-to-ptr): the driver's pointers are numbers
 }
 
 void* allocate_device_memory(size_t bytes, int device) {
@@ -325,6 +325,7 @@ std::string compile(const char* file, const std::vector<Define>& defines, bool c
   if (!contract) options.push_back("--fmad=false");
   for (const Define& d : defines) options.push_back(std::string("-D") + d.name + "=" + std::to_string(d.value));
   std::vector<const char*> arguments;
+  arguments.reserve(options.size());
   for (const std::string& x : options) arguments.push_back(x.c_str());
 
   const char* source = nullptr;

@@ -1468,6 +1468,7 @@ TQ_DEVICE void attend_exact(const ExactTokens& tokens, const float* query, int b
       float value[kBatch][kSlots];
 #pragma unroll
       for (int i = 0; i < kBatch; i++) {
+        // NOLINTNEXTLINE(performance-no-int-to-ptr): lanes exchange numbers
         const void* values = reinterpret_cast<const void*>(__shfl_sync(kAllLanes, value_row, 4 * (t0 + i)));
         const bool from_first = first + t0 + i < p.n_first, there = tokens_there >> 4 * (t0 + i) & 1;
         const int64_t step = from_first ? p.first_value_stride[3] : p.tail_value_stride[3];
