@@ -40,6 +40,14 @@ PARTS = {
         "add_lloyd_values",
         "write_matrix_part",
     ),
+    PROMPT_KERNEL: (
+        "keep_queries",
+        "add_coded_values",
+        "finish_coded_values",
+        "rotate_sums_back",
+        "score_exact_keys",
+        "write_prompt_row",
+    ),
 }
 
 
