@@ -212,13 +212,8 @@ bool prompt_attention(const TurboQuantAttention::State& state, const AttentionIn
     if (results) encoder.set_output_array(*results);
   }
   void* arguments[] = {&p};
-  try {
-    add_kernel(encoder, "prompt_attention", kernel, {unsigned(row_tiles), unsigned(splits), unsigned(n_heads)},
-               unsigned(variant.threads()), kernel.shared_bytes, arguments, inputs);
-  } catch (...) {
-    if (splits > 1) forget_workspace(stream);
-    throw;
-  }
+  add_counting_kernel(stream, "prompt_attention", kernel, {unsigned(row_tiles), unsigned(splits), unsigned(n_heads)},
+                      unsigned(variant.threads()), kernel.shared_bytes, arguments, inputs);
   // Until the kernel has run.
   if (results) encoder.add_completed_handler([kept = *results] {});
   return true;

@@ -391,11 +391,6 @@ Workspaces& workspaces() {
 
 }  // namespace
 
-void forget_workspace(mx::Stream stream) {
-  std::lock_guard lock(workspaces().mutex);
-  workspaces().by_stream.erase(stream);
-}
-
 void allocate_through_mlx(std::vector<mx::array>& outputs, const mx::array& input, mx::Stream stream) {
   static OnceMap<int, std::string> binaries;
   const int device = stream.device.index;
@@ -470,6 +465,17 @@ void add_kernel(mx::cu::CommandEncoder& encoder, const char* name, const Kernel&
     return std::string(name) + " (CUDA), " + grid_of(grid.x, grid.y, grid.z, threads) + ", " + shapes_of(inputs);
   });
   encoder.add_kernel_node_raw(kernel.function, grid, {threads, 1, 1}, {1, 1, 1}, uint32_t(shared_bytes), arguments);
+}
+
+void add_counting_kernel(mx::Stream stream, const char* name, const Kernel& kernel, dim3 grid, unsigned threads,
+                         int shared_bytes, void** arguments, const std::vector<mx::array>& inputs) {
+  try {
+    add_kernel(mx::cu::get_command_encoder(stream), name, kernel, grid, threads, shared_bytes, arguments, inputs);
+  } catch (...) {
+    std::lock_guard lock(workspaces().mutex);
+    workspaces().by_stream.erase(stream);
+    throw;
+  }
 }
 
 void run_allocating(const char* name, const std::string& binary, const std::vector<mx::array>& inputs,
