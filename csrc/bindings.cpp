@@ -246,6 +246,7 @@ Example:
       "store_tokens",
       [](const std::vector<std::tuple<mx::array, int, int, OptionalArray, int>>& stores, mx::StreamOrDevice stream) {
         std::vector<tqext::TokenStore> all;
+        all.reserve(stores.size());
         for (const auto& [buffer, begin, kept, added, room] : stores) all.push_back({buffer, added, begin, kept, room});
         return tqext::store_tokens(all, stream);
       },

@@ -1,6 +1,7 @@
 #include "q1_quantize.h"
 
 #include "check_arrays.h"
+#include "coded_weights.h"
 #include "cpu/environment.h"
 #include "format.h"
 
@@ -21,15 +22,6 @@ void check_weights(const mx::array& w) {
 
 }  // namespace
 
-void check_q1(const mx::array& weight, const mx::array& scales, const char* op) {
-  check_dtype(weight, mx::uint32, op, "weight");
-  check_dtype(scales, mx::float16, op, "scales");
-  check(weight.ndim() >= 1 && weight.shape(-1) % kQ1Words == 0, "[", op,
-        "] weight: expected a last axis that is a multiple of ", int(kQ1Words), " words (", int(kQ1Group),
-        " weights), got shape ", weight.shape());
-  check_shape(scales, with_last(weight.shape(), weight.shape(-1) / kQ1Words), op, "scales");
-}
-
 std::pair<mx::array, mx::array> q1_quantize(const mx::array& w, mx::StreamOrDevice s) {
   check_weights(w);
   const mx::Stream stream = mx::to_stream(s);
@@ -40,11 +32,11 @@ std::pair<mx::array, mx::array> q1_quantize(const mx::array& w, mx::StreamOrDevi
 }
 
 mx::array q1_dequantize(const mx::array& weight, const mx::array& scales, mx::Dtype dtype, mx::StreamOrDevice s) {
-  check_q1(weight, scales, "q1_dequantize");
+  check_coded(weight, scales, 1, "q1_dequantize");
   check(is_activation(dtype), "[q1_dequantize] dtype: expected float32, float16 or bfloat16, got ", dtype);
   const mx::Stream stream = mx::to_stream(s);
   cpu::check_environment(stream);
-  return mx::array(with_last(weight.shape(), weight.shape(-1) * 32), dtype, std::make_shared<Q1Dequantize>(stream, dtype),
+  return mx::array(with_last(weight.shape(), coded_columns(weight, 1)), dtype, std::make_shared<Q1Dequantize>(stream, dtype),
                    {weight, scales});
 }
 
@@ -55,8 +47,8 @@ std::vector<mx::Shape> Q1Quantize::output_shapes(const std::vector<mx::array>& i
 }
 
 std::vector<mx::Shape> Q1Dequantize::output_shapes(const std::vector<mx::array>& inputs) {
-  check_q1(inputs[0], inputs[1], "q1_dequantize");
-  return {with_last(inputs[0].shape(), inputs[0].shape(-1) * 32)};
+  check_coded(inputs[0], inputs[1], 1, "q1_dequantize");
+  return {with_last(inputs[0].shape(), coded_columns(inputs[0], 1))};
 }
 
 }  // namespace tqext

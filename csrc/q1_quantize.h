@@ -21,9 +21,6 @@ std::pair<mx::array, mx::array> q1_quantize(const mx::array& w, mx::StreamOrDevi
 // -> [..., cols] in dtype.
 mx::array q1_dequantize(const mx::array& weight, const mx::array& scales, mx::Dtype dtype, mx::StreamOrDevice s);
 
-// Checks shared with q1_matmul: dtypes, and four words for every scale.
-void check_q1(const mx::array& weight, const mx::array& scales, const char* op);
-
 // Input: w. Outputs: weight, scales.
 class Q1Quantize : public mx::Primitive {
  public:

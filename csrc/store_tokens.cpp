@@ -9,6 +9,7 @@ std::optional<std::vector<mx::array>> store_tokens(const std::vector<TokenStore>
   if (stream.device == mx::Device::gpu && !gpu_stores_tokens()) return std::nullopt;
   const char* op = "store_tokens";
   std::vector<mx::array> inputs;
+  inputs.reserve(2 * stores.size());
   for (const TokenStore& store : stores) inputs.push_back(store.buffer);
   std::vector<StoreTokens::Store> state;
   std::vector<mx::Shape> shapes;

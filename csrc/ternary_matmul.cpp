@@ -2,7 +2,7 @@
 
 #include <optional>
 
-#include "check_arrays.h"
+#include "coded_weights.h"
 #include "cpu/environment.h"
 #include "format.h"
 #include "mlx/ops.h"
@@ -10,20 +10,6 @@
 namespace tqext {
 
 namespace {
-
-void check_product(const mx::array& x, const mx::array& weight, const mx::array& scales) {
-  check_activation(x, "ternary_matmul", "x");
-  check_dtype(weight, mx::uint32, "ternary_matmul", "weight");
-  check_dtype(scales, mx::float16, "ternary_matmul", "scales");
-  check(weight.ndim() == 2 && weight.shape(1) % kTernaryWords == 0,
-        "[ternary_matmul] weight: expected 2 axes, the last one a multiple of ", int(kTernaryWords), " words (",
-        int(kTernaryGroup), " weights), got shape ", weight.shape());
-  check_shape(scales, {weight.shape(0), weight.shape(1) / kTernaryWords}, "ternary_matmul", "scales");
-  // As a 64-bit number: a weight of 2^28 words has more columns than an axis can have.
-  const int64_t columns = int64_t(weight.shape(1)) * 16;
-  check(x.ndim() >= 1 && x.shape(-1) == columns, "[ternary_matmul] x: expected a last axis of ", columns, ", got shape ",
-        x.shape());
-}
 
 // MLX's product: a weight is scale * code + bias with a bias of -scale, which is the same number.
 mx::array affine_product(const mx::array& x, const mx::array& weight, const mx::array& scales, mx::Stream stream) {
@@ -62,22 +48,17 @@ int64_t gpu_rows([[maybe_unused]] mx::Dtype type) {
 }  // namespace
 
 mx::array ternary_matmul(const mx::array& x, const mx::array& weight, const mx::array& scales, mx::StreamOrDevice s) {
-  check_product(x, weight, scales);
+  const mx::Shape shape = product_shape({x, weight, scales}, 2, "ternary_matmul");
   const mx::Stream stream = mx::to_stream(s);
   cpu::check_environment(stream);
   if (stream.device == mx::Device::gpu && int64_t(x.size()) > gpu_rows(x.dtype()) * x.shape(-1) && weight.size() > 0) {
     return affine_product(x, weight, scales, stream);
   }
-  auto primitive = std::make_shared<TernaryMatmul>(stream);
-  const mx::Shape shape = primitive->output_shapes({x, weight, scales})[0];
-  return mx::array(shape, x.dtype(), primitive, {x, weight, scales});
+  return mx::array(shape, x.dtype(), std::make_shared<TernaryMatmul>(stream), {x, weight, scales});
 }
 
 std::vector<mx::Shape> TernaryMatmul::output_shapes(const std::vector<mx::array>& inputs) {
-  check_product(inputs[0], inputs[1], inputs[2]);
-  mx::Shape shape = inputs[0].shape();
-  shape.back() = inputs[1].shape(0);
-  return {shape};
+  return {product_shape(inputs, 2, "ternary_matmul")};
 }
 
 }  // namespace tqext

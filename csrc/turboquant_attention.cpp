@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <utility>
 
 #include "check_arrays.h"
 #include "cpu/environment.h"
@@ -421,7 +422,7 @@ mx::array gathered_attention(const mx::array& queries, const PackedKeys& k, cons
   inner.indices = inner.left_padding = inner.lengths = std::nullopt;
   inner.first = repeat(options.first);
   inner.tail = repeat(options.tail);
-  const mx::array out = turboquant_attention(by_list(q), keys, values, inner, s);
+  mx::array out = turboquant_attention(by_list(q), keys, values, inner, s);
   if (n_lists == 1) return out;
   return mx::transpose(mx::reshape(out, {n.batch, n_lists, n.n_q_heads, out.shape(3)}, s), {0, 2, 1, 3}, s);
 }
@@ -532,7 +533,7 @@ mx::array turboquant_attention(const mx::array& q, const PackedKeys& k, const Pa
   const bool has_kernel = stream.device == mx::Device::cpu || gpu_has_kernel(state, q);
   if (options.indices && (!has_kernel || options.composed_bytes)) {
     PackedKeys keys = k;
-    keys.means = means;
+    keys.means = std::move(means);
     if (n.n_coded > 0 && q.size() > 0) return gathered_attention(q, keys, v, options, n, scale, stream);
     AttentionOptions unlisted = options;  // there is nothing to list
     unlisted.indices = std::nullopt;

@@ -44,6 +44,7 @@ class OnceMap {
  private:
   // The future is copied: an entry that fails is erased while others wait for it.
   template <class Lock>
+  // NOLINTNEXTLINE(performance-unnecessary-value-param)
   static const Value& wait(std::shared_future<Value> future, Lock& lock) {
     lock.unlock();
     return future.get();

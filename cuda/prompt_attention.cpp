@@ -104,7 +104,8 @@ int count_splits(int64_t row_tiles, int n_tiles, int resident_blocks, size_t res
   for (int splits = 1; splits <= kMaxPromptSplits; splits++) {
     if (splits > 1 && (splits * kMinTiles > n_tiles || splits * result_bytes > kMostBytes)) break;
     const int64_t waves = (row_tiles * splits + resident_blocks - 1) / resident_blocks;
-    const double time = double(waves) * ((n_tiles + splits - 1) / splits + kAround) + (splits > 1 ? splits + kJoin : 0);
+    const int64_t tiles = (n_tiles + splits - 1) / splits;  // of a block
+    const double time = double(waves) * double(tiles + kAround) + (splits > 1 ? splits + kJoin : 0);
     if (splits == 1 || time < least) {
       least = time;
       best = splits;
@@ -267,13 +268,8 @@ bool prompt_attention(const TurboQuantAttention::State& state, const AttentionIn
     }
     return true;
   }
-  try {
-    add_kernel(encoder, "prompt_attention", kernel, {unsigned(row_tiles), unsigned(splits), unsigned(n_heads)},
-               unsigned(variant.threads()), kernel.shared_bytes, arguments, inputs);
-  } catch (...) {
-    if (splits > 1) forget_workspace(stream);
-    throw;
-  }
+  add_counting_kernel(stream, "prompt_attention", kernel, {unsigned(row_tiles), unsigned(splits), unsigned(n_heads)},
+                      unsigned(variant.threads()), kernel.shared_bytes, arguments, inputs);
   // Until the kernel has run.
   if (results) encoder.add_completed_handler([kept = *results] {});
   return true;

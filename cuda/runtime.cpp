@@ -155,7 +155,7 @@ void* try_allocate(size_t bytes, int device) {
   if (result == kOutOfMemory) return nullptr;
   check_driver(result, pools ? "cuMemAllocAsync" : "cuMemAlloc");
   if (pools) check_driver(driver().stream_synchronize(nullptr), "cuStreamSynchronize");
-  return reinterpret_cast<void*>(pointer);
+  return reinterpret_cast<void*>(pointer);  // NOLINT(performance-no-int-to-ptr): the driver's pointers are numbers
 }
 
 void* allocate_device_memory(size_t bytes, int device) {
@@ -325,6 +325,7 @@ std::string compile(const char* file, const std::vector<Define>& defines, bool c
   if (!contract) options.push_back("--fmad=false");
   for (const Define& d : defines) options.push_back(std::string("-D") + d.name + "=" + std::to_string(d.value));
   std::vector<const char*> arguments;
+  arguments.reserve(options.size());
   for (const std::string& x : options) arguments.push_back(x.c_str());
 
   const char* source = nullptr;
@@ -389,11 +390,6 @@ Workspaces& workspaces() {
 }
 
 }  // namespace
-
-void forget_workspace(mx::Stream stream) {
-  std::lock_guard lock(workspaces().mutex);
-  workspaces().by_stream.erase(stream);
-}
 
 void allocate_through_mlx(std::vector<mx::array>& outputs, const mx::array& input, mx::Stream stream) {
   static OnceMap<int, std::string> binaries;
@@ -469,6 +465,17 @@ void add_kernel(mx::cu::CommandEncoder& encoder, const char* name, const Kernel&
     return std::string(name) + " (CUDA), " + grid_of(grid.x, grid.y, grid.z, threads) + ", " + shapes_of(inputs);
   });
   encoder.add_kernel_node_raw(kernel.function, grid, {threads, 1, 1}, {1, 1, 1}, uint32_t(shared_bytes), arguments);
+}
+
+void add_counting_kernel(mx::Stream stream, const char* name, const Kernel& kernel, dim3 grid, unsigned threads,
+                         int shared_bytes, void** arguments, const std::vector<mx::array>& inputs) {
+  try {
+    add_kernel(mx::cu::get_command_encoder(stream), name, kernel, grid, threads, shared_bytes, arguments, inputs);
+  } catch (...) {
+    std::lock_guard lock(workspaces().mutex);
+    workspaces().by_stream.erase(stream);
+    throw;
+  }
 }
 
 void run_allocating(const char* name, const std::string& binary, const std::vector<mx::array>& inputs,

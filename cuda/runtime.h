@@ -91,8 +91,6 @@ struct Workspace {
   size_t zeroed, bytes;  // bytes: behind the zeroed ones
 };
 Workspace workspace(mx::Stream stream, size_t zeroed, size_t bytes);
-// After a launch that failed: whether the zeroed bytes are zero is not known any more. The next kernel gets other memory.
-void forget_workspace(mx::Stream stream);
 
 // Before the attention of a prompt's layer: starts what the stream has to do so far, and waits until all but two such parts are
 // done. MLX starts a hundred kernels at once and waits after ten times as many, which is most of a model's layers: all their
@@ -105,6 +103,10 @@ void depend_on(mx::cu::CommandEncoder& encoder, const std::vector<mx::array>& in
 // Adds a kernel to the stream's work, and logs it.
 void add_kernel(mx::cu::CommandEncoder& encoder, const char* name, const Kernel& kernel, dim3 grid, unsigned threads,
                 int shared_bytes, void** arguments, const std::vector<mx::array>& inputs);
+// The same of a kernel that uses zeroed bytes of the stream's workspace. After a launch that failed it is not known whether
+// they are zero: the next kernel gets other memory.
+void add_counting_kernel(mx::Stream stream, const char* name, const Kernel& kernel, dim3 grid, unsigned threads,
+                         int shared_bytes, void** arguments, const std::vector<mx::array>& inputs);
 
 // Runs a kernel whose outputs are large, through MLX's own primitive, so that its allocator provides them. Arguments of the
 // kernel: inputs, outputs, scalars.

@@ -219,13 +219,8 @@ void TurboQuantAttention::eval_gpu(const std::vector<mx::array>& inputs, mx::arr
   encoder.set_output_array(out);
   encoder.set_output_array(scratch.memory);
   void* arguments[] = {&p};
-  try {
-    add_kernel(encoder, "turboquant_attention", kernel, {unsigned(splits), unsigned(n_heads), unsigned(row_tiles)},
-               32 * kAttentionWarps, kernel.shared_bytes, arguments, inputs);
-  } catch (...) {
-    forget_workspace(stream());
-    throw;
-  }
+  add_counting_kernel(stream(), "turboquant_attention", kernel, {unsigned(splits), unsigned(n_heads), unsigned(row_tiles)},
+                      32 * kAttentionWarps, kernel.shared_bytes, arguments, inputs);
 }
 
 }  // namespace tqext

@@ -96,7 +96,9 @@ void run_blocks(const char* name, const Variant& variant, const std::vector<mx::
     return;
   }
   auto& encoder = mx::cu::get_command_encoder(stream);
-  std::vector<void*> pointers;
+  std::vector<void*> pointers, arguments;
+  pointers.reserve(inputs.size() + outputs.size());
+  arguments.reserve(inputs.size() + outputs.size() + scalars.size());
   depend_on(encoder, inputs);
   for (const mx::array& x : inputs) pointers.push_back(device_pointer(x));
   for (mx::array& x : outputs) {
@@ -104,8 +106,7 @@ void run_blocks(const char* name, const Variant& variant, const std::vector<mx::
     encoder.set_output_array(x);
     pointers.push_back(device_pointer(x));
   }
-  std::vector<void*> arguments;
-  for (void*& x : pointers) arguments.push_back(&x);
+  for (void*& x : pointers) arguments.push_back(static_cast<void*>(&x));
   for (const Scalar& s : scalars) {
     arguments.push_back(s.is_float ? const_cast<float*>(&s.real) : static_cast<void*>(const_cast<int32_t*>(&s.integer)));
   }

@@ -58,13 +58,8 @@ void WordSum::eval_gpu(const std::vector<mx::array>& inputs, mx::array& out) {
   encoder.set_output_array(out);
   encoder.set_output_array(scratch.memory);
   void* arguments[] = {&p};
-  try {
-    add_kernel(encoder, "word_sum", kernel, {unsigned(blocks), unsigned(std::max(n_arrays, 1)), 1}, kSumThreads, 0, arguments,
-               inputs);
-  } catch (...) {
-    forget_workspace(stream());
-    throw;
-  }
+  add_counting_kernel(stream(), "word_sum", kernel, {unsigned(blocks), unsigned(std::max(n_arrays, 1)), 1}, kSumThreads, 0,
+                      arguments, inputs);
 }
 
 }  // namespace tqext

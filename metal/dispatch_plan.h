@@ -304,7 +304,8 @@ struct AttentionCost {
   double matrix_kernel(int row_blocks, int groups, const Shares& shares) const {
     const KernelFigures f = figures_at(kMatrixFigures, dims);
     const int n_blocks = divide_up(n_rows, 8 * row_blocks);
-    const double multiplied = dims / 2 * kProduct + slower(f) * (f.tile + double(f.staged) / row_blocks);
+    const int n_products = dims / 2;
+    const double multiplied = n_products * kProduct + slower(f) * (f.tile + double(f.staged) / row_blocks);
     const double tile = std::max(turns(row_blocks * groups) / groups * multiplied, traffic(f, row_blocks));
     const double start = shares.coded * issue(f, double(row_blocks) * (groups * f.around + 8 * f.row));
     const double exact_rows = divide_up(n_rows, 8) * exact * issue(f, f.exact);
@@ -313,17 +314,17 @@ struct AttentionCost {
   }
   double prompt_kernel(int block_rows, const Shares& shares) const {
     const KernelFigures f = figures_at(kPromptFigures[block_rows == 64], dims);
-    const double products = dims / 2 / sharing * kProduct;
+    const int n_products = dims / 2 / sharing;
     const int n = shares.direct ? 1 : shares.coded + shares.exact;
     auto block = [&](int rows) {
       const int working = divide_up(rows, 8) * sharing;
-      const double tile = turns(working) * (products + slower(f) * f.tile) + issue(f, f.staged);
-      const double exact_tile = turns(working) * (products + slower(f) * f.exact) + issue(f, f.exact_staged);
+      const double tile = turns(working) * (n_products * kProduct + slower(f) * f.tile) + issue(f, f.staged);
+      const double exact_tile = turns(working) * (n_products * kProduct + slower(f) * f.exact) + issue(f, f.exact_staged);
       const double start = n * turns(block_rows / 8 * sharing) * slower(f) * (f.around + 8 * f.row);
       return coded * std::max(tile, traffic(f, working)) + exact * exact_tile + start;
     };
-    const int rest = n_rows % block_rows;
-    const double cycles = n_rows / block_rows * block(block_rows) + (rest ? block(rest) : 0.0);
+    const int whole = n_rows / block_rows, rest = n_rows % block_rows;
+    const double cycles = whole * block(block_rows) + (rest ? block(rest) : 0.0);
     return time(cycles, divide_up(n_rows, block_rows) * n, shares.direct, n);
   }
 };

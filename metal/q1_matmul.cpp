@@ -23,7 +23,8 @@ Rows rows_of(mx::Stream stream, const mx::array& x) {
   return {metal::contiguous(stream, x), n, last};
 }
 
-void run(mx::Stream stream, Q1Op op, mx::Dtype type, const Q1MatmulParams& params, std::vector<metal::Binding> bindings) {
+void run(mx::Stream stream, Q1Op op, mx::Dtype type, const Q1MatmulParams& params,
+         const std::vector<metal::Binding>& bindings) {
   metal::launch(stream, metal::plan_q1(op, metal::type_of(type), params), bindings, params, kQ1Params);
 }
 

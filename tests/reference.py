@@ -498,7 +498,14 @@ def attention(
     return out
 
 
-# ---- ternary weights ---------------------------------------------------------------------------
+# ---- weights of one and two bits ---------------------------------------------------------------
+
+
+def q1_weights(words, scales):
+    """Words uint32 [..., cols / 32] and scales [..., cols / 128] as weights; bit j of a word is the sign of column j."""
+    bits = words[..., None] >> np.arange(32, dtype=np.uint32) & 1
+    signs = bits.reshape(*words.shape[:-1], 32 * words.shape[-1]).astype(np.float64) * 2 - 1
+    return signs * np.repeat(scales.astype(np.float64), 128, axis=-1)
 
 
 def ternary_weights(words, scales):

@@ -33,6 +33,8 @@ class _KernelTolerance(dict):
 KERNEL_TOLERANCE = _KernelTolerance({mx.float32: 1e-5, mx.float16: 2e-3, mx.bfloat16: 1.2e-2})
 # One rounding to the result's type, relative to the largest output: rotate and dequantise.
 ROUNDING_TOLERANCE = {mx.float32: 2e-6, mx.float16: 6e-4, mx.bfloat16: 5e-3}
+# Products with coded weights, whose sums are fp32: of fp16 and bf16 the last rounding, to the result's type.
+WEIGHT_TOLERANCE = {mx.float32: 1e-5, mx.float16: 6e-4, mx.bfloat16: 5e-3}
 
 
 def tool(*names):

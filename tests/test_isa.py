@@ -9,6 +9,7 @@ import json
 import os
 import pathlib
 import platform
+import signal
 import subprocess
 import sys
 
@@ -188,6 +189,27 @@ def test_isa_golden_bytes(host, isa):
     name, *lines = run([host["codec_golden"]], input=asked, isa=isa).splitlines()
     assert name == isa
     assert [line.strip() for line in lines] == answers
+
+
+def test_isa_kernels_stay_in_their_arrays(folder):
+    """The programs above are built with the same guards: each of their calls is held to them, on every instruction set."""
+    (mlx,) = importlib.util.find_spec("mlx").submodule_search_locations
+    program = folder / "arrays_check"
+    flags = ["-std=c++20", "-g", "-I", ROOT / "csrc", "-I", f"{mlx}/include"]
+    run([tool("c++", "g++", "clang++"), *flags, NATIVE / "arrays_check.cpp", ROOT / "csrc/cpu/scratch.cpp", "-o", program])
+    assert run([program]) == "done\n"
+    array = "[tqext] array {} of a kernel's working memory: expected writes to its {} bytes, got one to byte {}\n".format
+    faults = {
+        "first": array(0, 20, 20),
+        "second": array(1, 100, 100),
+        "far": array(1, 100, 150),
+        "empty": array(2, 0, 0),
+        "last": array(3, 64, 64),
+        "grows": "[tqext] arrays of a kernel's working memory: expected at most 512 bytes, got 4096\n",
+    }
+    for fault, sentence in faults.items():
+        done = subprocess.run([program, fault], capture_output=True, text=True, timeout=60)
+        assert (done.returncode, done.stderr) == (-signal.SIGABRT, sentence)
 
 
 @linux_x86

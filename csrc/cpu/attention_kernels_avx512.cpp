@@ -177,7 +177,7 @@ inline void load_4x16(const uint32_t* words, ptrdiff_t stride, int n_words, __m5
 
 // One call's state. N: bytes of a query element and of a weight.
 template <int N, ValueCoding kCoding>
-class IntegerAttention {
+class IntegerAttention : OwnsArrays {
   static constexpr bool kLloyd = kCoding == kValueLloyd;
 
  public:
@@ -216,7 +216,9 @@ class IntegerAttention {
       }
     }
     for (int r = 0; r < rows.n_rows; r++) max_[r] = kNegInf;
-    for (size_t i = 0; i < n_rows * row_size(); i += 16) _mm512_store_ps(out_ + i, _mm512_setzero_ps());
+    clear(out_, n_rows * out_size_);
+    clear(sums_, n_rows * 16);
+    if (!kLloyd) clear(bias_sums_, n_rows * n_groups_ * 16);
     for (int r = 0; r < rows.n_rows; r++) split_query(r);
   }
 
@@ -282,17 +284,19 @@ class IntegerAttention {
     tail_keys_ = arrays.take<uint32_t>(16 * size_t(key_words_));
     tail_values_ = arrays.take<uint32_t>(16 * size_t(value_words_));
     tail_params_ = kLloyd ? nullptr : arrays.take<uint32_t>(16 * size_t(n_groups_));
-    out_ = arrays.take<float>(n_rows * row_size());
-    sums_ = out_ + n_rows * out_size_;
-    bias_sums_ = kLloyd ? nullptr : sums_ + n_rows * 16;
+    out_ = arrays.take<float>(n_rows * out_size_);
+    sums_ = arrays.take<float>(n_rows * 16);  // softmax weights, in lanes
+    bias_sums_ = kLloyd ? nullptr : arrays.take<float>(n_rows * n_groups_ * 16);
     query_offset_ = arrays.take<int32_t>(n_rows * N);
     query_step_ = arrays.take<float>(n_rows);
     max_ = arrays.take<float>(n_rows);
     nan_ = arrays.take<bool>(n_rows);
   }
 
-  // A row's sums: output, softmax weights and biases, in lanes.
-  size_t row_size() const { return size_t(out_size_) + 16 + (kLloyd ? 0 : 16 * n_groups_); }
+  static void clear(float* x, size_t n) {
+    for (size_t i = 0; i < n; i += 16) _mm512_store_ps(x + i, _mm512_setzero_ps());
+  }
+
   // Bytes of a row's weights, of each significance.
   size_t row_weights() const {
     if (kLloyd) return fold_ == 1 ? kBlock : kBlock / 4 / fold_ * 64;

@@ -72,7 +72,7 @@ inline int greatest_common_divisor(int a, int b) { return b ? greatest_common_di
 
 // One call's state. N: bytes of a query element and of a weight.
 template <int N, ValueCoding kCoding>
-class DotAttention {
+class DotAttention : OwnsArrays {
   static constexpr bool kLloyd = kCoding == kValueLloyd;
 
  public:
@@ -105,7 +105,9 @@ class DotAttention {
       for (int b = 0; b < 4; b++) group_of_[p][b] = uint8_t((lane_dims_ * b + pattern_dims_ * p) / kGroup);
     }
     for (int r = 0; r < rows.n_rows; r++) max_[r] = kNegInf;
-    for (size_t i = 0; i < rows.n_rows * row_size(); i++) out_[i] = 0;
+    clear(out_, size_t(rows.n_rows) * value_dim_);
+    clear(sums_, size_t(rows.n_rows) * 4);
+    if (!kLloyd) clear(bias_sums_, size_t(rows.n_rows) * n_groups_ * 4);
     set_key_order();
     for (int r = 0; r < rows.n_rows; r++) split_query(r);
   }
@@ -160,16 +162,17 @@ class DotAttention {
     biases_ = kLloyd ? nullptr : arrays.take<float>(size_t(n_groups_) * kBlock);
     largest_scales_ = arrays.take<float>(kBlock);
     scores_ = arrays.take<float>(kSet * kBlock);
-    out_ = arrays.take<float>(n_rows * row_size());
-    sums_ = out_ + n_rows * value_dim_;
-    bias_sums_ = kLloyd ? nullptr : sums_ + n_rows * 4;
+    out_ = arrays.take<float>(n_rows * value_dim_);
+    sums_ = arrays.take<float>(n_rows * 4);  // softmax weights, in lanes
+    bias_sums_ = kLloyd ? nullptr : arrays.take<float>(n_rows * n_groups_ * 4);
     query_step_ = arrays.take<float>(n_rows);
     max_ = arrays.take<float>(n_rows);
     nan_ = arrays.take<bool>(n_rows);
   }
 
-  // A row's sums: output, softmax weights in lanes, biases in lanes.
-  size_t row_size() const { return size_t(value_dim_) + 4 + (kLloyd ? 0 : 4 * n_groups_); }
+  static void clear(float* x, size_t n) {
+    for (size_t i = 0; i < n; i++) x[i] = 0;
+  }
 
   // ---- query
 

@@ -27,7 +27,7 @@ constexpr int smaller(int a, int b) { return a < b ? a : b; }
 constexpr int round_up(int n, int step) { return (n + step - 1) / step * step; }
 
 template <class V>
-class Fp32Attention {
+class Fp32Attention : OwnsArrays {
   using F = typename V::F;
   using I = typename V::I;
   static constexpr int kWidth = V::kWidth, kPanel = 2 * kWidth;

@@ -6,8 +6,8 @@
 
 #include <algorithm>
 
+#include "arrays.h"
 #include "q1_matmul_kernels.h"
-#include "scratch.h"
 
 #define TQ_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,f16c,fma")))
 #define TQ_AVX512_LAMBDA __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,f16c,fma"), always_inline))
@@ -283,12 +283,21 @@ TQ_AVX512 __attribute__((noinline)) void stage_line(const uint32_t* weight, ptrd
   for (int c = 0; c < 16; ++c) _mm512_store_si512(to[c], v[c]);
 }
 
+struct Tables : OwnsArrays {
+  explicit Tables(size_t n_floats) : n_floats(n_floats) { Arrays::place(*this); }
+  void place(Arrays& arrays) { tables = arrays.take<float>(n_floats); }
+
+  size_t n_floats;
+  float* tables = nullptr;
+};
+
 // One row of x, kTallTile rows of the weight or more.
 template <int kBits>
 TQ_AVX512 void run_one(const Q1Matrix& m, const float* x, int row_begin, int row_end, float* out) {
   constexpr int kWords = kGroup * kBits / 32, kLookups = 8 * kWords, kTallGroups = kTallTables / kBits;
   constexpr int kParts = kTallTile / 16, kLineGroups = kLineWords / kWords;
-  auto* const tables = static_cast<float*>(scratch(kTallGroups * kLookups * kTable * sizeof(float)));
+  const Tables memory(kTallGroups * kLookups * kTable);
+  float* const tables = memory.tables;
   alignas(64) uint32_t words[2][kLineWords][kTallTile];  // of the line in use, and of the next
   alignas(64) ScalePair scales[16][kParts];
   for (int panel = 0; panel < m.n_groups; panel += kTallGroups) {

@@ -53,6 +53,7 @@ void WordSum::eval_cpu(const std::vector<mx::array>& inputs, mx::array& out) {
     uint32_t start, place;
   };
   std::vector<Part> parts;
+  parts.reserve(state_.places.size());
   for (size_t i = 0; i < state_.places.size(); i++) {
     parts.push_back({inputs[i].data<void>(), SumRows(inputs[i]), state_.starts[i], state_.places[i]});
   }

@@ -71,3 +71,9 @@ def scheduled(checked, request):
     checked.reset()
     yield checked
     checked.schedule, checked.n_cores = sim.IN_ORDER, 10
+
+
+@pytest.fixture
+def mutant():
+    """A checked device of its own for edited kernels. One core: what goes wrong between a simdgroup's tiles shows."""
+    return metal_ops.Device("check", n_cores=1)

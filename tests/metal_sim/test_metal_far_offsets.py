@@ -13,8 +13,7 @@ import metal_ops
 import mlx.core as mx
 import numpy as np
 import pytest
-from test_metal_latent_mutations import LATENT
-from test_metal_mutations import ATTENTION, ENCODE, PROMPT, attention
+from mutations import ATTENTION, ENCODE, LATENT, PROMPT, attention
 
 import test_latent_attention as latents
 import tqext

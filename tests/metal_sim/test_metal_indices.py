@@ -5,7 +5,7 @@ import metal_simulator as sim
 import mlx.core as mx
 import numpy as np
 import pytest
-from test_metal_mutations import ATTENTION, MATRIX, attention, caught, mutant, replace  # noqa: F401 - a fixture
+from mutations import ATTENTION, MATRIX, assert_caught, attention
 from test_metal_operators import _shared
 
 import test_turboquant_attention_indices as shared
@@ -145,16 +145,18 @@ def mutation_case(name=""):
     return problem
 
 
-@pytest.mark.parametrize("name", MUTATIONS)
-def test_mutation_of_lists_is_caught(name, mutant):  # noqa: F811 - a fixture
+def assert_lists(device, name, mutation):
+    """The mutation, or None, is caught by its list of tokens."""
     problem = mutation_case(name)
-    mutant.sources = {"turboquant_attention": replace(ATTENTION, *MUTATIONS[name])}
-    assert caught(
-        mutant, lambda d: attention(d, problem), lambda out: assert_close(out, problem.answer(), KERNEL_TOLERANCE[mx.float32])
-    )
+    check = lambda out: assert_close(out, problem.answer(), KERNEL_TOLERANCE[mx.float32])  # noqa: E731
+    assert_caught(device, "turboquant_attention", ATTENTION, mutation, lambda d: attention(d, problem), check)
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_mutation_of_lists_is_caught(name, mutant):
+    assert_lists(mutant, name, MUTATIONS[name])
 
 
 @pytest.mark.parametrize("name", ["", "coded tokens after the query"])
-def test_unmutated_kernel_passes_the_same_check(name, mutant):  # noqa: F811 - a fixture
-    problem = mutation_case(name)
-    assert_close(attention(mutant, problem), problem.answer(), KERNEL_TOLERANCE[mx.float32])
+def test_unmutated_kernel_passes_the_same_check(name, mutant):
+    assert_lists(mutant, name, None)

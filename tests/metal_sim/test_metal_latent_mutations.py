@@ -4,13 +4,12 @@
 import mlx.core as mx
 import numpy as np
 import pytest
+from mutations import BARRIER, LATENT, SIMD_BARRIER, assert_caught
 from test_metal_latent import run
-from test_metal_mutations import BARRIER, SIMD_BARRIER, caught, mutant, replace, source  # noqa: F401 - a fixture
 
 from support import KERNEL_TOLERANCE, assert_close
 from test_latent_attention import Problem
 
-LATENT = source("latent_attention")
 KERNEL = "latent_attention"
 SMALL = dict(n_repeats=5, n_coded=150)
 BLOCKS = dict(n_repeats=5, n_coded=1300, balance=True)
@@ -92,15 +91,19 @@ def mutation_case(mask=None, padding=None, **shape):
     return lambda d: run(d, problem, mx.array(allowed)), want
 
 
-@pytest.mark.parametrize("name", MUTATIONS)
-def test_mutation_of_latents_is_caught(name, mutant):  # noqa: F811 - a fixture
-    function, old, new, nth, shape = MUTATIONS[name]
+def assert_latents(device, mutation, shape):
+    """The mutation, or None, is caught by this shape of a problem."""
     call, want = mutation_case(**shape)
-    mutant.sources = {KERNEL: replace(LATENT, function, old, new, nth)}
-    assert caught(mutant, call, lambda out: assert_close(out, want, KERNEL_TOLERANCE[mx.float32]))
+    check = lambda out: assert_close(out, want, KERNEL_TOLERANCE[mx.float32])  # noqa: E731
+    assert_caught(device, KERNEL, LATENT, mutation, call, check)
 
 
-def test_unmutated_kernel_passes_the_same_checks(mutant):  # noqa: F811 - a fixture
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_mutation_of_latents_is_caught(name, mutant):
+    *mutation, shape = MUTATIONS[name]
+    assert_latents(mutant, mutation, shape)
+
+
+def test_unmutated_kernel_passes_the_same_checks(mutant):
     for shape in (SMALL, BLOCKS, EXACT, CAUSAL, SPOILT, PADDED, FOLLOW_UP, dict(SMALL, n_repeats=16)):
-        call, want = mutation_case(**shape)
-        assert not caught(mutant, call, lambda out, want=want: assert_close(out, want, KERNEL_TOLERANCE[mx.float32])), shape
+        assert_latents(mutant, None, shape)

@@ -1,70 +1,32 @@
 # ruff: noqa: E501 - tables of source snippets
-"""Bugs seeded into our kernels: each must be reported by the checker or change a result by more than the tolerance.
-
-A mutation is an edit of the kernel's source that must apply; many leave the values right on most schedules, so a comparison
-of values alone would miss them.
-"""
+"""Bugs seeded into our kernels: each must be reported by the checker or change a result by more than the tolerance."""
 
 import re
 
 import metal_ops
-import metal_simulator as sim
 import mlx.core as mx
 import numpy as np
 import pytest
+from mutations import (
+    ATTENTION,
+    BARRIER,
+    COMBINE,
+    ENCODE,
+    MATRIX,
+    PROMPT,
+    PROMPT_KERNEL,
+    Q1,
+    SIMD_BARRIER,
+    SPLIT,
+    assert_caught,
+    attention,
+    included,
+    replace,
+)
 
+import reference
 import tqext
 from support import KERNEL_TOLERANCE, Problem, assert_close
-
-METAL = metal_ops.ROOT / "metal"
-
-
-def source(name):
-    """The text of a source with what the attention kernels share."""
-    shared = (METAL / "attention.h").read_text().replace("#pragma once", "")
-    return (METAL / f"{name}.metal").read_text().replace('#include "attention.h"\n', shared)
-
-
-ATTENTION, PROMPT, ENCODE, Q1 = map(source, ("turboquant_attention", "turboquant_prompt", "turboquant_encode", "q1_matmul"))
-
-
-def body(source, name):
-    """Start and end of a function or a struct in the source."""
-    start = source.find(f" {name}(")
-    if start < 0:
-        start = source.index(f"struct {name} {{")
-    return start, re.compile(r"\n};?\n").search(source, start).start()
-
-
-def replace(source, kernel, old, new, nth=1):
-    """Replaces the nth occurrence of `old` inside a kernel, or inside the part of it that has as many."""
-    for name in (kernel, *PARTS.get(kernel, ())):
-        start, end = body(source, name)
-        at = start - 1
-        for _ in range(nth):
-            at = source.find(old, at + 1, end)
-            if at < 0:
-                break
-        if at >= 0:
-            return source[:at] + new + source[at + len(old) :]
-    raise AssertionError(f"{kernel}: mutation does not apply: {old}")
-
-
-SIMD_BARRIER = "simdgroup_barrier(mem_flags::mem_threadgroup);"
-BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
-SPLIT, MATRIX, COMBINE, PROMPT_KERNEL = (f"turboquant_attention_{x}" for x in ("split", "matrix", "combine", "prompt"))
-PARTS = {
-    SPLIT: ("SplitKeys", "stage_split_queries", "stage_split_numbers", "join_states", "join_sums"),
-    MATRIX: (
-        "stage_matrix_queries",
-        "stage_means",
-        "stage_words",
-        "stage_parameters",
-        "multiply_keys",
-        "add_lloyd_values",
-        "write_matrix_part",
-    ),
-}
 
 # name -> (kernel function, text, replacement, occurrence, shape of the problem)
 SMALL = dict(n_kv_heads=1, n_coded=300, head_dim=64)
@@ -201,8 +163,8 @@ PROMPT_MUTATIONS = {
     "norm of another value": (PROMPT_KERNEL, "tile_scales[t], ", "tile_scales[t ^ 2], ", 1, CHUNK_LLOYD),
     "bias of another group": (PROMPT_KERNEL, "lane_of_column(lane, g)", "lane_of_column(lane, 0)", 1, dict(CHUNK, head_dim=128)),
     "query of the last row for all": ("keep_row", "mine ? y.x : old.x", "y.x", 1, CHUNK),
-    "partner's scores left out": (PROMPT_KERNEL, "if (S == 2) x = x + partial", "if (false) x = x + partial", 1, CHUNK_WIDE),
-    "partner's exact scores left out": (PROMPT_KERNEL, "if (S == 2) x = x + partial", "if (false) x = x + partial", 2, CHUNK_WIDE),
+    "partner's scores left out": ("mask_coded", "if (S == 2) x = x + partial", "if (false) x = x + partial", 1, CHUNK_WIDE),
+    "partner's exact scores left out": ("mask_exact", "if (S == 2) x = x + partial", "if (false) x = x + partial", 1, CHUNK_WIDE),
     "two simdgroups rotate one row": (PROMPT_KERNEL, "own = rows + part * V", "own = rows", 1, CHUNK_WIDE),
     "sums not rotated back": (PROMPT_KERNEL, "if (is_direct && has_hadamard)", "if (false)", 1, CHUNK),
     "sums of a split context rotated twice": (PROMPT_KERNEL, "if (is_direct && has_hadamard)", "if (has_hadamard)", 1, CHUNK_SPLIT),
@@ -219,7 +181,7 @@ PROMPT_MUTATIONS = {
     "mean of the next block": (PROMPT_KERNEL, "lane_of_column(lane, b)", "lane_of_column(lane, b + 2)", 1, CHUNK_MEANS),
     "means of the first eight blocks kept": (PROMPT_KERNEL, "block >= first_block + kStagedBlocks", "first_block < 0", 1, CHUNK_MEANS),
     "means of the rotated query": (PROMPT_KERNEL, "mean_offsets<T, K>(p, query, has_row", "mean_offsets<T, K>(p, q, has_row", 1, CHUNK_MEANS),
-    "padding attended to": (PROMPT_KERNEL, "t >= range.begin && t < limit", "t < limit", 1, CHUNK_PADDED),
+    "padding attended to": ("mask_coded", "t >= begin && t < limit", "t < limit", 1, CHUNK_PADDED),
     "coded tokens after the query": (PROMPT_KERNEL, "coded_limit(p, range.end, my_query)", "range.end", 1, CHUNK_CAUSAL),
     "causal limit of a row of another head": (PROMPT_KERNEL, "last_row % p.n_queries : p.n_queries - 1", "last_row % p.n_queries : first_row % p.n_queries", 1, CHUNK_HEADS),
     "exact tokens after the query": (PROMPT_KERNEL, "last_column + my_query :", "last_column + my_query + 1 :", 1, CHUNK_TAIL),
@@ -284,61 +246,38 @@ def make_problem(float_means=False, spoilt=False, beyond=None, **shape):
     return problem, want
 
 
-def caught(device, run, tolerance_check):
-    """Whether a report or a wrong value shows the bug; a mutation that does not compile is an error."""
-    try:
-        out = run(device)
-    except sim.Fault:
-        return True
-    try:
-        tolerance_check(out)
-    except AssertionError:
-        return True
-    return False
+def assert_attention(device, name, text, mutation, shape):
+    """The mutation of an attention kernel, or None, is caught by this shape of a problem."""
+    problem, want = make_problem(**shape)
+    device.kernel = kernel_for(problem, prompt=name == "turboquant_prompt")
+    check = lambda out: assert_close(out, want(), KERNEL_TOLERANCE[mx.float32])  # noqa: E731
+    assert_caught(device, name, text, mutation, lambda d: attention(d, problem), check)
 
 
-def attention(device, problem):
-    return metal_ops.turboquant_attention(device, problem.q, problem.packed_k, problem.packed_v, **problem.arguments())
-
-
-@pytest.fixture
-def mutant():
-    # One core: several tiles per simdgroup, so that what goes wrong between tiles shows.
-    return metal_ops.Device("check", n_cores=1)
+def shapes(mutations):
+    return {str(shape): shape for *_, shape in mutations.values()}.values()
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_mutation_of_attention_is_caught(name, mutant):
-    kernel, old, new, nth, shape = MUTATIONS[name]
-    problem, want = make_problem(**shape)
-    mutant.kernel = kernel_for(problem)
-    mutant.sources = {"turboquant_attention": replace(ATTENTION, kernel, old, new, nth)}
-    assert caught(mutant, lambda d: attention(d, problem), lambda out: assert_close(out, want(), KERNEL_TOLERANCE[mx.float32]))
+    *mutation, shape = MUTATIONS[name]
+    assert_attention(mutant, "turboquant_attention", ATTENTION, mutation, shape)
 
 
-@pytest.mark.parametrize("shape", {str(shape): shape for *_, shape in MUTATIONS.values()}.values(), ids=str)
+@pytest.mark.parametrize("shape", shapes(MUTATIONS), ids=str)
 def test_unmutated_kernels_pass_the_same_check(mutant, shape):
-    problem, want = make_problem(**shape)
-    mutant.kernel = kernel_for(problem)
-    mutant.sources = {"turboquant_attention": ATTENTION}
-    assert not caught(mutant, lambda d: attention(d, problem), lambda out: assert_close(out, want(), 1e-5))
+    assert_attention(mutant, "turboquant_attention", ATTENTION, None, shape)
 
 
 @pytest.mark.parametrize("name", PROMPT_MUTATIONS)
 def test_mutation_of_prompts_is_caught(name, mutant):
-    kernel, old, new, nth, shape = PROMPT_MUTATIONS[name]
-    problem, want = make_problem(**shape)
-    mutant.kernel = kernel_for(problem, prompt=True)
-    mutant.sources = {"turboquant_prompt": replace(PROMPT, kernel, old, new, nth)}
-    assert caught(mutant, lambda d: attention(d, problem), lambda out: assert_close(out, want(), KERNEL_TOLERANCE[mx.float32]))
+    *mutation, shape = PROMPT_MUTATIONS[name]
+    assert_attention(mutant, "turboquant_prompt", PROMPT, mutation, shape)
 
 
-@pytest.mark.parametrize("shape", {str(shape): shape for *_, shape in PROMPT_MUTATIONS.values()}.values(), ids=str)
+@pytest.mark.parametrize("shape", shapes(PROMPT_MUTATIONS), ids=str)
 def test_unmutated_prompt_kernel_passes_the_same_check(mutant, shape):
-    problem, want = make_problem(**shape)
-    mutant.kernel = kernel_for(problem, prompt=True)
-    mutant.sources = {"turboquant_prompt": PROMPT}
-    assert not caught(mutant, lambda d: attention(d, problem), lambda out: assert_close(out, want(), 1e-5))
+    assert_attention(mutant, "turboquant_prompt", PROMPT, None, shape)
     assert "prompt" in mutant.log[0][0]
 
 
@@ -366,8 +305,8 @@ ENCODE_MUTATIONS = {
 }  # fmt: skip
 
 
-def encode_is_caught(mutant, operation):
-    """Whether the source's bug in an encoding kernel shows: other bytes than the CPU's."""
+def assert_encode(device, operation, mutation):
+    """The mutation of an encoding kernel, or None, is caught: other bytes than the CPU's."""
     rng = np.random.default_rng(0)
     x = mx.array(rng.normal(size=(1, 2, 133, 64)).astype(np.float32)) * 3
     means, balance = tqext.block_means(x), mx.array(np.exp2(rng.uniform(-2, 2, (2, 64))).astype(np.float32))
@@ -391,24 +330,22 @@ def encode_is_caught(mutant, operation):
         pairs = [(out, want)] if name == "dequantize" else zip(out, want[:2], strict=True)
         assert all(mx.array_equal(a, b).item() for a, b in pairs)
 
-    return caught(mutant, lambda d: getattr(metal_ops, name)(d, argument, **options), same)
+    run = lambda d: getattr(metal_ops, name)(d, argument, **options)  # noqa: E731
+    assert_caught(device, "turboquant_encode", ENCODE, mutation, run, same)
 
 
 @pytest.mark.parametrize("name", ENCODE_MUTATIONS)
 def test_mutation_of_encode_is_caught(name, mutant):
-    operation, function, old, new, nth = ENCODE_MUTATIONS[name]
-    mutant.sources = {"turboquant_encode": replace(ENCODE, function, old, new, nth)}
-    assert encode_is_caught(mutant, operation)
+    operation, *mutation = ENCODE_MUTATIONS[name]
+    assert_encode(mutant, operation, mutation)
 
 
 @pytest.mark.parametrize("operation", sorted({mutation[0] for mutation in ENCODE_MUTATIONS.values()}))
 def test_unmutated_encode_passes_the_same_check(operation, mutant):
-    mutant.sources = {"turboquant_encode": ENCODE}
-    assert not encode_is_caught(mutant, operation)
+    assert_encode(mutant, operation, None)
 
 
 # Other roundings than the CPU's: some parameters of a thousand change.
-ROTATION = (METAL / "rotate_row.h").read_text().replace("#pragma once", "")
 ROUNDING_MUTATIONS = {
     "last place of the rotation": ("apply_signs", "? -scale : scale", "? -scale * 1.0000001f : scale * 1.0000001f"),
     "butterflies from the farthest partner": ("sylvester", "ushort h = 1; h < 32 && h < n; h *= 2", "ushort h = 16; h >= 1; h /= 2"),
@@ -432,7 +369,7 @@ def same_bytes_of_3000_tokens(device):
 @pytest.mark.parametrize("name", ROUNDING_MUTATIONS)
 def test_mutation_of_a_rounding_is_caught_by_3000_tokens(name):
     device = metal_ops.Device("fast")
-    text = ENCODE.replace('#include "rotate_row.h"\n', ROTATION)
+    text = ENCODE.replace('#include "rotate_row.h"\n', included("rotate_row.h"))
     device.sources = {"turboquant_encode": replace(text, *ROUNDING_MUTATIONS[name])}
     assert not same_bytes_of_3000_tokens(device)
     device.sources = {"turboquant_encode": text}
@@ -447,28 +384,26 @@ Q1_MUTATIONS = {
 }
 
 
-def q1_is_caught(mutant, n_inputs):
-    """Whether the source's bug in a 1-bit product shows."""
+def assert_q1(device, n_inputs, mutation):
+    """The mutation of a 1-bit product, or None, is caught by as many rows of x."""
     rng = np.random.default_rng(0)
-    weight = mx.array(rng.integers(0, 2**32, (21, 16), dtype=np.uint32))
-    scales = mx.array(rng.normal(size=(21, 4)).astype(np.float16))
-    x = mx.array(rng.normal(size=(n_inputs, 512)).astype(np.float32))
-    bits = (np.array(weight)[..., None] >> np.arange(32, dtype=np.uint32) & 1).reshape(21, -1) * 2.0 - 1
-    want = np.array(x).astype(np.float64) @ (bits * np.repeat(np.array(scales).astype(np.float64), 128, 1)).T
-    return caught(mutant, lambda d: metal_ops.q1_matmul(d, x, weight, scales), lambda out: assert_close(out, want, 1e-5))
+    words = rng.integers(0, 2**32, (21, 16), dtype=np.uint32)
+    scales = rng.normal(size=(21, 4)).astype(np.float16)
+    x = rng.normal(size=(n_inputs, 512)).astype(np.float32)
+    want = x.astype(np.float64) @ reference.q1_weights(words, scales).T
+    run = lambda d: metal_ops.q1_matmul(d, mx.array(x), mx.array(words), mx.array(scales))  # noqa: E731
+    assert_caught(device, "q1_matmul", Q1, mutation, run, lambda out: assert_close(out, want, 1e-5))
 
 
 @pytest.mark.parametrize("name", Q1_MUTATIONS)
 def test_mutation_of_q1_is_caught(name, mutant):
-    kernel, old, new, n_inputs = Q1_MUTATIONS[name]
-    mutant.sources = {"q1_matmul": replace(Q1, kernel, old, new, 1)}
-    assert q1_is_caught(mutant, n_inputs)
+    *mutation, n_inputs = Q1_MUTATIONS[name]
+    assert_q1(mutant, n_inputs, mutation)
 
 
 @pytest.mark.parametrize("n_inputs", [2, 9])
 def test_unmutated_q1_passes_the_same_check(n_inputs, mutant):
-    mutant.sources = {"q1_matmul": Q1}
-    assert not q1_is_caught(mutant, n_inputs)
+    assert_q1(mutant, n_inputs, None)
 
 
 def test_at_least_twelve_kinds_of_bugs_are_seeded():

@@ -9,9 +9,8 @@ import test_q1_quantize
 import test_ternary_matmul
 import tqext
 
-# What the kernels cannot show: argument checks, compilation, threads, transforms, instruction sets. The rounding of every
-# half takes minutes on a simulator.
-OP_ONLY = ("compiles", "threads", "transform", "instruction_set", "bad_input", "half_rounding")
+# What the kernels cannot show: argument checks, compilation, threads. The rounding of every half takes minutes on a simulator.
+OP_ONLY = ("compiles", "threads", "bad_input", "half_rounding")
 
 for _module in (test_q1_matmul, test_q1_quantize, test_ternary_matmul):
     for _name, _test in vars(_module).items():
