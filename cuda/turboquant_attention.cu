@@ -1596,12 +1596,10 @@ TQ_DEVICE bool is_last_block(uint32_t* counter, int n_splits, int tid) {
   return true;
 }
 
-constexpr int kWarpRows = kRows / kWarps;
-constexpr int kJoinStride = kValueDim + 4;  // floats of a row of sums in shared memory: other banks than the next row's
-
 // A warp's query rows, and the balance.
-TQ_DEVICE void load_query(const AttentionParams& p, float (&query_rows)[kWarpRows][kKeyDim / 32],
+TQ_DEVICE void load_query(const AttentionParams& p, float (&query_rows)[kRows / kWarps][kKeyDim / 32],
                           float (&balance)[kKeyDim / 32], int n_rows, int row0, int b, int h, int lane, int warp) {
+  constexpr int kWarpRows = kRows / kWarps;
 #pragma unroll
   for (int i = 0; i < kWarpRows; i++) {
     const int r = warp + kWarps * i, row = row0 + r, q_head = h * p.n_repeats + head_of_row(p, row);
@@ -1619,80 +1617,9 @@ TQ_DEVICE void load_query(const AttentionParams& p, float (&query_rows)[kWarpRow
   }
 }
 
-// A warp's query rows in shared memory: as they are for exact tokens, for the products with means, and rotated in fixed point.
-TQ_DEVICE void stage_query(const AttentionParams& p, float (&query_rows)[kWarpRows][kKeyDim / 32],
-                           float (&balance)[kKeyDim / 32], char* shared, bool has_exact, bool exact_tensor, int lane,
-                           int warp) {
-#pragma unroll
-  for (int k = 0; k < kKeyDim / 32; k++) balance[k] = 1.0f / balance[k];
-  float* rotated = reinterpret_cast<float*>(shared + kLayout.rotated_at);
-  char* exact_query = shared + kLayout.exact_query_at;
-  float* row_scale = reinterpret_cast<float*>(shared + kLayout.row_scale_at);
-  float* mean_scale = reinterpret_cast<float*>(shared + kLayout.mean_scale_at);
-  float* residual_scale = reinterpret_cast<float*>(shared + kLayout.residual_scale_at);
-  int8_t* query8 = reinterpret_cast<int8_t*>(shared + kLayout.int8_at);
-  int8_t* residual8 = reinterpret_cast<int8_t*>(shared + kLayout.residual_int8_at);
-#pragma unroll
-  for (int i = 0; i < kWarpRows; i++) {
-    const int r = warp + kWarps * i;
-    float (&x)[kKeyDim / 32] = query_rows[i];
-    float* scratch = rotated + r * kLayout.query_stride;
-    if (has_exact && exact_tensor) {
-#pragma unroll
-      for (int k = 0; k < kKeyDim / 32; k++) {
-        store_element<kType>(exact_query + r * kLayout.half_stride, lane + 32 * k, x[k]);
-      }
-    }
-    if (p.means) split_mean_query(x, shared + kLayout.mean_query_at + r * kLayout.half_stride, mean_scale + r, p.scale, lane);
-#pragma unroll
-    for (int k = 0; k < kKeyDim / 32; k++) x[k] *= p.scale;
-    if (has_exact && !exact_tensor) {
-      float* row = reinterpret_cast<float*>(exact_query) + r * kLayout.query_stride;
-#pragma unroll
-      for (int k = 0; k < kKeyDim / 32; k++) row[lane + 32 * k] = x[k];
-    }
-#pragma unroll
-    for (int k = 0; k < kKeyDim / 32; k++) x[k] *= balance[k];
-    if constexpr (Hadamard<kKeyDim>::kFactor > 0) {
-      if (p.hadamard) Hadamard<kKeyDim>::template rotate<TQ_ROTATION_SEED>(x, lane, scratch);
-    }
-    split_row(x, query8 + 2 * r * kKeyDim, row_scale + r, lane, false);
-    if (lane == 0) row_scale[r] *= 1.0f / kCodebookTop;
-    if constexpr (kSigns && Hadamard<kKeyDim>::kFactor > 0) {
-      Hadamard<kKeyDim>::template rotate<TQ_RESIDUAL_SEED>(x, lane, scratch);
-      split_row(x, residual8 + 2 * r * kKeyDim, residual_scale + r, lane, true);
-      // sqrt(pi / 2) / sqrt(dim)
-      if (lane == 0) residual_scale[r] *= 1.25331414f * rsqrtf(float(kKeyDim));
-    }
-  }
-}
-
-// A warp's sums, relative to the maximum of all warps, for the others.
-TQ_DEVICE void scale_sums(const Rows& x, const float* state, float* join, int lane, int warp) {
-  const int g = lane >> 2, j = lane & 3;
-#pragma unroll
-  for (int t = 0; t < kRowTiles; t++) {
-#pragma unroll
-    for (int k = 0; k < kAccColumns / 2; k++) {
-      const int column = 2 * j + k, r = !kFour ? 8 * t + column : kLloyd ? j : column & 3;
-      float m = kEmptyMax;
-#pragma unroll
-      for (int w = 0; w < kWarps; w++) m = fmaxf(m, state[(w * kRows + r) * 2]);
-      const float factor = exp2_fast(state[(warp * kRows + r) * 2] - m);
-#pragma unroll
-      for (int i = 0; i < kValueDim / 16; i++) {
-        // With four rows, columns 4 ... 7 are right for the groups from kScaleSets on, the others for those before.
-        if (!kLloyd && kFour && (j >> 1) != i / 2 / kScaleSets) continue;
-        float* to = join + (warp * kRows + r) * kJoinStride;
-        to[value_dimension(i, 0, g)] = x.acc[t][i][k] * factor;
-        to[value_dimension(i, 1, g)] = x.acc[t][i][kAccColumns / 2 + k] * factor;
-      }
-    }
-  }
-}
-
 // Adds the warps' states into the share's result.
 TQ_DEVICE void add_warps(const float* join, const float* state, float* partial_out, float* partial_state, int split, int tid) {
+  constexpr int kJoinStride = kValueDim + 4;
   if (tid < kRows) {
     float m = kEmptyMax, sum = 0;
 #pragma unroll
@@ -1715,9 +1642,10 @@ TQ_DEVICE void add_warps(const float* join, const float* state, float* partial_o
 }
 
 // Factors of a head's results, and one over the rows' sums. states: of the first 32 results.
-TQ_DEVICE void weigh_results(const AttentionParams& p, const float2 (&states)[kWarpRows], const float* partial_state,
+TQ_DEVICE void weigh_results(const AttentionParams& p, const float2 (&states)[kRows / kWarps], const float* partial_state,
                              float* factors, float* inverse, float* lse, int n_slots, int n_rows, int row0, int h, int lane,
                              int warp) {
+  constexpr int kWarpRows = kRows / kWarps;
 #pragma unroll
   for (int i = 0; i < kWarpRows; i++) {
     const int r = warp + kWarps * i, row = row0 + r, q_head = h * p.n_repeats + head_of_row(p, row);
@@ -1742,125 +1670,6 @@ TQ_DEVICE void weigh_results(const AttentionParams& p, const float2 (&states)[kW
       if (p.lse) lse[r] = sum == 0 ? -INFINITY : (m + log2f(sum)) / kLog2e;
     }
   }
-}
-
-// Results that the last block loads before it needs them: of shares, of exact tokens.
-constexpr int kEarly = 8, kEarlyExact = 8;
-
-TQ_DEVICE float4 load_share(const float* partial_out, int s, int r, int d) {
-  return __ldcg(reinterpret_cast<const float4*>(partial_out + (s * kRows + r) * kValueDim + d));
-}
-
-// The sum of all shares, in rotated space: [row][kJoinStride]. early: the thread's first element of the first shares.
-TQ_DEVICE void add_shares(const float* partial_out, const float* factors, float* total, const float4 (&early)[kEarly],
-                          int n_splits, int tid) {
-#pragma unroll 1
-  for (int i = tid; i < kRows * kValueDim / 4; i += kThreads) {
-    const int r = i / (kValueDim / 4), d = i % (kValueDim / 4) * 4;
-    float4 sum = make_float4(0, 0, 0, 0);
-    auto add = [&](const float4& y, int s) {
-      const float f = factors[s * kRows + r];
-      sum.x = fmaf(f, y.x, sum.x), sum.y = fmaf(f, y.y, sum.y), sum.z = fmaf(f, y.z, sum.z), sum.w = fmaf(f, y.w, sum.w);
-    };
-    int s = 0;
-    if (i == tid) {
-#pragma unroll
-      for (int e = 0; e < kEarly; e++) {
-        if (e < n_splits) add(early[e], e);
-      }
-      s = kEarly;
-    }
-#pragma unroll 16
-    for (; s < n_splits; s++) add(load_share(partial_out, s, r, d), s);
-    *reinterpret_cast<float4*>(total + r * kJoinStride + d) = sum;
-  }
-}
-
-// Rows of the output: the shares' sum, rotated back, and the results of exact tokens. early: of the warp's first row.
-TQ_DEVICE void write_rows(const AttentionParams& p, const float* partial_out, const float* factors, const float* inverse,
-                          const float* lse, float* total, const float (&early)[kEarlyExact][kValueDim / 32], int n_splits,
-                          int n_slots, int n_rows, int row0, int b, int h, int lane, int warp) {
-#pragma unroll 1
-  for (int r = warp; r < n_rows; r += kWarps) {
-    float y[kValueDim / 32];
-#pragma unroll
-    for (int k = 0; k < kValueDim / 32; k++) y[k] = total[r * kJoinStride + lane + 32 * k];
-    if constexpr (Hadamard<kValueDim>::kFactor > 0) {
-      if (p.hadamard) Hadamard<kValueDim>::template rotate_back<TQ_ROTATION_SEED>(y, lane, total + r * kJoinStride);
-    }
-    const int row = row0 + r, q_head = h * p.n_repeats + head_of_row(p, row);
-    const int64_t at =
-        ((int64_t(b) * p.n_kv_heads * p.n_repeats + q_head) * p.n_queries + position_of_row(p, row)) * (p.value_dim + p.lse);
-    int s = n_splits;
-    if (r == warp) {
-#pragma unroll
-      for (int e = 0; e < kEarlyExact; e++) {
-        if (s + e >= n_slots) break;
-        const float factor = factors[(s + e) * kRows + r];
-#pragma unroll
-        for (int k = 0; k < kValueDim / 32; k++) y[k] = fmaf(factor, early[e][k], y[k]);
-      }
-      s += kEarlyExact;
-    }
-#pragma unroll 4
-    for (; s < n_slots; s++) {
-      const float factor = factors[s * kRows + r];
-#pragma unroll
-      for (int k = 0; k < kValueDim / 32; k++) {
-        y[k] = fmaf(factor, __ldcg(partial_out + (s * kRows + r) * kValueDim + lane + 32 * k), y[k]);
-      }
-    }
-#pragma unroll
-    for (int k = 0; k < kValueDim / 32; k++) {
-      const int d = lane + 32 * k;
-      if (d < p.value_dim) {
-        if (p.lse) {
-          static_cast<float*>(p.out)[at + d] = y[k] * inverse[r];
-        } else {
-          store_element<kType>(p.out, at + d, y[k] * inverse[r]);
-        }
-      }
-    }
-    if (p.lse && lane == 0) static_cast<float*>(p.out)[at + p.value_dim] = lse[r];
-  }
-}
-
-// What the last block of a row tile does: it adds up what all of them have left.
-TQ_DEVICE void finish_rows(const AttentionParams& p, char* shared, const float* partial_out, const float* partial_state,
-                           int n_splits, int n_slots, int n_rows, int row0, int b, int h, int tid, int lane, int warp) {
-  float* total = reinterpret_cast<float*>(shared);  // [kRows][kValueDim + 4], rotated space
-  float* factors = total + kRows * kJoinStride;     // [kMaxSlots][kRows]
-  float* inverse = factors + kMaxSlots * kRows;     // [kRows]
-  float* lse = inverse + kRows;                     // [kRows]
-  // All first loads together: each waits for the second-level cache.
-  float2 states[kWarpRows];
-#pragma unroll
-  for (int i = 0; i < kWarpRows; i++) {
-    states[i] = make_float2(kEmptyMax, 0);
-    const int r = warp + kWarps * i;
-    if (lane < n_slots) states[i] = __ldcg(reinterpret_cast<const float2*>(partial_state + (lane * kRows + r) * 2));
-  }
-  float4 early[kEarly];
-  const int early_row = tid / (kValueDim / 4) % kRows, early_d = tid % (kValueDim / 4) * 4;
-#pragma unroll
-  for (int s = 0; s < kEarly; s++) {
-    early[s] = make_float4(0, 0, 0, 0);
-    if (s < n_splits) early[s] = load_share(partial_out, s, early_row, early_d);
-  }
-  float early_exact[kEarlyExact][kValueDim / 32];
-#pragma unroll
-  for (int s = 0; s < kEarlyExact; s++) {
-#pragma unroll
-    for (int k = 0; k < kValueDim / 32; k++) {
-      early_exact[s][k] =
-          n_splits + s < n_slots ? __ldcg(partial_out + ((n_splits + s) * kRows + warp) * kValueDim + lane + 32 * k) : 0.0f;
-    }
-  }
-  weigh_results(p, states, partial_state, factors, inverse, lse, n_slots, n_rows, row0, h, lane, warp);
-  __syncthreads();
-  add_shares(partial_out, factors, total, early, n_splits, tid);
-  __syncthreads();
-  write_rows(p, partial_out, factors, inverse, lse, total, early_exact, n_splits, n_slots, n_rows, row0, b, h, lane, warp);
 }
 
 // What block `split` of a head takes. column_end: the column that a row sees last, plus one.
@@ -1900,7 +1709,7 @@ TQ_DEVICE Share plan_share(const AttentionParams& p, int padding, int n_coded, C
 extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM)
     turboquant_attention(const __grid_constant__ AttentionParams p) {
   extern __shared__ __align__(16) char shared[];
-  const int tid = threadIdx.x, lane = tid & 31;
+  const int tid = threadIdx.x, lane = tid & 31, g = lane >> 2, j = lane & 3;
   const int warp = __shfl_sync(kAllLanes, tid >> 5, 0);  // tells the compiler that it is uniform
   const int head_index = blockIdx.y, b = head_index / p.n_kv_heads, h = head_index % p.n_kv_heads;
   const int n_splits = gridDim.x, split = blockIdx.x, row0 = row_tile(p) * kRows;
@@ -1925,6 +1734,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM)
 
   const Share share = plan_share(p, padding, lengths[1], column_end, split, n_splits);
   // The first loads, ahead of the copies that will keep the memory busy: the query rows; the exact tokens, as far as L2.
+  constexpr int kWarpRows = kRows / kWarps;
   float query_rows[kWarpRows][kKeyDim / 32];
   float balance[kKeyDim / 32];
   load_query(p, query_rows, balance, n_rows, row0, b, h, lane, warp);
@@ -1938,9 +1748,49 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM)
   };
   start();
 
+#pragma unroll
+  for (int k = 0; k < kKeyDim / 32; k++) balance[k] = 1.0f / balance[k];
+  float* rotated = reinterpret_cast<float*>(shared + kLayout.rotated_at);
   char* exact_query = shared + kLayout.exact_query_at;  // rows of 16 bits for tensor cores, else of floats
-  const bool exact_tensor = kType != kTypeFloat32 && p.exact_aligned, has_exact = split < p.n_exact_blocks;
-  stage_query(p, query_rows, balance, shared, has_exact, exact_tensor, lane, warp);
+  const bool exact_tensor = kType != kTypeFloat32 && p.exact_aligned;
+  float* row_scale = reinterpret_cast<float*>(shared + kLayout.row_scale_at);
+  float* mean_scale = reinterpret_cast<float*>(shared + kLayout.mean_scale_at);
+  float* residual_scale = reinterpret_cast<float*>(shared + kLayout.residual_scale_at);
+  int8_t* query8 = reinterpret_cast<int8_t*>(shared + kLayout.int8_at);
+  int8_t* residual8 = reinterpret_cast<int8_t*>(shared + kLayout.residual_int8_at);
+#pragma unroll
+  for (int i = 0; i < kWarpRows; i++) {
+    const int r = warp + kWarps * i;
+    float (&x)[kKeyDim / 32] = query_rows[i];
+    float* scratch = rotated + r * kLayout.query_stride;
+    if (split < p.n_exact_blocks && exact_tensor) {
+#pragma unroll
+      for (int k = 0; k < kKeyDim / 32; k++) {
+        store_element<kType>(exact_query + r * kLayout.half_stride, lane + 32 * k, x[k]);
+      }
+    }
+    if (p.means) split_mean_query(x, shared + kLayout.mean_query_at + r * kLayout.half_stride, mean_scale + r, p.scale, lane);
+#pragma unroll
+    for (int k = 0; k < kKeyDim / 32; k++) x[k] *= p.scale;
+    if (split < p.n_exact_blocks && !exact_tensor) {
+      float* row = reinterpret_cast<float*>(exact_query) + r * kLayout.query_stride;
+#pragma unroll
+      for (int k = 0; k < kKeyDim / 32; k++) row[lane + 32 * k] = x[k];
+    }
+#pragma unroll
+    for (int k = 0; k < kKeyDim / 32; k++) x[k] *= balance[k];
+    if constexpr (Hadamard<kKeyDim>::kFactor > 0) {
+      if (p.hadamard) Hadamard<kKeyDim>::template rotate<TQ_ROTATION_SEED>(x, lane, scratch);
+    }
+    split_row(x, query8 + 2 * r * kKeyDim, row_scale + r, lane, false);
+    if (lane == 0) row_scale[r] *= 1.0f / kCodebookTop;
+    if constexpr (kSigns && Hadamard<kKeyDim>::kFactor > 0) {
+      Hadamard<kKeyDim>::template rotate<TQ_RESIDUAL_SEED>(x, lane, scratch);
+      split_row(x, residual8 + 2 * r * kKeyDim, residual_scale + r, lane, true);
+      // sqrt(pi / 2) / sqrt(dim)
+      if (lane == 0) residual_scale[r] *= 1.25331414f * rsqrtf(float(kKeyDim));
+    }
+  }
   __syncthreads();
 
   const int n_slots = n_splits + p.n_exact_blocks * kWarps;
@@ -1948,7 +1798,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM)
   int head_rows = (head_index * int(gridDim.z) + int(blockIdx.z)) * n_slots * kRows;
   asm("" : "+r"(head_rows));
 
-  if (has_exact) {
+  if (split < p.n_exact_blocks) {
     const int begin = split * p.exact_tokens, slot = n_splits + split * kWarps + warp;
     const ExactTokens tokens{p, min(begin + p.exact_tokens, p.n_first + p.n_tail), b, h, row0, padding, lengths, own};
     float* out = p.partial_out + int64_t(head_rows + slot * kRows) * kValueDim;
@@ -1988,14 +1838,130 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS_PER_SM)
   float* state = reinterpret_cast<float*>(shared + kLayout.state_at);
   store_states(x, state, lane, warp);
   __syncthreads();
+  constexpr int kJoinStride = kValueDim + 4;
   float* join = reinterpret_cast<float*>(shared);  // [warp][row][kJoinStride]
-  scale_sums(x, state, join, lane, warp);
+#pragma unroll
+  for (int t = 0; t < kRowTiles; t++) {
+#pragma unroll
+    for (int k = 0; k < kAccColumns / 2; k++) {
+      const int column = 2 * j + k, r = !kFour ? 8 * t + column : kLloyd ? j : column & 3;
+      float m = kEmptyMax;
+#pragma unroll
+      for (int w = 0; w < kWarps; w++) m = fmaxf(m, state[(w * kRows + r) * 2]);
+      const float factor = exp2_fast(state[(warp * kRows + r) * 2] - m);
+#pragma unroll
+      for (int i = 0; i < kValueDim / 16; i++) {
+        // With four rows, columns 4 ... 7 are right for the groups from kScaleSets on, the others for those before.
+        if (!kLloyd && kFour && (j >> 1) != i / 2 / kScaleSets) continue;
+        float* to = join + (warp * kRows + r) * kJoinStride;
+        to[value_dimension(i, 0, g)] = x.acc[t][i][k] * factor;
+        to[value_dimension(i, 1, g)] = x.acc[t][i][kAccColumns / 2 + k] * factor;
+      }
+    }
+  }
   __syncthreads();
   add_warps(join, state, partial_out, partial_state, split, tid);
 
   if (!is_last_block(p.counters + head_index * gridDim.z + blockIdx.z, n_splits, tid)) return;
 
-  finish_rows(p, shared, partial_out, partial_state, n_splits, n_slots, n_rows, row0, b, h, tid, lane, warp);
+  float* total = reinterpret_cast<float*>(shared);  // [kRows][kValueDim + 4], rotated space
+  float* factors = total + kRows * kJoinStride;     // [kMaxSlots][kRows]
+  float* inverse = factors + kMaxSlots * kRows;     // [kRows]
+  float* lse = inverse + kRows;                     // [kRows]
+  // All first loads together: each waits for the second-level cache.
+  constexpr int kEarly = 8, kEarlyExact = 8;  // shares, exact results
+  float2 states[kWarpRows];
+#pragma unroll
+  for (int i = 0; i < kWarpRows; i++) {
+    states[i] = make_float2(kEmptyMax, 0);
+    const int r = warp + kWarps * i;
+    if (lane < n_slots) states[i] = __ldcg(reinterpret_cast<const float2*>(partial_state + (lane * kRows + r) * 2));
+  }
+  auto load_share = [&](int s, int r, int d) {
+    return __ldcg(reinterpret_cast<const float4*>(partial_out + (s * kRows + r) * kValueDim + d));
+  };
+  float4 early[kEarly];
+  const int early_row = tid / (kValueDim / 4) % kRows, early_d = tid % (kValueDim / 4) * 4;
+#pragma unroll
+  for (int s = 0; s < kEarly; s++) {
+    early[s] = make_float4(0, 0, 0, 0);
+    if (s < n_splits) early[s] = load_share(s, early_row, early_d);
+  }
+  float early_exact[kEarlyExact][kValueDim / 32];
+#pragma unroll
+  for (int s = 0; s < kEarlyExact; s++) {
+#pragma unroll
+    for (int k = 0; k < kValueDim / 32; k++) {
+      early_exact[s][k] =
+          n_splits + s < n_slots ? __ldcg(partial_out + ((n_splits + s) * kRows + warp) * kValueDim + lane + 32 * k) : 0.0f;
+    }
+  }
+  weigh_results(p, states, partial_state, factors, inverse, lse, n_slots, n_rows, row0, h, lane, warp);
+  __syncthreads();
+#pragma unroll 1
+  for (int i = tid; i < kRows * kValueDim / 4; i += kThreads) {
+    const int r = i / (kValueDim / 4), d = i % (kValueDim / 4) * 4;
+    float4 sum = make_float4(0, 0, 0, 0);
+    auto add = [&](const float4& y, int s) {
+      const float f = factors[s * kRows + r];
+      sum.x = fmaf(f, y.x, sum.x), sum.y = fmaf(f, y.y, sum.y), sum.z = fmaf(f, y.z, sum.z), sum.w = fmaf(f, y.w, sum.w);
+    };
+    int s = 0;
+    if (i == tid) {
+#pragma unroll
+      for (int e = 0; e < kEarly; e++) {
+        if (e < n_splits) add(early[e], e);
+      }
+      s = kEarly;
+    }
+#pragma unroll 16
+    for (; s < n_splits; s++) add(load_share(s, r, d), s);
+    *reinterpret_cast<float4*>(total + r * kJoinStride + d) = sum;
+  }
+  __syncthreads();
+#pragma unroll 1
+  for (int r = warp; r < n_rows; r += kWarps) {
+    float y[kValueDim / 32];
+#pragma unroll
+    for (int k = 0; k < kValueDim / 32; k++) y[k] = total[r * kJoinStride + lane + 32 * k];
+    if constexpr (Hadamard<kValueDim>::kFactor > 0) {
+      if (p.hadamard) Hadamard<kValueDim>::template rotate_back<TQ_ROTATION_SEED>(y, lane, total + r * kJoinStride);
+    }
+    const int row = row0 + r, q_head = h * p.n_repeats + head_of_row(p, row);
+    const int64_t at =
+        ((int64_t(b) * p.n_kv_heads * p.n_repeats + q_head) * p.n_queries + position_of_row(p, row)) * (p.value_dim + p.lse);
+    int s = n_splits;
+    if (r == warp) {
+#pragma unroll
+      for (int e = 0; e < kEarlyExact; e++) {
+        if (s + e >= n_slots) break;
+        const float factor = factors[(s + e) * kRows + r];
+#pragma unroll
+        for (int k = 0; k < kValueDim / 32; k++) y[k] = fmaf(factor, early_exact[e][k], y[k]);
+      }
+      s += kEarlyExact;
+    }
+#pragma unroll 4
+    for (; s < n_slots; s++) {
+      const float factor = factors[s * kRows + r];
+#pragma unroll
+      for (int k = 0; k < kValueDim / 32; k++) {
+        y[k] = fmaf(factor, __ldcg(partial_out + (s * kRows + r) * kValueDim + lane + 32 * k), y[k]);
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < kValueDim / 32; k++) {
+      const int d = lane + 32 * k;
+      if (d < p.value_dim) {
+        if (p.lse) {
+          static_cast<float*>(p.out)[at + d] = y[k] * inverse[r];
+        } else {
+          store_element<kType>(p.out, at + d, y[k] * inverse[r]);
+        }
+      }
+    }
+    if (p.lse && lane == 0) static_cast<float*>(p.out)[at + p.value_dim] = lse[r];
+  }
 }
 
 }  // namespace tqext::cuda
