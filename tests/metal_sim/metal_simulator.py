@@ -60,7 +60,7 @@ CHECK_FLAGS = [
     "-ftrivial-auto-var-init=pattern",
 ]
 MODE_FLAGS = {
-    "fast": ["-O2"],
+    "fast": ["-O1"],
     "count": ["-O1", "-DMSL_COUNTING"],
     "flush": ["-O1", "-fno-vectorize", "-fno-slp-vectorize"],
     "check": ["-O1", *CHECK_FLAGS],
