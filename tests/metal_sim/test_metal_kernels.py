@@ -417,7 +417,8 @@ def test_plan_of_latents():
             assert dispatch["grid"] == [plan["n_parts"], 1, blocks] and dispatch["threads"] == 256
             assert blocks * plan["n_ranges"] <= max(2 * n_cores, blocks) and plan["n_ranges"] <= -(-n_coded // 512)
             assert plan["part_numbers"] == plan["n_parts"] * n_heads * n_queries * 512
-    assert not metal_ops.has_latent_kernel(mx.zeros((1, 1, 9, 512)))
+    assert metal_ops.has_latent_kernel(mx.zeros((1, 1, 64, 512)))
+    assert not metal_ops.has_latent_kernel(mx.zeros((1, 1, 65, 512)))
     assert not metal_ops.has_latent_kernel(mx.zeros((1, 1, 1, 384)))
 
 
