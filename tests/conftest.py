@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import tqext
+from covering import left_out
 from locking import locked
 from tqext import calibration, models, one_bit
 
@@ -53,13 +54,14 @@ def no_kept_calibration(monkeypatch, tmp_path):
     calibration._kept.clear()
 
 
+@pytest.hookimpl(trylast=True)  # of what -k and -m leave
 def pytest_collection_modifyitems(config, items):
+    gone = left_out(items)
     # Without a GPU its variants are not tests of this machine; asked for by name they fail (see `device`).
-    if HAS_GPU or config.getoption("-m"):
-        return
-    kept = [item for item in items if not item.get_closest_marker("gpu")]
-    config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("gpu")])
-    items[:] = kept
+    if not HAS_GPU and not config.getoption("-m"):
+        gone |= {item for item in items if item.get_closest_marker("gpu")}
+    config.hook.pytest_deselected(items=[item for item in items if item in gone])
+    items[:] = [item for item in items if item not in gone]
 
 
 def pytest_report_teststatus(report):

@@ -184,6 +184,7 @@ def unpack_bits(words):
     return ((words[..., None] >> np.arange(32, dtype=np.uint32)) & 1).reshape(*words.shape[:-1], 32 * words.shape[-1])
 
 
+@cache
 def _key_positions(bits, dim):
     """For every dimension, the (word, bit) of each bit of its code, low bit first."""
     positions = []
@@ -200,26 +201,23 @@ def _key_positions(bits, dim):
     return positions
 
 
+@cache
 def _value_positions(bits, dim):
     n_words = dim * bits // 32
     return [[(d % n_words, d // n_words * bits + i) for i in range(bits)] for d in range(dim)]
 
 
 def _pack(codes, bits, positions):
-    words = np.zeros((*codes.shape[:-1], len(positions) * bits // 32), np.uint32)
-    for d, places in enumerate(positions):
-        for i, (word, bit) in enumerate(places):
-            words[..., word] |= ((codes[..., d].astype(np.uint32) >> i) & 1) << np.uint32(bit)
-    return words
+    places = np.array(positions)  # [dim, bits, (word, bit)]
+    plane = np.zeros((*codes.shape[:-1], codes.shape[-1] * bits), np.uint8)
+    plane[..., places[..., 0] * 32 + places[..., 1]] = (codes[..., None].astype(np.int64) >> np.arange(bits)) & 1
+    return np.packbits(plane, axis=-1, bitorder="little").view("<u4").astype(np.uint32)
 
 
 def _unpack(words, bits, positions):
-    words = np.asarray(words, np.uint32)
-    codes = np.zeros((*words.shape[:-1], words.shape[-1] * 32 // bits), np.int64)
-    for d, places in enumerate(positions):
-        for i, (word, bit) in enumerate(places):
-            codes[..., d] |= (((words[..., word] >> np.uint32(bit)) & 1) << i).astype(np.int64)
-    return codes
+    places = np.array(positions)
+    plane = np.unpackbits(np.array(words, "<u4").view(np.uint8), axis=-1, bitorder="little")
+    return (plane[..., places[..., 0] * 32 + places[..., 1]].astype(np.int64) << np.arange(bits)).sum(-1)
 
 
 def pack_keys(codes, bits):

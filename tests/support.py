@@ -12,9 +12,6 @@ import pytest
 import reference
 import tqext
 
-# Every parameter set, also those that take longer than they are worth each time.
-FULL = os.environ.get("TQEXT_TESTS") == "full"
-
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
 

@@ -25,6 +25,7 @@ from tqext import BatchTurboQuantKVCache, Recipe, TurboQuantKVCache
 pytestmark = pytest.mark.usefixtures("device")
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 @pytest.mark.parametrize("mask", ["own", "stock", "additive"])
 def test_batch_rows_are_as_if_alone(recipe, mask):
@@ -48,6 +49,7 @@ def test_batch_decode_over_every_phase_of_the_schedule():
     assert len({row.n_coded for row in batch.rows}) > 1
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("mask", ["own", "stock", "additive"])
 @pytest.mark.parametrize("window", [None, 30])
 def test_batch_follow_ups_of_a_few_tokens_are_as_if_alone(mask, window):
@@ -59,6 +61,7 @@ def test_batch_follow_ups_of_a_few_tokens_are_as_if_alone(mask, window):
         batch.step((1, 1, 1, 1), mask=mask, window=window)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("mask", ["own", "stock", "additive"])
 @pytest.mark.parametrize("window", [None, 170])
 def test_batch_of_bounded_sequences(mask, window):

@@ -24,6 +24,7 @@ def scheme_of(cache):
     return Scheme(r.key_bits, r.value_bits, r.value_coding, r.first, r.tail, balance)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("balanced", [True, False])
 @pytest.mark.parametrize("preset", ["tq3", "tq33", "tq4"])
 def test_by_position_agrees_with_an_independent_computation(preset, balanced):

@@ -37,6 +37,7 @@ from tqext.presets import PRESETS
 pytestmark = pytest.mark.usefixtures("device")
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 @pytest.mark.parametrize(
     "lengths",
@@ -78,6 +79,7 @@ BOUNDED = {
 }
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize(("recipe", "max_size"), BOUNDED.values(), ids=BOUNDED)
 @pytest.mark.parametrize("window", [None, 170])
 @pytest.mark.parametrize(

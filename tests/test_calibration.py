@@ -405,6 +405,7 @@ def test_report_of_a_model_that_is_not_attached_says_so():
 # Models
 
 
+@pytest.mark.covering(share=3)
 @pytest.mark.parametrize("kind", [kind for kind, (n, _) in {**zoo.PLAIN, **zoo.SPECIAL}.items() if n])
 def test_every_kind_of_model_is_calibrated(kind):
     """Hybrid layers, windows, shared keys and values: what the probe compresses has a balance of its shape."""

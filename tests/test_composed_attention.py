@@ -34,6 +34,7 @@ def composed(request, monkeypatch):
 CODED = dict(n_coded=200, n_first=4, means=True, balance=True)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("n_rows", [1, 5, 40])
 @pytest.mark.parametrize("head_dim, value_dim", [(64, 64), (320, 320), (512, 512), (320, 64)])
 def test_composed_attention(composed, head_dim, value_dim, n_rows):
@@ -89,6 +90,7 @@ def test_composed_attention_rounds_as_the_type_of_the_queries(composed):
     assert_close(problem.run(), rounded, KERNEL_TOLERANCE[mx.float16] + 2 * 2.0**-11 * largest_score)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("case", range(24))
 def test_composed_attention_of_listed_tokens(composed, case):
     """Gathered first: what Metal does, and every backend for large heads."""

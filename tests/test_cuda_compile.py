@@ -1,7 +1,7 @@
 """The CUDA kernels compile for every architecture, with the compiler that users' machines run, and fit into registers.
 
-Every set of parameters is compiled and assembled. Registers are looked at, and code optimised, for some sets of each kernel by
-default, and for all of them with TQEXT_TESTS=full: optimising takes four fifths of the time.
+By default a choice of the sets of parameters is compiled (covering.py). Registers are looked at, and code optimised, for some
+of them, and for all with TQEXT_TESTS=full: optimising takes four fifths of the time.
 """
 
 import os
@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 import nvrtc
-from support import FULL, tool
+from covering import FULL
+from support import tool
 
 ROOT = Path(__file__).resolve().parents[1]
 ARCHITECTURES = ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"]
@@ -57,12 +58,13 @@ def preset(name, **changes):
     return ATTENTION | {"KEY_BITS": key_bits, "LLOYD": lloyd, "VALUE_BITS": value_bits} | changes
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("name", ["tq3", "tq33"])
 def test_attention_compiles_for_every_architecture(name, architecture):
     # As the host chooses them: 100 KB of shared memory hold two blocks of three stages, not three blocks.
     small = {"BLOCKS_PER_SM": 2, "STAGES": 3} if architecture in ("sm_86", "sm_89", "sm_120") else {}
-    optimised = FULL or architecture == "sm_90" or (name == "tq33" and architecture in ("sm_80", "sm_120"))
+    optimised = FULL or architecture in ("sm_80", "sm_90", "sm_120")
     log = compile_kernel("turboquant_attention.cu", architecture, optimised=optimised, **preset(name, **small))
     assert "0 bytes spill stores" in log or not optimised, log
 
@@ -81,6 +83,8 @@ def test_attention_of_lloyd_values_fits_into_registers(name, dim, rows):
     assert spilled <= (32 if name == "tq4" and two_blocks else 0), log
 
 
+@pytest.mark.covering
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
 @pytest.mark.parametrize(
     "changes",
     [
@@ -96,9 +100,8 @@ def test_attention_of_lloyd_values_fits_into_registers(name, dim, rows):
         {"LISTED": 1, "STRIDED": 1, "ROWS": 16, "TYPE": 0, "LLOYD": 1, "VALUE_BITS": 3, "BLOCKS_PER_SM": 2},
     ],
 )
-def test_attention_variants_compile(changes):
-    for architecture in ("sm_80", "sm_90"):
-        compile_kernel("turboquant_attention.cu", architecture, optimised=FULL, **(ATTENTION | changes))
+def test_attention_variants_compile(changes, architecture):
+    compile_kernel("turboquant_attention.cu", architecture, optimised=FULL, **(ATTENTION | changes))
 
 
 PROMPT = {
@@ -135,6 +138,7 @@ def test_prompt_attention_compiles_for_every_architecture(architecture):
     compile_prompt(architecture, optimised=architecture == "sm_90")
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
 @pytest.mark.parametrize("values", VALUES)
 def test_prompt_attention_value_codings_compile(values, architecture):
@@ -142,6 +146,8 @@ def test_prompt_attention_value_codings_compile(values, architecture):
     compile_prompt(architecture, optimised=architecture == "sm_90" and preset_values, TYPE=2, **values)
 
 
+@pytest.mark.covering
+@pytest.mark.parametrize("architecture", ["sm_90", "sm_80"])
 @pytest.mark.parametrize(
     "changes",
     [
@@ -159,12 +165,14 @@ def test_prompt_attention_value_codings_compile(values, architecture):
         {"KEY_DIM": 32, "VALUE_DIM": 32, "MASK": 2, "TYPE": 0},
     ],
 )
-def test_prompt_attention_variants_compile(changes):
+def test_prompt_attention_variants_compile(changes, architecture):
+    if architecture == "sm_80":
+        if "TILES" not in changes:  # copies of the copy engine
+            compile_prompt("sm_80", **(changes | {"BLOCKS_PER_SM": 1}))
+        return
     # Two blocks with a preset's values, the largest dimensions, a mask with half of a head's dimensions, and float32.
     optimised = changes.get("KEY_DIM") in (32, 256) or changes.get("VALUE_BITS") == 3 or changes.get("MASK") == 1
     compile_prompt("sm_90", optimised=optimised and changes.get("TYPE") != 2, **changes)
-    if "TILES" not in changes:
-        compile_prompt("sm_80", **(changes | {"BLOCKS_PER_SM": 1}))
 
 
 @pytest.mark.parametrize("rows", [16, 32])
@@ -185,18 +193,19 @@ def test_kernels_without_variants_compile(name):
 
 
 # As the host chooses them: by the rows, and by the shared memory.
+@pytest.mark.covering
+@pytest.mark.parametrize("bits, mask", [(3, 2), (4, 1), (2, 0)])
 @pytest.mark.parametrize(
     "architecture, dim, rows, buffers",
     [("sm_80", 512, 64, 1), ("sm_86", 512, 16, 1), ("sm_86", 256, 32, 2), ("sm_90", 512, 64, 2), ("sm_90", 512, 32, 2),
      ("sm_90", 256, 64, 2), ("sm_100", 512, 64, 2), ("sm_120", 256, 16, 2)],
 )  # fmt: skip
-def test_latent_attention_compiles(architecture, dim, rows, buffers):
-    for bits, mask in ((3, 2), (4, 1), (2, 0)):
-        defines = dict(DIM=dim, BITS=bits, ROWS=rows, MASK=mask, BUFFERS=buffers)
-        optimised = FULL or bits == (4 if architecture == "sm_86" else 3)
-        log = compile_kernel("latent_attention.cu", architecture, optimised=optimised, **defines)
-        # A word or two, outside of the products.
-        assert not optimised or max(int(n) for n in re.findall(r"(\d+) bytes spill stores", log)) <= 32, log
+def test_latent_attention_compiles(architecture, dim, rows, buffers, bits, mask):
+    defines = dict(DIM=dim, BITS=bits, ROWS=rows, MASK=mask, BUFFERS=buffers)
+    optimised = FULL or bits >= 3
+    log = compile_kernel("latent_attention.cu", architecture, optimised=optimised, **defines)
+    # A word or two, outside of the products.
+    assert not optimised or max(int(n) for n in re.findall(r"(\d+) bytes spill stores", log)) <= 32, log
 
 
 # Operation (params.h), bits, means, balance, signs.
@@ -215,13 +224,14 @@ ENCODINGS = [
 ]
 
 
+@pytest.mark.covering
+@pytest.mark.parametrize("dim", [128, 96, 512])
 @pytest.mark.parametrize("operation, bits, means, balance, signs", ENCODINGS)
-def test_encoding_compiles(operation, bits, means, balance, signs):
+def test_encoding_compiles(operation, bits, means, balance, signs, dim):
     defines = dict(OPERATION=operation, BITS=bits, TYPE=1, HADAMARD=1, MEANS=means, BALANCE=balance, SIGNS=signs)
-    for dim in (128, 96, 512):
-        optimised = FULL or dim == 512
-        log = compile_kernel("turboquant_encode.cu", "sm_80", optimised=optimised, DIM=dim, **defines)
-        assert "0 bytes spill stores" in log or not optimised, log
+    optimised = FULL or dim == 512
+    log = compile_kernel("turboquant_encode.cu", "sm_80", optimised=optimised, DIM=dim, **defines)
+    assert "0 bytes spill stores" in log or not optimised, log
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -27,13 +27,23 @@ def launch(script, *args):
     return done.stdout + done.stderr
 
 
-@pytest.mark.parametrize(("part", "make"), [("tensor", make_llama), ("one-bit", make_one_bit), ("pipeline", make_qwen2)])
-def test_two_processes_give_the_tokens_of_one(tmp_path, part, make):
+PARTS = {"tensor": make_llama, "one-bit": make_one_bit, "pipeline": make_qwen2}
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory):
+    """Where the processes left their tokens, and what they said."""
+    folder = tmp_path_factory.mktemp("parts")
+    return folder, launch("distributed_check.py", folder, *PARTS)
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_two_processes_give_the_tokens_of_one(launched, part):
     """For one prompt, for a batch, and from a prefix store."""
-    out = tmp_path / "tokens.json"
-    said = launch("distributed_check.py", part, out, tmp_path / "store")
+    folder, said = launched
+    out = folder / f"{part}.json"
     assert out.exists(), said
-    model = make()
+    model = PARTS[part]()
     alone = [greedy(model, p, 12, cache=tqext.make_prompt_cache(model)) for p in (prompt(250), prompt(40, 1))]
     tqext.uninstall()
     assert json.loads(out.read_text()) == [alone[0], *alone]

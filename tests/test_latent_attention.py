@@ -91,6 +91,7 @@ def way(request, monkeypatch):
         yield
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("dim, rope_dim", [(512, 64), (256, 64), (40, 8), (64, None)])
 def test_latent_attention(way, dim, rope_dim, bits):
@@ -113,6 +114,7 @@ def test_latent_attention_types(dtype, n_rows):
 
 
 # Query rows of one tile of a GPU's kernel and of several, with the mask's forms.
+@pytest.mark.covering
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=["float16", "bfloat16"])
 @pytest.mark.parametrize("dim", [256, 512])
 @pytest.mark.parametrize(

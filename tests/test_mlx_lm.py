@@ -168,7 +168,8 @@ def test_batch_follow_ups_equal_alone(model, preset):
     assert together.token_ids == alone
 
 
-@pytest.mark.parametrize("n_draft", [4, 40])
+@pytest.mark.covering
+@pytest.mark.parametrize("n_draft", [40, 4])
 @pytest.mark.parametrize("draft_seed", [0, 1])
 def test_speculative_decoding_equals_plain_decoding(model, draft_seed, n_draft):
     """A draft model that is always right, and one that is mostly wrong."""

@@ -7,11 +7,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import tqext
+from covering import FULL
 from support import DTYPES, KERNEL_TOLERANCE, Problem, assert_close, poisoned, poisoned_tokens, to_numpy
 
 pytestmark = pytest.mark.usefixtures("device")
 examples = settings(
-    max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=60 if FULL else 30,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 few = settings(examples, max_examples=20)
 head_dims = st.integers(1, 36).map(lambda n: 8 * n)

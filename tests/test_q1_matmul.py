@@ -35,6 +35,7 @@ def check(x, weight, scales):
     return out
 
 
+@pytest.mark.covering(pairs=True)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 6, 7, 8, 9, 17, 64])
 @pytest.mark.parametrize(("rows", "cols"), [(1, 128), (31, 256), (33, 640), (257, 384), (300, 4224), (64, 12288)])
@@ -50,6 +51,7 @@ def test_q1_matmul_every_number_of_rows(rows, rng):
         check(mx.array(rng.normal(size=(n, 256)).astype(np.float32)), weight, scales)
 
 
+@pytest.mark.covering(pairs=True)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("n", [15, 16, 32, 33, 65, 96, 97, 127, 128, 129, 193, 257, 400])
 @pytest.mark.parametrize(("rows", "cols"), [(1, 128), (77, 640), (264, 1152), (520, 2304)])

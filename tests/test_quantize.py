@@ -146,6 +146,7 @@ def test_block_means_leave_out_tokens_that_are_not_finite(rng):
     assert_close(got.astype(np.float32), reference.block_means(k).astype(np.float64), 2**-10)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("n_tokens", [0, 1, 63, 64, 200])
 @pytest.mark.parametrize(
     "dim, bits, qjl, dtype", [(128, 3, False, "float16"), (80, 4, True, "float32"), (512, 2, False, "bfloat16")]
@@ -188,6 +189,7 @@ def test_block_means_of_the_largest_keys_are_finite():
 # ---- agreement with the reference on arbitrary input --------------------------------------------
 
 
+@pytest.mark.covering(by="parameter")
 @pytest.mark.parametrize(
     "head_dim, rotation",
     # Unrotated padding lies on a boundary: every decision about it is close.
@@ -223,6 +225,7 @@ def test_quantize_matches_reference_wherever_no_decision_is_close(head_dim, rota
         assert np.array_equal(to_numpy(packed.params)[sure], want.params[sure])
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rotation", ROTATIONS)
 @pytest.mark.parametrize("head_dim", [32, 80, 96, 128, 288, 512])

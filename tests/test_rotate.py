@@ -41,6 +41,7 @@ def test_rotate_is_mlx_hadamard_of_the_signed_vector(dim, rng):
     assert_close(tqext.rotate(x), to_numpy(mx.hadamard_transform(signed)), 1e-6)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("rotation", ["hadamard", "orthogonal"])
 @pytest.mark.parametrize("dim", [*HADAMARD_DIMS, *DENSE_DIMS])
 def test_rotate_is_orthogonal(dim, rotation):

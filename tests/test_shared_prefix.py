@@ -66,6 +66,7 @@ class Shared:
         assert_close(self.run(), self.answer(), KERNEL_TOLERANCE[self.own.dtype])
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("n_rows", [1, 2, 5, 40])
 def test_shared_prefix_every_number_of_queries(n_rows, dtype):
@@ -74,6 +75,7 @@ def test_shared_prefix_every_number_of_queries(n_rows, dtype):
                options={"mask": "causal"}).check()  # fmt: skip
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("key_bits, value_bits, coding", [(3, 2, "groups"), (3, 3, "lloyd"), (4, 4, "lloyd")])
 @pytest.mark.parametrize("head_dim, value_dim", [(80, 80), (128, 96), (288, 320)])
 def test_shared_prefix_formats(head_dim, value_dim, key_bits, value_bits, coding):

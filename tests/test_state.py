@@ -38,6 +38,7 @@ def balance_of(recipe, n_kv_heads=2, head_dim=64):
     return mx.array(factors) if recipe.balance else None
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("n_tokens", [2, 50, 300])
 def test_state_survives_a_file_bit_for_bit(model, preset, n_tokens, tmp_path):

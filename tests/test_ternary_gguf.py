@@ -219,6 +219,7 @@ def check_same(again, model, group_sizes):
     assert_close(q1_models.logits(again), to_numpy(q1_models.logits(model)).astype(np.float64), 1e-5)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("arch", ["qwen3", "llama"])
 @pytest.mark.parametrize("name", SIZES)
 def test_ternary_gguf_gives_the_same_model(name, arch, tmp_path):

@@ -49,6 +49,7 @@ def test_turboquant_attention_every_head_dim(head_dim, dtype):
     Problem(head_dim=head_dim, n_coded=161, dtype=DTYPES[dtype], means=True, balance=True, n_tail=5).check()
 
 
+@pytest.mark.covering(pairs=True)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("key_bits, value_bits", BITS)
 @pytest.mark.parametrize("head_dim", [32, 64, 96, 128, 256])
@@ -56,6 +57,7 @@ def test_turboquant_attention_all_bits(head_dim, key_bits, value_bits, dtype):
     Problem(head_dim=head_dim, key_bits=key_bits, value_bits=value_bits, n_coded=97, dtype=DTYPES[dtype]).check()
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("key_bits, value_bits", LLOYD_BITS)
 @pytest.mark.parametrize("head_dim", [32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512])
@@ -76,6 +78,7 @@ def test_turboquant_attention_value_dim_differs(key_dim, value_dim, coding, valu
     ).check()  # fmt: skip
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("coding, value_bits", [("groups", 2), ("lloyd", 3)])
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("n_coded", [*EDGES, 2049, 20000])
@@ -133,6 +136,7 @@ def test_turboquant_attention_every_group_ratio(n_repeats, dtype):
         Problem(n_repeats=n_repeats, n_rows=n_rows, dtype=DTYPES[dtype], n_tail=7, head_dim=64).check()
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("head_dim, n_repeats, n_kv_heads", TODAY)
 @pytest.mark.parametrize("n_rows", range(1, 9))
 def test_turboquant_attention_shapes_of_todays_models(head_dim, n_repeats, n_kv_heads, n_rows):
@@ -481,6 +485,7 @@ def test_turboquant_attention_random_mixtures(case):
 # ---- memory layout ------------------------------------------------------------------------------
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("head_dim", [32, 64, 80, 96, 128, 256])
 @pytest.mark.parametrize("n_coded", [1, 33, 64, 257])
 def test_turboquant_attention_reads_nothing_around_its_views(n_coded, head_dim):

@@ -18,12 +18,14 @@ def listed(n_listed=70, *, per_head=True, per_query=True, **problem):
 CODINGS = [(3, 2, "groups"), (3, 3, "lloyd"), (4, 4, "lloyd"), (2, 2, "lloyd"), (4, 4, "groups")]
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("head_dim", [32, 64, 80, 96, 128, 224, 256, 512])
 def test_indices_every_head_dim(head_dim, dtype):
     listed(head_dim=head_dim, n_coded=300, dtype=DTYPES[dtype], means=True, balance=True, n_first=3, n_tail=5).check()
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("key_bits, value_bits, coding", CODINGS)
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_indices_all_bits(head_dim, key_bits, value_bits, coding):
@@ -34,6 +36,7 @@ def test_indices_all_bits(head_dim, key_bits, value_bits, coding):
         ).check()  # fmt: skip
 
 
+@pytest.mark.covering(pairs=True)
 @pytest.mark.parametrize("per_query", [False, True])
 @pytest.mark.parametrize("per_head", [False, True])
 @pytest.mark.parametrize("n_rows", [1, 2, 3, 4, 5, 6, 7, 8, 9, 40])

@@ -12,6 +12,7 @@ pytestmark = pytest.mark.usefixtures("device")
 CODINGS = [("groups", 2), ("groups", 4), ("lloyd", 2), ("lloyd", 3), ("lloyd", 4)]
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("mask", [None, "causal"])
 @pytest.mark.parametrize("n_rows", [9, 16, 17, 33, 64, 65, 100, 257, 2048])
 def test_prompt_attention_every_number_of_rows(n_rows, mask):
@@ -30,6 +31,7 @@ def test_prompt_attention_every_group_ratio(n_repeats):
     ).check()
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("coding, value_bits", CODINGS)
 @pytest.mark.parametrize("head_dim", [32, 64, 80, 96, 112, 128, 160, 192, 224, 256])
@@ -50,6 +52,7 @@ def test_prompt_attention_value_dim_differs(key_dim, value_dim, coding, value_bi
     ).check()  # fmt: skip
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("n_coded", [0, 1, 63, 64, 65, 127, 128, 129, 511, 512, 513, 1000, 4096, 20011])
 def test_prompt_attention_every_length(n_coded, dtype):
@@ -172,8 +175,9 @@ def test_prompt_attention_tokens_beyond_the_lengths_may_hold_anything():
     assert_close(problem.run(), want, KERNEL_TOLERANCE[mx.float32])
 
 
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16], ids=["float32", "float16"])
 @pytest.mark.parametrize("head_dim", [32, 64, 80, 96, 128, 256])
-def test_prompt_attention_reads_views_of_any_strides(head_dim):
+def test_prompt_attention_reads_views_of_any_strides(head_dim, dtype):
     """Poisoned surroundings, swapped axes, a strided last axis: the same numbers."""
 
     def swapped(x):
@@ -182,23 +186,22 @@ def test_prompt_attention_reads_views_of_any_strides(head_dim):
     def spread(x):
         return mx.repeat(x, 2, axis=-1)[..., ::2]
 
-    for dtype in (mx.float32, mx.float16):
-        for coding, bits in CODINGS[:1] + CODINGS[3:]:
-            problem = Problem(
-                batch=2, n_coded=150, n_first=3, n_tail=50, value_coding=coding, value_bits=bits, head_dim=head_dim, means=True,
-                balance=True, dtype=dtype, n_repeats=2, n_rows=33, options={"mask": "causal"},
-            )  # fmt: skip
-            want = to_numpy(problem.run())
-            k, v = problem.packed_k, problem.packed_v
-            for view in (swapped, spread):
-                packed_k = k._replace(codes=view(k.codes), norms=view(k.norms), means=view(k.means))
-                packed_v = v._replace(codes=view(v.codes), params=view(v.params))
-                exact = {name: tuple(map(view, getattr(problem, name))) for name in ("first", "tail")}
-                got = problem.run(q=view(problem.q), packed_k=packed_k, packed_v=packed_v, **exact)
-                assert np.array_equal(to_numpy(got), want)
-            exact = {name: tuple(poisoned(x, np.nan) for x in getattr(problem, name)) for name in ("first", "tail")}
-            got = problem.run(q=poisoned(problem.q, np.nan), packed_k=poisoned_tokens(k), packed_v=poisoned_tokens(v), **exact)
+    for coding, bits in CODINGS[:1] + CODINGS[3:]:
+        problem = Problem(
+            batch=2, n_coded=150, n_first=3, n_tail=50, value_coding=coding, value_bits=bits, head_dim=head_dim, means=True,
+            balance=True, dtype=dtype, n_repeats=2, n_rows=33, options={"mask": "causal"},
+        )  # fmt: skip
+        want = to_numpy(problem.run())
+        k, v = problem.packed_k, problem.packed_v
+        for view in (swapped, spread):
+            packed_k = k._replace(codes=view(k.codes), norms=view(k.norms), means=view(k.means))
+            packed_v = v._replace(codes=view(v.codes), params=view(v.params))
+            exact = {name: tuple(map(view, getattr(problem, name))) for name in ("first", "tail")}
+            got = problem.run(q=view(problem.q), packed_k=packed_k, packed_v=packed_v, **exact)
             assert np.array_equal(to_numpy(got), want)
+        exact = {name: tuple(poisoned(x, np.nan) for x in getattr(problem, name)) for name in ("first", "tail")}
+        got = problem.run(q=poisoned(problem.q, np.nan), packed_k=poisoned_tokens(k), packed_v=poisoned_tokens(v), **exact)
+        assert np.array_equal(to_numpy(got), want)
 
 
 def test_prompt_attention_repeated_runs_are_identical():

@@ -46,6 +46,7 @@ def step(cache, reference, n, seed, **kwargs):
     assert cache.offset == reference.n_tokens
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 @pytest.mark.parametrize(
     "lengths",
@@ -61,6 +62,7 @@ def test_tokens_see_the_window_and_nothing_else(recipe, lengths):
     assert cache.size() < window + 128 + 64
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("window", [2, 16, 64, 65, 128, 200, 257])
 @pytest.mark.parametrize("recipe", ["default", "no-tail"])
 def test_windows_of_any_size(window, recipe, monkeypatch):

@@ -5,7 +5,8 @@ import metal_ops
 import metal_simulator as sim
 import pytest
 
-from support import FULL, tool
+from covering import FULL
+from support import tool
 
 # The simulator switches threads in x86-64 assembly; on a Mac the operator tests use the real GPU.
 if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
@@ -14,29 +15,29 @@ if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
 SCHEDULES = [sim.IN_ORDER, sim.REVERSE, sim.RANDOM]
 
 
+# In the names of tests that have a bug for a parameter, or the shape that shows it.
+MUTATIONS = ("mutation_of", "unmutated", "is_caught")
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
     """Leaves out parameter sets of the shared operator tests that have no kernel, or a kernel another set runs too.
 
-    Of the mutations about a quarter runs by default, and a third of the parameter sets where a test has more than four: a call
-    on the simulator takes up to a second. TQEXT_TESTS=full keeps every set that has a kernel, and every mutation.
+    A call on the simulator takes up to a second, so every test here is one whose parameters are covered (covering.py), and of
+    the mutations about a quarter runs by default. TQEXT_TESTS=full keeps every set that has a kernel, and every mutation.
     """
-    dropped, kept = [], {}
+    dropped = []
     for item in items:
-        if not hasattr(item, "callspec") or not hasattr(item, "originalname"):
+        if not hasattr(item, "callspec") or not item.module.__name__.startswith("test_metal"):
             continue
-        selection = getattr(getattr(item, "module", None), "SELECTION", None)
+        selection = getattr(item.module, "SELECTION", None)
         has_kernel, is_default = (True, True) if selection is None else selection(item.originalname, item.callspec.params)
         if not (has_kernel and (FULL or is_default)):
             dropped.append(item)
+        elif any(part in item.originalname for part in MUTATIONS):
+            item.add_marker(pytest.mark.covering(share=4), append=False)
         else:
-            kept.setdefault((item.module, item.originalname), []).append(item)
-    for (module, name), sets in () if FULL else kept.items():
-        if not module.__name__.startswith("test_metal") or len(sets) <= 4:
-            continue
-        share = 4 if "mutation_of" in name else 3
-        # By a number of their names: evenly spaced ones could all have the same value of an inner parameter.
-        chosen = {sets[0], sets[-1], *(item for item in sets if zlib.crc32(item.callspec.id.encode()) % share == 0)}
-        dropped += [item for item in sets if item not in chosen]
+            item.add_marker(pytest.mark.covering(by="parameter"), append=False)
     if dropped:
         config.hook.pytest_deselected(items=dropped)
         gone = set(dropped)
@@ -60,20 +61,29 @@ def fast():
     return metal_ops.Device("fast")
 
 
+@pytest.fixture(scope="session")
+def reporting():
+    """The same for short calls whose counters nobody looks at: half of their time would be the compiler's."""
+    return metal_ops.Device("check" if FULL else "report")
+
+
 @pytest.fixture
-def scheduled(checked, request):
-    """The checked device with a schedule of threads and a number of cores that the test's name decides.
+def scheduled(request):
+    """A device that reports, with a schedule of threads and a number of cores that the test's name decides.
 
     One core: simdgroups have several tiles each, so that loops carry state.
     """
+    # Many rows: the kernels run for longer than the compiler does.
+    long = request.module.__name__ in ("test_metal_prompts", "test_metal_q1")
+    device = request.getfixturevalue("checked" if long else "reporting")
     number = zlib.crc32(request.node.name.encode())
-    checked.schedule, checked.seed, checked.n_cores = SCHEDULES[number % 3], number, (1, 10)[number // 3 % 2]
-    checked.reset()
-    yield checked
-    checked.schedule, checked.n_cores = sim.IN_ORDER, 10
+    device.schedule, device.seed, device.n_cores = SCHEDULES[number % 3], number, (1, 10)[number // 3 % 2]
+    device.reset()
+    yield device
+    device.schedule, device.n_cores = sim.IN_ORDER, 10
 
 
 @pytest.fixture
 def mutant():
-    """A checked device of its own for edited kernels. One core: what goes wrong between a simdgroup's tiles shows."""
-    return metal_ops.Device("check", n_cores=1)
+    """A device of its own for edited kernels. One core: what goes wrong between a simdgroup's tiles shows."""
+    return metal_ops.Device("check" if FULL else "report", n_cores=1)

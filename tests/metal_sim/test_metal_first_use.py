@@ -9,7 +9,7 @@ import pytest
 
 import tqext
 import tqext.mlx_lm
-from support import FULL
+from covering import FULL
 from tiny import greedy, make_llama, prompt
 from tqext.kv import codec, latent
 from tqext.mlx_lm import first_use

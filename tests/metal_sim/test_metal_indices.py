@@ -10,7 +10,8 @@ from test_metal_operators import _shared
 
 import test_turboquant_attention_indices as shared
 import tqext
-from support import FULL, KERNEL_TOLERANCE, assert_close
+from covering import FULL
+from support import KERNEL_TOLERANCE, assert_close
 from test_turboquant_attention_indices import listed
 
 globals().update(_shared(shared))

@@ -68,8 +68,8 @@ DEFAULT = {
     "every_group_ratio": lambda p: p["dtype"] == "float32" or p["n_repeats"] in (4, 9),
     "residual_signs": lambda p: p["dtype"] != "bfloat16",
     "array_mask": lambda p: p["kind"] in ("bool", "float32") or p["axes"] == "full",
-    "reads_nothing_around_its_views": lambda p: (p["n_coded"], p["head_dim"]) in ((33, 64), (257, 128)),
-    "random_mixtures": lambda p: p["case"] % 6 == 0,
+    "reads_nothing_around_its_views": lambda p: (p["n_coded"], p["head_dim"]) == (33, 64),
+    "random_mixtures": lambda p: p["case"] % 12 == 0,
     "more_sequences_than_a_grid_has_rows": lambda p: False,  # a limit of CUDA's; minutes on the simulator
 }
 

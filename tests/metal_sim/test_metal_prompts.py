@@ -1,5 +1,6 @@
 """The operator tests of many query rows, on the simulated Metal kernels: the same functions and tolerances."""
 
+import mlx.core as mx
 from test_metal_operators import OP_ONLY, on_the_simulated_gpu  # noqa: F401 - a fixture
 
 import test_turboquant_attention_prompts as prompts
@@ -36,8 +37,8 @@ DEFAULT = {
     "lengths": lambda p: p["n_rows"] == 40,
     "array_mask": lambda p: p["kind"] in ("bool", "float32") and p["shape"][0] != 207,
     "any_magnitude": lambda p: p["dtype"] != "bfloat16",
-    "reads_views_of_any_strides": lambda p: p["head_dim"] == 80,
-    "random_mixtures": lambda p: p["case"] % 10 == 0,
+    "reads_views_of_any_strides": lambda p: p["head_dim"] == 80 and p["dtype"] == mx.float32,
+    "random_mixtures": lambda p: p["case"] % 20 == 0,
 }
 
 
