@@ -4,6 +4,7 @@ In CI (environment variable CI set) a missing compiler or emulator is a failure;
 """
 
 import functools
+import importlib.util
 import itertools
 import json
 import os
