@@ -209,10 +209,10 @@ def test_isa_golden_bytes(host, isa):
     assert [line.strip() for line in lines] == answers
 
 
-def test_isa_kernels_stay_in_their_arrays(folder):
+def test_isa_kernels_stay_in_their_arrays(tmp_path):
     """The programs above are built with the same guards: each of their calls is held to them, on every instruction set."""
     (mlx,) = importlib.util.find_spec("mlx").submodule_search_locations
-    program = folder / "arrays_check"
+    program = tmp_path / "arrays_check"
     flags = ["-std=c++20", "-g", "-I", ROOT / "csrc", "-I", f"{mlx}/include"]
     run([tool("c++", "g++", "clang++"), *flags, NATIVE / "arrays_check.cpp", ROOT / "csrc/cpu/scratch.cpp", "-o", program])
     assert run([program]) == "done\n"
