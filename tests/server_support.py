@@ -93,7 +93,14 @@ class Server:
             os.killpg(self.process.pid, signal.SIGINT)
         else:
             self.process.terminate()
-        self.process.wait(20)
+        try:
+            self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            if not self.launched:
+                raise
+            # A rank that is interrupted in a sum leaves the other one waiting in MLX's ring.
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait(20)
         self.log.close()
 
 

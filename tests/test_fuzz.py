@@ -11,7 +11,6 @@ import pytest
 
 import fuzz_operators
 import tqext
-from covering import FULL
 
 # TQEXT_FUZZ=100000 tries as many cases, others than the usual ones; they are shared out among the instruction sets.
 CASES = int(os.environ.get("TQEXT_FUZZ", 0))
@@ -30,7 +29,7 @@ def run(isa, n_cases, *options):
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_random_calls_are_right_or_refused(isa):
-    run(isa, (CASES or (2000 if FULL else 1000)) // len(ISAS))
+    run(isa, (CASES or 2000) // len(ISAS))
 
 
 @pytest.mark.gpu
