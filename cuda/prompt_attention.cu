@@ -398,6 +398,14 @@ TQ_DEVICE void copy_exact(const Element<kType>* row, int64_t stride, bool there,
   }
 }
 
+// Where an exact token lies, in the first tokens or in the tail.
+TQ_DEVICE const Element<kType>* exact_row(const Sequence& sequence, const ExactToken& t, const void* first,
+                                          const int64_t (&first_stride)[4], const void* tail, const int64_t (&tail_stride)[4]) {
+  const int64_t* stride = t.is_first ? first_stride : tail_stride;
+  return static_cast<const Element<kType>*>(t.is_first ? first : tail) + sequence.b * stride[0] + sequence.h * stride[1] +
+         t.index * stride[2];
+}
+
 // Means of blocks block ... block + kPromptMeans - 1 on their way to rows of shared memory: a thread's runs of eight halves.
 // For fp16 means whose rows 16-byte loads can read.
 struct WideMeans {
@@ -589,22 +597,16 @@ TQ_DEVICE void produce(const PromptParams& p, const Sequence& sequence, const Ra
     cursor.next();
   };
 
-  using Exact = Element<kType>;
 #pragma unroll 1
   for (int tile = range.exact_begin; tile < range.exact_end; tile++) {
     const ExactToken t(p, sequence, tile * kPromptTile + token);
-    auto row = [&](const void* first, const int64_t (&first_stride)[4], const void* tail, const int64_t (&tail_stride)[4]) {
-      const int64_t* stride = t.is_first ? first_stride : tail_stride;
-      return static_cast<const Exact*>(t.is_first ? first : tail) + sequence.b * stride[0] + sequence.h * stride[1] +
-             t.index * stride[2];
-    };
 #pragma unroll 1
     for (int what = 0; what < (kFloat32 ? 2 : 1); what++) {
       if (!has_keys) {
         cursor.next();
         continue;
       }
-      copy_exact<kKeyUnits>(row(p.first_keys, p.first_key_stride, p.tail_keys, p.tail_key_stride),
+      copy_exact<kKeyUnits>(exact_row(sequence, t, p.first_keys, p.first_key_stride, p.tail_keys, p.tail_key_stride),
                             t.is_first ? p.first_key_stride[3] : p.tail_key_stride[3], t.there, p.head_dim, p.wide_exact, what,
                             token, half, acquire);
       publish();
@@ -613,7 +615,7 @@ TQ_DEVICE void produce(const PromptParams& p, const Sequence& sequence, const Ra
       cursor.next();
       continue;
     }
-    copy_exact<kValueUnits>(row(p.first_values, p.first_value_stride, p.tail_values, p.tail_value_stride),
+    copy_exact<kValueUnits>(exact_row(sequence, t, p.first_values, p.first_value_stride, p.tail_values, p.tail_value_stride),
                             t.is_first ? p.first_value_stride[3] : p.tail_value_stride[3], t.there, p.value_dim, p.wide_exact,
                             0, token, half, acquire);
     publish();
@@ -1425,17 +1427,12 @@ extern "C" __global__ void __launch_bounds__(2 * kProducers) prompt_tiles(const 
   auto acquire = [&] { return slot; };
   if (tile < n_exact) {
     const ExactToken t(p, sequence, tile * kPromptTile + token);
-    auto row = [&](const void* first, const int64_t (&first_stride)[4], const void* tail, const int64_t (&tail_stride)[4]) {
-      const int64_t* stride = t.is_first ? first_stride : tail_stride;
-      return static_cast<const Element<kType>*>(t.is_first ? first : tail) + sequence.b * stride[0] + sequence.h * stride[1] +
-             t.index * stride[2];
-    };
     if (team == 0) {
-      copy_exact<kKeyUnits>(row(p.first_keys, p.first_key_stride, p.tail_keys, p.tail_key_stride),
+      copy_exact<kKeyUnits>(exact_row(sequence, t, p.first_keys, p.first_key_stride, p.tail_keys, p.tail_key_stride),
                             t.is_first ? p.first_key_stride[3] : p.tail_key_stride[3], t.there, p.head_dim, p.wide_exact, 0,
                             token, half, acquire);
     } else {
-      copy_exact<kValueUnits>(row(p.first_values, p.first_value_stride, p.tail_values, p.tail_value_stride),
+      copy_exact<kValueUnits>(exact_row(sequence, t, p.first_values, p.first_value_stride, p.tail_values, p.tail_value_stride),
                               t.is_first ? p.first_value_stride[3] : p.tail_value_stride[3], t.there, p.value_dim, p.wide_exact,
                               0, token, half, acquire);
     }
