@@ -463,8 +463,8 @@ def main():
     mx.random.seed(0)
     copy = copy_bandwidth()
     print(f"{mx.device_info()['device_name']}: MLX copies {copy:.0f} GB/s", flush=True)
+    options = {"model": {"weights": arguments.weights, "budget": arguments.budget}, "ternary": {"rows": arguments.rows}}
     for name in arguments.only:
-        options = {"model": {"weights": arguments.weights, "budget": arguments.budget}, "ternary": {"rows": arguments.rows}}
         rows = []
         for row in parts[name](copy, **options.get(name, {})):
             rows.append({key: round(x, 3) if isinstance(x, float) else x for key, x in row.items() if x is not None})

@@ -20,19 +20,18 @@ mx::array affine_product(const mx::array& x, const mx::array& weight, const mx::
   const mx::array factors = mx::contiguous(mx::astype(scales, type, stream), false, stream);
   const mx::array biases = mx::negative(factors, stream);
   const mx::array rows = mx::astype(x.ndim() == 1 ? mx::expand_dims(x, 0, stream) : x, type, stream);
-  mx::array y = rows;
 #ifdef __APPLE__
   constexpr bool decoded = false;
 #else
   // A tile of MLX's CUDA product of fp32 has 64 KB from 33 rows on, more than its launch asks for.
   const bool decoded = type == mx::float32;
 #endif
-  if (decoded) {
+  auto product = [&] {
+    if (!decoded) return mx::quantized_matmul(rows, words, factors, biases, true, kTernaryGroup, 2, "affine", stream);
     const mx::array dense = mx::dequantize(words, factors, biases, kTernaryGroup, 2, "affine", std::nullopt, type, stream);
-    y = mx::matmul(rows, mx::transpose(dense, stream), stream);
-  } else {
-    y = mx::quantized_matmul(rows, words, factors, biases, true, kTernaryGroup, 2, "affine", stream);
-  }
+    return mx::matmul(rows, mx::transpose(dense, stream), stream);
+  };
+  const mx::array y = product();
   return mx::astype(x.ndim() == 1 ? mx::squeeze(y, 0, stream) : y, x.dtype(), stream);
 }
 

@@ -234,17 +234,6 @@ bool prompt_attention(const TurboQuantAttention::State& state, const AttentionIn
   if (!large.empty()) allocate_through_mlx(large, q, stream);
   p.out = device_pointer(out);
   auto& encoder = mx::cu::get_command_encoder(stream);
-  depend_on(encoder, inputs);
-  encoder.set_output_array(out);
-  if (splits > 1) {
-    const Workspace scratch = workspace(stream, sizeof(uint32_t) * blocks, results ? 0 : result_bytes);
-    char* memory = static_cast<char*>(device_pointer(scratch.memory));
-    p.counters = reinterpret_cast<uint32_t*>(memory);
-    p.partial_out = results ? static_cast<float*>(device_pointer(*results)) : reinterpret_cast<float*>(memory + scratch.zeroed);
-    p.partial_state = p.partial_out + size_t(splits) * blocks * variant.rows * variant.value_dim;
-    encoder.set_output_array(scratch.memory);
-    if (results) encoder.set_output_array(*results);
-  }
   void* arguments[] = {&p};
   if (tiles) {
     Variant made = variant;
@@ -267,6 +256,17 @@ bool prompt_attention(const TurboQuantAttention::State& state, const AttentionIn
                  kernel.shared_bytes, arguments, inputs);
     }
     return true;
+  }
+  depend_on(encoder, inputs);
+  encoder.set_output_array(out);
+  if (splits > 1) {
+    const Workspace scratch = workspace(stream, sizeof(uint32_t) * blocks, results ? 0 : result_bytes);
+    char* memory = static_cast<char*>(device_pointer(scratch.memory));
+    p.counters = reinterpret_cast<uint32_t*>(memory);
+    p.partial_out = results ? static_cast<float*>(device_pointer(*results)) : reinterpret_cast<float*>(memory + scratch.zeroed);
+    p.partial_state = p.partial_out + size_t(splits) * blocks * variant.rows * variant.value_dim;
+    encoder.set_output_array(scratch.memory);
+    if (results) encoder.set_output_array(*results);
   }
   add_counting_kernel(stream, "prompt_attention", kernel, {unsigned(row_tiles), unsigned(splits), unsigned(n_heads)},
                       unsigned(variant.threads()), kernel.shared_bytes, arguments, inputs);

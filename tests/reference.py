@@ -501,9 +501,7 @@ def attention(
 
 def q1_weights(words, scales):
     """Words uint32 [..., cols / 32] and scales [..., cols / 128] as weights; bit j of a word is the sign of column j."""
-    bits = words[..., None] >> np.arange(32, dtype=np.uint32) & 1
-    signs = bits.reshape(*words.shape[:-1], 32 * words.shape[-1]).astype(np.float64) * 2 - 1
-    return signs * np.repeat(scales.astype(np.float64), 128, axis=-1)
+    return (2.0 * unpack_bits(words) - 1.0) * np.repeat(scales.astype(np.float64), 128, axis=-1)
 
 
 def ternary_weights(words, scales):

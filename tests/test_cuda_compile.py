@@ -14,6 +14,7 @@ import pytest
 
 import nvrtc
 from covering import FULL
+from cuda_parameters import ATTENTION, PROMPT
 from support import tool
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -30,23 +31,6 @@ def compile_kernel(name, architecture, *, optimised=True, **defines):
         compiles, text = nvrtc.compile_kernel_apart(name, architecture, ["--Ofast-compile=max"], defines)
     assert compiles and "error" not in text and "warning" not in text, text
     return text
-
-
-ATTENTION = {
-    "KEY_DIM": 128,
-    "VALUE_DIM": 128,
-    "KEY_BITS": 3,
-    "VALUE_BITS": 2,
-    "LLOYD": 0,
-    "ROWS": 4,
-    "TYPE": 1,
-    "MASK": 0,
-    "SIGNS": 0,
-    "STRIDED": 0,
-    "LISTED": 0,
-    "STAGES": 4,
-    "BLOCKS_PER_SM": 3,
-}
 
 
 # Keys, coding of the values and their bits of the presets.
@@ -104,20 +88,6 @@ def test_attention_variants_compile(changes, architecture):
     compile_kernel("turboquant_attention.cu", architecture, optimised=FULL, **(ATTENTION | changes))
 
 
-PROMPT = {
-    "KEY_DIM": 128,
-    "VALUE_DIM": 128,
-    "KEY_BITS": 3,
-    "VALUE_BITS": 2,
-    "LLOYD": 0,
-    "ROWS": 128,
-    "TYPE": 1,
-    "MASK": 0,
-    "SLOTS": 4,
-    "BLOCKS_PER_SM": 1,
-    "WGMMA": 0,
-    "TILES": 0,
-}
 VALUES = [{"VALUE_BITS": bits, "LLOYD": lloyd} for bits, lloyd in ((2, 0), (4, 0), (2, 1), (3, 1), (4, 1))]
 
 
