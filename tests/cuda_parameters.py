@@ -1,4 +1,4 @@
-"""Compile-time parameters of one variant of each CUDA attention kernel, which test_cuda_compile.py and .ci/tidy_commands vary."""
+"""Compile-time parameters of a variant of each CUDA attention kernel, which test_cuda_compile.py and .ci/tidy_commands vary."""
 
 ATTENTION = {
     "KEY_DIM": 128,
